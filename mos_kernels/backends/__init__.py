@@ -1,0 +1,73 @@
+"""Which implementation of the four steps runs: shrink, route, bridge, expand."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "eager", "triton")
+
+_selected: str | None = None
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend of every call that does not choose its own: "auto", "eager" or "triton".
+
+    "auto" is triton for CUDA and ROCm tensors and eager otherwise. The environment variable MOS_BACKEND sets the same
+    from outside; this call goes before it.
+    """
+    global _selected
+    _selected = _checked(name, "set_backend")
+
+
+def selected_backend() -> str:
+    """The backend chosen by `set_backend`, else by MOS_BACKEND, else "auto"."""
+    if _selected is not None:
+        return _selected
+    return _checked(os.environ.get("MOS_BACKEND", "auto"), "MOS_BACKEND")
+
+
+def resolve_backend(requested: str, x: Tensor) -> ModuleType:
+    """The backend module for the input x. Raises ValueError where the requested one cannot run it."""
+    name = _checked(requested, "backend")
+    if name == "auto":
+        name = selected_backend()
+    if name == "auto":
+        name = "triton" if x.is_cuda and x.dtype != torch.float64 and has_triton_kernels() else "eager"
+    if name == "triton":
+        reason = why_not_triton(x)
+        if reason:
+            raise ValueError(f"backend='triton' cannot run this input: {reason}. Use backend='eager' or 'auto'")
+    return importlib.import_module(f"mos_kernels.backends.{name}")
+
+
+def why_not_triton(x: Tensor) -> str | None:
+    """Why the Triton kernels cannot run on x, or None if they can."""
+    if x.dtype == torch.float64:
+        return "x is float64, and the kernels compute in float32"
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"x is on {x.device}, and TRITON_INTERPRET=1 (Triton's interpreter on the CPU) is not set"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    if not has_triton_kernels():
+        return "this version of mos_kernels has no Triton kernels yet"
+    return None
+
+
+def has_triton_kernels() -> bool:
+    """Whether this installation carries the Triton backend."""
+    return (
+        importlib.util.find_spec("mos_kernels.backends.triton") is not None
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: {name!r} is no backend: use one of {BACKENDS}")
+    return name

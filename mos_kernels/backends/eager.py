@@ -1,0 +1,316 @@
+"""The four steps in PyTorch, forward and backward: any device, any float dtype.
+
+T tokens of width d_in; E experts of rank r; shapes as in each docstring. "Compute dtype" is float64 for float64 input
+and float32 otherwise. The backward passes are written out rather than left to autograd, so that a linear saves p, n and
+the gates or logits, and nothing as wide as its output.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mos_kernels import geometry
+
+CHUNK = 1 << 22
+"""Numbers of an expert's output that exist at a time when an activation keeps the Gram form from holding."""
+
+
+class Gram(NamedTuple):
+    """G = BᵀB of each expert, kept as its trace and G / trace so that a huge B overflows no product with it."""
+
+    unit: Tensor  # (E, r, r)
+    trace: Tensor  # (E,)
+
+
+class Dropout(NamedTuple):
+    """What dropout decided: which elements of x are kept, a bit each, and the probability of losing one."""
+
+    keep_bits: Tensor  # (T, ceil(d_in / 8)) uint8
+    p: float
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of everything narrow: float64 for float64, otherwise float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def operand(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in the dtype that a wide product reads. float16 saturates: an infinity would meet B = 0 as NaN."""
+    if dtype == torch.float16 and t.dtype != torch.float16:
+        limit = torch.finfo(torch.float16).max
+        t = t.clamp(-limit, limit)
+    return t.to(dtype)
+
+
+def narrow_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b with operands rounded to dtype and the result in the compute dtype."""
+    a, b = operand(a, dtype), operand(b, dtype)
+    if dtype in (torch.float16, torch.bfloat16):
+        if a.is_cuda and torch.version.hip is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        a, b = a.float(), b.float()
+    return a @ b
+
+
+def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in IEEE arithmetic of the operands' dtype, also where the user allowed TF32 for float32."""
+    if a.dtype == torch.float32 and _float32_is_reduced(a.device.type):
+        return (a.double() @ b.double()).float()
+    return a @ b
+
+
+@torch.compiler.assume_constant_result
+def _float32_is_reduced(device_type: str) -> bool:
+    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    return backend.matmul.fp32_precision in ("tf32", "bf16")
+
+
+# shrink: x -> p, n, logits
+
+
+def draw_dropout(x: Tensor, p: float) -> Dropout:
+    """Draw which elements of x (T, d_in) survive."""
+    keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
+    padded = F.pad(keep, (0, -x.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return Dropout((padded * _bit_values(x.device)).sum(-1, dtype=torch.uint8), p)
+
+
+def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """x, or what dropout leaves of it, scaled by 1 / (1 - p)."""
+    if dropout is None:
+        return x
+    bits = dropout.keep_bits.unsqueeze(-1).bitwise_and(_bit_values(x.device))
+    keep = bits.ne(0).flatten(-2)[..., : x.shape[-1]]
+    return torch.where(keep, x * (1 / (1 - dropout.p)), 0)
+
+
+def _bit_values(device: torch.device) -> Tensor:
+    return torch.bitwise_left_shift(
+        torch.ones(8, dtype=torch.uint8, device=device), torch.arange(8, device=device).byte()
+    )
+
+
+def squared_norm(x: Tensor) -> Tensor:
+    """n = ‖x‖² (T,), saturated. Through the norm: no copy of x in a wider dtype is made."""
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=compute_dtype(x.dtype))
+    return norm.square().clamp(max=geometry.SATURATION)
+
+
+def shrink(x: Tensor, A: Tensor, dropout: Dropout | None) -> tuple[Tensor, Tensor]:
+    """p = A·drop(x) and n = ‖x‖². A (r, d_in) or (E, r, d_in) -> p (T, r) or (T, E, r), n (T,); compute dtype."""
+    p = narrow_matmul(drop(x, dropout), A.flatten(0, -2).t(), x.dtype)
+    return p.unflatten(-1, A.shape[:-1]), squared_norm(x)
+
+
+def routing_logits(x: Tensor, router: Tensor) -> Tensor:
+    """Router·x (T, E) in the compute dtype, from x (T, d_in) and router (E, d_in)."""
+    compute = compute_dtype(x.dtype)
+    return exact_matmul(x.to(compute), router.to(compute).t())
+
+
+def shrink_backward(
+    x: Tensor, A: Tensor, dp: Tensor, dn: Tensor | None, dropout: Dropout | None, needs_dx: bool, needs_dA: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx₀ = drop(dp·A) + 2 dn x (T, d_in) in x's dtype, to which the base's dy·W is added, and dA = dpᵀ drop(x)."""
+    dp = dp.flatten(1)
+    dx0 = dA = None
+    if needs_dA:
+        dA = narrow_matmul(dp.t(), drop(x, dropout), x.dtype).view(A.shape)
+    if needs_dx:
+        A = A.flatten(0, -2)
+        radial = x.to(dp.dtype) * (2 * dn).unsqueeze(-1)
+        if dropout is None and x.dtype == dp.dtype:
+            dx0 = radial.addmm_(dp, A.to(dp.dtype))
+        else:
+            dx0 = operand(radial.add_(drop(narrow_matmul(dp, A, x.dtype), dropout)), x.dtype)
+    return dx0, dA
+
+
+def routing_logits_backward(
+    x: Tensor, router: Tensor, dlogits: Tensor, needs_dx: bool, needs_drouter: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx = dlogits·Router (T, d_in) in x's dtype and dRouter = dlogitsᵀ x (E, d_in)."""
+    dx = operand(narrow_matmul(dlogits, router, x.dtype), x.dtype) if needs_dx else None
+    drouter = narrow_matmul(dlogits.t(), x, x.dtype) if needs_drouter else None
+    return dx, drouter
+
+
+# bridge: p, n, gates, κ, G -> z
+
+
+class Curved(NamedTuple):
+    """The bridge's intermediate values; recomputed in backward rather than saved."""
+
+    scale: Tensor  # λ (T, E)
+    scale_dn: Tensor  # ∂λ/∂n (T, E)
+    scale_dkappa: Tensor  # ∂λ/∂κ (T, E)
+    p: Tensor  # (T, 1 or E, r)
+    h: Tensor  # λ p (T, E, r)
+
+
+def gram(B: Tensor, dtype: torch.dtype) -> Gram:
+    """G_e = B_eᵀ B_e from B (d_out, E, r), in the compute dtype of `dtype`."""
+    columns = B.to(compute_dtype(dtype)).permute(1, 2, 0)
+    product = exact_matmul(columns, columns.mT)
+    trace = product.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return Gram(product / trace.clamp(min=torch.finfo(trace.dtype).tiny)[:, None, None], trace)
+
+
+def _into_space(p: Tensor, n: Tensor, kappa: Tensor, config) -> Curved:
+    scale, scale_dn, scale_dkappa = geometry.inverse_projection_scale(n, kappa, config)
+    p = p.unsqueeze(1) if p.dim() == 2 else p
+    return Curved(scale, scale_dn, scale_dkappa, p, scale.unsqueeze(-1) * p)
+
+
+def _squared_output_norm(h: Tensor, G: Gram) -> tuple[Tensor, Tensor]:
+    """q = hᵀGh (T, E), guarded, and G h / trace (T, E, r)."""
+    unit_gh = exact_matmul(h.transpose(0, 1), G.unit).transpose(0, 1)
+    q = (h * unit_gh).sum(-1) * G.trace
+    return q.clamp(0, geometry.SATURATION), unit_gh
+
+
+def bridge(p: Tensor, n: Tensor, gates: Tensor, kappa: Tensor, G: Gram, config) -> Tensor:
+    """z = (α/r) g e(q; κ) h with h = λ(n; κ) p and q = hᵀGh. Returns (T, E·r), compute dtype."""
+    h = _into_space(p, n, kappa, config).h
+    q, _ = _squared_output_norm(h, G)
+    e, _, _ = geometry.projection_scale(q, kappa, config)
+    return ((config.scaling * gates * e).unsqueeze(-1) * h).flatten(1)
+
+
+class BridgeGradients(NamedTuple):
+    z: Tensor  # (T, E·r), recomputed for dB
+    gates: Tensor  # (T, E)
+    kappa: Tensor  # (E,)
+    n: Tensor  # (T,)
+    p: Tensor  # as p
+    M: Tensor  # (E, r, r): Σ_T dq h hᵀ
+
+
+def bridge_backward(dz: Tensor, p: Tensor, n: Tensor, gates: Tensor, kappa: Tensor, G: Gram, config) -> BridgeGradients:
+    """Gradients of `bridge` (MATH: "Backward in rank space"). dz (T, E·r)."""
+    curved = _into_space(p, n, kappa, config)
+    h, dz = curved.h, dz.unflatten(-1, curved.h.shape[1:])
+    q, unit_gh = _squared_output_norm(h, G)
+    e, e_dq, e_dkappa = geometry.projection_scale(q, kappa, config)
+    scaled_gates = config.scaling * gates
+    dz_h = (dz * h).sum(-1)
+    de = scaled_gates * dz_h
+    dq = de * e_dq
+    weight = (scaled_gates * e).unsqueeze(-1)
+    dh = weight * dz + (2 * dq * G.trace).unsqueeze(-1) * unit_gh
+    dkappa, dn, dp = _into_space_backward(dh, n, curved, p.dim() == 2)
+    h_by_expert = h.transpose(0, 1)
+    M = exact_matmul((dq.unsqueeze(-1) * h).transpose(0, 1).mT, h_by_expert)
+    return BridgeGradients(
+        (weight * h).flatten(1), config.scaling * e * dz_h, dkappa + (de * e_dkappa).sum(0), dn, dp, M
+    )
+
+
+def _into_space_backward(dh: Tensor, n: Tensor, curved: Curved, shared_p: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dscale = (dh * curved.p).sum(-1)
+    dp = curved.scale.unsqueeze(-1) * dh
+    return (dscale * curved.scale_dkappa).sum(0), (dscale * curved.scale_dn).sum(-1), dp.sum(1) if shared_p else dp
+
+
+# expand: z, B, bias -> y₀
+
+
+def expand(z: Tensor, B: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y₀ = z·Bcatᵀ + bias (T, d_out) in `dtype`, which the base's x·Wᵀ is then added to."""
+    z, Bcat = operand(z, dtype), operand(B, dtype).flatten(1).t()
+    return z @ Bcat if bias is None else torch.addmm(bias.to(dtype), z, Bcat)
+
+
+def expand_backward_input(dy: Tensor, B: Tensor) -> Tensor:
+    """dz = dy·Bcat (T, E·r), compute dtype."""
+    return narrow_matmul(dy, B.flatten(1), dy.dtype)
+
+
+def expand_backward_weight(dy: Tensor, z: Tensor, B: Tensor, M: Tensor) -> Tensor:
+    """dB = dyᵀz + 2 B M (d_out, E, r), compute dtype."""
+    dB = narrow_matmul(dy.t(), z, dy.dtype).view(B.shape)
+    through_norm = exact_matmul(B.to(M.dtype).transpose(0, 1), M).transpose(0, 1)
+    return dB.add_(through_norm, alpha=2)
+
+
+# bridge and expand in one, for φ ≠ identity: the Gram form does not hold, so u = φ(B h) is formed, a chunk at a time
+
+
+def _activation(v: Tensor, name: str) -> Tensor:
+    if name == "tanh":
+        return v.tanh()
+    return F.silu(v) if name == "silu" else F.gelu(v)
+
+
+def _activation_slope(v: Tensor, name: str) -> Tensor:
+    if name == "tanh":
+        return 1 - v.tanh().square()
+    if name == "silu":
+        s = v.sigmoid()
+        return s * (1 + v * (1 - s))
+    density = torch.exp(-0.5 * v * v) * 0.3989422804014327
+    return 0.5 * (1 + torch.erf(v * 0.7071067811865476)) + v * density
+
+
+def _chunks(tokens: int, width: int) -> list[slice]:
+    step = max(CHUNK // max(width, 1), 1)
+    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+
+
+def bridge_expand(
+    p: Tensor, n: Tensor, gates: Tensor, kappa: Tensor, B: Tensor, bias: Tensor | None, dtype: torch.dtype, config
+) -> Tensor:
+    """y₀ = bias + (α/r) Σ_e g_e e_e φ(B_e h_e) (T, d_out) in `dtype`."""
+    h = _into_space(p, n, kappa, config).h
+    y0 = torch.empty(h.shape[0], B.shape[0], dtype=dtype, device=h.device)
+    for chunk in _chunks(*y0.shape):
+        total = torch.zeros(y0[chunk].shape, dtype=h.dtype, device=h.device)
+        if bias is not None:
+            total += bias
+        for expert in range(B.shape[1]):
+            u = _activation(narrow_matmul(h[chunk, expert], B[:, expert].t(), dtype), config.activation)
+            q = squared_norm(u)
+            e, _, _ = geometry.projection_scale(q, kappa[expert], config)
+            total.addcmul_(u, (config.scaling * gates[chunk, expert] * e).unsqueeze(-1))
+        y0[chunk] = operand(total, dtype)
+    return y0
+
+
+class BridgeExpandGradients(NamedTuple):
+    gates: Tensor  # (T, E)
+    kappa: Tensor  # (E,)
+    n: Tensor  # (T,)
+    p: Tensor  # as p
+    B: Tensor  # (d_out, E, r)
+
+
+def bridge_expand_backward(
+    dy: Tensor, p: Tensor, n: Tensor, gates: Tensor, kappa: Tensor, B: Tensor, config
+) -> BridgeExpandGradients:
+    """Gradients of `bridge_expand`; dy (T, d_out) is read, and u formed again, a chunk at a time."""
+    curved = _into_space(p, n, kappa, config)
+    h, dh = curved.h, torch.empty_like(curved.h)
+    dgates, e_dkappa = torch.empty_like(curved.scale), torch.zeros_like(kappa, dtype=h.dtype)
+    dB = torch.zeros(B.shape, dtype=h.dtype, device=B.device)
+    for chunk in _chunks(h.shape[0], B.shape[0]):
+        upstream = dy[chunk].to(h.dtype)
+        for expert in range(B.shape[1]):
+            v = narrow_matmul(h[chunk, expert], B[:, expert].t(), dy.dtype)
+            u = _activation(v, config.activation)
+            q = squared_norm(u)
+            e, e_dq, de_dkappa = geometry.projection_scale(q, kappa[expert], config)
+            scaled_gates = config.scaling * gates[chunk, expert]
+            t = (upstream * u).sum(-1)
+            dgates[chunk, expert] = config.scaling * e * t
+            e_dkappa[expert] += (scaled_gates * t * de_dkappa).sum()
+            du = upstream * (scaled_gates * e).unsqueeze(-1)
+            du.addcmul_(u, (2 * scaled_gates * t * e_dq).unsqueeze(-1))
+            dv = du.mul_(_activation_slope(v, config.activation))
+            dB[:, expert] += narrow_matmul(dv.t(), h[chunk, expert], dy.dtype)
+            dh[chunk, expert] = narrow_matmul(dv, B[:, expert], dy.dtype)
+    dkappa, dn, dp = _into_space_backward(dh, n, curved, p.dim() == 2)
+    return BridgeExpandGradients(dgates, dkappa + e_dkappa, dn, dp, dB)

