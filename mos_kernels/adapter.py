@@ -6,14 +6,11 @@ dy·W accumulates into that: no buffer is read twice, and there is one rounding 
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mos_kernels import routing
-from mos_kernels.backends import resolve_backend
+from mos_kernels.backends import load_backend, resolve_backend
 
 
 def mos_linear(
@@ -50,10 +47,10 @@ def mos_linear(
     """
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, A, B, kappa, gates, router, config)
-    module = resolve_backend(backend, x)
+    backend = resolve_backend(backend, x)
     with torch.autocast(x.device.type, enabled=False):
         return _MoSLinear.apply(
-            x, weight, bias, A, B, kappa, gates, router, aux_weight, dropout_p, gram, config, module
+            x, weight, bias, A, B, kappa, gates, router, aux_weight, dropout_p, gram, config, backend
         )
 
 
@@ -76,9 +73,9 @@ def mos_route(
         raise ValueError(
             f"token_mask has shape {tuple(token_mask.shape)}, the tokens {tuple(x.shape[:-1])}: pass one entry a token"
         )
-    module = resolve_backend(backend, x)
+    backend = resolve_backend(backend, x)
     with torch.autocast(x.device.type, enabled=False):
-        return _MoSRoute.apply(x, router, aux_weight, token_mask, config, module)
+        return _MoSRoute.apply(x, router, aux_weight, token_mask, config, backend)
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -119,29 +116,24 @@ def _check(x, weight, A, B, kappa, gates, router, config) -> None:
 
 class _MoSLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x, weight, bias, A, B, kappa, gates, router, aux_weight, dropout_p, gram, config, backend: ModuleType
-    ):
+    def forward(ctx, x, weight, bias, A, B, kappa, gates, router, aux_weight, dropout_p, gram, config, backend_name):
+        backend = load_backend(backend_name)
         compute = backend.compute_dtype(x.dtype)
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens, curvature = x.reshape(-1, x.shape[-1]), kappa.to(compute)
         dropout = backend.draw_dropout(tokens, dropout_p) if dropout_p > 0 else None
-        p, n = backend.shrink(tokens, A, dropout)
-        routed = backend.routing_logits(tokens, router) if gates is None else gates.reshape(-1, gates.shape[-1])
-        routing_weights = _gates(routed.to(compute), gates is None, config)
-        curvature = kappa.to(compute)
+        p, n, logits = backend.shrink(tokens, A, router, dropout)
+        routed, own_router = _routed(gates, logits, compute)
         if config.activation == "identity":
             G = backend.gram(B, x.dtype) if gram is None else gram
-            z = backend.bridge(p, n, routing_weights, curvature, G, config)
+            z = backend.bridge(p, n, routed, own_router, curvature, G, config)
             y = backend.expand(z, B, bias, x.dtype)
         else:
-            y = backend.bridge_expand(p, n, routing_weights, curvature, B, bias, x.dtype, config)
+            y = backend.bridge_expand(p, n, routed, own_router, curvature, B, bias, x.dtype, config)
         y.addmm_(tokens, weight.t())
 
-        ctx.save_for_backward(
-            x, weight, A, B, kappa, gates, router, aux_weight, p, n, routed if gates is None else None,
-            None if dropout is None else dropout.keep_bits,
-        )  # fmt: skip
-        ctx.config, ctx.backend, ctx.dropout_p = config, backend, dropout_p
+        keep = None if dropout is None else dropout.keep_bits
+        ctx.save_for_backward(x, weight, A, B, kappa, gates, router, aux_weight, p, n, logits, keep)
+        ctx.config, ctx.backend_name, ctx.dropout_p = config, backend_name, dropout_p
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -149,83 +141,72 @@ class _MoSLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         with torch.autocast(dy.device.type, enabled=False):
-            return _MoSLinear._backward(ctx, dy)
+            return _linear_backward(ctx, dy)
 
-    @staticmethod
-    def _backward(ctx, dy):
-        x, weight, A, B, kappa, gates, router, aux_weight, p, n, logits, keep_bits = ctx.saved_tensors
-        config, backend = ctx.config, ctx.backend
-        needs = dict(
-            zip(("x", "weight", "bias", "A", "B", "kappa", "gates", "router"), ctx.needs_input_grad, strict=False)
-        )
-        compute = backend.compute_dtype(x.dtype)
-        tokens, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dropout = None if keep_bits is None else backend.Dropout(keep_bits, ctx.dropout_p)
-        routed = logits if gates is None else gates.reshape(-1, gates.shape[-1]).to(compute)
-        routing_weights = _gates(routed, gates is None, config)
-        curvature = kappa.to(compute)
 
-        if config.activation == "identity":
-            dz = backend.expand_backward_input(dy, B)
-            d = backend.bridge_backward(dz, p, n, routing_weights, curvature, backend.gram(B, x.dtype), config)
-            dB = backend.expand_backward_weight(dy, d.z, B, d.M) if needs["B"] else None
-        else:
-            d = backend.bridge_expand_backward(dy, p, n, routing_weights, curvature, B, config)
-            dB = d.B
-        dx, dA = backend.shrink_backward(tokens, A, d.p, d.n, dropout, needs["x"], needs["A"])
+def _linear_backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, A, B, kappa, gates, router, aux_weight, p, n, logits, keep = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_kappa, needs_gates, needs_router, *_ = (
+        ctx.needs_input_grad
+    )
+    config, backend = ctx.config, load_backend(ctx.backend_name)
+    compute = backend.compute_dtype(x.dtype)
+    tokens, dy, curvature = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), kappa.to(compute)
+    dropout = None if keep is None else backend.Dropout(keep, ctx.dropout_p)
+    routed, own_router = _routed(gates, logits, compute)
+    aux_weight = aux_weight if needs_router else None
 
-        dgates = drouter = None
-        if gates is not None:
-            dgates = d.gates.view(gates.shape).to(gates.dtype) if needs["gates"] else None
-        elif needs["x"] or needs["router"]:
-            dlogits = _dlogits(d.gates, routing_weights, logits, aux_weight if needs["router"] else None, None, config)
-            dx_router, drouter = backend.routing_logits_backward(tokens, router, dlogits, needs["x"], needs["router"])
-            dx = dx.add_(dx_router) if needs["x"] else None
-        if needs["x"]:
-            dx = dx.addmm_(dy, weight).view(x.shape)
-        dweight = (dy.t() @ tokens).to(weight.dtype) if needs["weight"] else None
-        dbias = dy.sum(0, dtype=compute).to(ctx.bias_dtype) if needs["bias"] else None
-        return (
-            dx, dweight, dbias, _cast(dA, A), _cast(dB, B) if needs["B"] else None,
-            _cast(d.kappa, kappa) if needs["kappa"] else None, dgates, _cast(drouter, router), *(None,) * 5,
-        )  # fmt: skip
+    if config.activation == "identity":
+        G, dz = backend.gram(B, x.dtype), backend.expand_backward_input(dy, B)
+        d = backend.bridge_backward(dz, p, n, routed, own_router, curvature, G, aux_weight, config)
+        dB = backend.expand_backward_weight(dy, d.z, B, d.M) if needs_B else None
+    else:
+        d = backend.bridge_expand_backward(dy, p, n, routed, own_router, curvature, B, aux_weight, config)
+        dB = d.B
+    needs = (needs_x, needs_A, needs_router)
+    dlogits = d.routed if own_router else None
+    dx, dA, drouter = backend.shrink_backward(tokens, A, router, d.p, d.n, dlogits, dropout, needs)
+    if needs_x:
+        dx = dx.addmm_(dy, weight).view(x.shape)
+    return (
+        dx,
+        (dy.t() @ tokens).to(weight.dtype) if needs_weight else None,
+        dy.sum(0, dtype=compute).to(ctx.bias_dtype) if needs_bias else None,
+        dA.to(A.dtype) if needs_A else None,
+        dB.to(B.dtype) if needs_B else None,
+        d.kappa.to(kappa.dtype) if needs_kappa else None,
+        d.routed.view(gates.shape).to(gates.dtype) if needs_gates else None,
+        drouter.to(router.dtype) if needs_router else None,
+        *(None,) * 5,
+    )
+
+
+def _routed(gates: Tensor | None, logits: Tensor | None, compute: torch.dtype) -> tuple[Tensor, bool]:
+    """What the bridge routes by, (T, E), and whether that is the logits of the linear's own router."""
+    if gates is None:
+        return logits, True
+    return gates.reshape(-1, gates.shape[-1]).to(compute), False
 
 
 class _MoSRoute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, router, aux_weight, token_mask, config, backend: ModuleType):
+    def forward(ctx, x, router, aux_weight, token_mask, config, backend_name):
+        backend = load_backend(backend_name)
         logits = backend.routing_logits(x.reshape(-1, x.shape[-1]), router)
         ctx.save_for_backward(x, router, aux_weight, token_mask, logits)
-        ctx.config, ctx.backend = config, backend
-        return _gates(logits, True, config).view(*x.shape[:-1], router.shape[0])
+        ctx.config, ctx.backend_name = config, backend_name
+        return backend.route(logits, config).view(*x.shape[:-1], router.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dgates):
         x, router, aux_weight, token_mask, logits = ctx.saved_tensors
-        needs_x, needs_router = ctx.needs_input_grad[:2]
-        dgates = dgates.reshape(logits.shape)
+        needs, backend = ctx.needs_input_grad[:2], load_backend(ctx.backend_name)
         mask = None if token_mask is None else token_mask.reshape(-1)
-        gates = _gates(logits, True, ctx.config)
         with torch.autocast(x.device.type, enabled=False):
-            dlogits = _dlogits(dgates, gates, logits, aux_weight if needs_router else None, mask, ctx.config)
-            tokens = x.reshape(-1, x.shape[-1])
-            dx, drouter = ctx.backend.routing_logits_backward(tokens, router, dlogits, needs_x, needs_router)
-        return None if dx is None else dx.view(x.shape), _cast(drouter, router), None, None, None, None
-
-
-def _gates(routed: Tensor, are_logits: bool, config) -> Tensor:
-    return routing.route(routed, config.num_experts_per_tok, config.norm_topk_prob) if are_logits else routed
-
-
-def _dlogits(dgates, gates, logits, aux_weight, token_mask, config) -> Tensor:
-    """The gates' gradient carried to the logits, with that of the load-balancing loss added to it."""
-    k = config.num_experts_per_tok
-    dlogits = routing.route_backward(dgates, gates, logits, k, config.norm_topk_prob)
-    if aux_weight is None:
-        return dlogits
-    return dlogits + aux_weight.to(dlogits.dtype) * routing.load_balancing_backward(logits, k, token_mask)
-
-
-def _cast(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return None if gradient is None else gradient.to(parameter.dtype)
+            gates, dgates = backend.route(logits, ctx.config), dgates.reshape(logits.shape)
+            aux_weight = aux_weight if needs[1] else None
+            dlogits = backend.route_backward(dgates, gates, logits, aux_weight, mask, ctx.config)
+            dx, drouter = backend.routing_logits_backward(x.reshape(-1, x.shape[-1]), router, dlogits, needs)
+        dx = dx.view(x.shape) if needs[0] else None
+        return dx, drouter.to(router.dtype) if needs[1] else None, None, None, None, None

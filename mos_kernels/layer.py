@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mos_kernels.adapter import mos_linear, mos_route
-from mos_kernels.backends import resolve_backend
+from mos_kernels.backends import load_backend, resolve_backend
 from mos_kernels.config import MoSConfig
 
 ADAPTER_PARAMETERS = ("mos_lora_A", "mos_lora_B", "mos_router", "mos_curvature")
@@ -144,7 +144,7 @@ class MoSLayer(_Float32State):
         """
         self.eval()
         with torch.no_grad():
-            backend = resolve_backend("auto", self.weight)
+            backend = load_backend(resolve_backend("auto", self.weight))
             dtype, B = self.weight.dtype, self.mos_lora_B
             self._frozen = Frozen(
                 self.curvature,
@@ -299,7 +299,7 @@ def _injected_aux_weight(owner: nn.Module) -> Tensor | None:
 @torch.no_grad()
 def _routing_logits(x: Tensor, router: Tensor) -> Tensor:
     tokens = x.reshape(-1, x.shape[-1])
-    return resolve_backend("auto", x).routing_logits(tokens, router).view(*x.shape[:-1], router.shape[0])
+    return load_backend(resolve_backend("auto", x)).routing_logits(tokens, router).view(*x.shape[:-1], router.shape[0])
 
 
 def _adopt(cls: type[nn.Module], base: nn.Module, out_features: int, in_features: int) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 from types import ModuleType
@@ -32,8 +31,8 @@ def selected_backend() -> str:
     return _checked(os.environ.get("MOS_BACKEND", "auto"), "MOS_BACKEND")
 
 
-def resolve_backend(requested: str, x: Tensor) -> ModuleType:
-    """The backend module for the input x. Raises ValueError where the requested one cannot run it."""
+def resolve_backend(requested: str, x: Tensor) -> str:
+    """The backend for the input x, "eager" or "triton". Raises ValueError where the requested one cannot run it."""
     name = _checked(requested, "backend")
     if name == "auto":
         name = selected_backend()
@@ -43,7 +42,16 @@ def resolve_backend(requested: str, x: Tensor) -> ModuleType:
         reason = why_not_triton(x)
         if reason:
             raise ValueError(f"backend='triton' cannot run this input: {reason}. Use backend='eager' or 'auto'")
-    return importlib.import_module(f"mos_kernels.backends.{name}")
+    return name
+
+
+def load_backend(name: str) -> ModuleType:
+    """The module with the four steps of a resolved backend."""
+    if name == "triton":
+        from mos_kernels.backends import triton as module
+    else:
+        from mos_kernels.backends import eager as module
+    return module
 
 
 def why_not_triton(x: Tensor) -> str | None:
@@ -59,6 +67,7 @@ def why_not_triton(x: Tensor) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
 def has_triton_kernels() -> bool:
     """Whether this installation carries the Triton backend."""
     return (

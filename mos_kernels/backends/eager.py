@@ -2,7 +2,7 @@
 
 T tokens of width d_in; E experts of rank r; shapes as in each docstring. "Compute dtype" is float64 for float64 input
 and float32 otherwise. The backward passes are written out rather than left to autograd, so that a linear saves p, n and
-the gates or logits, and nothing as wide as its output.
+the logits or gates, and nothing as wide as its output.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mos_kernels import geometry
+from mos_kernels import geometry, routing
 
 CHUNK = 1 << 22
 """Numbers of an expert's output that exist at a time when an activation keeps the Gram form from holding."""
@@ -100,10 +100,57 @@ def squared_norm(x: Tensor) -> Tensor:
     return norm.square().clamp(max=geometry.SATURATION)
 
 
-def shrink(x: Tensor, A: Tensor, dropout: Dropout | None) -> tuple[Tensor, Tensor]:
-    """p = A·drop(x) and n = ‖x‖². A (r, d_in) or (E, r, d_in) -> p (T, r) or (T, E, r), n (T,); compute dtype."""
+def shrink(
+    x: Tensor, A: Tensor, router: Tensor | None, dropout: Dropout | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """p = A·drop(x), n = ‖x‖² and, with a router (E, d_in), logits = Router·x, all in the compute dtype.
+
+    x (T, d_in), A (r, d_in) or (E, r, d_in) -> p (T, r) or (T, E, r), n (T,), logits (T, E) or None.
+    """
     p = narrow_matmul(drop(x, dropout), A.flatten(0, -2).t(), x.dtype)
-    return p.unflatten(-1, A.shape[:-1]), squared_norm(x)
+    logits = None if router is None else routing_logits(x, router)
+    return p.unflatten(-1, A.shape[:-1]), squared_norm(x), logits
+
+
+def shrink_backward(
+    x: Tensor,
+    A: Tensor,
+    router: Tensor | None,
+    dp: Tensor,
+    dn: Tensor,
+    dlogits: Tensor | None,
+    dropout: Dropout | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx₀ = drop(dp·A) + dlogits·Router + 2 dn x (T, d_in) in x's dtype, dA = dpᵀ drop(x), dRouter = dlogitsᵀ x.
+
+    needs: which of the three are wanted. The base's dy·W is added to dx₀ by the caller.
+    """
+    needs_x, needs_A, needs_router = needs
+    dp, stacked = dp.flatten(1), A.flatten(0, -2)
+    dA = narrow_matmul(dp.t(), drop(x, dropout), x.dtype).view(A.shape) if needs_A else None
+    dx0 = None
+    if needs_x:
+        dx0 = x.to(dp.dtype) * (2 * dn).unsqueeze(-1)
+        if dropout is None:
+            _add_product(dx0, dp, stacked, x.dtype)
+        else:
+            dx0 += drop(narrow_matmul(dp, stacked, x.dtype), dropout)
+        if dlogits is not None:
+            _add_product(dx0, dlogits, router, x.dtype)
+        dx0 = operand(dx0, x.dtype)
+    drouter = narrow_matmul(dlogits.t(), x, x.dtype) if needs_router else None
+    return dx0, dA, drouter
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+    if total.dtype == dtype:
+        total.addmm_(a, b.to(dtype))
+    else:
+        total += narrow_matmul(a, b, dtype)
+
+
+# route: x -> logits -> gates, for a router of its own or within the bridge
 
 
 def routing_logits(x: Tensor, router: Tensor) -> Tensor:
@@ -112,34 +159,31 @@ def routing_logits(x: Tensor, router: Tensor) -> Tensor:
     return exact_matmul(x.to(compute), router.to(compute).t())
 
 
-def shrink_backward(
-    x: Tensor, A: Tensor, dp: Tensor, dn: Tensor | None, dropout: Dropout | None, needs_dx: bool, needs_dA: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """dx₀ = drop(dp·A) + 2 dn x (T, d_in) in x's dtype, to which the base's dy·W is added, and dA = dpᵀ drop(x)."""
-    dp = dp.flatten(1)
-    dx0 = dA = None
-    if needs_dA:
-        dA = narrow_matmul(dp.t(), drop(x, dropout), x.dtype).view(A.shape)
-    if needs_dx:
-        A = A.flatten(0, -2)
-        radial = x.to(dp.dtype) * (2 * dn).unsqueeze(-1)
-        if dropout is None and x.dtype == dp.dtype:
-            dx0 = radial.addmm_(dp, A.to(dp.dtype))
-        else:
-            dx0 = operand(radial.add_(drop(narrow_matmul(dp, A, x.dtype), dropout)), x.dtype)
-    return dx0, dA
-
-
 def routing_logits_backward(
-    x: Tensor, router: Tensor, dlogits: Tensor, needs_dx: bool, needs_drouter: bool
+    x: Tensor, router: Tensor, dlogits: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx = dlogits·Router (T, d_in) in x's dtype and dRouter = dlogitsᵀ x (E, d_in)."""
-    dx = operand(narrow_matmul(dlogits, router, x.dtype), x.dtype) if needs_dx else None
-    drouter = narrow_matmul(dlogits.t(), x, x.dtype) if needs_drouter else None
-    return dx, drouter
+    """dx = dlogits·Router (T, d_in) in x's dtype and dRouter = dlogitsᵀ x (E, d_in), where `needs` asks for them."""
+    dx = operand(narrow_matmul(dlogits, router, x.dtype), x.dtype) if needs[0] else None
+    return dx, narrow_matmul(dlogits.t(), x, x.dtype) if needs[1] else None
 
 
-# bridge: p, n, gates, κ, G -> z
+def route(logits: Tensor, config) -> Tensor:
+    """Gates (T, E) from logits (T, E)."""
+    return routing.route(logits, config.num_experts_per_tok, config.norm_topk_prob)
+
+
+def route_backward(
+    dgates: Tensor, gates: Tensor, logits: Tensor, aux_weight: Tensor | None, token_mask: Tensor | None, config
+) -> Tensor:
+    """dlogits (T, E), with aux_weight times the gradient of the load-balancing loss added where aux_weight is given."""
+    k = config.num_experts_per_tok
+    dlogits = routing.route_backward(dgates, gates, logits, k, config.norm_topk_prob)
+    if aux_weight is not None:
+        dlogits += aux_weight.to(dlogits.dtype) * routing.load_balancing_backward(logits, k, token_mask)
+    return dlogits
+
+
+# bridge: p, n, routed, κ, G -> z, where `routed` is the gates, or the logits of the linear's own router
 
 
 class Curved(NamedTuple):
@@ -173,8 +217,12 @@ def _squared_output_norm(h: Tensor, G: Gram) -> tuple[Tensor, Tensor]:
     return q.clamp(0, geometry.SATURATION), unit_gh
 
 
-def bridge(p: Tensor, n: Tensor, gates: Tensor, kappa: Tensor, G: Gram, config) -> Tensor:
-    """z = (α/r) g e(q; κ) h with h = λ(n; κ) p and q = hᵀGh. Returns (T, E·r), compute dtype."""
+def bridge(p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor, G: Gram, config) -> Tensor:
+    """z = (α/r) g e(q; κ) h with h = λ(n; κ) p and q = hᵀGh. Returns (T, E·r), compute dtype.
+
+    routed (T, E): logits with own_router, else gates.
+    """
+    gates = route(routed, config) if own_router else routed
     h = _into_space(p, n, kappa, config).h
     q, _ = _squared_output_norm(h, G)
     e, _, _ = geometry.projection_scale(q, kappa, config)
@@ -182,16 +230,27 @@ def bridge(p: Tensor, n: Tensor, gates: Tensor, kappa: Tensor, G: Gram, config) 
 
 
 class BridgeGradients(NamedTuple):
-    z: Tensor  # (T, E·r), recomputed for dB
-    gates: Tensor  # (T, E)
+    routed: Tensor  # dlogits or dgates (T, E)
     kappa: Tensor  # (E,)
     n: Tensor  # (T,)
     p: Tensor  # as p
+    z: Tensor  # (T, E·r), recomputed for dB
     M: Tensor  # (E, r, r): Σ_T dq h hᵀ
 
 
-def bridge_backward(dz: Tensor, p: Tensor, n: Tensor, gates: Tensor, kappa: Tensor, G: Gram, config) -> BridgeGradients:
-    """Gradients of `bridge` (MATH: "Backward in rank space"). dz (T, E·r)."""
+def bridge_backward(
+    dz: Tensor,
+    p: Tensor,
+    n: Tensor,
+    routed: Tensor,
+    own_router: bool,
+    kappa: Tensor,
+    G: Gram,
+    aux_weight: Tensor | None,
+    config,
+) -> BridgeGradients:
+    """Gradients of `bridge` (MATH: "Backward in rank space"). dz (T, E·r); aux_weight as in `route_backward`."""
+    gates = route(routed, config) if own_router else routed
     curved = _into_space(p, n, kappa, config)
     h, dz = curved.h, dz.unflatten(-1, curved.h.shape[1:])
     q, unit_gh = _squared_output_norm(h, G)
@@ -203,11 +262,11 @@ def bridge_backward(dz: Tensor, p: Tensor, n: Tensor, gates: Tensor, kappa: Tens
     weight = (scaled_gates * e).unsqueeze(-1)
     dh = weight * dz + (2 * dq * G.trace).unsqueeze(-1) * unit_gh
     dkappa, dn, dp = _into_space_backward(dh, n, curved, p.dim() == 2)
-    h_by_expert = h.transpose(0, 1)
-    M = exact_matmul((dq.unsqueeze(-1) * h).transpose(0, 1).mT, h_by_expert)
-    return BridgeGradients(
-        (weight * h).flatten(1), config.scaling * e * dz_h, dkappa + (de * e_dkappa).sum(0), dn, dp, M
-    )
+    M = exact_matmul((dq.unsqueeze(-1) * h).transpose(0, 1).mT, h.transpose(0, 1))
+    drouted = config.scaling * e * dz_h
+    if own_router:
+        drouted = route_backward(drouted, gates, routed, aux_weight, None, config)
+    return BridgeGradients(drouted, dkappa + (de * e_dkappa).sum(0), dn, dp, (weight * h).flatten(1), M)
 
 
 def _into_space_backward(dh: Tensor, n: Tensor, curved: Curved, shared_p: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,9 +321,18 @@ def _chunks(tokens: int, width: int) -> list[slice]:
 
 
 def bridge_expand(
-    p: Tensor, n: Tensor, gates: Tensor, kappa: Tensor, B: Tensor, bias: Tensor | None, dtype: torch.dtype, config
+    p: Tensor,
+    n: Tensor,
+    routed: Tensor,
+    own_router: bool,
+    kappa: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    config,
 ) -> Tensor:
     """y₀ = bias + (α/r) Σ_e g_e e_e φ(B_e h_e) (T, d_out) in `dtype`."""
+    gates = route(routed, config) if own_router else routed
     h = _into_space(p, n, kappa, config).h
     y0 = torch.empty(h.shape[0], B.shape[0], dtype=dtype, device=h.device)
     for chunk in _chunks(*y0.shape):
@@ -281,7 +349,7 @@ def bridge_expand(
 
 
 class BridgeExpandGradients(NamedTuple):
-    gates: Tensor  # (T, E)
+    routed: Tensor  # dlogits or dgates (T, E)
     kappa: Tensor  # (E,)
     n: Tensor  # (T,)
     p: Tensor  # as p
@@ -289,9 +357,18 @@ class BridgeExpandGradients(NamedTuple):
 
 
 def bridge_expand_backward(
-    dy: Tensor, p: Tensor, n: Tensor, gates: Tensor, kappa: Tensor, B: Tensor, config
+    dy: Tensor,
+    p: Tensor,
+    n: Tensor,
+    routed: Tensor,
+    own_router: bool,
+    kappa: Tensor,
+    B: Tensor,
+    aux_weight: Tensor | None,
+    config,
 ) -> BridgeExpandGradients:
     """Gradients of `bridge_expand`; dy (T, d_out) is read, and u formed again, a chunk at a time."""
+    gates = route(routed, config) if own_router else routed
     curved = _into_space(p, n, kappa, config)
     h, dh = curved.h, torch.empty_like(curved.h)
     dgates, e_dkappa = torch.empty_like(curved.scale), torch.zeros_like(kappa, dtype=h.dtype)
@@ -313,4 +390,6 @@ def bridge_expand_backward(
             dB[:, expert] += narrow_matmul(dv.t(), h[chunk, expert], dy.dtype)
             dh[chunk, expert] = narrow_matmul(dv, B[:, expert], dy.dtype)
     dkappa, dn, dp = _into_space_backward(dh, n, curved, p.dim() == 2)
+    if own_router:
+        dgates = route_backward(dgates, gates, routed, aux_weight, None, config)
     return BridgeExpandGradients(dgates, dkappa + e_dkappa, dn, dp, dB)
