@@ -26,7 +26,7 @@ def mos_linear(
     router: Tensor | None = None,
     aux_weight: Tensor | None = None,
     dropout_p: float = 0.0,
-    gram=None,
+    prepared=None,
     backend: str = "auto",
 ) -> Tensor:
     """y = x·Wᵀ + b + (α/r) Σ_e g_e o_e (MATH.md, from the paper's eqs 5 to 8).
@@ -40,7 +40,7 @@ def mos_linear(
         router: (E, d_in), this linear's own router, with `aux_weight` (1,) the factor on the gradient of its
             load-balancing loss, injected in backward; None: no such gradient.
         dropout_p: dropout on the adapter's input.
-        gram: the backend's precomputed G of a frozen B.
+        prepared: what the backend's `prepare` made of B, where B is frozen.
 
     Returns (..., d_out) in x's dtype. Second derivatives are not offered. Raises ValueError for shapes or dtypes that
     do not fit, before anything is computed.
@@ -50,7 +50,7 @@ def mos_linear(
     backend = resolve_backend(backend, x)
     with torch.autocast(x.device.type, enabled=False):
         return _MoSLinear.apply(
-            x, weight, bias, A, B, kappa, gates, router, aux_weight, dropout_p, gram, config, backend
+            x, weight, bias, A, B, kappa, gates, router, aux_weight, dropout_p, prepared, config, backend
         )
 
 
@@ -116,19 +116,21 @@ def _check(x, weight, A, B, kappa, gates, router, config) -> None:
 
 class _MoSLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, kappa, gates, router, aux_weight, dropout_p, gram, config, backend_name):
+    def forward(
+        ctx, x, weight, bias, A, B, kappa, gates, router, aux_weight, dropout_p, prepared, config, backend_name
+    ):
         backend = load_backend(backend_name)
         compute = backend.compute_dtype(x.dtype)
         tokens, curvature = x.reshape(-1, x.shape[-1]), kappa.to(compute)
         dropout = backend.draw_dropout(tokens, dropout_p) if dropout_p > 0 else None
-        p, n, logits = backend.shrink(tokens, A, router, dropout)
+        p, n, logits = backend.shrink(tokens, A, router, dropout, differentiable=any(ctx.needs_input_grad))
         routed, own_router = _routed(gates, logits, compute)
+        prepared = backend.prepare(B, x.dtype, config) if prepared is None else prepared
         if config.activation == "identity":
-            G = backend.gram(B, x.dtype) if gram is None else gram
-            z = backend.bridge(p, n, routed, own_router, curvature, G, config)
-            y = backend.expand(z, B, bias, x.dtype)
+            z = backend.bridge(p, n, routed, own_router, curvature, prepared, config)
+            y = backend.expand(z, prepared, bias, x.dtype)
         else:
-            y = backend.bridge_expand(p, n, routed, own_router, curvature, B, bias, x.dtype, config)
+            y = backend.bridge_expand(p, n, routed, own_router, curvature, prepared, bias, x.dtype, config)
         y.addmm_(tokens, weight.t())
 
         keep = None if dropout is None else dropout.keep_bits
@@ -156,12 +158,14 @@ def _linear_backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     routed, own_router = _routed(gates, logits, compute)
     aux_weight = aux_weight if needs_router else None
 
+    prepared = backend.prepare(B, x.dtype, config)
     if config.activation == "identity":
-        G, dz = backend.gram(B, x.dtype), backend.expand_backward_input(dy, B)
-        d = backend.bridge_backward(dz, p, n, routed, own_router, curvature, G, aux_weight, config)
-        dB = backend.expand_backward_weight(dy, d.z, B, d.M) if needs_B else None
+        z = backend.bridge(p, n, routed, own_router, curvature, prepared, config)
+        dz, dB = backend.expand_backward(dy, z, prepared, needs_B)
+        d = backend.bridge_backward(dz, p, n, routed, own_router, curvature, prepared, aux_weight, config)
+        dB = backend.add_norm_gradient(dB, B, d.M) if needs_B else None
     else:
-        d = backend.bridge_expand_backward(dy, p, n, routed, own_router, curvature, B, aux_weight, config)
+        d = backend.bridge_expand_backward(dy, p, n, routed, own_router, curvature, prepared, aux_weight, config)
         dB = d.B
     needs = (needs_x, needs_A, needs_router)
     dlogits = d.routed if own_router else None

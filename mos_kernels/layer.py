@@ -21,10 +21,10 @@ ROUTER_INIT_STD = 0.02
 class Frozen(NamedTuple):
     """What only training changes, computed once by `freeze_for_inference`."""
 
+    backend: str
     kappa: Tensor
-    gram: tuple
     A: Tensor  # in the base's dtype
-    B: Tensor
+    prepared: tuple  # the backend's, from B
 
 
 class _Float32State(nn.Module):
@@ -118,16 +118,13 @@ class MoSLayer(_Float32State):
 
         Raises ValueError for a width, dtype, gates or backend that do not fit; the message names the remedy.
         """
-        A, B, gram = self.mos_lora_A, self.mos_lora_B, None
-        if self._frozen is not None and not torch.is_grad_enabled():
-            kappa, gram, A, B = self._frozen
-        else:
-            kappa = self.curvature
+        frozen = self._frozen if self._frozen is not None and self._may_use_frozen(x, backend) else None
+        kappa, A, prepared = frozen[1:] if frozen else (self.curvature, self.mos_lora_A, None)
         return mos_linear(
-            x, self._dense_weight, self.bias, A, B, kappa,
+            x, self._dense_weight, self.bias, A, self.mos_lora_B, kappa,
             config=self.config, gates=gates, router=self.mos_router if gates is None else None,
             aux_weight=_injected_aux_weight(self), dropout_p=self.config.lora_dropout if self.training else 0.0,
-            gram=gram, backend=backend,
+            prepared=prepared, backend=backend,
         )  # fmt: skip
 
     def routing_logits(self, x: Tensor) -> Tensor:
@@ -143,16 +140,17 @@ class MoSLayer(_Float32State):
         place does not, so freeze after that. Returns the layer.
         """
         self.eval()
+        name, dtype = resolve_backend("auto", self.weight), self.weight.dtype
+        backend = load_backend(name)
         with torch.no_grad():
-            backend = load_backend(resolve_backend("auto", self.weight))
-            dtype, B = self.weight.dtype, self.mos_lora_B
-            self._frozen = Frozen(
-                self.curvature,
-                backend.gram(B, dtype),
-                backend.operand(self.mos_lora_A, dtype),
-                backend.operand(B, dtype),
-            )
+            A = backend.operand(self.mos_lora_A, dtype)
+            self._frozen = Frozen(name, self.curvature, A, backend.prepare(self.mos_lora_B, dtype, self.config))
         return self
+
+    def _may_use_frozen(self, x: Tensor, backend: str) -> bool:
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or x.dtype != self.weight.dtype:
+            return False
+        return self._frozen.backend == resolve_backend(backend, x)
 
     def train(self, mode: bool = True):
         if mode:

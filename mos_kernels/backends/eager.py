@@ -19,11 +19,16 @@ CHUNK = 1 << 22
 """Numbers of an expert's output that exist at a time when an activation keeps the Gram form from holding."""
 
 
-class Gram(NamedTuple):
-    """G = BᵀB of each expert, kept as its trace and G / trace so that a huge B overflows no product with it."""
+class Prepared(NamedTuple):
+    """What the steps want of B: the factor in the dtype of the wide products, and G = BᵀB of each expert.
 
-    unit: Tensor  # (E, r, r)
-    trace: Tensor  # (E,)
+    G is kept as its trace and G / trace, so that a huge B overflows no product with it. Where an activation keeps the
+    Gram form from holding, there is none.
+    """
+
+    B: Tensor  # (d_out, E, r)
+    unit_gram: Tensor | None  # (E, r, r)
+    trace: Tensor | None  # (E,)
 
 
 class Dropout(NamedTuple):
@@ -101,11 +106,12 @@ def squared_norm(x: Tensor) -> Tensor:
 
 
 def shrink(
-    x: Tensor, A: Tensor, router: Tensor | None, dropout: Dropout | None
+    x: Tensor, A: Tensor, router: Tensor | None, dropout: Dropout | None, differentiable: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """p = A·drop(x), n = ‖x‖² and, with a router (E, d_in), logits = Router·x, all in the compute dtype.
 
-    x (T, d_in), A (r, d_in) or (E, r, d_in) -> p (T, r) or (T, E, r), n (T,), logits (T, E) or None.
+    x (T, d_in), A (r, d_in) or (E, r, d_in) -> p (T, r) or (T, E, r), n (T,), logits (T, E) or None. `differentiable`
+    says whether a backward may follow; a backend may otherwise leave its results in parts for the bridge to add up.
     """
     p = narrow_matmul(drop(x, dropout), A.flatten(0, -2).t(), x.dtype)
     logits = None if router is None else routing_logits(x, router)
@@ -196,12 +202,15 @@ class Curved(NamedTuple):
     h: Tensor  # λ p (T, E, r)
 
 
-def gram(B: Tensor, dtype: torch.dtype) -> Gram:
-    """G_e = B_eᵀ B_e from B (d_out, E, r), in the compute dtype of `dtype`."""
+def prepare(B: Tensor, dtype: torch.dtype, config) -> Prepared:
+    """What follows from B (d_out, E, r) alone, for input of `dtype`."""
+    wide = operand(B, dtype)
+    if config.activation != "identity":
+        return Prepared(wide, None, None)
     columns = B.to(compute_dtype(dtype)).permute(1, 2, 0)
-    product = exact_matmul(columns, columns.mT)
-    trace = product.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return Gram(product / trace.clamp(min=torch.finfo(trace.dtype).tiny)[:, None, None], trace)
+    gram = exact_matmul(columns, columns.mT)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return Prepared(wide, gram / trace.clamp(min=torch.finfo(trace.dtype).tiny)[:, None, None], trace)
 
 
 def _into_space(p: Tensor, n: Tensor, kappa: Tensor, config) -> Curved:
@@ -210,21 +219,21 @@ def _into_space(p: Tensor, n: Tensor, kappa: Tensor, config) -> Curved:
     return Curved(scale, scale_dn, scale_dkappa, p, scale.unsqueeze(-1) * p)
 
 
-def _squared_output_norm(h: Tensor, G: Gram) -> tuple[Tensor, Tensor]:
+def _squared_output_norm(h: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:
     """q = hᵀGh (T, E), guarded, and G h / trace (T, E, r)."""
-    unit_gh = exact_matmul(h.transpose(0, 1), G.unit).transpose(0, 1)
-    q = (h * unit_gh).sum(-1) * G.trace
+    unit_gh = exact_matmul(h.transpose(0, 1), prepared.unit_gram).transpose(0, 1)
+    q = (h * unit_gh).sum(-1) * prepared.trace
     return q.clamp(0, geometry.SATURATION), unit_gh
 
 
-def bridge(p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor, G: Gram, config) -> Tensor:
+def bridge(p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor, prepared: Prepared, config) -> Tensor:
     """z = (α/r) g e(q; κ) h with h = λ(n; κ) p and q = hᵀGh. Returns (T, E·r), compute dtype.
 
     routed (T, E): logits with own_router, else gates.
     """
     gates = route(routed, config) if own_router else routed
     h = _into_space(p, n, kappa, config).h
-    q, _ = _squared_output_norm(h, G)
+    q, _ = _squared_output_norm(h, prepared)
     e, _, _ = geometry.projection_scale(q, kappa, config)
     return ((config.scaling * gates * e).unsqueeze(-1) * h).flatten(1)
 
@@ -234,7 +243,6 @@ class BridgeGradients(NamedTuple):
     kappa: Tensor  # (E,)
     n: Tensor  # (T,)
     p: Tensor  # as p
-    z: Tensor  # (T, E·r), recomputed for dB
     M: Tensor  # (E, r, r): Σ_T dq h hᵀ
 
 
@@ -245,7 +253,7 @@ def bridge_backward(
     routed: Tensor,
     own_router: bool,
     kappa: Tensor,
-    G: Gram,
+    prepared: Prepared,
     aux_weight: Tensor | None,
     config,
 ) -> BridgeGradients:
@@ -253,20 +261,20 @@ def bridge_backward(
     gates = route(routed, config) if own_router else routed
     curved = _into_space(p, n, kappa, config)
     h, dz = curved.h, dz.unflatten(-1, curved.h.shape[1:])
-    q, unit_gh = _squared_output_norm(h, G)
+    q, unit_gh = _squared_output_norm(h, prepared)
     e, e_dq, e_dkappa = geometry.projection_scale(q, kappa, config)
     scaled_gates = config.scaling * gates
     dz_h = (dz * h).sum(-1)
     de = scaled_gates * dz_h
     dq = de * e_dq
     weight = (scaled_gates * e).unsqueeze(-1)
-    dh = weight * dz + (2 * dq * G.trace).unsqueeze(-1) * unit_gh
+    dh = weight * dz + (2 * dq * prepared.trace).unsqueeze(-1) * unit_gh
     dkappa, dn, dp = _into_space_backward(dh, n, curved, p.dim() == 2)
     M = exact_matmul((dq.unsqueeze(-1) * h).transpose(0, 1).mT, h.transpose(0, 1))
     drouted = config.scaling * e * dz_h
     if own_router:
         drouted = route_backward(drouted, gates, routed, aux_weight, None, config)
-    return BridgeGradients(drouted, dkappa + (de * e_dkappa).sum(0), dn, dp, (weight * h).flatten(1), M)
+    return BridgeGradients(drouted, dkappa + (de * e_dkappa).sum(0), dn, dp, M)
 
 
 def _into_space_backward(dh: Tensor, n: Tensor, curved: Curved, shared_p: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,22 +286,21 @@ def _into_space_backward(dh: Tensor, n: Tensor, curved: Curved, shared_p: bool) 
 # expand: z, B, bias -> y₀
 
 
-def expand(z: Tensor, B: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def expand(z: Tensor, prepared: Prepared, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """y₀ = z·Bcatᵀ + bias (T, d_out) in `dtype`, which the base's x·Wᵀ is then added to."""
-    z, Bcat = operand(z, dtype), operand(B, dtype).flatten(1).t()
+    z, Bcat = operand(z, dtype), prepared.B.flatten(1).t()
     return z @ Bcat if bias is None else torch.addmm(bias.to(dtype), z, Bcat)
 
 
-def expand_backward_input(dy: Tensor, B: Tensor) -> Tensor:
-    """dz = dy·Bcat (T, E·r), compute dtype."""
-    return narrow_matmul(dy, B.flatten(1), dy.dtype)
+def expand_backward(dy: Tensor, z: Tensor, prepared: Prepared, needs_dB: bool) -> tuple[Tensor, Tensor | None]:
+    """dz = dy·Bcat (T, E·r) and the part dyᵀz (d_out, E, r) of dB, compute dtype. dy (T, d_out), z (T, E·r)."""
+    dz = narrow_matmul(dy, prepared.B.flatten(1), dy.dtype)
+    return dz, narrow_matmul(dy.t(), z, dy.dtype).view(prepared.B.shape) if needs_dB else None
 
 
-def expand_backward_weight(dy: Tensor, z: Tensor, B: Tensor, M: Tensor) -> Tensor:
-    """dB = dyᵀz + 2 B M (d_out, E, r), compute dtype."""
-    dB = narrow_matmul(dy.t(), z, dy.dtype).view(B.shape)
-    through_norm = exact_matmul(B.to(M.dtype).transpose(0, 1), M).transpose(0, 1)
-    return dB.add_(through_norm, alpha=2)
+def add_norm_gradient(dB: Tensor, B: Tensor, M: Tensor) -> Tensor:
+    """dB + 2 B M: the part of dB (d_out, E, r) that comes through q. Overwrites dB."""
+    return dB.add_(exact_matmul(B.to(M.dtype).transpose(0, 1), M).transpose(0, 1), alpha=2)
 
 
 # bridge and expand in one, for φ ≠ identity: the Gram form does not hold, so u = φ(B h) is formed, a chunk at a time
@@ -326,13 +333,13 @@ def bridge_expand(
     routed: Tensor,
     own_router: bool,
     kappa: Tensor,
-    B: Tensor,
+    prepared: Prepared,
     bias: Tensor | None,
     dtype: torch.dtype,
     config,
 ) -> Tensor:
     """y₀ = bias + (α/r) Σ_e g_e e_e φ(B_e h_e) (T, d_out) in `dtype`."""
-    gates = route(routed, config) if own_router else routed
+    B, gates = prepared.B, route(routed, config) if own_router else routed
     h = _into_space(p, n, kappa, config).h
     y0 = torch.empty(h.shape[0], B.shape[0], dtype=dtype, device=h.device)
     for chunk in _chunks(*y0.shape):
@@ -363,12 +370,12 @@ def bridge_expand_backward(
     routed: Tensor,
     own_router: bool,
     kappa: Tensor,
-    B: Tensor,
+    prepared: Prepared,
     aux_weight: Tensor | None,
     config,
 ) -> BridgeExpandGradients:
     """Gradients of `bridge_expand`; dy (T, d_out) is read, and u formed again, a chunk at a time."""
-    gates = route(routed, config) if own_router else routed
+    B, gates = prepared.B, route(routed, config) if own_router else routed
     curved = _into_space(p, n, kappa, config)
     h, dh = curved.h, torch.empty_like(curved.h)
     dgates, e_dkappa = torch.empty_like(curved.scale), torch.zeros_like(kappa, dtype=h.dtype)
