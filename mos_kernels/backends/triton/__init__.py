@@ -1,0 +1,186 @@
+"""The four steps as Triton kernels, for CUDA and ROCm, with the interface of the eager backend (float32 and below).
+
+p, n and logits are kept as planes (S, T, …): partial sums over S parts of d_in, which the bridge adds up in a fixed
+order. S is 1 wherever a backward may follow. Logits of a half-precision x lie in two parts, high and low.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mos_kernels.backends.eager import operand
+from mos_kernels.backends.triton import activated
+from mos_kernels.backends.triton import bridge as _bridge
+from mos_kernels.backends.triton import expand as _expand
+from mos_kernels.backends.triton import shrink as _shrink
+
+__all__ = [
+    "BridgeExpandGradients",
+    "BridgeGradients",
+    "Dropout",
+    "Prepared",
+    "add_norm_gradient",
+    "bridge",
+    "bridge_backward",
+    "bridge_expand",
+    "bridge_expand_backward",
+    "compute_dtype",
+    "draw_dropout",
+    "expand",
+    "expand_backward",
+    "operand",
+    "prepare",
+    "route",
+    "route_backward",
+    "routing_logits",
+    "routing_logits_backward",
+    "shrink",
+    "shrink_backward",
+]
+
+
+class Dropout(NamedTuple):
+    """What dropout decided: the seed of a counter-based generator, and the probability of losing an element."""
+
+    seed: Tensor  # (1,) int64
+    p: float
+
+
+class Prepared(NamedTuple):
+    """What the steps want of B: the factor in the dtype of the wide products, and G = BᵀB of each expert."""
+
+    B: Tensor  # (d_out, E, r)
+    gram: Tensor | None  # (E, r, r)
+
+
+class BridgeGradients(NamedTuple):
+    routed: Tensor  # dlogits or dgates (T, E)
+    kappa: Tensor  # (E,)
+    n: Tensor  # (T,)
+    p: Tensor  # (T, R)
+    M: Tensor  # (E, r, r)
+
+
+class BridgeExpandGradients(NamedTuple):
+    routed: Tensor
+    kappa: Tensor
+    n: Tensor
+    p: Tensor
+    B: Tensor  # (d_out, E, r)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, whatever the input."""
+    return torch.float32
+
+
+def draw_dropout(x: Tensor, p: float) -> Dropout:
+    """Draw the seed from x's device's own generator: no synchronisation, and a CUDA graph draws anew on replay."""
+    return Dropout(torch.randint(0, 2**62, (1,), device=x.device), p)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t with dense rows (autograd can hand over expanded gradients, whose strides are 0)."""
+    return t if t.stride(1) == 1 or t.shape[1] == 1 and t.stride(0) > 0 else t.contiguous()
+
+
+def _stack(A: Tensor) -> Tensor:
+    return A.flatten(0, -2).contiguous()
+
+
+def shrink(x, A, router, dropout: Dropout | None, differentiable: bool):
+    """Planes p (S, T, R), n (S, T) and logits (S, T, E or 2E) or None."""
+    seed, p_drop = (None, 0.0) if dropout is None else dropout
+    router = None if router is None else router.contiguous()
+    p, n, logits = _shrink.shrink_launch(_rows(x), _stack(A), router, seed, p_drop, not differentiable)
+    return p, n, None if router is None else logits
+
+
+def shrink_backward(x, A, router, dp, dn, dlogits, dropout: Dropout | None, needs: tuple[bool, bool, bool]):
+    """dx₀, dA and dRouter; dA and dRouter in float32."""
+    seed, p_drop = (None, 0.0) if dropout is None else dropout
+    stacked, router = _stack(A), None if router is None else router.contiguous()
+    dx, dw = _shrink.shrink_backward_launch(
+        _rows(x), stacked, router, dp, dn, dlogits, seed, p_drop, needs[0], needs[1] or needs[2]
+    )
+    if dw is None:
+        return dx, None, None
+    R = stacked.shape[0]
+    return dx, dw[:R].view(A.shape), dw[R:] if needs[2] else None
+
+
+def routing_logits(x, router):
+    """Logits (1, T, E or 2E) of a router of its own."""
+    return _shrink.shrink_launch(_rows(x), None, router.contiguous(), None, 0.0, False)[2]
+
+
+def routing_logits_backward(x, router, dlogits, needs: tuple[bool, bool]):
+    """dx (T, d_in) and dRouter (E, d_in)."""
+    return _shrink.shrink_backward_launch(_rows(x), None, router.contiguous(), None, None, dlogits, None, 0.0, *needs)
+
+
+def route(logits, config):
+    """Gates (T, E)."""
+    return _bridge.route_launch(logits, config)
+
+
+def route_backward(dgates, gates, logits, aux_weight, token_mask, config):
+    """dlogits (T, E); the gates are formed again from the logits."""
+    mask = None if token_mask is None else token_mask.to(torch.uint8).contiguous()
+    return _bridge.route_backward_launch(dgates.contiguous(), logits, aux_weight, mask, config)
+
+
+def prepare(B, dtype: torch.dtype, config) -> Prepared:
+    """What follows from B (d_out, E, r) alone."""
+    B = B.contiguous()
+    return (
+        Prepared(*_expand.gram_launch(B, dtype))
+        if config.activation == "identity"
+        else Prepared(operand(B, dtype), None)
+    )
+
+
+def bridge(p, n, routed, own_router: bool, kappa, prepared: Prepared, config):
+    """z (T, E·r) in the dtype of the wide products."""
+    routed = routed if own_router else routed.contiguous()
+    return _bridge.bridge_launch(p, n, routed, own_router, kappa, prepared.gram, prepared.B.dtype, config)
+
+
+def bridge_backward(dz, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, config):
+    """Gradients of `bridge`; dz in planes (S, T, E·r)."""
+    routed = routed if own_router else routed.contiguous()
+    return BridgeGradients(
+        *_bridge.bridge_backward_launch(dz, p, n, routed, own_router, kappa, prepared.gram, aux_weight, config)
+    )
+
+
+def expand(z, prepared: Prepared, bias, dtype: torch.dtype):
+    """y₀ (T, d_out) in dtype."""
+    return _expand.expand_launch(z, prepared.B, bias)
+
+
+def expand_backward(dy, z, prepared: Prepared, needs_dB: bool):
+    """dz in planes (S, T, E·r) and dyᵀz in planes (chunks, d_out, E·r) or None."""
+    return _expand.expand_backward_launch(_rows(dy), z, prepared.B, needs_dB)
+
+
+def add_norm_gradient(dB, B, M):
+    """dB (d_out, E, r), the planes added up and 2 B M added to them."""
+    return _expand.norm_gradient_launch(dB, B.contiguous(), M)
+
+
+def bridge_expand(p, n, routed, own_router: bool, kappa, prepared: Prepared, bias, dtype: torch.dtype, config):
+    """y₀ (T, d_out) where an activation keeps the Gram form from holding."""
+    routed = routed if own_router else routed.contiguous()
+    return activated.activated_launch(p, n, routed, own_router, kappa, prepared.B, bias, config)
+
+
+def bridge_expand_backward(dy, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, config):
+    """Gradients of `bridge_expand`."""
+    routed = routed if own_router else routed.contiguous()
+    return BridgeExpandGradients(
+        *activated.activated_backward_launch(_rows(dy), p, n, routed, own_router, kappa, prepared.B, aux_weight, config)
+    )

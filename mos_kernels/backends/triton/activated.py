@@ -1,0 +1,376 @@
+"""bridge and expand in one for φ ≠ identity, where q = ‖φ(B h)‖² has no Gram form.
+
+    v_e = B_e h_e    u_e = φ(v_e)    q_e = ‖u_e‖²    y₀ = bias + Σ_e c_e u_e with c_e = (α/r) g_e e(q_e; κ_e)
+    t_e = dy·u_e     dv_e = (c_e dy + 2 dq_e u_e) ⊙ φ'(v_e)    dB_e = dv_eᵀ h_e    dh_e = dv_e B_e
+
+u is formed tile by tile in each pass and never stored: once for q (and t), once for the output (or dv).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mos_kernels.backends.triton import launch
+from mos_kernels.backends.triton.bridge import (
+    _tile,
+    balance_gradient,
+    gates_backward,
+    load_factors,
+    load_logits,
+    load_n,
+    load_p,
+    load_share,
+    route_parts,
+    top_k_gates,
+)
+from mos_kernels.backends.triton.geometry import inverse_projection_scale, mapping_code, projection_scale
+from mos_kernels.backends.triton.numerics import cast, dot, saturate
+
+TANH, SILU, GELU = 0, 1, 2
+CODES = {"tanh": TANH, "silu": SILU, "gelu": GELU}
+
+_TANH = tl.constexpr(TANH)
+_SILU = tl.constexpr(SILU)
+
+
+@triton.jit
+def activation(v, ACTIVATION: tl.constexpr):
+    """φ(v) and φ'(v)."""
+    if ACTIVATION == _TANH:
+        a = tl.abs(v)
+        s = v * v
+        small = v * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
+        large = 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(a, 20.0)) + 1.0)
+        u = tl.where(a < 0.25, small, tl.where(v < 0.0, -large, large))
+        return tl.where(v == v, u, v), 1.0 - u * u
+    if ACTIVATION == _SILU:
+        s = tl.sigmoid(v)
+        return v * s, s * (1.0 + v * (1.0 - s))
+    half = 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
+    return v * half, half + v * tl.exp(-0.5 * v * v) * 0.3989422804014327
+
+
+@triton.jit(do_not_specialize=["T"])
+def curve_kernel(
+    p, n, kappa, h, T, E, r, eps,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+    SPLITS: tl.constexpr, SHARED: tl.constexpr, MAPPING: tl.constexpr,
+):  # fmt: skip
+    """h[t, e] = λ(n[t]; κ[e]) p[t]"""
+    i_t, i_e = tl.program_id(0), tl.program_id(1)
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_e = i_e * BLOCK_E + tl.arange(0, BLOCK_E)
+    o_r = tl.arange(0, BLOCK_R)
+    m_t, row = o_t < T, o_t.to(tl.int64)
+    b_kappa = tl.load(kappa + o_e, mask=o_e < E, other=0.0)
+    scale, _, _ = inverse_projection_scale(load_n(n, o_t, m_t, T, SPLITS)[:, None], b_kappa[None, :], eps, MAPPING)
+    b_h = scale[:, :, None] * load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
+    offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
+    mask = m_t[:, None, None] & (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
+    tl.store(h + offsets, cast(b_h, h.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_h(h, row, m_t, i_e, o_r, E, r):
+    return tl.load(h + (row[:, None] * E + i_e) * r + o_r[None, :], mask=m_t[:, None] & (o_r[None, :] < r), other=0.0)
+
+
+@triton.jit
+def _load_B(B, o_n, i_e, o_r, N, E, r):
+    mask = (o_n[:, None] < N) & (o_r[None, :] < r)
+    return tl.load(B + (o_n[:, None].to(tl.int64) * E + i_e) * r + o_r[None, :], mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["T"])
+def activated_norm_kernel(
+    h, B, dy, planes, T, N, E, r, stride_dy,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
+    ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """planes[0, split, t, e] = ‖u[part]‖²; in backward also planes[1, …] = dy[part]·u[part]"""
+    i_t, i_e, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_r = tl.arange(0, BLOCK_R)
+    m_t, row = o_t < T, o_t.to(tl.int64)
+    b_h = _load_h(h, row, m_t, i_e, o_r, E, r)
+    part = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS) * BLOCK_N
+    q = tl.zeros([BLOCK_T], tl.float32)
+    t = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(i_s * part, tl.minimum((i_s + 1) * part, N), BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        v = dot(b_h, tl.trans(_load_B(B, o_n, i_e, o_r, N, E, r)), tl.zeros([BLOCK_T, BLOCK_N], tl.float32))
+        u, _ = activation(v, ACTIVATION)
+        q += tl.sum(u * u, 1)
+        if BACKWARD:
+            mask = m_t[:, None] & (o_n[None, :] < N)
+            t += tl.sum(
+                tl.load(dy + row[:, None] * stride_dy + o_n[None, :], mask=mask, other=0.0).to(tl.float32) * u, 1
+            )
+    plane = (i_s.to(tl.int64) * T + row) * E + i_e
+    tl.store(planes + plane, q, mask=m_t)
+    if BACKWARD:
+        tl.store(planes + tl.cast(SPLITS, tl.int64) * T * E + plane, t, mask=m_t)
+
+
+@triton.jit
+def _load_planes(planes, row, m_t, o_e, T, E, SPLITS: tl.constexpr):
+    mask = m_t[:, None] & (o_e[None, :] < E)
+    total = tl.zeros([row.shape[0], o_e.shape[0]], tl.float32)
+    for s in range(SPLITS):
+        total += tl.load(planes + (s * T + row[:, None]) * E + o_e[None, :], mask=mask, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["T"])
+def coefficients_kernel(
+    planes, routed, kappa, share, aux_weight, through_dy, through_u, drouted, dkappa, T, E, scaling, eps,
+    BLOCK_T: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, ROUTE_SPLITS: tl.constexpr,
+    ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, MAPPING: tl.constexpr, BACKWARD: tl.constexpr,
+    BALANCE: tl.constexpr,
+):  # fmt: skip
+    """through_dy = c; in backward through_u = 2 dq, drouted, and the output scale's share of dκ."""
+    o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_e = tl.arange(0, ALL_E)
+    m_t, row = o_t < T, o_t.to(tl.int64)
+    m = m_t[:, None] & (o_e[None, :] < E)
+    flat = row[:, None] * E + o_e[None, :]
+    if ROUTE_PARTS == 0:
+        logits = tl.load(routed + flat, mask=m, other=0.0)
+        gates = logits
+    else:
+        logits = load_logits(routed, row, m_t, o_e, T, E, ROUTE_SPLITS, ROUTE_PARTS)
+        gates = top_k_gates(logits, o_e, ALL_E, K, NORMALISE)
+    b_kappa = tl.load(kappa + o_e, mask=o_e < E, other=0.0)[None, :]
+    q = saturate(_load_planes(planes, row, m_t, o_e, T, E, SPLITS))
+    e, e_dq, e_dkappa = projection_scale(q, b_kappa, eps, MAPPING)
+    tl.store(through_dy + flat, scaling * gates * e, mask=m)
+    if BACKWARD:
+        t = _load_planes(planes + tl.cast(SPLITS, tl.int64) * T * E, row, m_t, o_e, T, E, SPLITS)
+        de = scaling * gates * t
+        tl.store(through_u + flat, 2.0 * de * e_dq, mask=m)
+        tl.store(dkappa + flat, de * e_dkappa, mask=m)
+        b_drouted = scaling * e * t
+        if ROUTE_PARTS > 0:
+            b_drouted = gates_backward(b_drouted, gates, logits, o_e, ALL_E, K, NORMALISE)
+            if BALANCE:
+                b_share = tl.load(share + o_e, mask=o_e < E, other=0.0)
+                b_drouted += tl.load(aux_weight) * E / T * balance_gradient(logits, b_share)
+        tl.store(drouted + flat, b_drouted, mask=m)
+
+
+@triton.jit(do_not_specialize=["T"])
+def activated_expand_kernel(
+    h, B, bias, through_dy, y, T, N, E, r,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """y[t, n] = bias[n] + Σ_e c[t, e] φ(h[t, e] @ B[n, e])"""
+    i_t, i_n = tl.program_id(0), tl.program_id(1)
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_r = tl.arange(0, BLOCK_R)
+    m_t, row = o_t < T, o_t.to(tl.int64)
+    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    if BIAS:
+        total += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+    for i_e in range(E):
+        b_h, b_B = _load_h(h, row, m_t, i_e, o_r, E, r), _load_B(B, o_n, i_e, o_r, N, E, r)
+        v = dot(b_h, tl.trans(b_B), tl.zeros([BLOCK_T, BLOCK_N], tl.float32))
+        u, _ = activation(v, ACTIVATION)
+        total += tl.load(through_dy + row * E + i_e, mask=m_t, other=0.0)[:, None] * u
+    mask = m_t[:, None] & (o_n[None, :] < N)
+    tl.store(y + row[:, None] * N + o_n[None, :], cast(total, y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dv(dy, h_tile, B_tile, through_dy, through_u, row, m_t, o_n, i_e, N, E, stride_dy, ACTIVATION: tl.constexpr):
+    """dv [tokens, outputs] of one expert."""
+    v = dot(h_tile, tl.trans(B_tile), tl.zeros([h_tile.shape[0], B_tile.shape[0]], tl.float32))
+    u, slope = activation(v, ACTIVATION)
+    mask = m_t[:, None] & (o_n[None, :] < N)
+    b_dy = tl.load(dy + row[:, None] * stride_dy + o_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(through_dy + row * E + i_e, mask=m_t, other=0.0)[:, None]
+    d = tl.load(through_u + row * E + i_e, mask=m_t, other=0.0)[:, None]
+    return cast((c * b_dy + d * u) * slope, h_tile.dtype)
+
+
+@triton.jit(do_not_specialize=["T"])
+def activated_input_kernel(
+    dy, h, B, through_dy, through_u, planes, T, N, E, r, stride_dy,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """planes[split, t, e] = dv[t, part] @ B[part, e]"""
+    i_t, i_e, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_r = tl.arange(0, BLOCK_R)
+    m_t, row = o_t < T, o_t.to(tl.int64)
+    b_h = _load_h(h, row, m_t, i_e, o_r, E, r)
+    part = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS) * BLOCK_N
+    total = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    for start in range(i_s * part, tl.minimum((i_s + 1) * part, N), BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        b_B = _load_B(B, o_n, i_e, o_r, N, E, r)
+        dv = _dv(dy, b_h, b_B, through_dy, through_u, row, m_t, o_n, i_e, N, E, stride_dy, ACTIVATION)
+        total = dot(dv, b_B, total)
+    offsets = ((i_s.to(tl.int64) * T + row[:, None]) * E + i_e) * r + o_r[None, :]
+    tl.store(planes + offsets, total, mask=m_t[:, None] & (o_r[None, :] < r))
+
+
+@triton.jit(do_not_specialize=["T"])
+def activated_weight_kernel(
+    dy, h, B, through_dy, through_u, planes, T, N, E, r, stride_dy,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """planes[split, n, e] = Σ_t dv[t, n] h[t, e], over the split's tokens"""
+    i_n, i_e, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_r = tl.arange(0, BLOCK_R)
+    b_B = _load_B(B, o_n, i_e, o_r, N, E, r)
+    part = tl.cdiv(tl.cdiv(T, BLOCK_T), SPLITS) * BLOCK_T
+    total = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    for start in range(i_s * part, tl.minimum((i_s + 1) * part, T), BLOCK_T):
+        o_t = start + tl.arange(0, BLOCK_T)
+        m_t, row = o_t < T, o_t.to(tl.int64)
+        b_h = _load_h(h, row, m_t, i_e, o_r, E, r)
+        dv = _dv(dy, b_h, b_B, through_dy, through_u, row, m_t, o_n, i_e, N, E, stride_dy, ACTIVATION)
+        total = dot(tl.trans(dv), b_h, total)
+    offsets = ((i_s.to(tl.int64) * N + o_n[:, None]) * E + i_e) * r + o_r[None, :]
+    tl.store(planes + offsets, total, mask=(o_n[:, None] < N) & (o_r[None, :] < r))
+
+
+@triton.jit(do_not_specialize=["T"])
+def uncurve_kernel(
+    planes, p, n, kappa, dp, dn, dkappa, T, E, r, eps,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, ALL_E: tl.constexpr,
+    SPLITS: tl.constexpr, SHARED: tl.constexpr, MAPPING: tl.constexpr,
+):  # fmt: skip
+    """dp and dn of a token from dh; adds the inverse projection's share to dκ, which holds the projection's."""
+    o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_r = tl.arange(0, BLOCK_R)
+    m_t, row = o_t < T, o_t.to(tl.int64)
+    b_n = load_n(n, o_t, m_t, T, 1)
+    total_dn = tl.zeros([BLOCK_T], tl.float32)
+    total_dp = tl.zeros([BLOCK_T, 1, BLOCK_R], tl.float32)
+    for i_e in range(ALL_E // BLOCK_E):
+        o_e = i_e * BLOCK_E + tl.arange(0, BLOCK_E)
+        m_e = m_t[:, None] & (o_e[None, :] < E)
+        mask = m_e[:, :, None] & (o_r[None, None, :] < r)
+        b_kappa = tl.load(kappa + o_e, mask=o_e < E, other=0.0)[None, :]
+        scale, scale_dn, scale_dkappa = inverse_projection_scale(b_n[:, None], b_kappa, eps, MAPPING)
+        offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
+        dh = load_factors(planes, row, m_t, o_e, o_r, T, E, r, SPLITS)
+        dscale = tl.sum(dh * load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, 1), 2)
+        total_dn += tl.sum(dscale * scale_dn, 1)
+        flat = row[:, None] * E + o_e[None, :]
+        held = tl.load(dkappa + flat, mask=m_e, other=0.0)
+        tl.store(dkappa + flat, held + dscale * scale_dkappa, mask=m_e)
+        if SHARED:
+            total_dp += tl.sum(scale[:, :, None] * dh, 1)[:, None, :]
+        else:
+            tl.store(dp + offsets, scale[:, :, None] * dh, mask=mask)
+    if SHARED:
+        m_p = m_t[:, None, None] & (o_r[None, None, :] < r)
+        tl.store(dp + row[:, None, None] * r + o_r[None, None, :], total_dp, mask=m_p)
+    tl.store(dn + o_t, total_dn, mask=m_t)
+
+
+def _curve(p, n, kappa, dtype: torch.dtype, config) -> Tensor:
+    T, E, r = n.shape[1], config.num_experts, config.r
+    h = torch.empty(T, E, r, device=p.device, dtype=dtype)
+    tile = _tile(config, T, p.device, "curve")
+    grid = (triton.cdiv(T, tile["BLOCK_T"]), tile.pop("ALL_E") // tile["BLOCK_E"])
+    tile.pop("K")
+    launch.launch(
+        curve_kernel, grid, p, (p, n, kappa, h, T, E, r, config.boundary_eps),
+        SPLITS=n.shape[0], SHARED=config.share_a, MAPPING=mapping_code(config), **tile,
+    )  # fmt: skip
+    return h
+
+
+def _norms(h: Tensor, B: Tensor, dy: Tensor | None, config) -> Tensor:
+    (T, E, r), N = h.shape, B.shape[0]
+    settings = launch.settings("activated_norm", h.device, T)
+    kinds, splits = (1 if dy is None else 2), settings["SPLITS"]
+    planes = torch.empty(kinds, splits, T, E, device=h.device, dtype=torch.float32)
+    launch.launch(
+        activated_norm_kernel, (triton.cdiv(T, settings["BLOCK_T"]), E, splits), h,
+        (h, B, h if dy is None else dy, planes, T, N, E, r, 0 if dy is None else dy.stride(0)),
+        BLOCK_R=launch.block(r, 16, 128), ACTIVATION=CODES[config.activation], BACKWARD=dy is not None, **settings,
+    )  # fmt: skip
+    return planes
+
+
+def _coefficients(planes, routed, own_router: bool, kappa, aux_weight, config) -> tuple[Tensor, ...]:
+    kinds, splits, T, E = planes.shape
+
+    def empty():
+        return torch.empty(T, E, device=planes.device, dtype=torch.float32)
+
+    through_dy = empty()
+    through_u, drouted, dkappa = (empty() for _ in range(3)) if kinds == 2 else (planes,) * 3
+    share = load_share(routed, None, config)[0] if aux_weight is not None else planes
+    parts = route_parts(routed, own_router, config)
+    settings = launch.settings("route", planes.device, T)
+    launch.launch(
+        coefficients_kernel, (triton.cdiv(T, settings["BLOCK_T"]),), planes,
+        (planes, routed, kappa, share, planes if aux_weight is None else aux_weight,
+         through_dy, through_u, drouted, dkappa, T, E, config.scaling, config.boundary_eps),
+        ALL_E=triton.next_power_of_2(E), K=config.num_experts_per_tok, SPLITS=splits,
+        ROUTE_SPLITS=routed.shape[0] if parts else 1, ROUTE_PARTS=parts, NORMALISE=config.norm_topk_prob,
+        MAPPING=mapping_code(config), BACKWARD=kinds == 2, BALANCE=aux_weight is not None, **settings,
+    )  # fmt: skip
+    return through_dy, through_u, drouted, dkappa
+
+
+def activated_launch(p, n, routed, own_router: bool, kappa, B: Tensor, bias: Tensor | None, config) -> Tensor:
+    """y₀ (T, d_out) in B's dtype."""
+    h = _curve(p, n, kappa, B.dtype, config)
+    (T, E, r), N = h.shape, B.shape[0]
+    through_dy, *_ = _coefficients(_norms(h, B, None, config), routed, own_router, kappa, None, config)
+    y = torch.empty(T, N, device=h.device, dtype=h.dtype)
+    settings = launch.settings("activated_expand", h.device, T)
+    launch.launch(
+        activated_expand_kernel, (triton.cdiv(T, settings["BLOCK_T"]), triton.cdiv(N, settings["BLOCK_N"])), h,
+        (h, B, h if bias is None else bias, through_dy, y, T, N, E, r),
+        BLOCK_R=launch.block(r, 16, 128), ACTIVATION=CODES[config.activation], BIAS=bias is not None, **settings,
+    )  # fmt: skip
+    return y
+
+
+def activated_backward_launch(
+    dy: Tensor, p, n, routed, own_router: bool, kappa, B: Tensor, aux_weight: Tensor | None, config
+) -> tuple[Tensor, ...]:
+    """drouted (T, E), dκ (E,), dn (T,), dp (T, R) and dB (d_out, E, r). dy (T, d_out), rows dense."""
+    h = _curve(p, n, kappa, B.dtype, config)
+    (T, E, r), N, device = h.shape, B.shape[0], h.device
+    planes = _norms(h, B, dy, config)
+    through_dy, through_u, drouted, dkappa = _coefficients(planes, routed, own_router, kappa, aux_weight, config)
+    common = {"BLOCK_R": launch.block(r, 16, 128), "ACTIVATION": CODES[config.activation]}
+    arguments = (T, N, E, r, dy.stride(0))
+
+    settings = launch.settings("activated_input", device, T)
+    dh = torch.empty(settings["SPLITS"], T, E, r, device=device, dtype=torch.float32)
+    grid = (triton.cdiv(T, settings["BLOCK_T"]), E, settings["SPLITS"])
+    launch.launch(
+        activated_input_kernel, grid, h, (dy, h, B, through_dy, through_u, dh, *arguments), **common, **settings
+    )
+    settings = launch.settings("activated_weight", device, T)
+    dB = torch.empty(settings["SPLITS"], N, E, r, device=device, dtype=torch.float32)
+    grid = (triton.cdiv(N, settings["BLOCK_N"]), E, settings["SPLITS"])
+    launch.launch(
+        activated_weight_kernel, grid, h, (dy, h, B, through_dy, through_u, dB, *arguments), **common, **settings
+    )
+    dp = torch.empty(p.shape[1:], device=device, dtype=torch.float32)
+    dn = torch.empty(T, device=device, dtype=torch.float32)
+    tile = _tile(config, T, device, "curve")
+    tile.pop("K")
+    launch.launch(
+        uncurve_kernel, (triton.cdiv(T, tile["BLOCK_T"]),), h,
+        (dh, p, n, kappa, dp, dn, dkappa, T, E, r, config.boundary_eps),
+        SPLITS=dh.shape[0], SHARED=config.share_a, MAPPING=mapping_code(config), **tile,
+    )  # fmt: skip
+    return drouted, dkappa.sum(0), dn, dp, launch.sum_planes(dB)

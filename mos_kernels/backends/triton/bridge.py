@@ -1,0 +1,447 @@
+"""bridge: p, n, routed, κ, G -> z, everything curved and everything routed, in E·r float32 numbers a token.
+
+    gates = top-k softmax(logits)    h_e = λ(n; κ_e) p    q_e = h_eᵀ G_e h_e    z_e = (α/r) g_e e(q_e; κ_e) h_e
+
+and its backward (MATH: "Backward in rank space"). A tile is [BLOCK_T tokens, BLOCK_E experts, BLOCK_R of rank]. A
+product with G is a sum over one index of rank at a time: at these sizes nearly free, exact in float32, no padding.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mos_kernels.backends.triton import launch
+from mos_kernels.backends.triton.geometry import inverse_projection_scale, mapping_code, projection_scale
+from mos_kernels.backends.triton.numerics import cast, dot, saturate
+
+
+@triton.jit
+def load_logits(logits, row, m_t, o_e, T, E, SPLITS: tl.constexpr, PARTS: tl.constexpr):
+    """Logits [tokens, experts]: planes and parts added up in a fixed order; -inf where there is no expert."""
+    m_e = o_e[None, :] < E
+    total = tl.zeros([row.shape[0], o_e.shape[0]], tl.float32)
+    for s in range(SPLITS):
+        for part in range(PARTS):
+            offsets = (s * T + row[:, None]) * (PARTS * E) + part * E + o_e[None, :]
+            total += tl.load(logits + offsets, mask=m_t[:, None] & m_e, other=0.0)
+    return tl.where(m_e, total, -float("inf"))
+
+
+@triton.jit
+def top_k(logits, o_e, BLOCK_E: tl.constexpr, K: tl.constexpr):
+    """The K largest of each row as a mask, ties to the lower index."""
+    kept = tl.zeros(logits.shape, tl.int1)
+    for _ in range(K):
+        left = tl.where(kept, -float("inf"), logits)
+        best = tl.max(left, 1)
+        candidate = (left == best[:, None]) & (kept == 0)
+        first = tl.min(tl.where(candidate, o_e[None, :], BLOCK_E), 1)
+        kept = kept | (o_e[None, :] == first[:, None])
+    return kept
+
+
+@triton.jit
+def softmax(logits):
+    shifted = tl.exp(logits - tl.max(logits, 1)[:, None])
+    return tl.div_rn(shifted, tl.sum(shifted, 1)[:, None] + 0.0 * shifted)
+
+
+@triton.jit
+def top_k_gates(logits, o_e, BLOCK_E: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr):
+    """Gates [tokens, experts]: the softmax kept for the top K, renormalised over them if asked."""
+    kept = top_k(logits, o_e, BLOCK_E, K)
+    if NORMALISE:
+        return softmax(tl.where(kept, logits, -float("inf")))
+    return tl.where(kept, softmax(logits), 0.0)
+
+
+@triton.jit
+def gates_backward(dgates, gates, logits, o_e, BLOCK_E: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr):
+    """dlogits of `top_k_gates`."""
+    if NORMALISE:
+        return gates * (dgates - tl.sum(gates * dgates, 1)[:, None])
+    probability = softmax(logits)
+    kept_dgates = tl.where(top_k(logits, o_e, BLOCK_E, K), dgates, 0.0)
+    return probability * (kept_dgates - tl.sum(probability * kept_dgates, 1)[:, None])
+
+
+@triton.jit
+def balance_gradient(logits, share):
+    """p (f - Σ f p): the load-balancing gradient in the logits, to be multiplied by its weight times E / T."""
+    probability = softmax(logits)
+    return probability * (share[None, :] - tl.sum(probability * share[None, :], 1)[:, None])
+
+
+@triton.jit
+def take(full, o_all, o_e):
+    """full[:, o_e] of a tile [tokens, all experts]."""
+    return tl.sum(tl.where(o_all[None, :, None] == o_e[None, None, :], full[:, :, None], 0.0), 1)
+
+
+@triton.jit
+def put(part, o_all, o_e):
+    """The tile [tokens, all experts] that holds `part` at o_e and 0 elsewhere."""
+    return tl.sum(tl.where(o_all[None, :, None] == o_e[None, None, :], part[:, None, :], 0.0), 2)
+
+
+@triton.jit
+def load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED: tl.constexpr, SPLITS: tl.constexpr):
+    """p [tokens, 1 or experts, rank], planes added up in a fixed order."""
+    mask = m_t[:, None, None] & (o_r[None, None, :] < r)
+    if SHARED:
+        total = tl.load(p + row[:, None, None] * r + o_r[None, None, :], mask=mask, other=0.0)
+        for s in range(1, SPLITS):
+            total += tl.load(p + (s * T + row[:, None, None]) * r + o_r[None, None, :], mask=mask, other=0.0)
+    else:
+        total = load_factors(p, row, m_t, o_e, o_r, T, E, r, SPLITS)
+    return total
+
+
+@triton.jit
+def load_factors(planes, row, m_t, o_e, o_r, T, E, r, SPLITS: tl.constexpr):
+    """A tile [tokens, experts, rank] of planes (SPLITS, T, E, r), added up in a fixed order."""
+    mask = m_t[:, None, None] & (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
+    total = tl.load(
+        planes + (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :], mask=mask, other=0.0
+    )
+    for s in range(1, SPLITS):
+        offsets = ((s * T + row[:, None, None]) * E + o_e[None, :, None]) * r + o_r[None, None, :]
+        total += tl.load(planes + offsets, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def load_n(n, o_t, m_t, T, SPLITS: tl.constexpr):
+    total = tl.load(n + o_t, mask=m_t, other=0.0)
+    for s in range(1, SPLITS):
+        total += tl.load(n + s * T + o_t, mask=m_t, other=0.0)
+    return saturate(total)
+
+
+@triton.jit
+def _gram_times(p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED: tl.constexpr, SPLITS: tl.constexpr):
+    """G h / trace [tokens, experts, rank] with h = scale·p."""
+    total = tl.zeros([row.shape[0], o_e.shape[0], o_r.shape[0]], tl.float32)
+    inverse = tl.div_rn(1.0 + 0.0 * trace, tl.maximum(trace, 1e-37))
+    m_g = (o_e[:, None] < E) & (o_r[None, :] < r)
+    for j in range(r):
+        b_g = tl.load(gram + (o_e[:, None] * r + j) * r + o_r[None, :], mask=m_g, other=0.0) * inverse[:, None]
+        o_j = j + tl.arange(0, 1)
+        b_h = scale[:, :, None] * load_p(p, row, m_t, o_e, o_j, T, E, r, SHARED, SPLITS)
+        total += b_h * b_g[None, :, :]
+    return total
+
+
+@triton.jit
+def load_trace(gram, o_e, o_r, E, r):
+    diagonal = gram + (o_e[:, None] * r + o_r[None, :]) * r + o_r[None, :]
+    return tl.sum(tl.load(diagonal, mask=(o_e[:, None] < E) & (o_r[None, :] < r), other=0.0), 1)
+
+
+@triton.jit(do_not_specialize=["T"])
+def bridge_kernel(
+    p, n, routed, kappa, gram, z, T, E, r, scaling, eps,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr,
+    SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
+    MAPPING: tl.constexpr,
+):  # fmt: skip
+    """z[t, e] = scaling · g[t, e] · e(q) · h"""
+    i_t, i_e = tl.program_id(0), tl.program_id(1)
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_e = i_e * BLOCK_E + tl.arange(0, BLOCK_E)
+    o_r = tl.arange(0, BLOCK_R)
+    m_t, row = o_t < T, o_t.to(tl.int64)
+    b_kappa = tl.load(kappa + o_e, mask=o_e < E, other=0.0)
+    gates = _load_gates(routed, row, m_t, o_e, T, E, BLOCK_E, ALL_E, K, SPLITS, ROUTE_PARTS, NORMALISE)
+    scale, _, _ = inverse_projection_scale(load_n(n, o_t, m_t, T, SPLITS)[:, None], b_kappa[None, :], eps, MAPPING)
+    h = scale[:, :, None] * load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
+    trace = load_trace(gram, o_e, o_r, E, r)
+    unit_gh = _gram_times(p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
+    q = saturate(tl.maximum(tl.sum(h * unit_gh, 2) * trace[None, :], 0.0, tl.PropagateNan.ALL))
+    e, _, _ = projection_scale(q, b_kappa[None, :], eps, MAPPING)
+    offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
+    mask = m_t[:, None, None] & (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
+    tl.store(z + offsets, cast((scaling * gates * e)[:, :, None] * h, z.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_gates(
+    routed, row, m_t, o_e, T, E,
+    BLOCK_E: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr,
+    ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    """Gates of the experts o_e: from logits in ROUTE_PARTS parts, or as given where that is 0."""
+    if ROUTE_PARTS == 0:
+        mask = m_t[:, None] & (o_e[None, :] < E)
+        return tl.load(routed + row[:, None] * E + o_e[None, :], mask=mask, other=0.0)
+    o_all = tl.arange(0, ALL_E)
+    logits = load_logits(routed, row, m_t, o_all, T, E, SPLITS, ROUTE_PARTS)
+    gates = top_k_gates(logits, o_all, ALL_E, K, NORMALISE)
+    if BLOCK_E == ALL_E:
+        return gates
+    return take(gates, o_all, o_e)
+
+
+@triton.jit(do_not_specialize=["T"])
+def bridge_backward_kernel(
+    dz, p, n, routed, kappa, gram, share, aux_weight, dp, dn, drouted, dq_scale, dkappa, T, E, r, scaling, eps,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr,
+    SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
+    MAPPING: tl.constexpr, DZ_PLANES: tl.constexpr, BALANCE: tl.constexpr,
+):  # fmt: skip
+    """dp, dn, drouted of a token; dq λ² and its share of dκ, which `bridge_reduce_kernel` sums over tokens."""
+    o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_all = tl.arange(0, ALL_E)
+    o_r = tl.arange(0, BLOCK_R)
+    m_t, row = o_t < T, o_t.to(tl.int64)
+    b_n = load_n(n, o_t, m_t, T, 1)
+    if ROUTE_PARTS == 0:
+        m_all = m_t[:, None] & (o_all[None, :] < E)
+        logits = tl.load(routed + row[:, None] * E + o_all[None, :], mask=m_all, other=0.0)
+        gates = logits
+    else:
+        logits = load_logits(routed, row, m_t, o_all, T, E, 1, ROUTE_PARTS)
+        gates = top_k_gates(logits, o_all, ALL_E, K, NORMALISE)
+    dgates = tl.zeros([BLOCK_T, ALL_E], tl.float32)
+    total_dn = tl.zeros([BLOCK_T], tl.float32)
+    total_dp = tl.zeros([BLOCK_T, 1, BLOCK_R], tl.float32)
+    for i_e in range(ALL_E // BLOCK_E):
+        o_e = i_e * BLOCK_E + tl.arange(0, BLOCK_E)
+        m_e = m_t[:, None] & (o_e[None, :] < E)
+        mask = m_e[:, :, None] & (o_r[None, None, :] < r)
+        b_kappa = tl.load(kappa + o_e, mask=o_e < E, other=0.0)[None, :]
+        b_gates = gates if BLOCK_E == ALL_E else take(gates, o_all, o_e)
+        scale, scale_dn, scale_dkappa = inverse_projection_scale(b_n[:, None], b_kappa, eps, MAPPING)
+        b_p = load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, 1)
+        h = scale[:, :, None] * b_p
+        trace = load_trace(gram, o_e, o_r, E, r)
+        unit_gh = _gram_times(p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED, 1)
+        q = saturate(tl.maximum(tl.sum(h * unit_gh, 2) * trace[None, :], 0.0, tl.PropagateNan.ALL))
+        e, e_dq, e_dkappa = projection_scale(q, b_kappa, eps, MAPPING)
+
+        offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
+        b_dz = load_factors(dz, row, m_t, o_e, o_r, T, E, r, DZ_PLANES)
+        dz_h = tl.sum(b_dz * h, 2)
+        de = scaling * b_gates * dz_h
+        dq = de * e_dq
+        dh = (scaling * b_gates * e)[:, :, None] * b_dz + (2.0 * dq * trace[None, :])[:, :, None] * unit_gh
+        dscale = tl.sum(dh * b_p, 2)
+        total_dn += tl.sum(dscale * scale_dn, 1)
+        if SHARED:
+            total_dp += tl.sum(scale[:, :, None] * dh, 1)[:, None, :]
+        else:
+            tl.store(dp + offsets, scale[:, :, None] * dh, mask=mask)
+        flat = row[:, None] * E + o_e[None, :]
+        tl.store(dq_scale + flat, dq * scale * scale, mask=m_e)
+        tl.store(dkappa + flat, de * e_dkappa + dscale * scale_dkappa, mask=m_e)
+        b_dgates = scaling * e * dz_h
+        dgates += b_dgates if BLOCK_E == ALL_E else put(b_dgates, o_all, o_e)
+    if SHARED:
+        m_p = m_t[:, None, None] & (o_r[None, None, :] < r)
+        tl.store(dp + row[:, None, None] * r + o_r[None, None, :], total_dp, mask=m_p)
+    tl.store(dn + o_t, total_dn, mask=m_t)
+    b_drouted = dgates
+    if ROUTE_PARTS > 0:
+        b_drouted = gates_backward(dgates, gates, logits, o_all, ALL_E, K, NORMALISE)
+        if BALANCE:
+            b_share = tl.load(share + o_all, mask=o_all < E, other=0.0)
+            b_drouted += tl.load(aux_weight) * E / T * balance_gradient(logits, b_share)
+    m_out = m_t[:, None] & (o_all[None, :] < E)
+    tl.store(drouted + row[:, None] * E + o_all[None, :], b_drouted, mask=m_out)
+
+
+@triton.jit(do_not_specialize=["T"])
+def bridge_reduce_kernel(
+    p, dq_scale, dkappa, planes, T, E, r,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """planes[split, e] = (Σ_t dq λ² p pᵀ, Σ_t dκ) over the split's tokens."""
+    i_e, i_s = tl.program_id(0), tl.program_id(1)
+    o_r = tl.arange(0, BLOCK_R)
+    m_r = o_r[None, :] < r
+    part = tl.cdiv(tl.cdiv(T, BLOCK_T), SPLITS) * BLOCK_T
+    total = tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
+    total_kappa = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(i_s * part, tl.minimum((i_s + 1) * part, T), BLOCK_T):
+        o_t = start + tl.arange(0, BLOCK_T)
+        m_t, row = o_t < T, o_t.to(tl.int64)
+        b_w = tl.load(dq_scale + row * E + i_e, mask=m_t, other=0.0)
+        total_kappa += tl.load(dkappa + row * E + i_e, mask=m_t, other=0.0)
+        base = row * r if SHARED else (row * E + i_e) * r
+        b_p = tl.load(p + base[:, None] + o_r[None, :], mask=m_t[:, None] & m_r, other=0.0)
+        total = dot(tl.trans(b_w[:, None] * b_p), b_p, total)
+    plane = planes + (i_s * E + i_e).to(tl.int64) * (r * r + 1)
+    tl.store(plane + o_r[:, None] * r + o_r[None, :], total, mask=(o_r[:, None] < r) & m_r)
+    tl.store(plane + r * r, tl.sum(total_kappa, 0))
+
+
+@triton.jit(do_not_specialize=["T"])
+def route_kernel(
+    logits, gates, T, E,
+    BLOCK_T: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    """gates[t] = top-k softmax(logits[t]): for a router of its own."""
+    o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_e = tl.arange(0, ALL_E)
+    m_t, row = o_t < T, o_t.to(tl.int64)
+    b_gates = top_k_gates(load_logits(logits, row, m_t, o_e, T, E, 1, PARTS), o_e, ALL_E, K, NORMALISE)
+    tl.store(gates + row[:, None] * E + o_e[None, :], b_gates, mask=m_t[:, None] & (o_e[None, :] < E))
+
+
+@triton.jit(do_not_specialize=["T"])
+def route_backward_kernel(
+    dgates, logits, share, weight, mask, dlogits, T, E,
+    BLOCK_T: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, NORMALISE: tl.constexpr,
+    BALANCE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dlogits[t]; weight[0] is the load-balancing gradient's, E / (valid tokens) included."""
+    o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_e = tl.arange(0, ALL_E)
+    m_t, row = o_t < T, o_t.to(tl.int64)
+    m = m_t[:, None] & (o_e[None, :] < E)
+    b_logits = load_logits(logits, row, m_t, o_e, T, E, 1, PARTS)
+    b_gates = top_k_gates(b_logits, o_e, ALL_E, K, NORMALISE)
+    b_dgates = tl.load(dgates + row[:, None] * E + o_e[None, :], mask=m, other=0.0)
+    b_dlogits = gates_backward(b_dgates, b_gates, b_logits, o_e, ALL_E, K, NORMALISE)
+    if BALANCE:
+        b_weight = tl.load(weight)
+        if MASKED:
+            b_weight = b_weight * tl.load(mask + o_t, mask=m_t, other=0).to(tl.float32)[:, None]
+        b_share = tl.load(share + o_e, mask=o_e < E, other=0.0)
+        b_dlogits += b_weight * balance_gradient(b_logits, b_share)
+    tl.store(dlogits + row[:, None] * E + o_e[None, :], b_dlogits, mask=m)
+
+
+@triton.jit(do_not_specialize=["T"])
+def load_kernel(
+    logits, mask, planes, T, E,
+    BLOCK_T: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """planes[split] = (assignments of each expert over the split's tokens, valid tokens)"""
+    i_s = tl.program_id(0)
+    o_e = tl.arange(0, ALL_E)
+    part = tl.cdiv(tl.cdiv(T, BLOCK_T), SPLITS) * BLOCK_T
+    count = tl.zeros([ALL_E], tl.float32)
+    tokens = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(i_s * part, tl.minimum((i_s + 1) * part, T), BLOCK_T):
+        o_t = start + tl.arange(0, BLOCK_T)
+        m_t, row = o_t < T, o_t.to(tl.int64)
+        valid = m_t
+        if MASKED:
+            valid = tl.load(mask + o_t, mask=m_t, other=0) != 0
+        kept = top_k(load_logits(logits, row, m_t, o_e, T, E, 1, PARTS), o_e, ALL_E, K)
+        count += tl.sum(tl.where(kept & valid[:, None], 1.0, 0.0), 0)
+        tokens += tl.where(valid, 1.0, 0.0)
+    tl.store(planes + i_s * (E + 1) + o_e, count, mask=o_e < E)
+    tl.store(planes + i_s * (E + 1) + E, tl.sum(tokens, 0))
+
+
+def _tile(config, T: int, device, kernel: str) -> dict:
+    """Tile shapes: as many experts at a time as keep a token's part of the tile within TOKEN_TILE numbers."""
+    settings = launch.settings(kernel, device, T)
+    block_r, all_e = triton.next_power_of_2(config.r), triton.next_power_of_2(config.num_experts)
+    tile = settings.pop("TILE")
+    block_e = min(all_e, max(settings.pop("TOKEN_TILE") // block_r, 1))
+    settings["BLOCK_T"] = max(tile // (block_e * block_r), 1)
+    return {**settings, "BLOCK_E": block_e, "BLOCK_R": block_r, "ALL_E": all_e, "K": config.num_experts_per_tok}
+
+
+def route_parts(routed: Tensor, own_router: bool, config) -> int:
+    """In how many parts the logits lie; 0 where gates are given."""
+    return routed.shape[-1] // config.num_experts if own_router else 0
+
+
+def bridge_launch(p, n, routed, own_router: bool, kappa, gram, dtype: torch.dtype, config) -> Tensor:
+    """z (T, E·r) in dtype, from planes p (S, T, …), n (S, T) and logits (S, T, …), or gates (T, E)."""
+    T, E, r = n.shape[1], config.num_experts, config.r
+    z = torch.empty(T, E * r, device=p.device, dtype=dtype)
+    tile = _tile(config, T, p.device, "bridge")
+    launch.launch(
+        bridge_kernel, (triton.cdiv(T, tile["BLOCK_T"]), tile["ALL_E"] // tile["BLOCK_E"]), p,
+        (p, n, routed, kappa, gram, z, T, E, r, config.scaling, config.boundary_eps),
+        SPLITS=n.shape[0], ROUTE_PARTS=route_parts(routed, own_router, config), NORMALISE=config.norm_topk_prob,
+        SHARED=config.share_a, MAPPING=mapping_code(config), **tile,
+    )  # fmt: skip
+    return z
+
+
+def bridge_backward_launch(
+    dz: Tensor, p, n, routed, own_router: bool, kappa, gram, aux_weight: Tensor | None, config
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """drouted (T, E), dκ (E,), dn (T,), dp (T, R) and M (E, r, r). dz in planes (S, T, E·r)."""
+    T, E, r, device = n.shape[1], config.num_experts, config.r, p.device
+
+    def empty(*shape):
+        return torch.empty(*shape, device=device, dtype=torch.float32)
+
+    dp, dn, drouted, dq_scale, dkappa = empty(p.shape[1:]), empty(T), empty(T, E), empty(T, E), empty(T, E)
+    share = None if aux_weight is None else load_share(routed, None, config)[0]
+    tile = _tile(config, T, device, "bridge_backward")
+    launch.launch(
+        bridge_backward_kernel, (triton.cdiv(T, tile["BLOCK_T"]),), p,
+        (dz, p, n, routed, kappa, gram, p if share is None else share, p if aux_weight is None else aux_weight,
+         dp, dn, drouted, dq_scale, dkappa, T, E, r, config.scaling, config.boundary_eps),
+        SPLITS=1, ROUTE_PARTS=route_parts(routed, own_router, config), NORMALISE=config.norm_topk_prob,
+        SHARED=config.share_a, MAPPING=mapping_code(config), DZ_PLANES=dz.shape[0], BALANCE=share is not None, **tile,
+    )  # fmt: skip
+    settings = launch.settings("bridge_reduce", device, T)
+    planes = empty(settings["SPLITS"], E, r * r + 1)
+    launch.launch(
+        bridge_reduce_kernel, (E, settings["SPLITS"]), p, (p, dq_scale, dkappa, planes, T, E, r),
+        BLOCK_R=launch.block(r, 16, 128), SHARED=config.share_a, **settings,
+    )  # fmt: skip
+    reduced = launch.sum_planes(planes)
+    return drouted, reduced[:, r * r], dn, dp, reduced[:, : r * r].unflatten(1, (r, r)).contiguous()
+
+
+def load_share(logits: Tensor, token_mask: Tensor | None, config) -> tuple[Tensor, Tensor]:
+    """f (E,), the share of the assignments that each expert got, and the number of valid tokens (1,)."""
+    (_, T, _), E, device = logits.shape, config.num_experts, logits.device
+    settings = launch.settings("load", device, T)
+    planes = torch.empty(settings["SPLITS"], E + 1, device=device, dtype=torch.float32)
+    launch.launch(
+        load_kernel, (settings["SPLITS"],), logits,
+        (logits, logits if token_mask is None else token_mask, planes, T, E),
+        ALL_E=triton.next_power_of_2(E), K=config.num_experts_per_tok, PARTS=logits.shape[-1] // E,
+        MASKED=token_mask is not None, **settings,
+    )  # fmt: skip
+    counts = launch.sum_planes(planes)
+    tokens = counts[E:].clamp(min=1)
+    return counts[:E] / (tokens * config.num_experts_per_tok), tokens
+
+
+def route_launch(logits: Tensor, config) -> Tensor:
+    """Gates (T, E) from logits (1, T, E or 2E)."""
+    (_, T, _), E = logits.shape, config.num_experts
+    gates = torch.empty(T, E, device=logits.device, dtype=torch.float32)
+    settings = launch.settings("route", logits.device, T)
+    launch.launch(
+        route_kernel, (triton.cdiv(T, settings["BLOCK_T"]),), logits, (logits, gates, T, E),
+        ALL_E=triton.next_power_of_2(E), K=config.num_experts_per_tok, PARTS=logits.shape[-1] // E,
+        NORMALISE=config.norm_topk_prob, **settings,
+    )  # fmt: skip
+    return gates
+
+
+def route_backward_launch(
+    dgates: Tensor, logits: Tensor, aux_weight: Tensor | None, token_mask: Tensor | None, config
+) -> Tensor:
+    """dlogits (T, E) of `route_launch`, the load-balancing gradient added."""
+    (_, T, _), E = logits.shape, config.num_experts
+    dlogits = torch.empty(T, E, device=logits.device, dtype=torch.float32)
+    share = weight = dlogits
+    if aux_weight is not None:
+        share, tokens = load_share(logits, token_mask, config)
+        weight = aux_weight.float() * E / tokens
+    settings = launch.settings("route", logits.device, T)
+    launch.launch(
+        route_backward_kernel, (triton.cdiv(T, settings["BLOCK_T"]),), logits,
+        (dgates, logits, share, weight, logits if token_mask is None else token_mask, dlogits, T, E),
+        ALL_E=triton.next_power_of_2(E), K=config.num_experts_per_tok, PARTS=logits.shape[-1] // E,
+        NORMALISE=config.norm_topk_prob, BALANCE=aux_weight is not None, MASKED=token_mask is not None, **settings,
+    )  # fmt: skip
+    return dlogits

@@ -1,0 +1,199 @@
+"""expand: z, B, bias -> y₀, the buffer that the base product is then added to; its backward; and what follows from B.
+
+    y₀ = z·Bcatᵀ + bias    dz = dy·Bcat    dB = dyᵀz + 2 B M    G_e = B_eᵀ B_e
+
+Bcat is B (d_out, E, r) seen as (d_out, E·r). dz sums over outputs and dB over tokens, so one pass for both would need
+accumulators as wide as dy: backward goes in chunks of tokens that fit the L2, dz and then dB of each.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mos_kernels.backends.triton import launch
+from mos_kernels.backends.triton.numerics import cast, dot
+
+
+@triton.jit
+def gram_kernel(
+    B, wide, planes, N, E, r,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """planes[split, e] = B[part, e].T @ B[part, e];  wide = B in the dtype of the wide products"""
+    i_e, i_s = tl.program_id(0), tl.program_id(1)
+    o_r = tl.arange(0, BLOCK_R)
+    m_r = o_r[None, :] < r
+    part = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS) * BLOCK_N
+    total = tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
+    for start in range(i_s * part, tl.minimum((i_s + 1) * part, N), BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        offsets = (o_n[:, None].to(tl.int64) * E + i_e) * r + o_r[None, :]
+        mask = (o_n[:, None] < N) & m_r
+        b_B = tl.load(B + offsets, mask=mask, other=0.0).to(tl.float32)
+        if WIDE:
+            tl.store(wide + offsets, cast(b_B, wide.dtype.element_ty), mask=mask)
+        total = dot(tl.trans(b_B), b_B, total)
+    plane = planes + (i_s * E + i_e) * r * r
+    tl.store(plane + o_r[:, None] * r + o_r[None, :], total, mask=(o_r[:, None] < r) & m_r)
+
+
+def gram_launch(B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """B in dtype (B itself where it is that), and G (E, r, r) in float32."""
+    N, E, r = B.shape
+    settings = launch.settings("gram", B.device, N)
+    wide = B if B.dtype == dtype else torch.empty_like(B, dtype=dtype)
+    planes = torch.empty(settings["SPLITS"], E, r, r, device=B.device, dtype=torch.float32)
+    if r > 64:  # the accumulator alone would fill a thread's registers
+        settings.update(num_warps=8, BLOCK_N=16)
+    launch.launch(
+        gram_kernel, (E, settings["SPLITS"]), B, (B, wide, planes, N, E, r),
+        BLOCK_R=launch.block(r, 16, 128), WIDE=wide is not B, **settings,
+    )  # fmt: skip
+    return wide, launch.sum_planes(planes)
+
+
+@triton.jit(do_not_specialize=["T"])
+def expand_kernel(
+    z, B, bias, y, T, N, C,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """y[t, n] = z[t] @ Bcat[n] + bias[n]"""
+    i_t, i_n = tl.program_id(0), tl.program_id(1)
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_t, m_n = o_t < T, o_n < N
+    row = o_t.to(tl.int64)[:, None]
+    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for start in range(0, C, BLOCK_C):
+        o_c = start + tl.arange(0, BLOCK_C)
+        m_c = o_c[None, :] < C
+        b_z = tl.load(z + row * C + o_c[None, :], mask=m_t[:, None] & m_c, other=0.0)
+        b_B = tl.load(B + o_n[:, None].to(tl.int64) * C + o_c[None, :], mask=m_n[:, None] & m_c, other=0.0)
+        total = dot(b_z, tl.trans(b_B), total)
+    if BIAS:
+        total += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + row * N + o_n[None, :], cast(total, y.dtype.element_ty), mask=m_t[:, None] & m_n[None, :])
+
+
+def expand_launch(z: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
+    """y₀ (T, d_out) in z's dtype, from z (T, E·r) and B (d_out, E, r) of one dtype."""
+    (T, C), N = z.shape, B.shape[0]
+    y = torch.empty(T, N, device=z.device, dtype=z.dtype)
+    settings = launch.settings("expand", z.device, T)
+    settings["BLOCK_C"] = launch.block(C, 16, settings["BLOCK_C"])
+    grid = (triton.cdiv(T, settings["BLOCK_T"]), triton.cdiv(N, settings["BLOCK_N"]))
+    launch.launch(
+        expand_kernel, grid, z, (z, B, z if bias is None else bias, y, T, N, C), BIAS=bias is not None, **settings
+    )
+    return y
+
+
+@triton.jit(do_not_specialize=["T", "first", "last"])
+def expand_input_kernel(
+    dy, B, planes, first, last, T, N, C, stride_dy,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """planes[split, t] = dy[t, part] @ Bcat[part], for the tokens first <= t < last"""
+    i_t, i_s, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_t = first + i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_t, m_c = o_t < last, o_c[None, :] < C
+    row = o_t.to(tl.int64)[:, None]
+    part = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS) * BLOCK_N
+    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    for start in range(i_s * part, tl.minimum((i_s + 1) * part, N), BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        m_n = o_n < N
+        b_dy = tl.load(dy + row * stride_dy + o_n[None, :], mask=m_t[:, None] & m_n[None, :], other=0.0)
+        b_B = tl.load(B + o_n[:, None].to(tl.int64) * C + o_c[None, :], mask=m_n[:, None] & m_c, other=0.0)
+        total = dot(b_dy, b_B, total)
+    tl.store(planes + (i_s.to(tl.int64) * T + row) * C + o_c[None, :], total, mask=m_t[:, None] & m_c)
+
+
+@triton.jit(do_not_specialize=["first", "last"])
+def expand_weight_kernel(
+    dy, z, plane, first, last, N, C, stride_dy,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """plane[n] = Σ_t dy[t, n] z[t], over the tokens first <= t < last"""
+    i_n, i_c = tl.program_id(0), tl.program_id(1)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_n, m_c = o_n < N, o_c[None, :] < C
+    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for start in range(first, last, BLOCK_T):
+        o_t = start + tl.arange(0, BLOCK_T)
+        m_t, row = o_t < last, o_t.to(tl.int64)[:, None]
+        b_dy = tl.load(dy + row * stride_dy + o_n[None, :], mask=m_t[:, None] & m_n[None, :], other=0.0)
+        b_z = tl.load(z + row * C + o_c[None, :], mask=m_t[:, None] & m_c, other=0.0)
+        total = dot(tl.trans(b_dy), b_z, total)
+    tl.store(plane + o_n[:, None].to(tl.int64) * C + o_c[None, :], total, mask=m_n[:, None] & m_c)
+
+
+def expand_backward_launch(dy: Tensor, z: Tensor, B: Tensor, needs_dB: bool) -> tuple[Tensor, Tensor | None]:
+    """dz in planes (S, T, E·r) and dyᵀz in planes (chunks, d_out, E·r), float32. dy (T, d_out), rows dense."""
+    (T, N), C, device = dy.shape, z.shape[1], dy.device
+    row_block = launch.settings("expand_weight", device, T)["BLOCK_T"]
+    rows = launch.settings("expand_chunk", device, T)["CHUNK_BYTES"] // (N * dy.element_size())
+    rows = max(rows // row_block, 1) * row_block
+    starts = range(0, T, rows)
+    for_input, for_weight = launch.settings("expand_input", device, T), launch.settings("expand_weight", device, T)
+    block_c = launch.block(C, 16, 128)
+    dz = torch.empty(for_input["SPLITS"], T, C, device=device, dtype=torch.float32)
+    dB = torch.empty(max(len(starts), 1), N, C, device=device, dtype=torch.float32) if needs_dB else None
+    if T == 0 and needs_dB:
+        dB.zero_()
+    for chunk, first in enumerate(starts):
+        last = min(first + rows, T)
+        grid = (triton.cdiv(last - first, for_input["BLOCK_T"]), for_input["SPLITS"], triton.cdiv(C, block_c))
+        arguments = (dy, B, dz, first, last, T, N, C, dy.stride(0))
+        launch.launch(expand_input_kernel, grid, dy, arguments, BLOCK_C=block_c, **for_input)
+        if needs_dB:
+            grid = (triton.cdiv(N, for_weight["BLOCK_N"]), triton.cdiv(C, block_c))
+            arguments = (dy, z, dB[chunk], first, last, N, C, dy.stride(0))
+            launch.launch(expand_weight_kernel, grid, dy, arguments, BLOCK_C=block_c, **for_weight)
+    return dz, dB
+
+
+@triton.jit(do_not_specialize=["P"])
+def norm_gradient_kernel(
+    planes, B, M, dB, P, N, E, r, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """dB[n, e] = Σ planes[:, n, e] + 2 B[n, e] @ M[e]"""
+    i_n, i_e = tl.program_id(0), tl.program_id(1)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_e = i_e * BLOCK_E + tl.arange(0, BLOCK_E)
+    o_r = tl.arange(0, BLOCK_R)
+    m_ne = (o_n[:, None] < N) & (o_e[None, :] < E)
+    flat = o_n[:, None].to(tl.int64) * E + o_e[None, :]
+    offsets = flat[:, :, None] * r + o_r[None, None, :]
+    mask = m_ne[:, :, None] & (o_r[None, None, :] < r)
+    m_M = (o_e[:, None] < E) & (o_r[None, :] < r)
+    total = tl.zeros([BLOCK_N, BLOCK_E, BLOCK_R], tl.float32)
+    for j in range(r):
+        b_B = tl.load(B + flat * r + j, mask=m_ne, other=0.0).to(tl.float32)
+        b_M = tl.load(M + (o_e[:, None] * r + j) * r + o_r[None, :], mask=m_M, other=0.0)
+        total += b_B[:, :, None] * b_M[None, :, :]
+    total *= 2.0
+    for i in range(P):
+        flat = (i * N + o_n[:, None].to(tl.int64)) * E + o_e[None, :]
+        total += tl.load(planes + flat[:, :, None] * r + o_r[None, None, :], mask=mask, other=0.0)
+    tl.store(dB + offsets, total, mask=mask)
+
+
+def norm_gradient_launch(planes: Tensor, B: Tensor, M: Tensor) -> Tensor:
+    """dB (d_out, E, r) in float32 from the planes of dyᵀz and the gradient through q."""
+    N, E, r = B.shape
+    dB = torch.empty(N, E, r, device=B.device, dtype=torch.float32)
+    settings = launch.settings("norm_gradient", B.device, N)
+    block_r, all_e = triton.next_power_of_2(r), triton.next_power_of_2(E)
+    block_e = min(all_e, max(settings.pop("TOKEN_TILE") // block_r, 1))
+    block_n = max(settings.pop("TILE") // (block_e * block_r), 1)
+    launch.launch(
+        norm_gradient_kernel, (triton.cdiv(N, block_n), all_e // block_e), B,
+        (planes, B, M, dB, planes.shape[0], N, E, r), BLOCK_N=block_n, BLOCK_E=block_e, BLOCK_R=block_r, **settings,
+    )  # fmt: skip
+    return dB

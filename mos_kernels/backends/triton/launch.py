@@ -1,0 +1,66 @@
+"""Launching: settings by architecture and bucketed shape, the device guard, and the sum of partial planes."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+SETTINGS_FILE = Path(__file__).parent / "settings.json"
+DECODE_TOKENS = 64
+
+
+def block(size: int, least: int, most: int) -> int:
+    """The power of two that covers `size`, within a range."""
+    return min(max(triton.next_power_of_2(size), least), most)
+
+
+def bucket(T: int) -> str:
+    """Which of a kernel's settings T tokens use; nothing else about T chooses or specialises a kernel."""
+    return "decode" if T <= DECODE_TOKENS else "train"
+
+
+def architecture(device: torch.device) -> str:
+    """The name under which a device's settings are stored, such as sm_90 or gfx942; "interpreter" for the CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def table() -> dict:
+    """The checked-in settings: architecture -> kernel -> bucket -> constants. "default" serves every unknown GPU."""
+    return json.loads(SETTINGS_FILE.read_text())
+
+
+_architecture = functools.cache(architecture)
+
+
+def settings(kernel: str, device: torch.device, T: int) -> dict:
+    """A fresh copy of the constants of `kernel` for T tokens on `device`."""
+    stored = table()
+    chosen = stored.get(_architecture(device), {}).get(kernel) or stored["default"][kernel]
+    return dict(chosen.get(bucket(T)) or chosen["train"])
+
+
+def launch(kernel, grid: tuple[int, ...], tensor: Tensor, arguments: tuple, **constants) -> None:
+    """Run `kernel` on tensor's device, unless the grid is empty."""
+    if 0 in grid:
+        return
+    if tensor.is_cuda:
+        with torch.cuda.device_of(tensor):
+            kernel[grid](*arguments, **constants)
+    else:
+        kernel[grid](*arguments, **constants)
+
+
+def sum_planes(planes: Tensor) -> Tensor:
+    """The planes (S, …) added up, in a fixed order."""
+    return planes[0] if planes.shape[0] == 1 else planes.sum(0)

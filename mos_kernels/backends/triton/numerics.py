@@ -1,0 +1,43 @@
+"""What every kernel needs of arithmetic: products, casts, and the same of both in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b, accumulated in float32; float32 operands multiply in IEEE arithmetic, never TF32."""
+    if INTERPRET:  # it multiplies the raw bits of bfloat16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def cast(value, dtype: tl.constexpr):
+    """float32 to a wide product's dtype, to nearest even; float16 saturates, as an infinity would meet 0 as NaN."""
+    if dtype == tl.float16:
+        value = tl.minimum(tl.maximum(value, -65504.0, tl.PropagateNan.ALL), 65504.0, tl.PropagateNan.ALL)
+    if INTERPRET and dtype == tl.bfloat16:  # its own cast truncates
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        value = tl.where(value == value, rounded, value)
+    return value.to(dtype)
+
+
+@triton.jit
+def saturate(squared_norm):
+    """At most 1e30 (geometry.SATURATION), NaN kept."""
+    return tl.minimum(squared_norm, 1e30, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def keep(seed, row, column, D, p):
+    """Which elements of x survive dropout: Philox at the element's own index, so the mask needs no memory."""
+    return tl.rand(seed, row[:, None].to(tl.int64) * D + column[None, :]) >= p

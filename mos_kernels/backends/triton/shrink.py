@@ -1,0 +1,207 @@
+"""shrink: x -> p, n, logits, in one pass over x; and its backward, in one more.
+
+    p = A·drop(x)    n = ‖x‖²    logits = Router·x
+    dx₀ = drop(dp·A) + dlogits·Router + 2 dn x    dA = dpᵀ drop(x)    dRouter = dlogitsᵀ x
+
+A and Router are read as one stack of rows, so that two ranks under 16 fill a tile instead of padding two. A router
+meets a half-precision x as two rows in x's dtype, its rounding and what the rounding lost (times LOW_SCALE).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mos_kernels.backends.triton import launch
+from mos_kernels.backends.triton.numerics import cast, dot, keep, saturate
+
+LOW_SCALE = tl.constexpr(2048.0)  # float16 would lose the low part of a small weight to its subnormals
+
+
+@triton.jit
+def _stacked_rows(A, router, rows, columns, D, R, E, dtype: tl.constexpr, SPLIT_ROUTER: tl.constexpr):
+    """Rows of [A; Router], or of [A; high(Router); low(Router)], as [rows, columns] in dtype."""
+    inside = columns[None, :] < D
+    offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
+    from_A = tl.load(A + offsets, mask=inside & (rows[:, None] < R), other=0.0).to(tl.float32)
+    is_low = rows >= R + E
+    row = tl.where(is_low, rows - R - E, rows - R)
+    is_router = (rows >= R) & (row < E)
+    offsets = row[:, None].to(tl.int64) * D + columns[None, :]
+    from_router = tl.load(router + offsets, mask=inside & is_router[:, None], other=0.0).to(tl.float32)
+    if SPLIT_ROUTER:
+        low = (from_router - cast(from_router, dtype).to(tl.float32)) * LOW_SCALE
+        from_router = tl.where(is_low[:, None], low, from_router)
+    return cast(from_A + from_router, dtype)
+
+
+@triton.jit(do_not_specialize=["T"])
+def shrink_kernel(
+    x, A, router, p, n, logits, seed, T, D, R, E, stride_x, dropout_p,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
+    NORM: tl.constexpr, ROUTE: tl.constexpr, SPLIT_ROUTER: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """(p, logits)[split, t] = x[t, part] @ stack[:, part].T;  n[split, t] = ‖x[t, part]‖²"""
+    i_t, i_s, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_t = o_t < T
+    row = o_t.to(tl.int64)
+    dtype = x.dtype.element_ty
+    part = tl.cdiv(tl.cdiv(D, BLOCK_D), SPLITS) * BLOCK_D
+    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    norm = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(i_s * part, tl.minimum((i_s + 1) * part, D), BLOCK_D):
+        o_d = start + tl.arange(0, BLOCK_D)
+        b_x = tl.load(x + row[:, None] * stride_x + o_d[None, :], mask=m_t[:, None] & (o_d[None, :] < D), other=0.0)
+        b_w = _stacked_rows(A, router, o_c, o_d, D, R, E if ROUTE else 0, dtype, SPLIT_ROUTER)
+        if NORM:
+            wide = b_x.to(tl.float32)
+            norm += tl.sum(wide * wide, 1)
+        if DROPOUT:
+            kept = keep(tl.load(seed), o_t, o_d, D, dropout_p)
+            dropped = cast(tl.where(kept, b_x.to(tl.float32) * (1.0 / (1.0 - dropout_p)), 0.0), dtype)
+            total = dot(dropped, tl.trans(tl.where(o_c[:, None] < R, b_w, 0.0)), total)
+            if ROUTE:
+                total = dot(b_x, tl.trans(tl.where(o_c[:, None] < R, 0.0, b_w)), total)
+        else:
+            total = dot(b_x, tl.trans(b_w), total)
+    plane = i_s.to(tl.int64) * T + row
+    tl.store(p + plane[:, None] * R + o_c[None, :], total, mask=m_t[:, None] & (o_c[None, :] < R))
+    if ROUTE:
+        width = 2 * E if SPLIT_ROUTER else E
+        o_l = o_c - R
+        tl.store(
+            logits + plane[:, None] * width + o_l[None, :],
+            tl.where(o_l[None, :] >= E, total / LOW_SCALE, total),
+            mask=m_t[:, None] & (o_l[None, :] >= 0) & (o_l[None, :] < width),
+        )
+    if NORM and i_c == 0:
+        tl.store(n + plane, saturate(norm), mask=m_t)
+
+
+def shrink_launch(
+    x: Tensor, A: Tensor | None, router: Tensor | None, seed: Tensor | None, dropout_p: float, splits_allowed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Planes p (S, T, R), n (S, T) and logits (S, T, E or 2E); S = 1 unless splits are allowed. x (T, D)."""
+    (T, D), device = x.shape, x.device
+    R, E = (0 if A is None else A.shape[0]), (0 if router is None else router.shape[0])
+    split_router = E > 0 and x.dtype != torch.float32
+    columns = R + (2 * E if split_router else E)
+    settings = launch.settings("shrink", device, T)
+    splits = settings.pop("SPLITS") if splits_allowed else settings.pop("SPLITS") and 1
+    block_c = launch.block(columns, 16, 128)
+    p = torch.empty(splits, T, R, device=device, dtype=torch.float32)
+    n = torch.empty(splits, T, device=device, dtype=torch.float32)
+    logits = torch.empty(splits, T, columns - R, device=device, dtype=torch.float32)
+    grid = (triton.cdiv(T, settings["BLOCK_T"]), splits, triton.cdiv(columns, block_c))
+    launch.launch(
+        shrink_kernel, grid, x,
+        (x, x if A is None else A, x if router is None else router, p, n, logits, x if seed is None else seed,
+         T, D, R, E, x.stride(0), dropout_p),
+        BLOCK_C=block_c, SPLITS=splits, NORM=A is not None, ROUTE=E > 0, SPLIT_ROUTER=split_router,
+        DROPOUT=seed is not None, **settings,
+    )  # fmt: skip
+    return p, n, logits
+
+
+@triton.jit(do_not_specialize=["T"])
+def shrink_backward_kernel(
+    x, A, router, dp, dn, dlogits, dx, planes, seed, T, D, R, E, stride_x, dropout_p,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
+    NORM: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DW: tl.constexpr, DROPOUT: tl.constexpr,
+    COLUMN_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """dx[t] = (dp, dlogits)[t] @ stack + 2 dn[t] x[t];  planes[split] = (dp, dlogits)[part].T @ x[part]
+
+    A program owns BLOCK_D columns of x and walks its part of the tokens, so x is read once.
+    """
+    i_d, i_s, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    dtype = x.dtype.element_ty
+    part = tl.cdiv(tl.cdiv(T, BLOCK_T), SPLITS) * BLOCK_T
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    for start in range(i_s * part, tl.minimum((i_s + 1) * part, T), BLOCK_T):
+        o_t = start + tl.arange(0, BLOCK_T)
+        m_t = o_t < T
+        row = o_t.to(tl.int64)
+        mask = m_t[:, None] & m_d[None, :]
+        b_x = tl.load(x + row[:, None] * stride_x + o_d[None, :], mask=mask, other=0.0)
+        factor = 1.0
+        if DROPOUT:
+            factor = tl.where(keep(tl.load(seed), o_t, o_d, D, dropout_p), 1.0 / (1.0 - dropout_p), 0.0)
+        if NEEDS_DW:
+            b_d = _stacked_gradients(dp, dlogits, row, m_t, o_c, R, E, dtype)
+            if DROPOUT:
+                b_dropped = cast(b_x.to(tl.float32) * factor, dtype)
+                total = dot(tl.trans(tl.where(o_c[None, :] < R, b_d, 0.0)), b_dropped, total)
+                total = dot(tl.trans(tl.where(o_c[None, :] < R, 0.0, b_d)), b_x, total)
+            else:
+                total = dot(tl.trans(b_d), b_x, total)
+        if NEEDS_DX and i_c == 0:
+            b_dx = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+            for j in range(COLUMN_BLOCKS):
+                o_j = j * BLOCK_C + tl.arange(0, BLOCK_C)
+                b_j = _stacked_gradients(dp, dlogits, row, m_t, o_j, R, E, dtype)
+                b_w = _stacked_rows(A, router, o_j, o_d, D, R, E, dtype, False)
+                if DROPOUT:
+                    through_A = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+                    through_A = dot(tl.where(o_j[None, :] < R, b_j, 0.0), b_w, through_A)
+                    b_dx += through_A * factor
+                    b_dx = dot(tl.where(o_j[None, :] < R, 0.0, b_j), b_w, b_dx)
+                else:
+                    b_dx = dot(b_j, b_w, b_dx)
+            if NORM:
+                b_n = tl.load(dn + o_t, mask=m_t, other=0.0)
+                b_dx += (2.0 * b_n)[:, None] * b_x.to(tl.float32)
+            tl.store(dx + row[:, None] * D + o_d[None, :], cast(b_dx, dtype), mask=mask)
+    if NEEDS_DW:
+        plane = i_s.to(tl.int64) * (R + E) + o_c
+        tl.store(planes + plane[:, None] * D + o_d[None, :], total, mask=(o_c[:, None] < R + E) & m_d[None, :])
+
+
+@triton.jit
+def _stacked_gradients(dp, dlogits, row, m_t, columns, R, E, dtype: tl.constexpr):
+    """Columns of (dp, dlogits) for the given tokens, [tokens, columns] in dtype."""
+    mask_p = m_t[:, None] & (columns[None, :] < R)
+    o_e = columns - R
+    mask_l = m_t[:, None] & (o_e[None, :] >= 0) & (o_e[None, :] < E)
+    b_p = tl.load(dp + row[:, None] * R + columns[None, :], mask=mask_p, other=0.0)
+    b_l = tl.load(dlogits + row[:, None] * E + o_e[None, :], mask=mask_l, other=0.0)
+    return cast(b_p + b_l, dtype)
+
+
+def shrink_backward_launch(
+    x: Tensor,
+    A: Tensor | None,
+    router: Tensor | None,
+    dp: Tensor | None,
+    dn: Tensor | None,
+    dlogits: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    needs_dx: bool,
+    needs_dw: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx₀ (T, D) in x's dtype and the stacked (dA, dRouter) (R + E, D) in float32, where needed."""
+    (T, D), device = x.shape, x.device
+    R, E = (0 if A is None else A.shape[0]), (0 if dlogits is None else dlogits.shape[1])
+    settings = launch.settings("shrink_backward", device, T)
+    splits, block_c = settings.pop("SPLITS"), launch.block(R + E, 16, 128)
+    blocks = triton.cdiv(R + E, block_c)
+    dx = torch.empty(T, D, device=device, dtype=x.dtype) if needs_dx else None
+    planes = torch.empty(splits, R + E, D, device=device, dtype=torch.float32) if needs_dw else None
+    grid = (triton.cdiv(D, settings["BLOCK_D"]), splits, blocks if needs_dw else 1)
+    launch.launch(
+        shrink_backward_kernel, grid, x,
+        (x, x if A is None else A, x if router is None else router, x if dp is None else dp, x if dn is None else dn,
+         x if dlogits is None else dlogits, x if dx is None else dx, x if planes is None else planes,
+         x if seed is None else seed, T, D, R, E, x.stride(0), dropout_p),
+        BLOCK_C=block_c, SPLITS=splits, NORM=dn is not None, NEEDS_DX=needs_dx, NEEDS_DW=needs_dw,
+        DROPOUT=seed is not None, COLUMN_BLOCKS=blocks, **settings,
+    )  # fmt: skip
+    return dx, launch.sum_planes(planes) if needs_dw else None
