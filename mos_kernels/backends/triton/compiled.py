@@ -1,0 +1,208 @@
+"""The kernels as compiled for a GPU that need not be there: registers, spills, shared memory, occupancy, instructions.
+
+`python -m mos_kernels kernels` prints the table. A layer's forward and backward run here with every launch recorded
+instead of executed, so what is compiled is what would be launched, at the shipped settings.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mos_kernels.backends.triton import launch
+from mos_kernels.config import MoSConfig
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8",
+    torch.bool: "*i1",
+}  # fmt: skip
+REGISTERS_PER_SM, THREADS_PER_SM, SHARED_PER_SM = 65536, 2048, {"sm_80": 167936, "sm_90": 233472, "sm_100": 233472}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with the argument types and constants of one launch."""
+
+    kernel: object
+    signature: tuple[tuple[str, str], ...]
+    aligned: tuple[str, ...]
+    constants: tuple[tuple[str, object], ...]
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__.removesuffix("_kernel")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses. registers and spills (bytes, or registers on AMD) are a thread's."""
+
+    registers: int
+    spills: int
+    shared: int
+    occupancy: float | None  # share of an SM's threads that can be resident, estimated; None where not known
+
+
+@contextmanager
+def recorded(architecture: str):
+    """Record launches instead of running them, with the settings of `architecture`. Yields the list."""
+    launches: list[Launch] = []
+
+    def record(kernel, grid, tensor, arguments, **constants):
+        launches.append(_describe(kernel, arguments, constants))
+
+    def settings(kernel: str, device: torch.device, T: int) -> dict:
+        stored = launch.table()
+        chosen = stored.get(architecture, {}).get(kernel) or stored["default"][kernel]
+        return dict(chosen.get(launch.bucket(T)) or chosen["train"])
+
+    before = launch.launch, launch.settings
+    launch.launch, launch.settings = record, settings
+    try:
+        yield launches
+    finally:
+        launch.launch, launch.settings = before
+
+
+def _describe(kernel, arguments, constants: dict) -> Launch:
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature, aligned = [], []
+    for name, value in zip(names, arguments, strict=True):
+        if isinstance(value, torch.Tensor):
+            signature.append((name, _POINTERS[value.dtype]))
+            aligned.append(name)
+        else:
+            signature.append((name, "fp32" if isinstance(value, float) else "i32"))
+            if not isinstance(value, float) and value % 16 == 0 and name not in ("T", "P", "first", "last"):
+                aligned.append(name)
+    return Launch(kernel, tuple(signature), tuple(aligned), tuple(constants.items()), tuple(options.items()))
+
+
+def layer_launches(
+    architecture: str, config: MoSConfig, T: int, in_features: int, out_features: int, dtype: torch.dtype
+) -> list[Launch]:
+    """The distinct launches of one linear with these options: forward, backward, and its router's."""
+    from mos_kernels.backends import triton as backend
+
+    E, r = config.num_experts, config.r
+    x, dy = torch.empty(T, in_features, dtype=dtype), torch.empty(T, out_features, dtype=dtype)
+    A = torch.empty((r, in_features) if config.share_a else (E, r, in_features))
+    B, kappa, router = torch.empty(out_features, E, r), torch.empty(E), torch.empty(E, in_features)
+    bias, aux, mask = torch.empty(out_features, dtype=dtype), torch.empty(1), torch.ones(T, dtype=torch.bool)
+    dropout = backend.Dropout(torch.zeros(1, dtype=torch.int64), config.lora_dropout) if config.lora_dropout else None
+    own = config.router_scope == "linear"
+    with recorded(architecture) as launches:
+        for differentiable in (True, False):
+            p, n, logits = backend.shrink(x, A, router if own else None, dropout, differentiable)
+            routed = logits if own else torch.empty(T, E)
+            prepared = backend.prepare(B, dtype, config)
+            if config.activation == "identity":
+                z = backend.bridge(p, n, routed, own, kappa, prepared, config)
+                backend.expand(z, prepared, bias, dtype)
+            else:
+                backend.bridge_expand(p, n, routed, own, kappa, prepared, bias, dtype, config)
+            if not differentiable:
+                continue
+            if config.activation == "identity":
+                dz, dB = backend.expand_backward(dy, z, prepared, True)
+                d = backend.bridge_backward(dz, p, n, routed, own, kappa, prepared, aux if own else None, config)
+                backend.add_norm_gradient(dB, B, d.M)
+            else:
+                d = backend.bridge_expand_backward(dy, p, n, routed, own, kappa, prepared, aux if own else None, config)
+            backend.shrink_backward(
+                x, A, router if own else None, d.p, d.n, d.routed if own else None, dropout, (True, True, own)
+            )
+        if not own:
+            logits = backend.routing_logits(x, router)
+            gates = backend.route(logits, config)
+            dlogits = backend.route_backward(gates, gates, logits, aux, mask, config)
+            backend.routing_logits_backward(x, router, dlogits, (True, True))
+    return list(dict.fromkeys(launches))
+
+
+def compile_launch(described: Launch, architecture: str):
+    """Triton's compiled kernel for `architecture` (a key of TARGETS)."""
+    constants = dict(described.constants)
+    types = dict(described.signature)
+    names = described.kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    source = ASTSource(
+        fn=described.kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in described.aligned},
+    )
+    return triton.compile(source, target=TARGETS[architecture], options=dict(described.options))
+
+
+def resources(kernel, architecture: str, num_warps: int) -> Resources:
+    """Registers, spills and shared memory of a compiled kernel."""
+    if architecture.startswith("gfx"):
+        text = kernel.asm["amdgcn"]
+
+        def field(name: str) -> int:
+            return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
+
+        return Resources(field("vgpr_count"), field("vgpr_spill_count"), kernel.metadata.shared, None)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = subprocess.run(
+            [_cuobjdump(), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+    registers = int(re.search(r"REG:(\d+)", usage).group(1))
+    spills = int(re.search(r"LOCAL:(\d+)", usage).group(1))
+    threads = 32 * num_warps
+    blocks = REGISTERS_PER_SM // (-(-registers // 8) * 8 * threads)
+    if kernel.metadata.shared:
+        blocks = min(blocks, SHARED_PER_SM[architecture] // (kernel.metadata.shared + 1024))
+    return Resources(registers, spills, kernel.metadata.shared, min(blocks * threads / THREADS_PER_SM, 1.0))
+
+
+def _cuobjdump() -> str:
+    bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return str(bundled) if bundled.exists() else "cuobjdump"
+
+
+def default_launches(architecture: str, T: int) -> list[Launch]:
+    """What the defaults launch in bf16 on the Qwen2-1.5B shapes, with the variants that use other kernels."""
+    variants = [MoSConfig(), MoSConfig(router_scope="linear"), MoSConfig(activation="silu")]
+    launches = [
+        described
+        for config in variants
+        for described in layer_launches(architecture, config, T, 1536, 8960, torch.bfloat16)
+    ]
+    return list(dict.fromkeys(launches))
+
+
+def table(architectures, token_counts=(8192, 16)) -> str:
+    """One line a kernel, architecture and bucket, as text."""
+    lines = [f"{'kernel':22} {'bucket':7} {'arch':7} {'registers':>9} {'spills':>6} {'shared':>7} {'occupancy':>9}"]
+    for architecture in architectures:
+        for T in token_counts:
+            for described in default_launches(architecture, T):
+                warps = dict(described.options)["num_warps"]
+                used = resources(compile_launch(described, architecture), architecture, warps)
+                occupancy = "-" if used.occupancy is None else f"{used.occupancy:.0%}"
+                lines.append(
+                    f"{described.name:22} {launch.bucket(T):7} {architecture:7} {used.registers:9} {used.spills:6} "
+                    f"{used.shared:7} {occupancy:>9}"
+                )
+    return "\n".join(lines)
