@@ -1,7 +1,7 @@
 """The layer as one differentiable operation: shrink, route, bridge, expand and the base product, in one autograd node.
 
-The adapter goes first. expand writes y₀ and the base product accumulates into it; backward writes dx₀ and the base's
-dy·W accumulates into that: no buffer is read twice, and there is one rounding fewer than in base + adapter.
+Eager calls run an autograd.Function, whose cost is small; under torch.compile the Triton backend runs the registered
+ops of `mos_kernels.ops` instead, which keep one graph. Both are `mos_kernels.steps` underneath.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mos_kernels.backends import load_backend, resolve_backend
+from mos_kernels import ops
+from mos_kernels.backends import resolve_backend
+from mos_kernels.steps import linear_backward, linear_forward, route_backward, route_forward
 
 
 def mos_linear(
@@ -48,10 +50,12 @@ def mos_linear(
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, A, B, kappa, gates, router, config)
     backend = resolve_backend(backend, x)
+    inputs = (x, weight, bias, A, B, kappa, gates, router)
     with torch.autocast(x.device.type, enabled=False):
-        return _MoSLinear.apply(
-            x, weight, bias, A, B, kappa, gates, router, aux_weight, dropout_p, prepared, config, backend
-        )
+        if backend == "triton" and torch.compiler.is_compiling():
+            differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+            return ops.linear(*inputs, aux_weight, dropout_p, config.json, backend, differentiable)[0]
+        return _MoSLinear.apply(*inputs, aux_weight, dropout_p, prepared, config, backend)
 
 
 def mos_route(
@@ -75,6 +79,8 @@ def mos_route(
         )
     backend = resolve_backend(backend, x)
     with torch.autocast(x.device.type, enabled=False):
+        if backend == "triton" and torch.compiler.is_compiling():
+            return ops.route(x, router, aux_weight, token_mask, config.json, backend)[0]
         return _MoSRoute.apply(x, router, aux_weight, token_mask, config, backend)
 
 
@@ -116,101 +122,33 @@ def _check(x, weight, A, B, kappa, gates, router, config) -> None:
 
 class _MoSLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x, weight, bias, A, B, kappa, gates, router, aux_weight, dropout_p, prepared, config, backend_name
-    ):
-        backend = load_backend(backend_name)
-        compute = backend.compute_dtype(x.dtype)
-        tokens, curvature = x.reshape(-1, x.shape[-1]), kappa.to(compute)
-        dropout = backend.draw_dropout(tokens, dropout_p) if dropout_p > 0 else None
-        p, n, logits = backend.shrink(tokens, A, router, dropout, differentiable=any(ctx.needs_input_grad))
-        routed, own_router = _routed(gates, logits, compute)
-        prepared = backend.prepare(B, x.dtype, config) if prepared is None else prepared
-        if config.activation == "identity":
-            z = backend.bridge(p, n, routed, own_router, curvature, prepared, config)
-            y = backend.expand(z, prepared, bias, x.dtype)
-        else:
-            y = backend.bridge_expand(p, n, routed, own_router, curvature, prepared, bias, x.dtype, config)
-        y.addmm_(tokens, weight.t())
-
-        keep = None if dropout is None else dropout.keep_bits
-        ctx.save_for_backward(x, weight, A, B, kappa, gates, router, aux_weight, p, n, logits, keep)
-        ctx.config, ctx.backend_name, ctx.dropout_p = config, backend_name, dropout_p
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], weight.shape[0])
+    def forward(ctx, x, weight, bias, A, B, kappa, gates, router, aux_weight, dropout_p, prepared, config, backend):
+        y, *saved = linear_forward(
+            x, weight, bias, A, B, kappa, gates, router, dropout_p, prepared, config, backend, any(ctx.needs_input_grad)
+        )
+        ctx.save_for_backward(x, weight, bias, A, B, kappa, gates, router, aux_weight, *saved)
+        ctx.options = (dropout_p, config, backend)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         with torch.autocast(dy.device.type, enabled=False):
-            return _linear_backward(ctx, dy)
-
-
-def _linear_backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, A, B, kappa, gates, router, aux_weight, p, n, logits, keep = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_kappa, needs_gates, needs_router, *_ = (
-        ctx.needs_input_grad
-    )
-    config, backend = ctx.config, load_backend(ctx.backend_name)
-    compute = backend.compute_dtype(x.dtype)
-    tokens, dy, curvature = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), kappa.to(compute)
-    dropout = None if keep is None else backend.Dropout(keep, ctx.dropout_p)
-    routed, own_router = _routed(gates, logits, compute)
-    aux_weight = aux_weight if needs_router else None
-
-    prepared = backend.prepare(B, x.dtype, config)
-    if config.activation == "identity":
-        z = backend.bridge(p, n, routed, own_router, curvature, prepared, config)
-        dz, dB = backend.expand_backward(dy, z, prepared, needs_B)
-        d = backend.bridge_backward(dz, p, n, routed, own_router, curvature, prepared, aux_weight, config)
-        dB = backend.add_norm_gradient(dB, B, d.M) if needs_B else None
-    else:
-        d = backend.bridge_expand_backward(dy, p, n, routed, own_router, curvature, prepared, aux_weight, config)
-        dB = d.B
-    needs = (needs_x, needs_A, needs_router)
-    dlogits = d.routed if own_router else None
-    dx, dA, drouter = backend.shrink_backward(tokens, A, router, d.p, d.n, dlogits, dropout, needs)
-    if needs_x:
-        dx = dx.addmm_(dy, weight).view(x.shape)
-    return (
-        dx,
-        (dy.t() @ tokens).to(weight.dtype) if needs_weight else None,
-        dy.sum(0, dtype=compute).to(ctx.bias_dtype) if needs_bias else None,
-        dA.to(A.dtype) if needs_A else None,
-        dB.to(B.dtype) if needs_B else None,
-        d.kappa.to(kappa.dtype) if needs_kappa else None,
-        d.routed.view(gates.shape).to(gates.dtype) if needs_gates else None,
-        drouter.to(router.dtype) if needs_router else None,
-        *(None,) * 5,
-    )
-
-
-def _routed(gates: Tensor | None, logits: Tensor | None, compute: torch.dtype) -> tuple[Tensor, bool]:
-    """What the bridge routes by, (T, E), and whether that is the logits of the linear's own router."""
-    if gates is None:
-        return logits, True
-    return gates.reshape(-1, gates.shape[-1]).to(compute), False
+            gradients = linear_backward(dy, *ctx.saved_tensors, *ctx.options, needs=ctx.needs_input_grad[:8])
+        return *gradients, *(None,) * 5
 
 
 class _MoSRoute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, router, aux_weight, token_mask, config, backend_name):
-        backend = load_backend(backend_name)
-        logits = backend.routing_logits(x.reshape(-1, x.shape[-1]), router)
+    def forward(ctx, x, router, aux_weight, token_mask, config, backend):
+        gates, logits = route_forward(x, router, config, backend)
         ctx.save_for_backward(x, router, aux_weight, token_mask, logits)
-        ctx.config, ctx.backend_name = config, backend_name
-        return backend.route(logits, config).view(*x.shape[:-1], router.shape[0])
+        ctx.options = (config, backend)
+        return gates
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dgates):
-        x, router, aux_weight, token_mask, logits = ctx.saved_tensors
-        needs, backend = ctx.needs_input_grad[:2], load_backend(ctx.backend_name)
-        mask = None if token_mask is None else token_mask.reshape(-1)
-        with torch.autocast(x.device.type, enabled=False):
-            gates, dgates = backend.route(logits, ctx.config), dgates.reshape(logits.shape)
-            aux_weight = aux_weight if needs[1] else None
-            dlogits = backend.route_backward(dgates, gates, logits, aux_weight, mask, ctx.config)
-            dx, drouter = backend.routing_logits_backward(x.reshape(-1, x.shape[-1]), router, dlogits, needs)
-        dx = dx.view(x.shape) if needs[0] else None
-        return dx, drouter.to(router.dtype) if needs[1] else None, None, None, None, None
+        with torch.autocast(dgates.device.type, enabled=False):
+            gradients = route_backward(dgates, *ctx.saved_tensors, *ctx.options, needs=ctx.needs_input_grad[:2])
+        return *gradients, *(None,) * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -127,6 +128,7 @@ class MoSConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {choices}")
         self._check_targets()
+        object.__setattr__(self, "json", json.dumps(self.to_dict(), sort_keys=True))  # what the registered ops take
 
     def _check_spaces(self) -> None:
         if not isinstance(self.spaces, Mapping):

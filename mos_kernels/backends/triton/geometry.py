@@ -69,7 +69,7 @@ def projection_scale(q, kappa, eps, MAPPING: tl.constexpr):
 def _radial_guard(a, held, value, slope):
     inside = a == held
     safe = tl.where(inside, 1.0, a)
-    value = tl.where(inside, value, value * tl.sqrt_rn(tl.div_rn(held, safe)))
+    value = value * tl.sqrt_rn(tl.div_rn(tl.where(inside, 1.0, held), safe))
     return value, tl.where(inside, slope, tl.div_rn(value * -0.5, safe))
 
 

@@ -1,0 +1,183 @@
+"""The steps as registered ops, for torch.compile: functional schemas, fake implementations, autograd.
+
+What an op does not return is an empty tensor, since a schema has no optional outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import torch
+from torch import Tensor
+
+from mos_kernels import steps
+from mos_kernels.config import MoSConfig
+
+
+@functools.lru_cache(maxsize=256)
+def _config(text: str) -> MoSConfig:
+    return MoSConfig.from_dict(json.loads(text))
+
+
+def _absent(x: Tensor) -> Tensor:
+    return x.new_empty(0)
+
+
+def _owned(t: Tensor) -> Tensor:
+    """t as a tensor of its own: outputs of an op may share no storage, as dA and dRouter do."""
+    return (
+        t.contiguous() if t.untyped_storage().nbytes() == t.nbytes else t.clone(memory_format=torch.contiguous_format)
+    )
+
+
+@torch.library.custom_op("mos_kernels::linear", mutates_args=())
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    kappa: Tensor,
+    gates: Tensor | None,
+    router: Tensor | None,
+    aux_weight: Tensor | None,
+    dropout_p: float,
+    config: str,
+    backend: str,
+    differentiable: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, p, n, logits and dropout's state; all but y empty unless differentiable. config: MoSConfig as JSON."""
+    y, *saved = steps.linear_forward(
+        x, weight, bias, A, B, kappa, gates, router, dropout_p, None, _config(config), backend, differentiable
+    )
+    return y, *(_absent(x) if t is None or not differentiable else t for t in saved)
+
+
+@linear.register_fake
+def _(x, weight, bias, A, B, kappa, gates, router, aux_weight, dropout_p, config, backend, differentiable):
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    if not differentiable:
+        return y, *(_absent(x) for _ in range(4))
+    tokens = x.reshape(-1, x.shape[-1])
+    (T, d_in), wide = tokens.shape, torch.float64 if x.dtype == torch.float64 else torch.float32
+    if backend == "triton":
+        parts = 1 if x.dtype == torch.float32 else 2
+        p, n = x.new_empty(1, T, A.shape[:-1].numel(), dtype=wide), x.new_empty(1, T, dtype=wide)
+        logits = _absent(x) if router is None else x.new_empty(1, T, parts * router.shape[0], dtype=wide)
+        state = x.new_empty(1, dtype=torch.int64)
+    else:
+        p, n = x.new_empty(T, *A.shape[:-1], dtype=wide), x.new_empty(T, dtype=wide)
+        logits = _absent(x) if router is None else x.new_empty(T, router.shape[0], dtype=wide)
+        state = x.new_empty(T, (d_in + 7) // 8, dtype=torch.uint8)
+    return y, p, n, logits, state if dropout_p > 0 else _absent(x)
+
+
+@torch.library.custom_op("mos_kernels::linear_backward", mutates_args=())
+def linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    kappa: Tensor,
+    gates: Tensor | None,
+    router: Tensor | None,
+    aux_weight: Tensor | None,
+    p: Tensor,
+    n: Tensor,
+    logits: Tensor,
+    dropout_state: Tensor,
+    dropout_p: float,
+    config: str,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the first eight arguments of `linear`; empty where `needs` does not ask for them."""
+    gradients = steps.linear_backward(
+        dy, x, weight, bias, A, B, kappa, gates, router, aux_weight, p, n,
+        logits if gates is None else None, dropout_state if dropout_p > 0 else None,
+        dropout_p, _config(config), backend, tuple(needs),
+    )  # fmt: skip
+    return tuple(_absent(x) if t is None else _owned(t) for t in gradients)
+
+
+@linear_backward.register_fake
+def _(
+    dy, x, weight, bias, A, B, kappa, gates, router, aux_weight, p, n, logits, state, dropout_p, config, backend, needs
+):
+    inputs = (x, weight, bias, A, B, kappa, gates, router)
+    return tuple(t.new_empty(t.shape) if need else _absent(x) for t, need in zip(inputs, needs, strict=True))
+
+
+def _linear_setup(ctx, inputs, output) -> None:
+    *tensors, dropout_p, config, backend, _ = inputs
+    _, *saved = output
+    ctx.save_for_backward(*tensors, *saved)
+    ctx.options = (dropout_p, config, backend)
+
+
+def _linear_backward(ctx, dy, *_):
+    needs = list(ctx.needs_input_grad[:8])
+    gradients = linear_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 5
+
+
+linear.register_autograd(_linear_backward, setup_context=_linear_setup)
+
+
+@torch.library.custom_op("mos_kernels::route", mutates_args=())
+def route(
+    x: Tensor, router: Tensor, aux_weight: Tensor | None, token_mask: Tensor | None, config: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The gates and the logits of a router of its own."""
+    return steps.route_forward(x, router, _config(config), backend)
+
+
+@route.register_fake
+def _(x, router, aux_weight, token_mask, config, backend):
+    T, E = x.reshape(-1, x.shape[-1]).shape[0], router.shape[0]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    parts = 1 if x.dtype == torch.float32 else 2
+    logits = (1, T, parts * E) if backend == "triton" else (T, E)
+    return x.new_empty(*x.shape[:-1], E, dtype=wide), x.new_empty(logits, dtype=wide)
+
+
+@torch.library.custom_op("mos_kernels::route_backward", mutates_args=())
+def route_backward(
+    dgates: Tensor,
+    x: Tensor,
+    router: Tensor,
+    aux_weight: Tensor | None,
+    token_mask: Tensor | None,
+    logits: Tensor,
+    config: str,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and router; empty where `needs` does not ask for them."""
+    gradients = steps.route_backward(
+        dgates, x, router, aux_weight, token_mask, logits, _config(config), backend, tuple(needs)
+    )
+    return tuple(_absent(x) if t is None else _owned(t) for t in gradients)
+
+
+@route_backward.register_fake
+def _(dgates, x, router, aux_weight, token_mask, logits, config, backend, needs):
+    return tuple(t.new_empty(t.shape) if need else _absent(x) for t, need in zip((x, router), needs, strict=True))
+
+
+def _route_setup(ctx, inputs, output) -> None:
+    *tensors, config, backend = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.options = (config, backend)
+
+
+def _route_backward(ctx, dgates, _):
+    needs = list(ctx.needs_input_grad[:2])
+    gradients = route_backward(dgates.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 4
+
+
+route.register_autograd(_route_backward, setup_context=_route_setup)

@@ -1,0 +1,136 @@
+"""The four steps composed: shrink, route, bridge, expand and the base product, forward and backward, without autograd.
+
+The adapter goes first. expand writes y₀ and the base product accumulates into it; backward writes dx₀ and the base's
+dy·W accumulates into that: no buffer is read twice, and there is one rounding fewer than in base + adapter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mos_kernels.backends import load_backend
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    kappa: Tensor,
+    gates: Tensor | None,
+    router: Tensor | None,
+    dropout_p: float,
+    prepared: tuple | None,
+    config,
+    backend: str,
+    differentiable: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """y, and what backward wants besides the arguments: p, n, the logits of a router of its own, dropout's state."""
+    steps = load_backend(backend)
+    compute = steps.compute_dtype(x.dtype)
+    tokens, curvature = x.reshape(-1, x.shape[-1]), kappa.to(compute)
+    dropout = steps.draw_dropout(tokens, dropout_p) if dropout_p > 0 else None
+    p, n, logits = steps.shrink(tokens, A, router, dropout, differentiable)
+    routed, own_router = _routed(gates, logits, compute)
+    prepared = steps.prepare(B, x.dtype, config) if prepared is None else prepared
+    if config.activation == "identity":
+        z = steps.bridge(p, n, routed, own_router, curvature, prepared, config)
+        y = steps.expand(z, prepared, bias, x.dtype)
+    else:
+        y = steps.bridge_expand(p, n, routed, own_router, curvature, prepared, bias, x.dtype, config)
+    y.addmm_(tokens, weight.t())
+    return y.view(*x.shape[:-1], weight.shape[0]), p, n, logits, None if dropout is None else dropout[0]
+
+
+def linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    kappa: Tensor,
+    gates: Tensor | None,
+    router: Tensor | None,
+    aux_weight: Tensor | None,
+    p: Tensor,
+    n: Tensor,
+    logits: Tensor | None,
+    dropout_state: Tensor | None,
+    dropout_p: float,
+    config,
+    backend: str,
+    needs: tuple[bool, ...],
+) -> Gradients:
+    """Gradients of x, weight, bias, A, B, kappa, gates and router, each in its tensor's dtype, where `needs` asks."""
+    needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_kappa, needs_gates, needs_router = needs
+    steps = load_backend(backend)
+    compute = steps.compute_dtype(x.dtype)
+    tokens, dy, curvature = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), kappa.to(compute)
+    dropout = None if dropout_state is None else steps.Dropout(dropout_state, dropout_p)
+    routed, own_router = _routed(gates, logits, compute)
+    aux_weight = aux_weight if needs_router else None
+
+    prepared = steps.prepare(B, x.dtype, config)
+    if config.activation == "identity":
+        z = steps.bridge(p, n, routed, own_router, curvature, prepared, config)
+        dz, dB = steps.expand_backward(dy, z, prepared, needs_B)
+        d = steps.bridge_backward(dz, p, n, routed, own_router, curvature, prepared, aux_weight, config)
+        dB = steps.add_norm_gradient(dB, B, d.M) if needs_B else None
+    else:
+        d = steps.bridge_expand_backward(dy, p, n, routed, own_router, curvature, prepared, aux_weight, config)
+        dB = d.B
+    dlogits = d.routed if own_router else None
+    dx, dA, drouter = steps.shrink_backward(
+        tokens, A, router, d.p, d.n, dlogits, dropout, (needs_x, needs_A, needs_router)
+    )
+    if needs_x:
+        dx = dx.addmm_(dy, weight).view(x.shape)
+    return (
+        dx,
+        (dy.t() @ tokens).to(weight.dtype) if needs_weight else None,
+        dy.sum(0, dtype=compute).to(bias.dtype) if needs_bias else None,
+        dA.to(A.dtype) if needs_A else None,
+        dB.to(B.dtype) if needs_B else None,
+        d.kappa.to(kappa.dtype) if needs_kappa else None,
+        d.routed.view(gates.shape).to(gates.dtype) if needs_gates else None,
+        drouter.to(router.dtype) if needs_router else None,
+    )
+
+
+def _routed(gates: Tensor | None, logits: Tensor | None, compute: torch.dtype) -> tuple[Tensor, bool]:
+    """What the bridge routes by, (T, E), and whether that is the logits of the linear's own router."""
+    if gates is None:
+        return logits, True
+    return gates.reshape(-1, gates.shape[-1]).to(compute), False
+
+
+def route_forward(x: Tensor, router: Tensor, config, backend: str) -> tuple[Tensor, Tensor]:
+    """The gates of a router of its own, and its logits."""
+    steps = load_backend(backend)
+    logits = steps.routing_logits(x.reshape(-1, x.shape[-1]), router)
+    return steps.route(logits, config).view(*x.shape[:-1], router.shape[0]), logits
+
+
+def route_backward(
+    dgates: Tensor,
+    x: Tensor,
+    router: Tensor,
+    aux_weight: Tensor | None,
+    token_mask: Tensor | None,
+    logits: Tensor,
+    config,
+    backend: str,
+    needs: tuple[bool, bool],
+) -> Gradients:
+    """Gradients of x and router."""
+    steps = load_backend(backend)
+    mask = None if token_mask is None else token_mask.reshape(-1)
+    dgates, gates = dgates.reshape(-1, dgates.shape[-1]), steps.route(logits, config)
+    dlogits = steps.route_backward(dgates, gates, logits, aux_weight if needs[1] else None, mask, config)
+    dx, drouter = steps.routing_logits_backward(x.reshape(-1, x.shape[-1]), router, dlogits, needs)
+    return dx.view(x.shape) if needs[0] else None, drouter.to(router.dtype) if needs[1] else None
