@@ -67,7 +67,8 @@ def _raw_inverse_stereographic(eps: float) -> Callable[[Tensor], ScaleAndSlope]:
     def scale(a: Tensor) -> ScaleAndSlope:
         divisor = 1 + a
         held = divisor.abs() < eps
-        value = 2 / torch.where(held, torch.where(divisor < 0, -eps, eps), divisor)
+        limit = torch.full_like(divisor, eps)  # two numbers in a torch.where would be float32
+        value = 2 / torch.where(held, limit.copysign(divisor), divisor)
         return value, torch.where(held, 0.0, value * value / -2)
 
     return scale

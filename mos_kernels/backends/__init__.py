@@ -57,9 +57,9 @@ def load_backend(name: str) -> ModuleType:
 def why_not_triton(x: Tensor) -> str | None:
     """Why the Triton kernels cannot run on x, or None if they can."""
     if x.dtype == torch.float64:
-        return "x is float64, and the kernels compute in float32"
+        return "it is float64, and the kernels compute in float32"
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"x is on {x.device}, and TRITON_INTERPRET=1 (Triton's interpreter on the CPU) is not set"
+        return f"it is on {x.device}, and TRITON_INTERPRET=1 (Triton's interpreter on the CPU) is not set"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"
     if not has_triton_kernels():

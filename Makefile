@@ -1,0 +1,41 @@
+# make demo, make test and make bench set up .venv; make gpu and make fuzz use $(PYTHON) as it is.
+PYTHON ?= python3
+VENV ?= .venv
+TRITON ?= triton==3.6.0
+# A plain torch brings gigabytes of CUDA: where there is no GPU, the pinned release is asked for first.
+TORCH ?= $(if $(shell command -v nvidia-smi rocm-smi),torch,torch==2.13.0)
+
+RUN = OMP_NUM_THREADS=1 $(VENV)/bin/python
+APART = --ignore=tests/backends/triton --ignore=tests/compile --ignore=tests/gpu
+
+.PHONY: demo test bench gpu fuzz kernels clean
+
+$(VENV)/.%: setup.py
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TRITON)" -e ".[$*]"
+	touch $@
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/python demo/demo.py
+
+# The interpreter is chosen when Triton is imported, so its tests and the compile tests are processes of their own.
+test: $(VENV)/.test
+	$(RUN) -m pytest -n 2 tests $(APART)
+	TRITON_INTERPRET=1 $(RUN) -m pytest -n 2 tests/backends/triton
+	$(RUN) -m pytest -n 2 tests/compile
+
+bench: $(VENV)/.bench
+	$(VENV)/bin/python -m benchmarks.layer_cpu
+
+gpu:
+	$(PYTHON) -m pytest tests/gpu
+
+fuzz:
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) -m tests.fuzz
+
+kernels:
+	$(PYTHON) -m mos_kernels kernels
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

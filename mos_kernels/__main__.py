@@ -1,0 +1,53 @@
+"""Commands: `python -m mos_kernels doctor | finetune | kernels | tune`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mos_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("doctor", help="say which backend would run here and why, and check it numerically")
+    finetune = commands.add_parser("finetune", help="fine-tune a model with MoS, LoRA and others under equal settings")
+    kernels = commands.add_parser("kernels", help="compile the Triton kernels and list what they use; needs no GPU")
+    kernels.add_argument("architectures", nargs="*", help="such as sm_90 or gfx942; default: all that are supported")
+    tune = commands.add_parser("tune", help="time the Triton kernels on this GPU and store their best launch settings")
+    tune.add_argument("kernels", nargs="*", help="such as shrink or expand; default: all")
+    tune.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    tune.add_argument("--dry-run", action="store_true", help="print the settings found and write nothing")
+
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["finetune"]:  # its options need transformers; the other commands do not
+        from mos_kernels.huggingface import finetune as command
+
+        command.add_arguments(finetune)
+        return command.run(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    if options.command == "doctor":
+        from mos_kernels.doctor import run
+
+        return run()
+    if options.command == "tune":
+        import torch
+
+        from mos_kernels.backends.triton.tune import run as run_tuner
+
+        return run_tuner(options.kernels, getattr(torch, options.dtype), options.dry_run)
+    return _kernels(options.architectures)
+
+
+def _kernels(architectures: list[str]) -> int:
+    from mos_kernels.backends.triton import compiled
+
+    unknown = sorted(set(architectures) - set(compiled.TARGETS))
+    if unknown:
+        print(f"unknown architectures {unknown}: choose from {sorted(compiled.TARGETS)}", file=sys.stderr)
+        return 2
+    print(compiled.table(architectures or compiled.TARGETS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

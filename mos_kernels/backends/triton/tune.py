@@ -1,0 +1,240 @@
+"""`python -m mos_kernels tune`: find launch settings for the GPU at hand and write them to the checked-in table.
+
+One constant of one kernel is varied at a time, from the settings in force, for as long as a pass over them finds
+something faster. A candidate whose numbers differ from the default's beyond rounding is not taken. Nothing here runs
+unless asked for: no call of a layer ever tunes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from mos_kernels.backends.triton import launch
+from mos_kernels.config import MoSConfig
+
+CANDIDATES = {
+    "BLOCK_T": (16, 32, 64, 128),
+    "BLOCK_D": (32, 64, 128, 256),
+    "BLOCK_N": (32, 64, 128, 256),
+    "BLOCK_C": (16, 32, 64, 128),
+    "SPLITS": (1, 2, 4, 8, 16, 32),
+    "TILE": (512, 1024, 2048, 4096),
+    "TOKEN_TILE": (64, 128, 256, 512),
+    "CHUNK_BYTES": (8 << 20, 16 << 20, 24 << 20, 32 << 20, 48 << 20, 1 << 40),
+    "num_warps": (2, 4, 8),
+    "num_stages": (1, 2, 3, 4),
+}
+QWEN2_1_5B = ((1536, 8960), (8960, 1536))
+TOKENS = {"decode": 16, "train": 8192}
+
+# The differentiable path of `train` fixes S at 1 for these: their splits are for decoding alone.
+_FIXED_SPLITS = {("shrink", "train")}
+
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+def steps(
+    config: MoSConfig, T: int, in_features: int, out_features: int, dtype: torch.dtype, device
+) -> dict[str, Step]:
+    """Each kernel's name with a call of the step that launches it, on random data."""
+    from mos_kernels.backends import triton as backend
+
+    E, r = config.num_experts, config.r
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape, dtype=torch.float32, scale=1.0):
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).mul_(scale).to(dtype)
+
+    x, dy, bias = (
+        randn(T, in_features, dtype=dtype),
+        randn(T, out_features, dtype=dtype),
+        randn(out_features, dtype=dtype),
+    )
+    A, router = randn(r, in_features, scale=in_features**-0.5), randn(E, in_features, scale=0.02)
+    B, aux = randn(out_features, E, r, scale=out_features**-0.5), randn(1)
+    kappa = torch.tensor(config.curvature_signs, device=device) * 0.3 / in_features
+    identity, curved = config, MoSConfig.from_dict({**config.to_dict(), "activation": "silu"})
+    differentiable = launch.bucket(T) == "train"
+
+    p, n, logits = backend.shrink(x, A, router, None, True)
+    prepared, cast_only = backend.prepare(B, dtype, identity), backend.prepare(B, dtype, curved)
+    z = backend.bridge(p, n, logits, True, kappa, prepared, identity)
+    dz, dB = backend.expand_backward(dy, z, prepared, True)
+    d = backend.bridge_backward(dz, p, n, logits, True, kappa, prepared, aux, identity)
+
+    def sums(planes: tuple) -> tuple:
+        return tuple(t.sum(0) for t in planes if t is not None)
+
+    def shrink():
+        return sums(backend.shrink(x, A, router, None, differentiable))
+
+    def expand_backward():
+        return sums(backend.expand_backward(dy, z, prepared, True))
+
+    def bridge_backward():
+        return tuple(backend.bridge_backward(dz, p, n, logits, True, kappa, prepared, aux, identity))
+
+    def forward():
+        return (backend.bridge_expand(p, n, logits, True, kappa, cast_only, bias, dtype, curved),)
+
+    def backward():
+        return tuple(backend.bridge_expand_backward(dy, p, n, logits, True, kappa, cast_only, aux, curved))
+
+    return {
+        "shrink": shrink,
+        "gram": lambda: backend.prepare(B, dtype, identity)[1:],
+        "bridge": lambda: (backend.bridge(p, n, logits, True, kappa, prepared, identity),),
+        "expand": lambda: (backend.expand(z, prepared, bias, dtype),),
+        "expand_input": expand_backward,
+        "expand_weight": expand_backward,
+        "expand_chunk": expand_backward,
+        "bridge_backward": bridge_backward,
+        "bridge_reduce": bridge_backward,
+        "load": bridge_backward,
+        "norm_gradient": lambda: (backend.add_norm_gradient(dB, B, d.M),),
+        "shrink_backward": lambda: backend.shrink_backward(x, A, router, d.p, d.n, d.routed, None, (True, True, True)),
+        "route": lambda: (backend.route(logits, identity),),
+        "curve": forward,
+        "activated_norm": forward,
+        "activated_expand": forward,
+        "activated_input": backward,
+        "activated_weight": backward,
+    }
+
+
+def neighbours(settings: dict, fixed: frozenset[str] = frozenset()) -> Iterator[dict]:
+    """The settings that differ from these in one constant."""
+    for name, value in settings.items():
+        if name in fixed:
+            continue
+        for candidate in CANDIDATES[name]:
+            if candidate != value:
+                yield {**settings, name: candidate}
+
+
+def search(
+    start: dict, measure: Callable[[dict], float | None], fixed: frozenset[str] = frozenset()
+) -> tuple[dict, float, float]:
+    """The fastest settings found, their time and the start's. `measure` returns None for settings that do not work."""
+    best, first = start, measure(start)
+    if first is None:
+        raise RuntimeError(f"the settings in force do not work: {start}; mend them in {launch.SETTINGS_FILE} first")
+    best_time, improved = first, True
+    while improved:
+        improved = False
+        for candidate in neighbours(best, fixed):
+            time = measure(candidate)
+            if time is not None and time < 0.98 * best_time:
+                best, best_time, improved = candidate, time, True
+    return best, best_time, first
+
+
+class overridden:
+    """Within this context, launches of one kernel use the given constants."""
+
+    def __init__(self, kernel: str, constants: dict):
+        self.kernel, self.constants = kernel, constants
+
+    def __enter__(self) -> None:
+        self.before = before = launch.settings
+
+        def settings(kernel: str, device: torch.device, T: int) -> dict:
+            return dict(self.constants) if kernel == self.kernel else before(kernel, device, T)
+
+        launch.settings = settings
+
+    def __exit__(self, *_) -> None:
+        launch.settings = self.before
+
+
+def tune_kernel(kernel: str, bucket: str, calls: list[Step], device: torch.device, timer) -> tuple[dict, float, float]:
+    """Search the settings of one kernel over the given calls (one a shape). timer: step -> milliseconds."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    truths = [call() for call in calls]
+
+    def measure(constants: dict) -> float | None:
+        with overridden(kernel, constants):
+            try:
+                results = [call() for call in calls]
+                if not all(_agree(a, b) for a, b in zip(results, truths, strict=True)):
+                    return None
+                return sum(timer(call) for call in calls)
+            except (CompilationError, OutOfResources, PTXASError):
+                return None
+
+    start = launch.settings(kernel, device, TOKENS[bucket])
+    fixed = frozenset({"SPLITS"}) if (kernel, bucket) in _FIXED_SPLITS else frozenset()
+    return search(start, measure, fixed)
+
+
+def _agree(results: tuple, truths: tuple) -> bool:
+    for a, b in zip(results, truths, strict=True):
+        if a is None:
+            continue
+        eps = torch.finfo(b.dtype).eps
+        bound = (4 * eps + 1e-5) * b.float().abs().max()
+        if not ((a.float() - b.float()).abs().max() <= bound):
+            return False
+    return True
+
+
+def write(architecture: str, found: dict[str, dict[str, dict]]) -> None:
+    """Put the settings of an architecture into the table; the file is written beside and renamed."""
+    table = json.loads(launch.SETTINGS_FILE.read_text())
+    stored = table.setdefault(architecture, {})
+    for kernel, buckets in found.items():
+        stored.setdefault(kernel, {}).update(buckets)
+    beside = launch.SETTINGS_FILE.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(render(table))
+    os.replace(beside, launch.SETTINGS_FILE)
+    launch.table.cache_clear()
+
+
+def render(table: dict) -> str:
+    """The table as JSON with one line for each kernel's bucket."""
+    architectures = []
+    for architecture, kernels in table.items():
+        rows = []
+        for kernel, buckets in kernels.items():
+            lines = ",\n".join(f"      {json.dumps(b)}: {json.dumps(constants)}" for b, constants in buckets.items())
+            rows.append(f"    {json.dumps(kernel)}: {{\n{lines}\n    }}")
+        body = ",\n".join(rows)
+        architectures.append(f"  {json.dumps(architecture)}: {{\n{body}\n  }}")
+    return "{\n" + ",\n".join(architectures) + "\n}\n"
+
+
+def run(kernels: list[str], dtype: torch.dtype, dry_run: bool) -> int:
+    """Tune on the current CUDA or ROCm device, print each result, and write the table unless dry_run."""
+    import triton
+
+    if not torch.cuda.is_available():
+        print("tune times kernels on a CUDA or ROCm device, and torch sees none here")
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    architecture = launch.architecture(device)
+    known = launch.table()["default"]
+    unknown = sorted(set(kernels) - set(known))
+    if unknown:
+        print(f"unknown kernels {unknown}: choose from {sorted(known)}")
+        return 2
+    print(f"tuning for {architecture} ({torch.cuda.get_device_name(device)}), {dtype}")
+    found: dict[str, dict[str, dict]] = {}
+    for bucket, T in TOKENS.items():
+        by_shape = [steps(MoSConfig(), T, d_in, d_out, dtype, device) for d_in, d_out in QWEN2_1_5B]
+        for kernel in kernels or known:
+            calls = [calls_of_shape[kernel] for calls_of_shape in by_shape]
+            settings, time, before = tune_kernel(
+                kernel, bucket, calls, device, lambda call: triton.testing.do_bench(call, return_mode="median")
+            )
+            print(f"{kernel:18} {bucket:7} {before:8.4f} -> {time:8.4f} ms  {settings}", flush=True)
+            found.setdefault(kernel, {})[bucket] = settings
+            if not dry_run:
+                write(architecture, found)
+    return 0

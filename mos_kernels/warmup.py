@@ -1,0 +1,68 @@
+"""Compile every kernel that a model will launch, before it is needed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mos_kernels.adapter import mos_linear, mos_route
+from mos_kernels.backends import resolve_backend
+from mos_kernels.layer import MoSLayer, MoSRouter
+
+
+def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Run each distinct adapted linear and router of `model` once in every launch bucket, on zeros.
+
+    After this, no length of input compiles anything. dtype: the inputs', where it is not the weights' (autocast).
+    Parameters, gradients, buffers and random state stay as they are. Returns the number of distinct modules; 0 where
+    the backend has nothing to compile.
+    """
+    seen = set()
+    for module in model.modules():
+        if not isinstance(module, (MoSLayer, MoSRouter)):
+            continue
+        weight = module.weight
+        x_dtype = dtype or (weight.dtype if isinstance(module, MoSLayer) else torch.get_default_dtype())
+        probe = torch.empty(0, dtype=x_dtype, device=weight.device)
+        if resolve_backend("auto", probe) != "triton":
+            continue
+        bias = getattr(module, "bias", None) is not None
+        key = (type(module), module.config.json, tuple(weight.shape), x_dtype, weight.device, bias, module.training)
+        if key not in seen:
+            seen.add(key)
+            _run(module, x_dtype)
+    return len(seen)
+
+
+def _run(module: nn.Module, dtype: torch.dtype) -> None:
+    from mos_kernels.backends.triton.launch import DECODE_TOKENS
+
+    device = module.weight.device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        for tokens in (DECODE_TOKENS, DECODE_TOKENS + 1):
+            for differentiable in (True, False):
+                with torch.set_grad_enabled(differentiable):
+                    y = _forward(
+                        module, torch.zeros(tokens, module.in_features, dtype=dtype, device=device), differentiable
+                    )
+                if differentiable:
+                    y.sum().backward()
+
+
+def _forward(module: nn.Module, x: Tensor, differentiable: bool) -> Tensor:
+    def stand_in(t: Tensor | None, needs_grad: bool = True) -> Tensor | None:
+        return None if t is None else t.detach().requires_grad_(differentiable and needs_grad)
+
+    config, x = module.config, stand_in(x)
+    aux = module.mos_aux_weight if module.training and config.router_aux_loss_coef > 0 else None
+    if isinstance(module, MoSRouter):
+        return mos_route(x, stand_in(module.weight), config=config, aux_weight=aux)
+    own = module.mos_router is not None
+    gates = None if own else stand_in(torch.zeros(x.shape[0], config.num_experts, device=x.device))
+    return mos_linear(
+        x, stand_in(module._dense_weight, False).to(x.dtype), stand_in(module.bias, False), stand_in(module.mos_lora_A),
+        stand_in(module.mos_lora_B), stand_in(module.curvature), config=config, gates=gates,
+        router=stand_in(module.mos_router), aux_weight=aux if own else None,
+        dropout_p=config.lora_dropout if module.training else 0.0,
+    )  # fmt: skip

@@ -1,0 +1,62 @@
+"""Settings of the whole suite: reproducible, offline, one thread, and no output that was never written."""
+
+from __future__ import annotations
+
+import os
+
+for _name, _value in {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "disabled",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "mos_kernels",
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("mos_kernels")
+torch.set_num_threads(1)
+
+_POISONED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "unpoisoned: torch.empty keeps its own contents in this test")
+
+
+def _poisoned(allocate):
+    def wrapper(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        if tensor.dtype in _POISONED and not torch.compiler.is_compiling():
+            with torch.no_grad():
+                tensor.fill_(torch.nan)
+        return tensor
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def _poison_uninitialised_memory(request, monkeypatch):
+    """Fill what torch.empty and its kin return with NaN, so that an output that nobody wrote cannot pass."""
+    if request.node.get_closest_marker("unpoisoned"):
+        return
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def _backend_of_its_own(monkeypatch):
+    """No test sees the backend that another one, or the caller's environment, selected."""
+    monkeypatch.delenv("MOS_BACKEND", raising=False)
+    monkeypatch.setattr("mos_kernels.backends._selected", None)
