@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mos_kernels.adapter import mos_linear, mos_route
-from mos_kernels.backends import load_backend, resolve_backend
+from mos_kernels.backends import eager, load_backend, resolve_backend
 from mos_kernels.config import MoSConfig
 
 ADAPTER_PARAMETERS = ("mos_lora_A", "mos_lora_B", "mos_router", "mos_curvature")
@@ -296,8 +296,7 @@ def _injected_aux_weight(owner: nn.Module) -> Tensor | None:
 
 @torch.no_grad()
 def _routing_logits(x: Tensor, router: Tensor) -> Tensor:
-    tokens = x.reshape(-1, x.shape[-1])
-    return load_backend(resolve_backend("auto", x)).routing_logits(tokens, router).view(*x.shape[:-1], router.shape[0])
+    return eager.routing_logits(x.reshape(-1, x.shape[-1]), router).view(*x.shape[:-1], router.shape[0])
 
 
 def _adopt(cls: type[nn.Module], base: nn.Module, out_features: int, in_features: int) -> nn.Module:

@@ -13,9 +13,9 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-import pytest
-import torch
-from hypothesis import HealthCheck, settings
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 settings.register_profile(
     "mos_kernels",
