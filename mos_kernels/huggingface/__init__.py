@@ -1,0 +1,24 @@
+"""Mixture-of-Space adapters on transformers' models: apply, save and load, training helpers."""
+
+try:
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError('mos_kernels.huggingface needs transformers: pip install "mos_kernels[hf]"') from error
+
+from mos_kernels.huggingface.apply import activated_parameters, apply_mos, remove_mos
+from mos_kernels.huggingface.files import load_adapter, save_adapter
+from mos_kernels.huggingface.report import routing_report
+from mos_kernels.huggingface.targets import ffn_target_modules
+from mos_kernels.huggingface.training import MoSCallback, mos_param_groups
+
+__all__ = [
+    "MoSCallback",
+    "activated_parameters",
+    "apply_mos",
+    "ffn_target_modules",
+    "load_adapter",
+    "mos_param_groups",
+    "remove_mos",
+    "routing_report",
+    "save_adapter",
+]

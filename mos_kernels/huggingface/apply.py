@@ -1,0 +1,167 @@
+"""Putting a Mixture-of-Space adapter on a model, and taking it off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mos_kernels.config import MoSConfig
+from mos_kernels.huggingface.blocks import add_router, remove_router
+from mos_kernels.huggingface.plan import Plan, adapter_parameters, make_plan, router_owners
+from mos_kernels.huggingface.targets import refuse_offloaded
+from mos_kernels.layer import MoSConv1D, MoSLayer, MoSRouter
+
+_STATE = "_mos_adapter"
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """What apply_mos leaves on the model: its configuration, and the parameters that were trainable before."""
+
+    config: MoSConfig
+    trainable_before: frozenset[str]
+
+
+class AppliedMoS(list):
+    """The names of the adapted linears. `report()`, also printed, says who routes each of them."""
+
+    def __init__(self, names: Iterable[str], report: str):
+        super().__init__(names)
+        self._report = report
+
+    def report(self) -> str:
+        return self._report
+
+    def __str__(self) -> str:
+        return self._report
+
+
+class ParameterCount(NamedTuple):
+    """Numbers of parameters; see `activated_parameters`."""
+
+    base: int
+    adapter: int
+    activated: int
+
+    @property
+    def percent(self) -> float:
+        """What a token uses of the adapter, in percent of all that it uses: base plus activated."""
+        return 100 * self.activated / (self.base + self.activated)
+
+
+def apply_mos(model: nn.Module, config: MoSConfig) -> AppliedMoS:
+    """Put an adapter on the linears that `config` names, and freeze everything else, in place.
+
+    FFN blocks of a known form get one router each (router_scope="ffn"); a linear outside of one gets its own, and the
+    returned list's `report()` says so. Works on the meta device. The load-balancing coefficient is divided by the
+    number of routers. Everything is planned and built before the model changes, so an error leaves it as it was.
+
+    Returns the names of the adapted linears. Raises ValueError or TypeError where `config` asks for what the model does
+    not have: an entry that matches nothing, 3-D expert parameters, a module that is no plain linear, a second adapter.
+    """
+    plan = make_plan(model, config)
+    install(model, plan)
+    return AppliedMoS([linear.name for linear in plan.linears], plan.report())
+
+
+def install(model: nn.Module, plan: Plan) -> None:
+    """Carry out a plan."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        layers = [linear.build() for linear in plan.linears]
+        routers = [block.build() for block in plan.blocks]
+    except BaseException:
+        for parameter in trainable.values():
+            parameter.requires_grad_(True)
+        raise
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for linear, layer in zip(plan.linears, layers, strict=True):
+        _replace(model, linear.target.names, linear.target.module, layer)
+    for block, router in zip(plan.blocks, routers, strict=True):
+        add_router(block.block, block.form, router)
+    for owner in (*routers, *layers):
+        if owner.mos_aux_weight is not None:
+            owner.mos_aux_weight.fill_(plan.config.router_aux_loss_coef / plan.num_routers)
+    setattr(model, _STATE, AdapterState(plan.config, frozenset(trainable)))
+
+
+def remove_mos(model: nn.Module) -> list[str]:
+    """Take the adapter off: plain linears that share the base's parameters, the blocks' own forwards, no routers.
+
+    What was trainable before apply_mos is trainable again. Returns the names of the restored linears; ValueError where
+    the model has no adapter.
+    """
+    places: dict[MoSLayer, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, MoSLayer):
+            refuse_offloaded(name, module)
+            places.setdefault(module, []).append(name)
+    if not places:
+        raise ValueError(f"{type(model).__name__} has no MoS adapter: there is nothing to remove")
+    blocks = [module for module in model.modules() if isinstance(module._modules.get("mos_router"), MoSRouter)]
+
+    plain = {layer: _plain(layer) for layer in places}
+    for layer, names in places.items():
+        _replace(model, names, layer, plain[layer])
+    for block in blocks:
+        remove_router(block)
+    state = adapter_state(model)
+    if state is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in state.trainable_before)
+        delattr(model, _STATE)
+    return [names[0] for names in places.values()]
+
+
+def adapter_state(model: nn.Module) -> AdapterState | None:
+    """What apply_mos left on this module, or None."""
+    return getattr(model, _STATE, None)
+
+
+def activated_parameters(model: nn.Module) -> ParameterCount:
+    """How many parameters the base and the adapter have, and how many of the adapter's a token uses.
+
+    Of what each expert has of its own (B, curvature, and A with share_a=False), num_experts_per_tok of num_experts are
+    used; shared A and the routers always are.
+    """
+    adapter = adapter_parameters(model)
+    own = {id(parameter) for parameter in adapter.values()}
+    base = sum(p.numel() for p in model.parameters() if id(p) not in own)
+    activated = sum(owner.weight.numel() for owner in router_owners(model).values() if isinstance(owner, MoSRouter))
+    for layer in (module for module in model.modules() if isinstance(module, MoSLayer)):
+        config = layer.config
+        per_expert = layer.mos_lora_B.numel() + layer.mos_curvature.numel()
+        always = 0 if layer.mos_router is None else layer.mos_router.numel()
+        if config.share_a:
+            always += layer.mos_lora_A.numel()
+        else:
+            per_expert += layer.mos_lora_A.numel()
+        activated += always + per_expert * config.num_experts_per_tok // config.num_experts
+    return ParameterCount(base, sum(p.numel() for p in adapter.values()), activated)
+
+
+def _replace(model: nn.Module, names: Iterable[str], old: nn.Module, new: nn.Module) -> None:
+    if hasattr(old, "_is_hf_initialized"):  # else transformers' init_weights would draw the base's weights anew
+        new._is_hf_initialized = old._is_hf_initialized
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    if hasattr(old, "_hf_hook"):  # accelerate's, which moves inputs between devices
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, old._hf_hook)
+
+
+def _plain(layer: MoSLayer) -> nn.Module:
+    if not isinstance(layer, MoSConv1D):
+        return layer.to_linear()
+    with torch.device("meta"):
+        conv1d = Conv1D(layer.nf, layer.nx)
+    conv1d.weight, conv1d.bias = layer.weight, layer.bias
+    return conv1d.train(layer.training)

@@ -1,0 +1,308 @@
+"""Adapter files in peft's convention: adapter_config.json, adapter_model.safetensors and a model card.
+
+Tensors are named `base_model.model.<path>.mos_lora_A` and so on; a block's router is `<block>.mos_router.weight`. Other
+trained modules, such as a classification head, are saved whole and listed in modules_to_save, as peft does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import mos_kernels
+from mos_kernels.config import MoSConfig
+from mos_kernels.huggingface.apply import adapter_state, install, remove_mos
+from mos_kernels.huggingface.plan import adapter_parameters, adapter_shapes, make_plan
+from mos_kernels.layer import MoSLayer
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
+PEFT_TYPE = "MOSELORA"
+PREFIX = "base_model.model."
+
+_MOS_FIELDS = frozenset(field.name for field in dataclasses.fields(MoSConfig))
+_WHERE_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_OTHER_FIELDS = """peft_type peft_version mos_kernels_version base_model_name_or_path revision task_type inference_mode
+auto_mapping modules_to_save"""
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Write the adapter of `model`, and every other module that has trainable parameters, to `folder`.
+
+    Files are replaced whole, the configuration last: an interrupted save leaves the old files or a folder without
+    adapter_config.json, never a mixture. Raises ValueError without an adapter, or with weights on the meta device.
+    """
+    model = _unwrap(model)
+    state = adapter_state(model)
+    if state is None:
+        raise ValueError(f"{type(model).__name__} has no MoS adapter: call apply_mos(model, config) first")
+    modules = _modules_to_save(model)
+    parameters = {**adapter_parameters(model), **_tensors_of(model, modules)}
+    offloaded = [name for name, tensor in parameters.items() if tensor.is_meta]
+    if offloaded:
+        raise ValueError(f"{offloaded[0]!r} is on the meta device (offloaded?): bring its values back before saving")
+    tensors = {PREFIX + name: tensor.detach().cpu().contiguous().clone() for name, tensor in parameters.items()}
+
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    config = {
+        **state.config.to_dict(),
+        "peft_type": PEFT_TYPE,
+        "task_type": None,
+        "inference_mode": True,
+        "base_model_name_or_path": base,
+        "modules_to_save": modules or None,
+        "mos_kernels_version": getattr(mos_kernels, "__version__", None),
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        weights = _staged(stack, folder / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
+        description = _staged(stack, folder / CONFIG_NAME, json.dumps(config, indent=2).encode() + b"\n")
+        card = _staged(stack, folder / CARD_NAME, _card(base, state.config).encode())
+        (folder / CONFIG_NAME).unlink(missing_ok=True)
+        _sync_folder(folder)
+        os.replace(weights, folder / WEIGHTS_NAME)
+        if not (folder / CARD_NAME).exists():
+            os.replace(card, folder / CARD_NAME)
+        _sync_folder(folder)
+        os.replace(description, folder / CONFIG_NAME)
+        _sync_folder(folder)
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool = False) -> list[str]:
+    """Put the adapter saved in `folder` on `model`; or only load its tensors where an equal adapter is applied.
+
+    Values are copied into parameters on the model's device, whatever device or dtype they were saved from. With
+    `is_trainable` the adapter and the modules saved with it train on; otherwise they are frozen. Returns the names of
+    the adapted linears.
+
+    Everything is checked before the model is touched: FileNotFoundError for a missing folder or file, ValueError for
+    files that are damaged, of another method, of another architecture, or not finite. Never unpickles anything.
+    """
+    model = _unwrap(model)
+    folder = Path(folder)
+    config, modules = _read_config(folder)
+    tensors = _read_tensors(folder / WEIGHTS_NAME)
+
+    applied = adapter_state(model)
+    if applied is None:
+        plan = make_plan(model, config)
+        shapes = adapter_shapes(plan)
+        on_meta = [linear.name for linear in plan.linears if linear.target.module.weight.is_meta]
+    else:
+        _require_equal(applied.config, config)
+        shapes = {name: tuple(parameter.shape) for name, parameter in adapter_parameters(model).items()}
+        on_meta = [name for name, parameter in adapter_parameters(model).items() if parameter.is_meta]
+    if on_meta:
+        raise ValueError(f"{on_meta[0]!r} is on the meta device: load the base model's weights before the adapter")
+    extra = _tensors_of(model, modules)
+    shapes |= {name: tuple(tensor.shape) for name, tensor in extra.items()}
+    _require_shapes(folder, tensors, shapes)
+    _require_finite(folder, tensors)
+
+    if applied is None:
+        install(model, plan)
+    try:
+        own = adapter_parameters(model)
+        targets = {**own, **_tensors_of(model, modules)}
+        values = {name: tensors[name].to(target.device, target.dtype) for name, target in targets.items()}
+    except BaseException:
+        if applied is None:
+            remove_mos(model)
+        raise
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(values[name])
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoSLayer)}
+    for layer in layers.values():
+        layer._frozen = None
+    for name, target in targets.items():
+        if isinstance(target, nn.Parameter):
+            fixed = name.endswith("mos_curvature") and not config.learn_curvature
+            target.requires_grad_(is_trainable and not fixed)
+    return list(layers)
+
+
+def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
+    path = folder / CONFIG_NAME
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: pass the one that save_adapter wrote")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: no adapter was saved here, or the save was interrupted")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged, save the adapter again") from None
+    if not isinstance(values, dict) or values.get("peft_type") != PEFT_TYPE:
+        found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
+        raise ValueError(f"{path} has peft_type {found!r}, not {PEFT_TYPE!r}: it is no MoS adapter; load it with peft")
+    # a peft option that is off asks for nothing; any other unknown one would be dropped silently
+    known = _MOS_FIELDS.union(_OTHER_FIELDS.split())
+    unknown = {
+        name: value for name, value in values.items() if name not in known and value not in (None, False, [], {})
+    }
+    try:
+        config = MoSConfig.from_dict({**unknown, **{k: v for k, v in values.items() if k in _MOS_FIELDS}})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    modules = values.get("modules_to_save") or []
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise ValueError(f"{path}: modules_to_save={modules!r} must be a list of module names")
+    return config, modules
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        pickled = path.with_name("adapter_model.bin")
+        why = f"; {pickled.name} is there, but pickles are never loaded: save it again as safetensors"
+        raise FileNotFoundError(f"{path} is missing{why if pickled.is_file() else ': the adapter has no weights'}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is truncated or damaged ({os.path.getsize(path)} bytes): {error}. Copy or save it again"
+        ) from None
+    foreign = [name for name in tensors if not name.startswith(PREFIX)]
+    if foreign:
+        raise ValueError(f"{path} has tensors without the prefix {PREFIX!r}, such as {foreign[0]!r}: no adapter file")
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _require_equal(applied: MoSConfig, loaded: MoSConfig) -> None:
+    """Where the adapter sits may be written in several ways, and the tensors' names check it."""
+    different = [
+        f"{field.name}={getattr(loaded, field.name)!r} instead of {getattr(applied, field.name)!r}"
+        for field in dataclasses.fields(MoSConfig)
+        if field.name not in _WHERE_FIELDS and getattr(loaded, field.name) != getattr(applied, field.name)
+    ]
+    if different:
+        raise ValueError(
+            f"the model has a MoS adapter with another configuration (the file has {', '.join(different)}): call "
+            "remove_mos(model) first"
+        )
+
+
+def _require_shapes(folder: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    missing = [name for name in shapes if name not in tensors]
+    unexpected = [name for name in tensors if name not in shapes]
+    reshaped = [
+        f"{name} {tuple(tensors[name].shape)}, the model asks for {shape}"
+        for name, shape in shapes.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"{folder} holds an adapter of another architecture than this model's; tensors: {'; '.join(problems)}. "
+            "Load the base model that it was trained on"
+        )
+
+
+def _require_finite(folder: Path, tensors: dict[str, Tensor]) -> None:
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"{folder}: {len(bad)} tensors have values that are not finite, such as {bad[0]}")
+
+
+def _modules_to_save(model: nn.Module) -> list[str]:
+    """The modules that own trainable parameters which are not the adapter's."""
+    adapter = set(adapter_parameters(model))
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad and name not in adapter]
+    rootless = [name for name in trainable if "." not in name]
+    if rootless:
+        raise ValueError(
+            f"the trainable parameter {rootless[0]!r} belongs to no submodule, and modules_to_save cannot name it: "
+            "freeze it, or move it into a module"
+        )
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in trainable))
+
+
+def _tensors_of(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of the named modules (peft's rule for names), without the adapter's."""
+    adapter = adapter_parameters(model)
+    found = {}
+    for entry in modules:
+        matches = [
+            (name, module) for name, module in model.named_modules() if name == entry or name.endswith("." + entry)
+        ]
+        if not matches:
+            raise ValueError(f"modules_to_save names {entry!r}, which {type(model).__name__} does not have")
+        for name, module in matches:
+            found |= {f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
+    return {name: tensor for name, tensor in found.items() if name not in adapter}
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and the data-parallel wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _staged(stack: contextlib.ExitStack, path: Path, content: bytes) -> Path:
+    """A finished temporary file beside `path`, gone at the end of `stack` unless renamed."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    stack.callback(staged.unlink, missing_ok=True)
+    with open(staged, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return staged
+
+
+def _sync_folder(folder: Path) -> None:
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _card(base: str | None, config: MoSConfig) -> str:
+    is_hub_id = base is not None and not os.path.exists(base)
+    header = ["---", *([f"base_model: {base}"] if is_hub_id else []), "tags:", "- mos-kernels", "- lora", "---"]
+    spaces = ", ".join(f"{count} {name}" for name, count in config.spaces.items())
+    load = [
+        "import mos_kernels.huggingface  # first: it registers the method",
+        "from mos_kernels.huggingface import load_adapter",
+        "from transformers import AutoModel  # or the class that the adapter was trained with",
+        "",
+        f"model = AutoModel.from_pretrained({base or 'the base model'!r})",
+        'load_adapter(model, "this folder")',
+    ]
+    return "\n".join(
+        [
+            *header,
+            "",
+            "# A Mixture-of-Space adapter",
+            "",
+            f"Rank {config.r}, {config.num_experts} experts ({spaces}), {config.num_experts_per_tok} used by a token.",
+            "It cannot be merged into the base model, since what it adds depends on the data.",
+            "",
+            "A process that loads it must import `mos_kernels.huggingface` first, with peft as well as without:",
+            "",
+            "```python",
+            *load,
+            "```",
+            "",
+        ]
+    )

@@ -1,0 +1,184 @@
+"""The plan of an adapter: every linear and router it will have on a model, decided before the model is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mos_kernels.config import MoSConfig
+from mos_kernels.huggingface.blocks import FFNForm, recognise
+from mos_kernels.huggingface.targets import Target, find_targets
+from mos_kernels.layer import ADAPTER_PARAMETERS, MoSConv1D, MoSLayer, MoSLinear, MoSRouter
+
+
+@dataclass(frozen=True)
+class PlannedLinear:
+    """A linear to adapt. config: with its own rank and alpha, and with the router_scope that it will have."""
+
+    target: Target
+    config: MoSConfig
+    why_own_router: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.target.name
+
+    def build(self) -> MoSLayer:
+        """The adapted layer, which takes over weight and bias and freezes them."""
+        kind = MoSConv1D if isinstance(self.target.module, Conv1D) else MoSLinear
+        return kind.from_linear(self.target.module, self.config)
+
+
+@dataclass(frozen=True)
+class PlannedBlock:
+    """An FFN block that gets a router for the linears in form.routed."""
+
+    name: str
+    block: nn.Module
+    form: FFNForm
+    config: MoSConfig
+
+    def build(self) -> MoSRouter:
+        reads_input = getattr(self.block, self.form.inputs[0])
+        weight = reads_input.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return MoSRouter(_in_features(reads_input), self.config, device=weight.device, dtype=dtype).train(
+            self.block.training
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: MoSConfig
+    linears: list[PlannedLinear] = field(default_factory=list)
+    blocks: list[PlannedBlock] = field(default_factory=list)
+
+    @property
+    def num_routers(self) -> int:
+        return len(self.blocks) + sum(linear.config.router_scope == "linear" for linear in self.linears)
+
+    def report(self) -> str:
+        """Which linears are adapted, and who routes them, one line for layers that are alike."""
+        groups: dict[str, list[str]] = defaultdict(list)
+        for block in self.blocks:
+            groups[f"one router per block, for {', '.join(block.form.routed)}"].append(block.name or "(the model)")
+        for linear in self.linears:
+            if linear.why_own_router is not None:
+                groups[f"a router of its own: {linear.why_own_router}"].append(linear.name)
+        lines = [f"MoS on {len(self.linears)} linears, {self.num_routers} routers"]
+        for text, names in groups.items():
+            lines += [f"  {name} ({count}): {text}" for name, count in _alike(names).items()]
+        return "\n".join(lines)
+
+
+def make_plan(model: nn.Module, config: MoSConfig) -> Plan:
+    """Where `config` puts adapters on `model`. Changes nothing; raises as `find_targets` does."""
+    if not isinstance(config, MoSConfig):
+        raise TypeError(f"config is a {type(config).__name__}: pass a mos_kernels.MoSConfig")
+    targets = find_targets(model, config)
+    blocks, why_own = [], {}
+    if config.router_scope == "linear":
+        why_own = {target.name: "router_scope='linear'" for target in targets}
+    else:
+        for parent, children in _by_parent(model, targets).items():
+            parent_name = next(iter(children.values())).name.rpartition(".")[0]
+            form = recognise(parent)
+            routed = tuple(name for name in form.linears if name in children) if form else ()
+            if len(routed) > 1:
+                blocks.append(PlannedBlock(parent_name, parent, dataclasses.replace(form, routed=routed), config))
+            for child, target in children.items():
+                if form is None:
+                    why_own[target.name] = f"{type(parent).__name__} is no FFN block of a known form"
+                elif child not in form.linears:
+                    why_own[target.name] = f"not one of the FFN linears of {type(parent).__name__}"
+                elif len(routed) == 1:
+                    why_own[target.name] = f"the only target in {type(parent).__name__}"
+        for target in targets:
+            if _parent(model, target) is None:
+                why_own[target.name] = f"shared between {', '.join(target.names)}"
+
+    linears = []
+    for target in targets:
+        own = config.for_module(target.name)
+        if target.name in why_own:
+            own = dataclasses.replace(own, router_scope="linear")
+        linears.append(PlannedLinear(target, own, why_own.get(target.name)))
+    return Plan(config, linears, blocks)
+
+
+def adapter_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the adapter, by its name in the model."""
+    shapes = {}
+    for linear in plan.linears:
+        base = linear.target.module
+        if isinstance(base, Conv1D):
+            layer = MoSConv1D(base.nf, base.nx, config=linear.config, device="meta")
+        else:
+            layer = MoSLinear(base.in_features, base.out_features, config=linear.config, device="meta")
+        shapes |= {f"{linear.name}.{name}": tuple(p.shape) for name, p in own_adapter_parameters(layer).items()}
+    for block in plan.blocks:
+        width = _in_features(getattr(block.block, block.form.inputs[0]))
+        shapes[f"{block.name}.mos_router.weight".lstrip(".")] = (block.config.num_experts, width)
+    return shapes
+
+
+def own_adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters that this very module owns, by their names in it."""
+    if isinstance(module, MoSRouter):
+        return {"weight": module.weight}
+    if isinstance(module, MoSLayer):
+        return {name: p for name in ADAPTER_PARAMETERS if (p := getattr(module, name)) is not None}
+    return {}
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter of the adapter on `model`, by name; empty without one."""
+    return {
+        f"{name}.{parameter}" if name else parameter: tensor
+        for name, module in model.named_modules()
+        for parameter, tensor in own_adapter_parameters(module).items()
+    }
+
+
+def router_owners(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that route, by name: MoSRouters and linears with a router of their own."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, MoSRouter) or (isinstance(module, MoSLayer) and module.mos_router is not None)
+    }
+
+
+def _in_features(linear: nn.Module) -> int:
+    return linear.nx if isinstance(linear, Conv1D) else linear.in_features
+
+
+def _by_parent(model: nn.Module, targets: list[Target]) -> dict[nn.Module, dict[str, Target]]:
+    """The targets with one parent, by that parent and their name in it."""
+    children: dict[nn.Module, dict[str, Target]] = defaultdict(dict)
+    for target in targets:
+        parent = _parent(model, target)
+        if parent is not None:
+            children[parent][target.name.rpartition(".")[2]] = target
+    return children
+
+
+def _parent(model: nn.Module, target: Target) -> nn.Module | None:
+    """The module that holds the target, or None where several hold it, or one under several names."""
+    places = {(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in target.names}
+    return places.pop()[0] if len(places) == 1 else None
+
+
+def _alike(names: list[str]) -> dict[str, int]:
+    """Names with their numbers replaced by *, and how many there are of each."""
+    counts: dict[str, int] = {}
+    for name in names:
+        key = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)
+        counts[key] = counts.get(key, 0) + 1
+    return counts

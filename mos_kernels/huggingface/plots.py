@@ -1,0 +1,166 @@
+"""The plots of a fine-tuning run, from what its log holds: loss, curvature (the paper's Figure 2), routing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+COLORS = {
+    "hyperbolic": ("#08306b", "#2171b5", "#4292c6", "#6baed6", "#9ecae1"),
+    "spherical": ("#7f2704", "#d94801", "#f16913", "#fd8d3c", "#fdae6b"),
+    "euclidean": ("#252525", "#636363", "#969696", "#bdbdbd"),
+}
+MAX_LAYERS = 8
+"""Curvature panels a row: of a deeper model, layers at even distances are drawn."""
+
+
+def plot_loss(log: Sequence[Mapping], path: str | Path, title: str = "") -> None:
+    """Training and evaluation loss over the steps. log: entries with "step" and "loss" or "eval_loss"."""
+    figure, axes = _figure(7.5, 4.2)
+    train = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    evaluation = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#4292c6", lw=1, alpha=0.45, label="train")
+        if len(train) >= 10:
+            axes.plot(
+                [step for step, _ in train],
+                _smooth([loss for _, loss in train]),
+                color="#08519c",
+                lw=1.8,
+                label="train, smoothed",
+            )
+    if evaluation:
+        axes.plot(*zip(*evaluation, strict=True), color="#d94801", marker="o", lw=1.8, label="evaluation")
+    axes.set(xlabel="step", ylabel="loss (nats)", title=title)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def plot_curvature(log: Sequence[Mapping], expert_spaces: Sequence[str], path: str | Path, title: str = "") -> None:
+    """κ̂ of each expert over the steps: a panel for each adapted linear, layers from left to right.
+
+    log: entries with "step" and "curvature", a dict from the linear's name to E numbers. expert_spaces: the E geometries.
+    """
+    entries = [entry for entry in log if "curvature" in entry]
+    steps = [entry["step"] for entry in entries]
+    names = {(_layer(name), _projection(name)): name for name in entries[0]["curvature"]} if entries else {}
+    layers, projections = sorted({layer for layer, _ in names}), list(dict.fromkeys(part for _, part in names))
+    shown = (
+        layers
+        if len(layers) <= MAX_LAYERS
+        else [layers[round(i * (len(layers) - 1) / (MAX_LAYERS - 1))] for i in range(MAX_LAYERS)]
+    )
+    columns = min(len(shown), 6 if len(shown) <= 6 else 4) or 1
+    bands = [shown[start : start + columns] for start in range(0, len(shown), columns)] or [[]]
+    rows = max(len(bands) * len(projections), 1)
+    figure, grid = _figure(1.2 + 1.9 * max(columns, 3), 1.1 + 1.55 * rows, rows, columns, sharex=True, sharey=True)
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for band, members in enumerate(bands):
+        for row, projection in enumerate(projections, band * len(projections)):
+            for column, layer in enumerate(members):
+                if (layer, projection) not in names:
+                    continue
+                axes, name = grid[row, column], names[layer, projection]
+                axes.set_visible(True)
+                axes.axhline(0, color="black", lw=0.5, alpha=0.4)
+                for expert, space in enumerate(expert_spaces):
+                    values = [entry["curvature"][name][expert] for entry in entries]
+                    axes.plot(steps, values, color=_color(expert_spaces, expert), lw=1.3)
+                axes.set_title(f"layer {layer}" if layer >= 0 else name, fontsize=8, pad=3)
+                axes.tick_params(labelsize=7)
+                axes.grid(alpha=0.2)
+                if column == 0:
+                    axes.set_ylabel(_wrapped(projection) + "\nκ̂", fontsize=8)
+                if row == rows - 1:
+                    axes.set_xlabel("step", fontsize=8)
+    _space_legend(figure, expert_spaces)
+    note = "" if shown == layers else f" ({len(shown)} of {len(layers)} layers)"
+    figure.suptitle((title or "curvature of each expert") + note, fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def plot_routing(
+    shares: Mapping[str, Sequence[float]], expert_spaces: Sequence[str], path: str | Path, title: str = ""
+) -> None:
+    """Share of the tokens that each expert serves, a row for each router.
+
+    shares: from the router's name to E numbers in [0, 1], whose sum is k. expert_spaces: the E geometries.
+    """
+    rows, experts = max(len(shares), 1), len(expert_spaces)
+    figure, axes = _figure(2.6 + 0.75 * experts, 1.6 + 0.34 * min(rows, 60))
+    values = [list(share) for share in shares.values()]
+    image = axes.imshow(values or [[0] * experts], cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for row, share in enumerate(values if rows <= 60 else []):
+        for column, value in enumerate(share):
+            axes.text(
+                column,
+                row,
+                f"{100 * value:.0f}%",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="black" if value > 0.6 else "white",
+            )
+    numbered = [f"{space}\n{expert_spaces[:expert].count(space) + 1}" for expert, space in enumerate(expert_spaces)]
+    axes.set_xticks(range(experts), numbered, fontsize=7)
+    labels = [f"layer {_layer(name)}" if _layer(name) >= 0 else name for name in shares]
+    if len(set(labels)) < len(labels):
+        labels = [f"{_layer(name)} {_projection(name)}" for name in shares]
+    every = 1 if rows <= 60 else 5
+    axes.set_yticks(range(0, rows, every), labels[::every], fontsize=7)
+    for expert in range(1, experts):
+        if expert_spaces[expert] != expert_spaces[expert - 1]:
+            axes.axvline(expert - 0.5, color="white", lw=2)
+    figure.colorbar(image, ax=axes, label="share of tokens", fraction=0.05, pad=0.02)
+    axes.set_title(title or "share of tokens that each expert serves", fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    if rows == columns == 1 and not options:
+        return figure, figure.subplots()
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _color(expert_spaces: Sequence[str], expert: int) -> str:
+    shades = COLORS[expert_spaces[expert]]
+    return shades[list(expert_spaces[:expert]).count(expert_spaces[expert]) % len(shades)]
+
+
+def _space_legend(figure, expert_spaces: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    first = {space: list(expert_spaces).index(space) for space in dict.fromkeys(expert_spaces)}
+    handles = [Line2D([], [], color=COLORS[space][1], lw=2) for space in first]
+    names = [f"{space} at the start ({list(expert_spaces).count(space)})" for space in first]
+    figure.legend(handles, names, loc="outside lower center", ncols=len(first), frameon=False, fontsize=8)
+
+
+def _layer(name: str) -> int:
+    """The index in a module's name, as the 3 of bert.encoder.layer.3.output.dense; -1 without one."""
+    found = re.search(r"\.(\d+)(\.|$)", name)
+    return int(found[1]) if found else -1
+
+
+def _projection(name: str) -> str:
+    found = re.search(r"\.\d+\.(.+)$", name)
+    return found[1] if found else name
+
+
+def _wrapped(name: str) -> str:
+    return name if len(name) <= 18 else name.replace(".", ".\n")
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The mean over a centred window of a tenth of the points."""
+    half = max(len(values) // 20, 1)
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]

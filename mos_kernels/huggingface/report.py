@@ -1,0 +1,130 @@
+"""How the tokens of a model are routed: measured by hooks on whatever routes, on real tokens only."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mos_kernels import routing
+from mos_kernels.config import MoSConfig
+from mos_kernels.huggingface.plan import router_owners
+from mos_kernels.huggingface.targets import refuse_offloaded
+
+
+class RouterStatistics:
+    """Sums over the tokens that one router has seen. All results are None before the first token."""
+
+    def __init__(self, config: MoSConfig):
+        self.config = config
+        self.tokens = 0
+        self._sums: Tensor | None = None  # (3, E): top-k assignments, softmax, gates
+        self._entropy: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, logits: Tensor) -> None:
+        """logits (T, E)."""
+        tokens = logits.shape[0]
+        if tokens == 0:
+            return
+        logits, k = logits.float(), self.config.num_experts_per_tok
+        gates = routing.route(logits, k, self.config.norm_topk_prob)
+        share, probability = routing.load(logits, k)
+        sums = torch.stack([share * tokens, probability * tokens, gates.sum(0)])
+        entropy = -torch.special.xlogy(gates, gates).sum()
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._entropy = entropy if self._entropy is None else self._entropy + entropy
+        self.tokens += tokens
+
+    def summary(self) -> dict | None:
+        """share, f_e of the T·k assignments; mean_gate; entropy of a token's gates in nats; aux_loss E·Σ f_e P_e."""
+        if self._sums is None:
+            return None
+        share, probability, gate = (self._sums / self.tokens).cpu()
+        return {
+            "tokens": self.tokens,
+            "share": share.tolist(),
+            "mean_gate": gate.tolist(),
+            "entropy": self._entropy.item() / self.tokens,
+            "aux_loss": self.config.num_experts * (share * probability).sum().item(),
+        }
+
+
+@contextlib.contextmanager
+def measured_routing(model: nn.Module) -> Iterator[dict[str, RouterStatistics]]:
+    """Statistics of every router, by name, filled by each forward of `model` inside the context.
+
+    Tokens that an `attention_mask` argument of the model marks as padding are left out, where its shape is the tokens'.
+    """
+    owners = router_owners(model)
+    for name, owner in owners.items():
+        refuse_offloaded(name, owner)
+    statistics = {name: RouterStatistics(owner.config) for name, owner in owners.items()}
+    mask: list[Tensor | None] = [None]
+
+    def remember_mask(module, args, kwargs):
+        mask[0] = kwargs.get("attention_mask")
+
+    def measure(name):
+        def hook(owner, args, kwargs, output):
+            x = args[0] if args else next(iter(kwargs.values()))
+            with torch.autocast(x.device.type, enabled=False):
+                logits = owner.routing_logits(x.detach())
+            known = isinstance(mask[0], Tensor) and mask[0].shape == x.shape[:-1]
+            statistics[name].add(logits[mask[0].to(x.device) != 0] if known else logits.flatten(0, -2))
+
+        return hook
+
+    handles = [model.register_forward_pre_hook(remember_mask, with_kwargs=True)]
+    handles += [owner.register_forward_hook(measure(name), with_kwargs=True) for name, owner in owners.items()]
+    try:
+        yield statistics
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class RoutingReport(list):
+    """One dictionary a router: name, spaces, tokens, share, mean_gate, entropy, aux_loss. Prints as a table."""
+
+    def __str__(self) -> str:
+        width = max(len(entry["name"]) for entry in self)
+        lines = [f"{'router':{width}}  tokens  aux loss  entropy  share of the assignments, by expert"]
+        for entry in self:
+            shares = "  ".join(
+                f"{space[0].upper()} {share:.3f}" for space, share in zip(entry["spaces"], entry["share"], strict=True)
+            )
+            numbers = f"{entry['tokens']:6d}  {entry['aux_loss']:8.3f}  {entry['entropy']:7.3f}"
+            lines.append(f"{entry['name']:{width}}  {numbers}  {shares}")
+        lines.append("H hyperbolic, S spherical, E Euclidean; aux loss E·Σ f·P, 1 at uniform routing; entropy in nats")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def routing_report(model: nn.Module, *args, **kwargs) -> RoutingReport:
+    """Run model(*args, **kwargs) once in eval mode, without gradients, and report how each router spread the tokens.
+
+    Padding, as marked by an attention_mask in kwargs, is left out. Training mode is put back as it was. Raises
+    ValueError where the model has no router, or none was reached.
+    """
+    if not router_owners(model):
+        raise ValueError(f"{type(model).__name__} has no MoS routers: call apply_mos(model, config) first")
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False  # not .eval(), which may drop what freeze_for_inference computed
+        with measured_routing(model) as statistics:
+            model(*args, **kwargs)
+    finally:
+        for module in training:
+            module.training = True
+    report = RoutingReport()
+    for name, measured in statistics.items():
+        summary = measured.summary()
+        if summary is not None:
+            report.append({"name": name, "spaces": list(measured.config.expert_spaces), **summary})
+    if not report:
+        raise ValueError("the model ran, but no token reached a MoS router: is the adapted part used for these inputs?")
+    return report

@@ -1,0 +1,261 @@
+"""Which linears of a model an adapter goes to: peft's rules for names, and errors before anything is changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mos_kernels.config import MoSConfig
+from mos_kernels.layer import MoSLayer, MoSRouter
+
+ALL_LINEAR = "all-linear"
+HEADS = ("score", "classifier", "qa_outputs")
+"""What transformers calls the heads of its classifiers: trained in full, so "all-linear" leaves them out."""
+
+_GATED = ["gate_proj", "up_proj", "down_proj"]
+_FUSED = ["gate_up_proj", "down_proj"]
+_GPT2 = ["c_fc", "mlp.c_proj"]
+_FC = ["fc1", "fc2"]
+_BERT = r"(.*\.)?layer\.\d+\.(intermediate|output)\.dense"
+_GATED_TYPES = """llama mistral ministral qwen2 qwen3 gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text olmo olmo2
+olmo3 stablelm cohere cohere2 granite smollm3 helium exaone4 ernie4_5 seed_oss qwen2_vl qwen2_5_vl qwen3_vl"""
+_BERT_TYPES = "bert roberta xlm-roberta camembert electra mpnet deberta deberta-v2 ernie"
+_FFN_TARGETS: dict[str, list[str] | str] = {
+    **dict.fromkeys(_GATED_TYPES.split(), _GATED),
+    **dict.fromkeys(["phi3", "glm", "glm4"], _FUSED),
+    **dict.fromkeys(["gpt2", "gpt_neo", "gpt_bigcode", "starcoder2"], _GPT2),
+    **dict.fromkeys(["phi", "opt", "clip", "siglip", "vit", "whisper", "bart", "mbart"], _FC),
+    **dict.fromkeys(["gpt_neox", "bloom"], ["dense_h_to_4h", "dense_4h_to_h"]),
+    **dict.fromkeys(["gptj", "codegen"], ["fc_in", "fc_out"]),
+    **dict.fromkeys(_BERT_TYPES.split(), _BERT),
+    "distilbert": ["lin1", "lin2"],
+    "modernbert": ["mlp.Wi", "mlp.Wo"],
+}
+_T5_TYPES = ("t5", "mt5", "umt5", "longt5")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear to adapt. A module that is registered under several names has all of them, the first one first."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+def ffn_target_modules(model: nn.Module) -> list[str] | str:
+    """`target_modules` for the FFN blocks of `model`, by its config.model_type; ValueError where none is known."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in _T5_TYPES:
+        return ["wi_0", "wi_1", "wo"] if getattr(model.config, "is_gated_act", False) else ["wi", "wo"]
+    if model_type not in _FFN_TARGETS:
+        raise ValueError(
+            f"no FFN linears are known for model type {model_type!r}: name them in target_modules; the model has "
+            f"linears ending in {_linear_endings(model)}"
+        )
+    known = _FFN_TARGETS[model_type]
+    return known if isinstance(known, str) else list(known)
+
+
+def find_targets(model: nn.Module, config: MoSConfig) -> list[Target]:
+    """The linears that `config` names, in the model's order; nothing is changed.
+
+    ValueError or TypeError where it asks for what the model does not have: every entry of a target list, and every
+    index in layers_to_transform, must match something.
+    """
+    _refuse_adapted(model)
+    if config.layers_to_transform is not None and isinstance(config.target_modules, str):
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform} has no effect when target_modules is the string "
+            f"{config.target_modules!r}: give a list of name endings"
+        )
+    modules = list(model.named_modules(remove_duplicate=False))
+    if _is_all_linear(config):
+        heads = _heads(model)
+        matched = [
+            (name, module)
+            for name, module in modules
+            if isinstance(module, (nn.Linear, Conv1D))
+            and not _ends_with_any(name, config.exclude_modules)
+            and not any(module is head for head in heads)
+        ]
+    else:
+        _refuse_3d_parameters(model, config)
+        matched = [(name, module) for name, module in modules if name and is_target(config, name)]
+    _require_matches(model, config, [name for name, _ in matched], [name for name, _ in modules])
+    for name, module in matched:
+        _require_plain_linear(name, module, model, config)
+
+    names: dict[nn.Module, list[str]] = {module: [] for _, module in matched}
+    for name, module in modules:
+        if module in names:
+            names[module].append(name)
+    targets = [Target(tuple(found), module) for module, found in names.items()]
+    _require_patterns(config, targets)
+    return targets
+
+
+def is_target(config: MoSConfig, name: str) -> bool:
+    """Whether target_modules, exclude_modules and layers_to_transform select the module `name` (peft's rules).
+
+    A name given in full is selected in any layer.
+    """
+    if _ends_with_any(name, config.exclude_modules) or not _ends_with_any(name, config.target_modules):
+        return False
+    return isinstance(config.target_modules, str) or name in config.target_modules or _in_layers(config, name)
+
+
+def layer_index(name: str, layers_pattern) -> int | None:
+    """The index of the layer that the module `name` is in: the first number in it, or the first after a pattern."""
+    if not layers_pattern:
+        found = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)
+    else:
+        patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+        matches = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name) for pattern in patterns)
+        found = next((match for match in matches if match), None)
+    return int(found["index"]) if found else None
+
+
+def _in_layers(config: MoSConfig, name: str) -> bool:
+    layers = config.layers_to_transform
+    if layers is None or layers == ():
+        return True
+    return layer_index(name, config.layers_pattern) in ((layers,) if isinstance(layers, int) else layers)
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+def _ends_with_any(name: str, endings) -> bool:
+    """endings: None, one regular expression for the whole name, or a list of name endings."""
+    if endings is None:
+        return False
+    if isinstance(endings, str):
+        return re.fullmatch(endings, name) is not None
+    return any(_ends_with(name, ending) for ending in endings)
+
+
+def _is_all_linear(config: MoSConfig) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """The linears of the model's head: its output embeddings, or else its classifier."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if output is not None:
+        return [output]
+    heads = [getattr(model, name) for name in HEADS if isinstance(getattr(model, name, None), nn.Module)]
+    return [module for head in heads for module in head.modules()]
+
+
+def _refuse_adapted(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, (MoSLayer, MoSRouter)):
+            raise ValueError(f"the model has a MoS adapter already, at {name!r}: call remove_mos(model) first")
+        if type(module).__module__.split(".")[0] == "peft":
+            raise ValueError(
+                f"the model has a peft adapter, at {name!r} ({type(module).__name__}): unload it first, or use "
+                "get_peft_model(model, MoSPeftConfig(...)) for both"
+            )
+
+
+def _refuse_3d_parameters(model: nn.Module, config: MoSConfig) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and is_target(config, name):
+            raise ValueError(
+                f"target_modules={_shown(config.target_modules)} matches {name!r}, a 3-D parameter of shape "
+                f"{tuple(parameter.shape)} (the experts of a mixture-of-experts block in one tensor), which MoS does "
+                "not adapt: supported are nn.Linear and Conv1D modules. Leave it out with exclude_modules, or target "
+                f"the linears that the model has: {_linear_endings(model)}"
+            )
+
+
+def _require_matches(model: nn.Module, config: MoSConfig, matched: list[str], names: list[str]) -> None:
+    if _is_all_linear(config) or isinstance(config.target_modules, str):
+        missing = [] if matched else [config.target_modules]
+    else:
+        missing = [entry for entry in config.target_modules if not any(_ends_with(name, entry) for name in matched)]
+    if missing:
+        filters = {
+            field: getattr(config, field)
+            for field in ("exclude_modules", "layers_to_transform", "layers_pattern")
+            if getattr(config, field) is not None
+        }
+        filtered = f" under {', '.join(f'{k}={_shown(v)}' for k, v in filters.items())}" if filters else ""
+        raise ValueError(
+            f"target_modules {_shown(missing)} match nothing in {type(model).__name__}{filtered}; it has linears "
+            f"ending in {_linear_endings(model)}.{_ffn_hint(model)}"
+        )
+    layers = config.layers_to_transform
+    if layers is not None:
+        found = {layer_index(name, config.layers_pattern) for name in matched}
+        absent = sorted(set((layers,) if isinstance(layers, int) else layers) - found)
+        if absent:
+            there = sorted({layer_index(name, config.layers_pattern) for name in names} - {None})
+            raise ValueError(
+                f"layers_to_transform={layers}: no target module is in layers {absent}; the model's layers are {there}"
+            )
+
+
+def _require_plain_linear(name: str, module: nn.Module, model: nn.Module, config: MoSConfig) -> None:
+    kind = type(module)
+    if kind not in (nn.Linear, Conv1D):
+        exclude = f"Leave it out with exclude_modules=[{name.rsplit('.', 1)[-1]!r}]"
+        if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
+            why = "whose forward nn.MultiheadAttention never calls, so that an adapter would have no effect"
+        elif isinstance(module, nn.Linear):
+            why = "a subclass of nn.Linear with a forward of its own (quantised, parametrised or custom)"
+        else:
+            why = "no linear"
+        raise TypeError(
+            f"target_modules={_shown(config.target_modules)} matches {name!r}, a {kind.__module__}.{kind.__qualname__}"
+            f", {why}: supported are nn.Linear and transformers' Conv1D. {exclude}, or name linears: "
+            f"{_linear_endings(model)}"
+        )
+    if not name:
+        raise ValueError("the model is itself a linear: use MoSLinear.from_linear(linear, config)")
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise ValueError(f"{name!r} has hooks, which its replacement would lose: remove them, or add them afterwards")
+    refuse_offloaded(name, module)
+
+
+def refuse_offloaded(name: str, module: nn.Module) -> None:
+    """ValueError where accelerate keeps the module's weights elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    if any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook])):
+        raise ValueError(
+            f"accelerate offloads the weights of {name!r}: do this before cpu_offload or dispatch_model, or call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first"
+        )
+
+
+def _require_patterns(config: MoSConfig, targets: Iterable[Target]) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field) or {}:
+            if not any(re.match(rf"(.*\.)?({key})$", target.name) for target in targets):
+                raise ValueError(f"{field} has the key {key!r}, which matches none of the {len(list(targets))} targets")
+
+
+def _linear_endings(model: nn.Module) -> list[str]:
+    linears = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linears))
+
+
+def _ffn_hint(model: nn.Module) -> str:
+    try:
+        targets = ffn_target_modules(model)
+    except ValueError:
+        return ""
+    return f" For the FFN blocks of a {model.config.model_type} model use target_modules={targets!r}"
+
+
+def _shown(value) -> str:
+    return repr(list(value) if isinstance(value, tuple) else value)

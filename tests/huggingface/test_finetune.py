@@ -1,0 +1,430 @@
+"""`python -m mos_kernels finetune`, end to end in this process, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from finetune_setup import colours, parse, run, save_bert, save_llama, sentences, write_tsv
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from mos_kernels.config import MoSConfig
+from mos_kernels.huggingface import finetune, load_adapter
+from mos_kernels.huggingface.finetune_trainer import causal_sums, classification_scores, matthews_correlation
+
+FAST = ("--batch-size", 10, "--epochs", 2, "--learning-rate", 1e-2, "--logging-steps", 1, "--quiet")
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    write_tsv(folder / "train.tsv", sentences(40))
+    write_tsv(folder / "near.tsv", sentences(9, seed=1))
+    write_tsv(folder / "far.tsv", sentences(14, seed=2))
+    return folder
+
+
+def classify(bert, files, output, *more):
+    evaluation = ("--eval-file", files / "near.tsv", files / "far.tsv")
+    text = ("--text-column", "sentence", "--label-column", "label")
+    return run(
+        "--model", bert, "--train-file", files / "train.tsv", *evaluation, *text, "--output", output, *FAST, *more
+    )
+
+
+def metrics_of(output):
+    return json.loads((output / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def mos_run(bert, files, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "mos"
+    assert (
+        classify(
+            bert,
+            files,
+            output,
+            "--r",
+            2,
+            "--spaces",
+            "hyperbolic=1,spherical=1,euclidean=1",
+            "--num-experts-per-tok",
+            2,
+        )
+        == 0
+    )
+    return output
+
+
+def test_mos_writes_adapter_metrics_log_and_plots(mos_run):
+    metrics = metrics_of(mos_run)
+    assert metrics["settings"]["method"] == "mos" and metrics["settings"]["adapter"]["r"] == 2
+    assert metrics["steps"] == 8 and [e["step"] for e in metrics["evaluations"]] == [4, 8]
+    assert metrics["final"] == metrics["evaluations"][-1]
+    assert metrics["parameters"]["head"] == 16 * 2 + 2
+    adapter = load_file(mos_run / "adapter" / "adapter_model.safetensors")
+    assert metrics["parameters"]["trained"] == sum(tensor.numel() for tensor in adapter.values())
+    assert metrics["versions"]["torch"] == torch.__version__ and metrics["memory"]["peak_rss_mib"] > 50
+
+    log = [json.loads(line) for line in (mos_run / "log.jsonl").read_text().splitlines()]
+    curvatures = [entry["curvature"] for entry in log if "curvature" in entry]
+    assert [entry["step"] for entry in log if "curvature" in entry] == list(range(9))
+    assert set(curvatures[0]) == set(metrics["linears"]) and len(metrics["linears"]) == 4
+    assert all(values == [-0.3, 0.3, 0.0] for values in curvatures[0].values())
+    assert all(values[2] == 0 and values[0] != -0.3 != values[1] for values in curvatures[-1].values())
+    assert [e["seconds"] for e in log] == sorted(e["seconds"] for e in log)
+    for summary in metrics["routing"].values():
+        assert math.isclose(sum(summary["share"]), 1, rel_tol=1e-5)
+    for name in ("loss.png", "curvature.png", "routing.png"):
+        assert colours(mos_run / name) > 10
+
+
+def test_pooled_metrics_are_over_all_rows(mos_run):
+    metrics = metrics_of(mos_run)
+    near, far, final = metrics["final"]["files"]["near"], metrics["final"]["files"]["far"], metrics["final"]
+    assert metrics["data"]["eval_rows"] == {"near": 9, "far": 14}
+    for key in ("loss", "accuracy"):
+        assert math.isclose(final[key], (9 * near[key] + 14 * far[key]) / 23, rel_tol=1e-9)
+
+
+def predictions(model, tokenizer, texts):
+    with torch.no_grad():
+        return model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+
+
+def test_the_saved_adapter_predicts_what_was_measured(mos_run, bert, files):
+    metrics, rows = metrics_of(mos_run), sentences(14, seed=2)
+    model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
+    load_adapter(model, mos_run / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(mos_run / "adapter")
+    logits = predictions(model, tokenizer, [text for _, text in rows]).numpy()
+    written = [json.loads(line) for line in (mos_run / "predictions.jsonl").read_text().splitlines()]
+    assert [(row["file"], row["target"], row["text"]) for row in written[9:]] == [("far", *row) for row in rows]
+    np.testing.assert_allclose([row["logits"] for row in written[9:]], logits, rtol=1e-4, atol=1e-6)
+    labels = np.array([metrics["data"]["classes"].index(label) for label, _ in rows])
+    scores = classification_scores(logits, labels)
+    assert math.isclose(scores["exact_loss"], metrics["final"]["files"]["far"]["loss"], rel_tol=1e-5)
+    assert scores["accuracy"] == metrics["final"]["files"]["far"]["accuracy"]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "frozen", "hydralora", "mixture_of_lora"])
+def test_every_method_trains_the_same_head_on_the_same_data(method, bert, files, tmp_path, mos_run, monkeypatch):
+    if method in ("lora", "dora"):
+        pytest.importorskip("peft")
+    options = () if method == "frozen" else ("--r", 2)
+    assert classify(bert, files, tmp_path / method, "--method", method, *options) == 0
+    metrics, other = metrics_of(tmp_path / method), metrics_of(mos_run)
+    assert metrics["parameters"]["head"] == other["parameters"]["head"]
+    assert metrics["linears"] == ([] if method == "frozen" else other["linears"])
+    assert (tmp_path / method / "curvature.png").exists() is False
+    assert (tmp_path / method / "routing.png").exists() == (method in ("hydralora", "mixture_of_lora"))
+    first, theirs = (
+        json.loads((run / "log.jsonl").read_text().splitlines()[1]) for run in (tmp_path / method, mos_run)
+    )
+    assert math.isclose(first["loss"], theirs["loss"], rel_tol=1e-5)  # same head, batch and dropout; B is 0
+    if method == "lora":
+        from peft import PeftModel
+
+        model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
+        model = PeftModel.from_pretrained(model, tmp_path / method / "adapter")
+        logits = predictions(model, AutoTokenizer.from_pretrained(bert), [text for _, text in sentences(14, seed=2)])
+        labels = np.array([metrics["data"]["classes"].index(label) for label, _ in sentences(14, seed=2)])
+        loss = classification_scores(logits.numpy(), labels)["exact_loss"]
+        assert math.isclose(loss, metrics["final"]["files"]["far"]["loss"], rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["mos", "lora"])
+@pytest.mark.parametrize("target", [True, False])
+def test_causal_language_model(method, target, llama, files, tmp_path):
+    if method == "lora":
+        pytest.importorskip("peft")
+    columns = ("--text-column", "sentence", *(("--target-column", "label", "--separator", " ") if target else ()))
+    source = ("--dataset", files / "train.tsv", "--eval-size", 0.25, "--split-seed", 3)
+    task = ("--task", "causal-lm", "--model", llama, "--output", tmp_path / "out")
+    assert run(*task, *source, *columns, *FAST, "--method", method, "--r", 2, "--gradient-accumulation", 2) == 0
+    metrics = metrics_of(tmp_path / "out")
+    assert metrics["data"]["eval_rows"] == {"held_out": 10} and metrics["parameters"]["head"] == 0
+    assert math.isclose(metrics["final"]["perplexity"], math.exp(metrics["final"]["loss"]), rel_tol=1e-9)
+    assert metrics["evaluations"][0]["loss"] > metrics["final"]["loss"]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    tokens = sum(row["tokens"] for row in rows)
+    assert math.isclose(
+        sum(row["loss"] * row["tokens"] for row in rows) / tokens, metrics["final"]["loss"], rel_tol=1e-6
+    )
+    if method == "mos":
+        load_adapter(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "out" / "adapter")
+        assert len(metrics["routing"]) == 2  # a router for each FFN block
+
+
+def test_accumulated_batches_count_as_one(bert, files, tmp_path):
+    for name, more in (("whole", ()), ("halves", ("--batch-size", 5, "--gradient-accumulation", 2))):
+        assert classify(bert, files, tmp_path / name, "--method", "frozen", "--max-steps", 1, *more) == 0
+    whole, halves = (
+        json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[1]) for name in ("whole", "halves")
+    )
+    assert math.isclose(whole["loss"], halves["loss"], rel_tol=0.01)  # up to dropout
+    assert math.isclose(whole["grad_norm"], halves["grad_norm"], rel_tol=0.2)
+
+
+def test_gradient_checkpointing_changes_nothing(llama, files, tmp_path):
+    task = (
+        "--task",
+        "causal-lm",
+        "--model",
+        llama,
+        "--dataset",
+        files / "train.tsv",
+        "--eval-size",
+        4,
+        "--text-column",
+        "sentence",
+    )
+    for name, more in (("plain", ()), ("recomputed", ("--gradient-checkpointing",))):
+        assert run(*task, *FAST, "--max-steps", 3, "--r", 2, "--output", tmp_path / name, *more) == 0
+    plain, recomputed = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("plain", "recomputed")
+    )
+    for name, tensor in plain.items():
+        torch.testing.assert_close(recomputed[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_json_pairs_and_renamed_labels(bert, tmp_path):
+    rows = [{"Body": text, "Question": "cat or dog", "Type": label} for label, text in sentences(40)]
+    rows[3]["Type"] = "noo"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    base = ("--model", bert, "--train-file", tmp_path / "rows.json", "--eval-size", 0.3, "--label-column", "Type")
+    columns = ("--text-column", "Body", "Question")
+    assert run(*base, *columns, *FAST, "--max-steps", 2, "--output", tmp_path / "as-is") == 0
+    data = metrics_of(tmp_path / "as-is")["data"]
+    assert data["classes"] == ["no", "noo", "yes"] and "noo" not in data["eval_rows_of_class"]
+    renamed = ("--rename-label", "noo=no", "--text-join", "space")
+    assert run(*base, *columns, *renamed, *FAST, "--max-steps", 2, "--output", tmp_path / "renamed") == 0
+    assert metrics_of(tmp_path / "renamed")["data"]["classes"] == ["no", "yes"]
+
+
+def test_a_file_without_a_header(bert, tmp_path):
+    (tmp_path / "t.tsv").write_text("".join(f'gj04\t{label}\t*\t{text} "cat\n' for label, text in sentences(20)))
+    base = ("--model", bert, "--train-file", tmp_path / "t.tsv", "--eval-file", tmp_path / "t.tsv", "--max-steps", 1)
+    columns = ("--column-names", "source,label,mark,sentence", "--text-column", "sentence", "--label-column", "label")
+    assert run(*base, *columns, *FAST, "--output", tmp_path / "out") == 0
+    assert metrics_of(tmp_path / "out")["data"]["eval_rows_also_in_train"] == 20
+
+
+# errors, all before a model is loaded
+
+
+ERRORS = [
+    (("--train-file", "{}/missing.tsv"), "missing.tsv: no such file"),
+    (("--label-column", "lable"), "no column 'lable'; the columns are: label, sentence"),
+    (("--text-column", "text"), "no column 'text'; the columns are: label, sentence"),
+    (("--eval-file", "{}/unseen.tsv"), "the labels ['maybe'] do not occur in the training data"),
+    (("--eval-file", "{}/broken.jsonl"), "broken.jsonl, line 2"),
+    (("--eval-file", "{}/empty.tsv"), "there are no rows"),
+    (("--eval-file", "{}/near.tsv"), "names the same file twice"),
+    (("--eval-size", 0.3), "--eval-file and --eval-size exclude each other"),
+    (("--dataset", "glue"), "either --dataset or --train-file"),
+    (("--split-seed", 1), "--split-seed has no effect without --eval-size"),
+    (("--text-join", "pair"), "--text-join has no effect with a single"),
+    (("--target-column", "label"), "--target-column is for --task causal-lm"),
+    (("--train-split", "train"), "--train-split is for a dataset on the hub"),
+    (("--task", "causal-lm"), "--label-column is for --task classification"),
+    (("--rename-label", "nope=no"), "no training row has the label 'nope'; the labels are ['no', 'yes']"),
+    (("--rename-label", "no"), "is not OLD=NEW"),
+    (("--batch-size", 0), "--batch-size 0 must be at least 1"),
+    (("--learning-rate", -1), "--learning-rate -1 must be positive"),
+    (("--warmup-ratio", 1), "--warmup-ratio 1 must be in [0, 1)"),
+    (("--device", "tpu"), "--device tpu must be auto, cpu, cuda or mps"),
+    (("--dtype", "float16"), "--dtype float16 trains on CUDA only"),
+    (("--model", "{}/nowhere"), "no such folder"),
+    (("--model", "{}"), "holds no config.json"),
+    (("--max-length", 1000), "--max-length 1000 exceeds the 64 tokens"),
+    (("--r", 0), "r=0 must be an integer of at least 1"),
+    (("--num-experts-per-tok", 9), "exceeds the 8 experts"),
+    (("--spaces", "flat=3"), "unknown geometries ['flat']"),
+    (("--num-experts", 4), "--num-experts is for hydralora and mixture_of_lora"),
+    (
+        ("--method", "lora", "--spaces", "hyperbolic=1", "--no-share-a"),
+        "--spaces, --share-a: no effect with --method lora",
+    ),
+    (("--method", "dora", "--preset", "paper"), "--preset paper is for --method mos"),
+    (("--method", "frozen", "--r", 4), "--r: no effect with --method frozen"),
+    (
+        ("--method", "hydralora", "--curvature-init", 1),
+        "--curvature-init: no effect here, where every expert is Euclidean",
+    ),
+    (("--no-learn-curvature", "--curvature-lr-ratio", 3), "--curvature-lr-ratio: no effect here"),
+    (("--mapping", "exp_log", "--domain", "raw"), "--domain: no effect here"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), ERRORS, ids=[" ".join(map(str, options)) for options, _ in ERRORS])
+def test_bad_input_is_said_before_a_model_is_loaded(options, message, bert, files, tmp_path, capsys, monkeypatch):
+    write_tsv(files / "unseen.tsv", [("maybe", "a cat")])
+    write_tsv(files / "empty.tsv", [])
+    (files / "broken.jsonl").write_text('{"label": "no", "sentence": "a"}\n{"label"\n')
+    monkeypatch.setattr(
+        "mos_kernels.huggingface.finetune_model.load_model", lambda *a: pytest.fail("a model was loaded")
+    )
+    options = [str(option).format(files) if "{}" in str(option) else option for option in options]
+    if "--train-file" in options:  # replaces the file that is always given
+        base = ("--eval-file", files / "near.tsv")
+    else:
+        base = ("--train-file", files / "train.tsv", "--eval-file", files / "near.tsv")
+    common = ("--model", bert, "--text-column", "sentence", "--label-column", "label", "--output", tmp_path / "out")
+    assert run(*common, *base, *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error, error
+
+
+def test_what_needs_the_model_is_said_before_training(bert, files, tmp_path, capsys):
+    assert classify(bert, files, tmp_path / "a", "--target-modules", "gate_proj", "up_proj") == 2
+    assert "match nothing in BertForSequenceClassification" in capsys.readouterr().err
+    base = ("--task", "causal-lm", "--dataset", files / "train.tsv", "--eval-size", 4, "--text-column", "sentence")
+    assert run("--model", bert, *base, "--output", tmp_path / "b") == 2
+    assert "no causal language model" in capsys.readouterr().err
+
+
+def test_an_unreachable_hub_is_said_with_the_remedy(files, bert, tmp_path, capsys, monkeypatch):
+    base = ("--text-column", "sentence", "--label-column", "label", "--output", tmp_path / "out")
+    assert run("--model", "nobody/no-such-model", "--dataset", files / "train.tsv", "--eval-size", 0.2, *base) == 2
+    assert "give --model a local folder" in capsys.readouterr().err
+    pytest.importorskip("datasets")
+    assert run("--model", bert, "--dataset", "nobody/no-such-data", "--eval-split", "test", *base) == 2
+    assert "give a local file with --train-file" in capsys.readouterr().err
+
+
+# output folder
+
+
+def test_an_output_folder_is_never_overwritten_by_accident(bert, files, tmp_path, capsys):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("precious")
+    assert classify(bert, files, tmp_path / "notes", "--max-steps", 1) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert classify(bert, files, tmp_path / "notes", "--max-steps", 1, "--overwrite") == 2
+    assert "was not written by this command" in capsys.readouterr().err
+    assert classify(bert, files, tmp_path / "run", "--max-steps", 1, "--method", "frozen") == 0
+    (tmp_path / "run" / "mine.txt").write_text("precious")
+    assert classify(bert, files, tmp_path / "run", "--max-steps", 1, "--method", "frozen") == 2
+    assert classify(bert, files, tmp_path / "run", "--max-steps", 2, "--method", "frozen", "--overwrite") == 0
+    assert metrics_of(tmp_path / "run")["steps"] == 2
+    assert (tmp_path / "run" / "mine.txt").read_text() == (tmp_path / "notes" / "mine.txt").read_text() == "precious"
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(bert, files, tmp_path):
+    with pytest.raises(FloatingPointError, match="lower --learning-rate"):
+        classify(
+            bert,
+            files,
+            tmp_path / "out",
+            "--learning-rate",
+            1e30,
+            "--max-grad-norm",
+            0,
+            "--method",
+            "frozen",
+            "--epochs",
+            9,
+        )
+
+
+# options and scores
+
+
+def test_there_is_an_option_for_every_field_of_the_config():
+    required = ("--model", "m", "--output", "o", "--text-column", "t")
+    values = {
+        "r": ("4", 4),
+        "lora_alpha": ("8", 8.0),
+        "lora_dropout": ("0.1", 0.1),
+        "use_rslora": (None, True),
+        "init_lora_weights": ("gaussian", "gaussian"),
+        "spaces": ('{"spherical": 2, "hyperbolic": 1}', {"hyperbolic": 1, "spherical": 2}),
+        "num_experts_per_tok": ("2", 2),
+        "norm_topk_prob": (False, False),
+        "router_scope": ("linear", "linear"),
+        "router_aux_loss_coef": ("0.1", 0.1),
+        "curvature_init": ("0.5", 0.5),
+        "length_unit": ("2.5", 2.5),
+        "learn_curvature": (None, True),
+        "curvature_lr_ratio": ("3", 3.0),
+        "curvature_max_grad_norm": ("1", 1.0),
+        "share_a": (False, False),
+        "activation": ("tanh", "tanh"),
+        "mapping": ("exp/log", "exp_log"),
+        "domain": ("raw", "raw"),
+        "boundary_eps": ("0.01", 0.01),
+        "target_modules": ("a.*b", "a.*b"),
+        "exclude_modules": ("c", ("c",)),
+        "layers_to_transform": ("1", (1,)),
+        "layers_pattern": ("layers", ("layers",)),
+        "rank_pattern": ("a=2,b=3", {"a": 2, "b": 3}),
+        "alpha_pattern": ('{"a": 2.5}', {"a": 2.5}),
+    }
+    assert set(values) == set(MoSConfig.__dataclass_fields__)
+    for name, (text, value) in values.items():
+        flag = "--" + name.replace("_", "-")
+        option = [flag] if text is None else [flag.replace("--", "--no-")] if text is False else [flag, text]
+        extra = ("--layers-to-transform", "1") if name == "layers_pattern" else ()
+        extra = ("--num-experts-per-tok", "2") if name == "spaces" else extra
+        given = finetune.given_options(parse(*required, *option, *extra))
+        assert getattr(finetune.adapter_config("mos", None, None, given), name) == value, name
+
+
+def test_every_default_is_left_alone():
+    given = finetune.given_options(parse("--model", "m", "--output", "o", "--text-column", "t"))
+    assert given == {}
+    assert finetune.adapter_config("mos", None, None, given) == MoSConfig()
+    assert finetune.adapter_config("mos", "paper", None, given) == MoSConfig.paper()
+    assert finetune.adapter_config("hydralora", None, 4, given) == MoSConfig.hydralora(4)
+    assert finetune.adapter_config("mos", "mixture_of_lora", None, {"r": 4}) == MoSConfig.mixture_of_lora(r=4)
+
+
+@pytest.mark.parametrize(
+    "text", ["hyperbolic", "hyperbolic=", "=", "hyperbolic=1,hyperbolic=2", '{"a": 1', '{"a": 1, "a": 2}']
+)
+def test_a_mapping_that_cannot_be_read_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        parse("--model", "m", "--output", "o", "--text-column", "t", "--spaces", text)
+    assert "--spaces" in capsys.readouterr().err
+
+
+def test_matthews_correlation_against_the_binary_formula():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        labels, predicted = generator.integers(0, 2, (2, 30))
+        tp, tn = int(((labels == 1) & (predicted == 1)).sum()), int(((labels == 0) & (predicted == 0)).sum())
+        fp, fn = int(((labels == 0) & (predicted == 1)).sum()), int(((labels == 1) & (predicted == 0)).sum())
+        root = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+        assert math.isclose(matthews_correlation(predicted, labels), (tp * tn - fp * fn) / root, abs_tol=1e-12)
+    assert matthews_correlation(np.zeros(4, int), np.array([0, 1, 0, 1])) == 0
+    assert math.isclose(matthews_correlation(np.array([2, 1, 0]), np.array([2, 1, 0])), 1)
+
+
+def test_causal_sums_against_one_row_at_a_time():
+    logits, labels = (
+        torch.randn(3, 6, 5),
+        torch.tensor([[-100, -100, 1, 2, 3, -100], [-100, 4, 4, 4, 4, 4], [-100] * 5 + [0]]),
+    )
+    logits[1, torch.arange(5), labels[1, 1:]] += 50
+    sums = causal_sums(logits, labels)
+    for row in range(3):
+        loss = torch.nn.functional.cross_entropy(logits[row, :-1], labels[row, 1:], reduction="sum")
+        torch.testing.assert_close(sums[row, 0].float(), loss)
+        assert sums[row, 1] == (labels[row, 1:] != -100).sum()
+    assert sums[1, 2] == 1

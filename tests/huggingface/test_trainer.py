@@ -1,0 +1,282 @@
+"""mos_param_groups, MoSCallback in transformers' Trainer, routing_report."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, ids, mos, tiny
+from torch.testing import assert_close
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from mos_kernels import routing
+from mos_kernels.huggingface import MoSCallback, apply_mos, mos_param_groups, routing_report
+from mos_kernels.huggingface.plan import adapter_parameters, router_owners
+
+SAMPLE = {"input_ids": ids(batch=1, length=6)[0], "labels": ids(batch=1, length=6)[0]}
+
+
+def adapted(family="llama", dtype=torch.float32, **options):
+    model = tiny(family, dtype)
+    apply_mos(model, mos(model, **{"router_aux_loss_coef": 5.0, **options}))
+    return model
+
+
+def trainer_for(model, folder, samples, callbacks=(), lr=0.5, eval_samples=None, **options):
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=1, use_cpu=True, max_grad_norm=0.0, report_to=[],
+        disable_tqdm=True, lr_scheduler_type="constant", save_strategy=options.pop("save_strategy", "no"),
+        logging_steps=options.pop("logging_steps", 1), num_train_epochs=options.pop("num_train_epochs", 1), **options,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    return Trainer(
+        model, arguments, train_dataset=samples, eval_dataset=eval_samples, callbacks=list(callbacks),
+        optimizers=(optimizer, None),
+    )  # fmt: skip
+
+
+def trained(folder, samples, callback=True, **options):
+    """The adapter after training with plain SGD, which shows every factor on a gradient."""
+    model = adapted()
+    trainer_for(model, folder, samples, [MoSCallback()] if callback else [], **options).train()
+    return {name: p.detach().clone() for name, p in adapter_parameters(model).items()}, model
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulated_gradients_equal_that_of_one_batch(tmp_path, accumulation):
+    single, _ = trained(tmp_path, [SAMPLE])
+    accumulated, _ = trained(tmp_path, [SAMPLE] * accumulation, gradient_accumulation_steps=accumulation)
+    assert_close(accumulated, single, rtol=1e-5, atol=1e-6)
+    without, _ = trained(tmp_path, [SAMPLE] * accumulation, False, gradient_accumulation_steps=accumulation)
+    router = next(name for name in single if "mos_router" in name)
+    assert not torch.allclose(without[router], single[router], rtol=1e-3)
+
+
+def test_the_single_batch_gradient_is_that_of_loss_and_load_balancing(tmp_path):
+    after, _ = trained(tmp_path, [SAMPLE])
+    model, terms = adapted(router_aux_loss_coef=0.0), []
+
+    def measure(owner, args, output):
+        logits = torch.nn.functional.linear(args[0], owner.weight).flatten(0, -2)
+        terms.append(routing.load_balancing_loss(logits, owner.config.num_experts_per_tok))
+
+    for owner in router_owners(model).values():
+        owner.register_forward_hook(measure)
+    model.train()
+    loss = model(**{key: value.unsqueeze(0) for key, value in SAMPLE.items()}).loss
+    (loss + 5.0 * sum(terms) / len(terms)).backward()
+    expected = {name: p.detach() - 0.5 * p.grad for name, p in adapter_parameters(model).items()}
+    assert_close(after, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_shorter_last_group_of_an_epoch_counts_its_own_steps(tmp_path):
+    two_steps, _ = trained(tmp_path, [SAMPLE] * 2)
+    remainder, _ = trained(tmp_path, [SAMPLE] * 5, gradient_accumulation_steps=4)
+    assert_close(remainder, two_steps, rtol=1e-5, atol=1e-6)
+    four_steps, _ = trained(tmp_path, [SAMPLE] * 2, num_train_epochs=2)
+    remainder, _ = trained(tmp_path, [SAMPLE] * 3, gradient_accumulation_steps=2, num_train_epochs=2)
+    assert_close(remainder, four_steps, rtol=1e-5, atol=1e-6)
+
+
+class Watch(TrainerCallback):
+    """The weights of the load-balancing gradient at the end of each step, and the keys that a reporter would see."""
+
+    def __init__(self):
+        self.weights, self.logged = {}, {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.weights[state.global_step] = [owner.mos_aux_weight.item() for owner in router_owners(model).values()]
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.logged[state.global_step] = set(logs)
+
+
+@pytest.mark.parametrize("ignore_data_skip", [False, True])
+def test_the_factors_are_right_after_resuming_within_an_epoch(tmp_path, ignore_data_skip):
+    options = {"gradient_accumulation_steps": 2, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1}
+    watch = Watch()
+    trainer_for(adapted(), tmp_path, [SAMPLE] * 5, [MoSCallback(), watch], **options).train()
+    half, full = [5.0 / 2 / 2] * 2, [5.0 / 2] * 2
+    assert watch.weights == {step: full if step % 3 == 2 else half for step in range(9)}
+
+    resumed = Watch()
+    trainer = trainer_for(
+        adapted(), tmp_path, [SAMPLE] * 5, [MoSCallback(), resumed], ignore_data_skip=ignore_data_skip, **options
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    shift = 1 if ignore_data_skip else 0  # then the epoch starts anew, and ends a step later
+    assert resumed.weights
+    for step, weights in resumed.weights.items():
+        assert weights == (full if (step - shift) % 3 == 2 else half), step
+
+
+def test_the_fp16_scalers_scale_is_on_the_injected_gradient():
+    model, callback = adapted("gpt2", torch.float64), MoSCallback()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    args = TrainingArguments(output_dir="unused", gradient_accumulation_steps=3, use_cpu=True, logging_steps=100)
+    state, control = SimpleNamespace(global_step=0, logging_steps=100), None
+    callback.on_train_begin(args, state, control, model=model)
+    callback.on_epoch_begin(args, state, control, train_dataloader=[0] * 7)
+    callback.on_step_begin(
+        args, state, control, model=model, optimizer=SimpleNamespace(scaler=scaler), train_dataloader=[0] * 7
+    )
+    model.train()
+    for _ in range(3):
+        scaler.scale(model(ids()).logits.square().mean() / 3).backward()
+    scaled = {name: p.grad / 2**10 for name, p in adapter_parameters(model).items()}
+    callback.on_train_end(args, state, control, model=model)
+    model.zero_grad()
+    model(ids()).logits.square().mean().backward()
+    assert_close(scaled, {name: p.grad for name, p in adapter_parameters(model).items()}, rtol=1e-6, atol=1e-9)
+
+
+def test_logs_and_history(tmp_path):
+    watch, model = Watch(), adapted()
+    trainer = trainer_for(
+        model, tmp_path, [SAMPLE] * 4, [watch], logging_steps=2, num_train_epochs=2, eval_strategy="epoch",
+        eval_samples=[SAMPLE],
+    )  # fmt: skip
+    callback = MoSCallback.add_to(trainer)
+    assert MoSCallback.add_to(trainer) is callback and trainer.callback_handler.callbacks[0] is callback
+    trainer.train()
+
+    curved = ("hyperbolic", "spherical")
+    expected = {f"mos/curvature/{space}_{kind}" for space in curved for kind in ("mean", "min", "max")}
+    expected |= {f"mos/share/{space}" for space in ("hyperbolic", "spherical", "euclidean", "max")}
+    expected |= {"mos/entropy", "mos/aux_loss"}
+    for entry in trainer.state.log_history:
+        found = {key for key in entry if key.startswith("mos/")}
+        assert found == (expected if "loss" in entry else set()), entry
+    assert all(expected <= watch.logged[step] for step in (2, 4, 6, 8))
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert sum(first[f"mos/share/{space}"] for space in ("hyperbolic", "spherical", "euclidean")) == pytest.approx(1)
+    assert 0 < first["mos/entropy"] <= torch.tensor(4.0).log().item() + 1e-6 and first["mos/aux_loss"] >= 0.9
+    assert first["mos/curvature/hyperbolic_min"] <= first["mos/curvature/hyperbolic_mean"] < 0
+    assert first["mos/curvature/spherical_max"] > 0
+
+    assert json.loads(json.dumps(callback.history)) == callback.history
+    assert [entry["step"] for entry in callback.history] == [2, 4, 6, 8]
+    last = callback.history[-1]
+    assert set(last["share"]) == set(router_owners(model)) and len(last["curvature"]) == 6
+    assert all(sum(share) == pytest.approx(1) for share in last["share"].values())
+    layer = model.model.layers[0].mlp.down_proj
+    assert_close(
+        torch.tensor(last["curvature"]["model.layers.0.mlp.down_proj"]),
+        layer.curvature.detach() * 64,
+        rtol=1e-5,
+        atol=0,
+    )
+    assert_close(torch.tensor([o.mos_aux_weight.item() for o in router_owners(model).values()]), torch.full((2,), 2.5))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_given_as_a_plain_callback_the_history_has_the_keys(tmp_path):
+    trainer = trainer_for(adapted(), tmp_path, [SAMPLE] * 2, [MoSCallback()], logging_strategy="epoch")
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert "mos/entropy" in entry and "mos/curvature/spherical_mean" in entry
+
+
+def test_measured_values_are_those_of_the_tokens_of_the_logged_step(tmp_path):
+    model = adapted(router_aux_loss_coef=0.0)
+    callback = MoSCallback()
+    before = routing_report(model, SAMPLE["input_ids"].unsqueeze(0))
+    trainer_for(model, tmp_path, [SAMPLE] * 2, [callback], gradient_accumulation_steps=2).train()
+    (entry,) = callback.history
+    assert entry["share"] == {row["name"]: pytest.approx(row["share"]) for row in before}
+
+
+def test_curvature_comes_back_to_float32(tmp_path):
+    model = adapted()
+    curvatures = [p for name, p in model.named_parameters() if "mos_curvature" in name]
+    for parameter in curvatures:
+        parameter.data = parameter.data.bfloat16()
+    trainer_for(model, tmp_path, [SAMPLE], [MoSCallback()]).train()
+    assert all(parameter.dtype == torch.float32 for parameter in curvatures)
+    assert any(parameter.abs().sum() > 0 for parameter in curvatures)
+
+
+def test_parameter_groups():
+    model = adapted("bert")
+    model.classifier.requires_grad_(True)
+    groups = {group["name"]: group for group in mos_param_groups(model, 1e-3, 0.1, curvature_lr=2e-2)}
+    assert list(groups) == ["lora", "router", "curvature", "other", "other_no_decay"]
+    assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == {
+        "lora": (1e-3, 0.1), "router": (1e-3, 0.0), "curvature": (2e-2, 0.0), "other": (1e-3, 0.1),
+        "other_no_decay": (1e-3, 0.0),
+    }  # fmt: skip
+    assert {name: len(group["params"]) for name, group in groups.items()} == {
+        "lora": 8, "router": 4, "curvature": 4, "other": 1, "other_no_decay": 1,
+    }  # fmt: skip
+    grouped = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    torch.optim.AdamW(groups.values())
+    assert [group["name"] for group in mos_param_groups(adapted(learn_curvature=False), 1e-3)] == ["lora", "router"]
+    with pytest.raises(ValueError, match="nothing|no parameter"):
+        mos_param_groups(tiny().requires_grad_(False), 1e-3)
+
+
+@pytest.mark.parametrize("family, scope", [("llama", "ffn"), ("llama", "linear"), ("bert", "ffn"), ("gpt2", "ffn")])
+def test_routing_report_counts_by_hand(family, scope):
+    model = adapted(family, torch.float64, router_scope=scope)
+    inputs = {name: [] for name in router_owners(model)}
+    handles = [
+        owner.register_forward_hook(lambda owner, args, output, name=name: inputs[name].append(args[0]))
+        for name, owner in router_owners(model).items()
+    ]
+    model(ids())
+    for handle in handles:
+        handle.remove()
+    report = routing_report(model, ids())
+    assert [row["name"] for row in report] == list(inputs)
+    for row in report:
+        owner = model.get_submodule(row["name"])
+        weight = getattr(owner, "mos_router", None)
+        logits = (inputs[row["name"]][0] @ (owner.weight if weight is None else weight).T).flatten(0, -2)
+        chosen = torch.zeros_like(logits).scatter_(-1, logits.topk(4).indices, 1.0)
+        gates = logits.masked_fill(chosen == 0, -torch.inf).softmax(-1)
+        share = chosen.mean(0) / 4
+        assert row["tokens"] == 14 and row["spaces"] == list(owner.config.expert_spaces)
+        assert row["share"] == pytest.approx(share.tolist(), abs=1e-6)
+        assert row["mean_gate"] == pytest.approx(gates.mean(0).tolist(), abs=1e-6)
+        assert row["entropy"] == pytest.approx(torch.distributions.Categorical(gates).entropy().mean().item(), abs=1e-5)
+        assert row["aux_loss"] == pytest.approx(8 * (share * logits.softmax(-1).mean(0)).sum().item(), abs=1e-5)
+        assert row["name"] in str(report)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_routing_report_leaves_padding_out_and_the_model_alone(training):
+    model = adapted(lora_dropout=0.5).train(training)
+    frozen = model.model.layers[0].mlp.down_proj
+    frozen.training = False
+    modes = {name: module.training for name, module in model.named_modules()}
+    tokens = ids()
+    padded = torch.cat([tokens, torch.zeros(2, 3, dtype=torch.long)], 1)
+    mask = (padded != 0).long()
+    alone, left_out = routing_report(model, tokens), routing_report(model, input_ids=padded, attention_mask=mask)
+    counted = routing_report(model, padded)
+    for a, b, c in zip(alone, left_out, counted, strict=True):
+        assert b["tokens"] == 14 and c["tokens"] == 20
+        assert b["share"] == pytest.approx(a["share"], abs=1e-6) and b["share"] != pytest.approx(c["share"], abs=1e-6)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_routing_report_without_routers():
+    with pytest.raises(ValueError, match="call apply_mos"):
+        routing_report(tiny(), ids())
+
+
+def test_routing_report_of_an_offloaded_model_says_what_to_do():
+    from accelerate import cpu_offload
+
+    model = adapted()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="remove_hook_from_submodules"):
+        routing_report(model, ids())
+
+
+def test_vocabulary_covers_the_samples():
+    assert SAMPLE["input_ids"].max() < VOCABULARY
