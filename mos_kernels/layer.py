@@ -296,7 +296,8 @@ def _injected_aux_weight(owner: nn.Module) -> Tensor | None:
 
 @torch.no_grad()
 def _routing_logits(x: Tensor, router: Tensor) -> Tensor:
-    return eager.routing_logits(x.reshape(-1, x.shape[-1]), router).view(*x.shape[:-1], router.shape[0])
+    with torch.autocast(x.device.type, enabled=False):
+        return eager.routing_logits(x.reshape(-1, x.shape[-1]), router).view(*x.shape[:-1], router.shape[0])
 
 
 def _adopt(cls: type[nn.Module], base: nn.Module, out_features: int, in_features: int) -> nn.Module:

@@ -23,21 +23,6 @@ from mos_kernels.huggingface import data
 from mos_kernels.huggingface.data import DataError
 from mos_kernels.huggingface.finetune_options import OptionError, adapter_config, add_adapter_arguments, given_options
 
-OWN_FILES = (
-    "settings.json",
-    "metrics.json",
-    "log.jsonl",
-    "predictions.jsonl",
-    "loss.png",
-    "curvature.png",
-    "routing.png",
-)
-"""What a run writes into its folder, besides adapter/ and checkpoint-*/: what --overwrite may remove."""
-
-NOT_RESUMED = ("output", "resume", "overwrite", "quiet", "device", "save_total_limit")
-"""Settings that may differ between a run and its resumption."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to `parser`."""
     parser.description = "Fine-tune a transformers model on text, with a Mixture-of-Space adapter or a baseline."
@@ -107,10 +92,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class UsageError(ValueError):
-    """What the user can put right, found anywhere before training starts."""
-
-
 def _finetune(args: argparse.Namespace) -> None:
     given = given_options(args)
     try:
@@ -178,189 +159,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
             "--method frozen trains the head alone, and a causal language model has none to train",
         )
         need(args.target_column or args.separator is None, "--separator has no effect without --target-column: drop it")
-
-
-# data
-
-
-def read_data(args: argparse.Namespace) -> tuple[dict, dict[str, dict], dict]:
-    """Read, check and split: (train, evaluation by file name, summary for metrics.json). Loads no model.
-
-    train and each evaluation: {"texts": [tuple, ...], "targets": [str, ...] or None}.
-    """
-    files: list[Path] = []
-
-    def read(paths) -> list[dict]:
-        files.extend(paths)
-        return [row for path in paths for row in data.read_rows(path, args.column_names)]
-
-    if args.train_file or _is_file_name(args.dataset):
-        train_rows, train_name = read(args.train_file or [Path(args.dataset)]), "the training data"
-    else:
-        train_rows = data.read_hub(args.dataset, args.dataset_config, args.train_split or "train")
-        train_name = args.dataset
-    if args.train_file and len(args.train_file) == 1 or not args.train_file:
-        train_name = str(args.train_file[0] if args.train_file else args.dataset)
-    evaluation_rows = {}
-    if args.eval_file:
-        for path, name in zip(args.eval_file, _distinct_names(args.eval_file), strict=True):
-            evaluation_rows[name] = read([path])
-    elif args.eval_split:
-        evaluation_rows[args.eval_split] = data.read_hub(args.dataset, args.dataset_config, args.eval_split)
-
-    rename = _renames(args.rename_label, train_rows, args.label_column)
-    train = _examples(args, train_rows, train_name, rename)
-    evaluation = {name: _examples(args, rows, name, rename) for name, rows in evaluation_rows.items()}
-    if args.eval_size is not None:
-        strata = train["targets"] if args.task == "classification" else ["all"] * len(train_rows)
-        kept, held_out = data.stratified_split(strata, args.eval_size, args.split_seed or 0)
-        evaluation = {"held_out": _subset(train, held_out)}
-        train = _subset(train, kept)
-
-    summary: dict = {"files": {str(path): data.file_digest(path) for path in files}}
-    summary["train_rows"] = len(train["texts"])
-    summary["eval_rows"] = {name: len(part["texts"]) for name, part in evaluation.items()}
-    if args.task == "classification":
-        summary["classes"] = data.class_names(
-            train["targets"], {name: part["targets"] for name, part in evaluation.items()}
-        )
-        summary["train_rows_of_class"] = dict(sorted(Counter(train["targets"]).items()))
-        summary["eval_rows_of_class"] = dict(
-            sorted(Counter(t for part in evaluation.values() for t in part["targets"]).items())
-        )
-    seen = set(train["texts"])
-    summary["eval_rows_also_in_train"] = sum(text in seen for part in evaluation.values() for text in part["texts"])
-    return train, evaluation, summary
-
-
-def _examples(args: argparse.Namespace, rows: list[dict], source: str, rename: dict[str, str]) -> dict:
-    texts = data.texts(rows, args.text_column, source)
-    if args.task == "classification":
-        return {"texts": texts, "targets": data.labels(rows, args.label_column, source, rename)}
-    targets = [t for (t,) in data.texts(rows, [args.target_column], source)] if args.target_column else None
-    return {"texts": texts, "targets": targets}
-
-
-def _subset(part: dict, indices: list[int]) -> dict:
-    return {key: None if values is None else [values[i] for i in indices] for key, values in part.items()}
-
-
-def _renames(options: list[str] | None, rows: list[dict], column: str) -> dict[str, str]:
-    renames = {}
-    for option in options or ():
-        old, sign, new = option.partition("=")
-        if not sign or not old or not new:
-            raise UsageError(f"--rename-label {option!r} is not OLD=NEW")
-        if all(str(row.get(column)) != old for row in rows):
-            found = sorted({str(row.get(column)) for row in rows})
-            raise UsageError(
-                f"--rename-label {option!r}: no training row has the label {old!r}; the labels are {found[:20]}"
-            )
-        renames[old] = new
-    return renames
-
-
-def _distinct_names(paths: list[Path]) -> list[str]:
-    stems = [path.stem for path in paths]
-    names = stems if len(set(stems)) == len(stems) else [str(path.with_suffix("")) for path in paths]
-    if len(set(names)) < len(names):
-        raise UsageError(f"--eval-file names the same file twice: {', '.join(map(str, paths))}")
-    return [name.replace("/", "_") for name in names]
-
-
-def _is_file_name(name: str | None) -> bool:
-    return bool(name) and (Path(name).suffix in data.SUFFIXES or Path(name).is_file() or name.startswith((".", "/")))
-
-
-def _print_data(summary: dict) -> None:
-    rows = ", ".join(f"{name} {count:,}" for name, count in summary["eval_rows"].items())
-    print(f"data: {summary['train_rows']:,} rows to train on; to evaluate on: {rows}")
-    if "classes" in summary:
-        counts = summary["train_rows_of_class"]
-        print("classes: " + ", ".join(f"{name} ({counts[name]:,})" for name in summary["classes"]))
-        rare = [name for name, count in counts.items() if count < 5]
-        if rare:
-            print(
-                f"note: fewer than 5 training rows of {rare}; another spelling can be merged with --rename-label OLD=NEW"
-            )
-    if summary["eval_rows_also_in_train"]:
-        print(
-            f"note: {summary['eval_rows_also_in_train']} evaluation rows have a text that is also in the training data"
-        )
-
-
-# output folder
-
-
-def _settings(args: argparse.Namespace, config, summary: dict) -> dict:
-    """Every setting of the run in JSON types: the options, the adapter's configuration, the digests of the data."""
-    options = {name: value for name, value in vars(args).items() if not callable(value) and name != "command"}
-    for field in given_options(args):
-        options.pop(field)
-    options = {name: value for name, value in options.items() if name not in MoSConfig.__dataclass_fields__}
-    adapter = config.to_dict() if isinstance(config, MoSConfig) else config
-    settings = {**options, "adapter": adapter, "data_files": summary["files"]}
-    return json.loads(json.dumps(settings, default=str))
-
-
-def _prepare_output(args: argparse.Namespace, settings: dict) -> Path | None:
-    """Make the output folder ready; the checkpoint to resume from, or None. Removes nothing that no run has written."""
-    from mos_kernels.huggingface.finetune_trainer import last_complete_checkpoint, remove_checkpoints_after, write_text
-
-    folder = args.output
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output {folder} is a file: name a folder")
-    if args.resume and args.overwrite:
-        raise UsageError("--resume and --overwrite exclude each other")
-    checkpoint = None
-    if folder.is_dir() and any(folder.iterdir()):
-        earlier = _earlier_settings(folder)
-        if args.resume:
-            if earlier is None:
-                raise UsageError(
-                    f"--resume: {folder} holds no run (settings.json): name the folder of the interrupted run"
-                )
-            _require_equal_settings(earlier, settings)
-            checkpoint = last_complete_checkpoint(folder)
-            step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
-            if not (folder / "metrics.json").is_file():
-                remove_checkpoints_after(folder, step)
-            return checkpoint
-        if not args.overwrite:
-            raise UsageError(f"--output {folder} is not empty: name another folder, or add --resume or --overwrite")
-        if earlier is None:
-            raise UsageError(
-                f"--overwrite: {folder} was not written by this command (no settings.json): name another folder"
-            )
-        for path in folder.iterdir():
-            if path.name in OWN_FILES:
-                path.unlink()
-            elif path.is_dir() and (path.name == "adapter" or path.name.startswith("checkpoint-")):
-                shutil.rmtree(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "settings.json", json.dumps(settings, indent=2) + "\n")
-    return None
-
-
-def _earlier_settings(folder: Path) -> dict | None:
-    try:
-        return json.loads((folder / "settings.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
-
-
-def _require_equal_settings(earlier: dict, settings: dict) -> None:
-    names = sorted((set(earlier) | set(settings)) - set(NOT_RESUMED))
-    changed = [
-        f"{name} was {earlier.get(name)!r}, is {settings.get(name)!r}"
-        for name in names
-        if earlier.get(name) != settings.get(name)
-    ]
-    if changed:
-        raise UsageError(
-            f"--resume goes on with the same settings, and these differ: {'; '.join(changed)}. Give the earlier ones, or "
-            "start anew with --overwrite"
-        )
 
 
 # training
@@ -479,39 +277,6 @@ def _device(name: str, dtype: str) -> str:
     return device
 
 
-def _encode(args, train, evaluation, summary, tokenizer, longest: int):
-    """Tokenise: ({"train", "evaluation", "max_length"}, the collator, how many rows were cut)."""
-    from transformers import DataCollatorWithPadding
-
-    if args.max_length is not None and args.max_length > longest:
-        raise UsageError(f"--max-length {args.max_length} exceeds the {longest} tokens that {args.model} takes")
-    max_length = args.max_length or min(512, longest)
-    truncated = 0
-
-    def encode(part: dict) -> list[dict]:
-        nonlocal truncated
-        if args.task == "classification":
-            index = {name: i for i, name in enumerate(summary["classes"])}
-            pair = len(args.text_column) == 2 and args.text_join != "space"
-            targets = [index[target] for target in part["targets"]]
-            examples, cut = data.encode_classification(tokenizer, part["texts"], targets, max_length, pair)
-        else:
-            prompts = [" ".join(text) for text in part["texts"]]
-            separator = "\n" if args.separator is None else args.separator
-            examples, cut = data.encode_causal(tokenizer, prompts, part["targets"], max_length, separator)
-        truncated += cut
-        return examples
-
-    encoded = {"train": encode(train), "evaluation": {name: encode(part) for name, part in evaluation.items()}}
-    encoded["max_length"] = max_length
-    collator = (
-        DataCollatorWithPadding(tokenizer)
-        if args.task == "classification"
-        else data.CausalCollator(tokenizer.pad_token_id)
-    )
-    return encoded, collator, truncated
-
-
 def _training_arguments(args: argparse.Namespace, device: str):
     from mos_kernels.huggingface.finetune_trainer import training_arguments
 
@@ -563,84 +328,6 @@ def _run_training(trainer, checkpoint: Path | None) -> None:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-# results
-
-
-def _peak_memory(device) -> dict[str, float]:
-    import torch
-
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    memory = {"peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)}
-    if device.type == "cuda":
-        memory["peak_cuda_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    return memory
-
-
-def _versions(transformers, torch) -> dict[str, str]:
-    import mos_kernels
-
-    versions = {"mos_kernels": mos_kernels.__version__, "python": platform.python_version()}
-    versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    for package in ("peft", "accelerate", "numpy"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return versions
-
-
-def _plot(args, entries: list[dict], config, routing: dict) -> list[Path]:
-    from mos_kernels.huggingface import plots
-
-    title = f"{args.method} on {Path(args.model).name}, {args.task}, seed {args.seed}"
-    written = [args.output / "loss.png"]
-    plots.plot_loss(entries, written[0], title)
-    if isinstance(config, MoSConfig):
-        if set(config.spaces) != {"euclidean"}:
-            written.append(args.output / "curvature.png")
-            plots.plot_curvature(entries, config.expert_spaces, written[-1], f"curvature of each expert: {title}")
-        written.append(args.output / "routing.png")
-        k = config.num_experts_per_tok
-        shares = {name: [k * share for share in summary["share"]] for name, summary in routing.items() if summary}
-        plots.plot_routing(
-            shares, config.expert_spaces, written[-1], f"share of tokens that each expert serves: {title}"
-        )
-    return written
-
-
-def _predictions(evaluation: dict[str, dict], classes: list[str] | None, outputs) -> str:
-    """A JSON line for each evaluation row, in order: its text, its target, and what the model made of it."""
-    rows = [
-        {"file": name, "text": text if len(text) > 1 else text[0], "target": target}
-        for name, part in evaluation.items()
-        for text, target in zip(part["texts"], part["targets"] or [None] * len(part["texts"]), strict=True)
-    ]
-    for row, output in zip(rows, outputs, strict=True):
-        if classes is not None:
-            row |= {"predicted": classes[int(output.argmax())], "logits": output.tolist()}
-        else:
-            row |= {"loss": float(output[0] / output[1]), "tokens": int(output[1]), "exact_match": bool(output[2])}
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _print_result(args: argparse.Namespace, metrics: dict, plots: list[Path]) -> None:
-    final = metrics["final"]
-    rows = {"pooled" if "files" in final else next(iter(metrics["data"]["eval_rows"])): final, **final.get("files", {})}
-    names = [name for name, value in final.items() if isinstance(value, float) and name not in ("epoch", "seconds")]
-    width = max(map(len, rows))
-    print(f"\n{'evaluation':<{max(width, 10)}}  " + "  ".join(f"{name.replace('_', ' '):>20}" for name in names))
-    for row, values in rows.items():
-        print(f"{row:<{max(width, 10)}}  " + "  ".join(f"{values[name]:>20.4f}" for name in names))
-    seconds = metrics["seconds"]
-    print(f"{metrics['steps']} steps in {seconds['total']:.0f} s, {seconds['evaluation']:.0f} s of them evaluating")
-    print(
-        "written: "
-        + ", ".join(
-            map(str, [args.output / "adapter", args.output / "metrics.json", args.output / "log.jsonl", *plots])
-        )
-    )
 
 
 def _names(text: str) -> list[str]:
