@@ -14,7 +14,7 @@ from mos_kernels.backends import resolve_backend, selected_backend, why_not_trit
 from mos_kernels.config import MoSConfig
 from mos_kernels.layer import MoSLinear
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "accelerate")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "peft", "pytest", "hypothesis", "matplotlib")
 
 
 def run() -> int:

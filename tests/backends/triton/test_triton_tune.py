@@ -1,0 +1,109 @@
+"""The offline tuner and the warm-up, with a clock of our own: nothing here is about speed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import mos_kernels
+from mos_kernels import MoSConfig, MoSLinear, MoSRouter
+from mos_kernels.backends.triton import launch, tune
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def calls():
+    return tune.steps(MoSConfig(r=2), 70, 20, 24, torch.bfloat16, CPU)
+
+
+def test_every_kernel_of_the_table_can_be_tuned_and_its_constants_have_candidates(calls):
+    assert set(calls) == set(launch.table()["default"])
+    for buckets in launch.table()["default"].values():
+        for constants in buckets.values():
+            assert list(tune.neighbours(constants))
+
+
+@pytest.mark.parametrize("kernel", ["shrink", "shrink_backward", "expand", "expand_weight"])
+def test_the_search_takes_what_the_clock_prefers(calls, kernel, monkeypatch):
+    monkeypatch.setitem(tune.TOKENS, "train", 70)
+    start = launch.settings(kernel, CPU, 70)
+
+    def clock(call) -> float:  # prefers the smallest tile of tokens, whatever else
+        return launch.settings(kernel, CPU, 70)["BLOCK_T"] / 16 + 1
+
+    found, time, before = tune.tune_kernel(kernel, "train", [calls[kernel]], CPU, clock)
+    assert found == {**start, "BLOCK_T": 16}
+    assert (time, before) == (2.0, start["BLOCK_T"] / 16 + 1)
+    assert launch.settings(kernel, CPU, 70) == start  # nothing is left in force
+
+
+def test_a_candidate_with_other_numbers_is_not_taken(monkeypatch):
+    monkeypatch.setitem(tune.TOKENS, "train", 70)
+
+    def step():
+        return (torch.full((3,), float(launch.settings("expand", CPU, 70)["num_warps"])),)
+
+    start = launch.settings("expand", CPU, 70)
+    found, *_ = tune.tune_kernel("expand", "train", [step], CPU, lambda call: 1 / call()[0][0].item())
+    assert found["num_warps"] == start["num_warps"]
+
+
+def test_decoding_alone_tunes_the_splits_of_shrink():
+    assert ("shrink", "train") in tune._FIXED_SPLITS
+    assert not any(s["SPLITS"] != 1 for s in tune.neighbours({"SPLITS": 1, "num_warps": 4}, frozenset({"SPLITS"})))
+
+
+def test_the_table_is_written_whole_and_read_back(tmp_path, monkeypatch):
+    path = tmp_path / "settings.json"
+    path.write_text(launch.SETTINGS_FILE.read_text())
+    monkeypatch.setattr(launch, "SETTINGS_FILE", path)
+    launch.table.cache_clear()
+    before = json.loads(path.read_text())
+    try:
+        tune.write("sm_90", {"expand": {"train": {"BLOCK_T": 32}}})
+        tune.write("sm_90", {"expand": {"decode": {"BLOCK_T": 16}}})
+        stored = {"train": {"BLOCK_T": 32}, "decode": {"BLOCK_T": 16}}
+        assert launch.table() == {**before, "sm_90": {"expand": stored}}
+        assert [p.name for p in tmp_path.iterdir()] == ["settings.json"]
+        assert json.loads(tune.render(launch.table())) == launch.table()
+    finally:
+        monkeypatch.undo()
+        launch.table.cache_clear()
+
+
+def test_tune_without_a_gpu_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert tune.run([], torch.bfloat16, dry_run=True) == 2
+    assert "CUDA or ROCm" in capsys.readouterr().out
+
+
+def test_warmup_runs_each_distinct_module_and_leaves_no_trace():
+    config = MoSConfig(r=2, spaces={"hyperbolic": 1, "spherical": 1}, num_experts_per_tok=1)
+    own = MoSConfig(r=2, spaces={"euclidean": 2}, num_experts_per_tok=1, router_scope="linear", lora_dropout=0.5)
+    model = nn.ModuleList(
+        [
+            MoSLinear(8, 6, config=config),
+            MoSLinear(8, 6, config=config),
+            MoSLinear(8, 6, config=own),
+            MoSRouter(8, config),
+        ]
+    )
+    state, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    assert mos_kernels.warmup(model) == 0  # the eager backend has nothing to compile
+    mos_kernels.set_backend("triton")
+    launched = []
+    before = launch.launch
+    launch.launch = lambda kernel, *a, **c: (launched.append(kernel.fn.__name__), before(kernel, *a, **c))
+    try:
+        assert mos_kernels.warmup(model) == 3
+    finally:
+        launch.launch = before
+    assert {"shrink_kernel", "shrink_backward_kernel", "route_kernel", "bridge_kernel"} <= set(launched)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
