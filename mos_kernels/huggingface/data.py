@@ -133,8 +133,8 @@ def read_hub(name: str, config: str | None, split: str) -> list[dict]:
         dataset = load_dataset(name, config, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise DataError(
-            f"dataset {name!r}, split {split!r}, cannot be had from the Hugging Face hub ({_first_line(error)}): check the "
-            "name and the network, or give a local file with --train-file"
+            f"dataset {name!r}, split {split!r}, cannot be had from the Hugging Face hub ({_first_line(error)}): check "
+            "the name and the network, or give a local file with --train-file"
         ) from None
     rows = dataset.to_list()
     for column, feature in dataset.features.items():
@@ -184,8 +184,8 @@ def require_columns(rows: Sequence[Mapping], columns: Sequence[str], source: str
             if column not in row:
                 where = f", row {index + 1}" if column in rows[0] else ""
                 raise DataError(
-                    f"{source}{where}: there is no column {column!r}; the columns are: {', '.join(map(str, row))}. For a "
-                    "file without a header row, name them with --column-names"
+                    f"{source}{where}: there is no column {column!r}; the columns are: {', '.join(map(str, row))}. For "
+                    "a file without a header row, name them with --column-names"
                 )
 
 
@@ -198,8 +198,8 @@ def class_names(train: Sequence[str], evaluations: Mapping[str, Sequence[str]]) 
         unseen = sorted(set(found) - set(names))
         if unseen:
             raise DataError(
-                f"{source}: the labels {unseen} do not occur in the training data, which has {names}: if they are other "
-                "spellings of these, merge them with --rename-label OLD=NEW"
+                f"{source}: the labels {unseen} do not occur in the training data, which has {names}: if they are "
+                "other spellings of these, merge them with --rename-label OLD=NEW"
             )
     return names
 
@@ -223,8 +223,8 @@ def stratified_split(strata: Sequence[str], eval_size: float, seed: int) -> tupl
     room = {name: count - 1 for name, count in counts.items()}
     if not 0 < wanted <= sum(room.values()):
         raise DataError(
-            f"--eval-size {eval_size:g} asks for {wanted} of {total} rows in {len(counts)} classes: at least one row, and "
-            f"at most {sum(room.values())} (one of each class stays in training), can be set aside"
+            f"--eval-size {eval_size:g} asks for {wanted} of {total} rows in {len(counts)} classes: at least one row, "
+            f"and at most {sum(room.values())} (one of each class stays in training), can be set aside"
         )
     names = sorted(counts)
     share = {name: min(wanted * counts[name] // total, room[name]) for name in names}

@@ -1,6 +1,6 @@
 """`python -m mos_kernels finetune`: fine-tune a model on a text file with MoS, or with LoRA under equal settings.
 
-    options -> data -> output folder -> tokenizer -> model -> adapter -> train -> adapter/, metrics.json, predictions.jsonl, log.jsonl, plots
+    options -> data -> output folder -> tokenizer -> model -> adapter -> training -> adapter/, metrics, log, plots
 
 in this order, so that what is wrong is said before anything slow begins. Two runs that differ in --method alone share
 the head's start, the order of the data, the optimizer and every seed.
@@ -9,19 +9,24 @@ the head's start, the order of the data, the optimizer and every seed.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
-import platform
-import resource
-import shutil
 import sys
-from collections import Counter
 from pathlib import Path
 
+import torch
+from transformers.trainer_callback import TrainerState
+
 from mos_kernels.config import MoSConfig
-from mos_kernels.huggingface import data
+from mos_kernels.huggingface import finetune_folder as folders
+from mos_kernels.huggingface import finetune_inputs as inputs
+from mos_kernels.huggingface import finetune_model as models
+from mos_kernels.huggingface import finetune_results as results
+from mos_kernels.huggingface import finetune_trainer as trainers
 from mos_kernels.huggingface.data import DataError
+from mos_kernels.huggingface.finetune_folder import FolderError
+from mos_kernels.huggingface.finetune_model import ModelError
 from mos_kernels.huggingface.finetune_options import OptionError, adapter_config, add_adapter_arguments, given_options
+from mos_kernels.huggingface.training import mos_param_groups
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to `parser`."""
@@ -83,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     """The command. Returns 0, 2 after an error of the user's (said on stderr), or 130 when interrupted."""
     try:
         _finetune(args)
-    except (OptionError, DataError, UsageError) as error:
+    except (OptionError, DataError, FolderError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -94,27 +99,44 @@ def run(args: argparse.Namespace) -> int:
 
 def _finetune(args: argparse.Namespace) -> None:
     given = given_options(args)
-    try:
-        config = adapter_config(args.method, args.preset, args.num_experts, given)
-    except OptionError:
-        raise
-    except ValueError as error:  # MoSConfig's own checks
-        raise UsageError(error) from None
+    config = adapter_config(args.method, args.preset, args.num_experts, given)
     _check_arguments(args)
-    train, evaluation, summary = read_data(args)
-    settings = _settings(args, config, summary)
-    checkpoint = _prepare_output(args, settings)
+    device = _device(args.device, args.dtype)
+    train, evaluation, summary = inputs.read_data(args)
+    settings = folders.run_settings(args, config, summary)
+    checkpoint = folders.check_output(args, settings)
     if args.resume and (args.output / "metrics.json").is_file():
         print(f"{args.output} holds a complete run (metrics.json): nothing to resume")
         return
-    _print_data(summary)
-    _train(args, config, given, train, evaluation, summary, settings, checkpoint)
+    inputs.print_data(summary)
+
+    models.check_model_source(args.model)
+    tokenizer, base_config = models.load_tokenizer(args.model)
+    longest = models.longest_input(tokenizer, base_config)
+    encoded, collator = inputs.encode(args, train, evaluation, summary, tokenizer, longest)
+    model, head = models.load_model(
+        args.model, summary.get("classes"), tokenizer, getattr(torch, args.dtype), args.seed
+    )
+    targets_given = "target_modules" in given
+    model, names, config = models.add_adapter(model, args.method, config, targets_given, head, args.seed)
+    print(models.description(model, args.method, names))
+
+    folders.open_output(args, settings, checkpoint)
+    trainer = _trainer(args, device, model, config, encoded, collator, tokenizer, checkpoint)
+    if not trainer.run_log.entries:
+        trainer.run_log.write({"step": 0, **_curvature_at_start(config, names)})
+    _run_training(trainer, checkpoint)
+    if trainer.outputs is None or "eval_loss" not in trainer.run_log.entries[-1]:  # not evaluated after the last step
+        trainer.evaluate()
+
+    models.save_trained_model(model, args.method, tokenizer, args.output / "adapter")
+    results.write_results(args, trainer, config, names, settings, summary, evaluation)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
     def need(condition: bool, message: str) -> None:
         if not condition:
-            raise UsageError(message)
+            raise OptionError(message)
 
     for name in ("batch_size", "eval_batch_size", "gradient_accumulation", "logging_steps", "save_total_limit"):
         need(getattr(args, name) >= 1, f"{_flag(name)} {getattr(args, name)} must be at least 1")
@@ -129,7 +151,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
     sources = bool(args.dataset) + bool(args.train_file)
     need(sources == 1, "give the training data with either --dataset or --train-file")
-    hub = args.dataset is not None and not _is_file_name(args.dataset)
+    hub = args.dataset is not None and not inputs.is_file_name(args.dataset)
     for name in ("dataset_config", "train_split", "eval_split"):
         need(hub or getattr(args, name) is None, f"{_flag(name)} is for a dataset on the hub, and the data is a file")
     need(not hub or args.column_names is None, "--column-names is for TSV and CSV files, and the dataset is on the hub")
@@ -161,42 +183,19 @@ def _check_arguments(args: argparse.Namespace) -> None:
         need(args.target_column or args.separator is None, "--separator has no effect without --target-column: drop it")
 
 
-# training
+def _device(name: str, dtype: str) -> str:
+    if name not in ("auto", "cpu", "cuda", "mps"):
+        raise OptionError(f"--device {name} must be auto, cpu, cuda or mps")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name != "auto" and not there[name]:
+        raise OptionError(f"--device {name}: torch {torch.__version__} finds no such device here; use auto or cpu")
+    device = name if name != "auto" else next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    if dtype == "float16" and device != "cuda":
+        raise OptionError(f"--dtype float16 trains on CUDA only, and the device is {device}: use bfloat16 or float32")
+    return device
 
 
-def _train(args, config, given, train, evaluation, summary, settings, checkpoint) -> None:
-    import torch
-    import transformers
-
-    from mos_kernels.huggingface import finetune_model as models
-    from mos_kernels.huggingface import finetune_trainer as trainers
-    from mos_kernels.huggingface.training import mos_param_groups
-
-    try:
-        device = _device(args.device, args.dtype)
-        models.check_model_source(args.model)
-        tokenizer, base_config = models.load_tokenizer(args.model)
-        encoded, collator, truncated = _encode(
-            args, train, evaluation, summary, tokenizer, models.longest_input(tokenizer, base_config)
-        )
-        summary["rows_cut_at_max_length"] = truncated
-        if truncated:
-            print(f"note: {truncated} rows are longer than --max-length and were cut")
-        model, head = models.load_model(
-            args.model, summary.get("classes"), tokenizer, getattr(torch, args.dtype), args.seed
-        )
-        model, names, config = models.add_adapter(
-            model, args.method, config, "target_modules" in given, head, args.seed
-        )
-    except (models.ModelError, TypeError, ValueError) as error:
-        raise error if isinstance(error, DataError) else UsageError(error) from error
-
-    counts = models.parameter_counts(model)
-    print(
-        f"model: {type(getattr(model, 'base_model', model)).__name__}, {counts['total']:,} parameters; {args.method} on {len(names)} linears "
-        f"trains {counts['adapter']:,} ({100 * counts['adapter'] / counts['total']:.2f}%) and a head of {counts['head']:,}"
-    )
-    is_mos = isinstance(config, MoSConfig)
+def _trainer(args, device: str, model, config, encoded: dict, collator, tokenizer, checkpoint: Path | None):
     arguments = _training_arguments(args, device)
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # Trainer would wrap the model in DataParallel
@@ -204,84 +203,27 @@ def _train(args, config, given, train, evaluation, summary, settings, checkpoint
     if args.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    run_log = trainers.RunLog(args.output / "log.jsonl", _step(checkpoint) if checkpoint else None)
-    classification = args.task == "classification"
-    parts = {name: len(examples) for name, examples in encoded["evaluation"].items()}
-    trainer = trainers.FinetuneTrainer(
+    is_classifier = args.task == "classification"
+    score = trainers.classification_scores if is_classifier else trainers.causal_scores
+    return trainers.FinetuneTrainer(
         model=model,
         args=arguments,
-        run_log=run_log,
+        run_log=trainers.RunLog(args.output / "log.jsonl", folders.step_of(checkpoint) if checkpoint else None),
         train_dataset=encoded["train"],
         eval_dataset=[example for part in encoded["evaluation"].values() for example in part],
         data_collator=collator,
         processing_class=tokenizer,
-        compute_metrics=trainers.scorer(
-            trainers.classification_scores if classification else trainers.causal_scores, parts
-        ),
-        preprocess_logits_for_metrics=trainers.first_logits if classification else trainers.causal_sums,
+        compute_metrics=trainers.scorer(score, {name: len(part) for name, part in encoded["evaluation"].items()}),
+        preprocess_logits_for_metrics=trainers.first_logits if is_classifier else trainers.causal_sums,
         optimizers=(torch.optim.AdamW(mos_param_groups(model, args.learning_rate, args.weight_decay)), None),
-        is_mos=is_mos,
-        is_classifier=classification,
+        is_mos=isinstance(config, MoSConfig),
+        is_classifier=is_classifier,
     )
-    if not run_log.entries:
-        at_start = [config.curvature_init * sign for sign in config.curvature_signs] if is_mos else []
-        run_log.write({"step": 0, **({"curvature": dict.fromkeys(names, at_start)} if is_mos else {})})
-    _run_training(trainer, checkpoint)
-    if trainer.routing is None or "eval_loss" not in run_log.entries[-1]:  # no evaluation after the last step, here
-        trainer.evaluate()
-
-    models.save_trained_model(model, args.method, tokenizer, args.output / "adapter")
-    trainers.write_text(
-        args.output / "predictions.jsonl", _predictions(evaluation, summary.get("classes"), trainer.outputs)
-    )
-    plots = _plot(args, run_log.entries, config, trainer.routing)
-    evaluations = trainers.evaluations(run_log.entries)
-    evaluating = sum(entry.get("eval_runtime", 0.0) for entry in run_log.entries)
-    metrics = {
-        "final": evaluations[-1],
-        "evaluations": evaluations,
-        "settings": {
-            **settings,
-            "adapter": config.to_dict() if is_mos else config,
-            "max_length": encoded["max_length"],
-        },
-        "data": summary,
-        "parameters": counts,
-        "linears": names,
-        "steps": trainer.state.global_step,
-        "seconds": {"total": round(run_log.seconds, 3), "evaluation": round(evaluating, 3)},
-        "memory": _peak_memory(arguments.device),
-        "routing": trainer.routing,
-        "versions": _versions(transformers, torch),
-        "machine": {
-            "device": str(arguments.device),
-            "threads": torch.get_num_threads(),
-            "platform": platform.platform(),
-        },
-    }
-    trainers.write_text(args.output / "metrics.json", json.dumps(metrics, indent=2, default=str) + "\n")
-    _print_result(args, metrics, plots)
-
-
-def _device(name: str, dtype: str) -> str:
-    import torch
-
-    if name not in ("auto", "cpu", "cuda", "mps"):
-        raise UsageError(f"--device {name} must be auto, cpu, cuda or mps")
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name != "auto" and not there[name]:
-        raise UsageError(f"--device {name}: torch {torch.__version__} finds no such device here; use auto or cpu")
-    device = name if name != "auto" else next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
-    if dtype == "float16" and device != "cuda":
-        raise UsageError(f"--dtype float16 trains on CUDA only, and the device is {device}: use bfloat16 or float32")
-    return device
 
 
 def _training_arguments(args: argparse.Namespace, device: str):
-    from mos_kernels.huggingface.finetune_trainer import training_arguments
-
     rhythm = "steps" if args.eval_steps else "epoch"
-    return training_arguments(
+    return trainers.training_arguments(
         output_dir=str(args.output),
         num_train_epochs=args.epochs,
         max_steps=args.max_steps or -1,
@@ -316,9 +258,7 @@ def _run_training(trainer, checkpoint: Path | None) -> None:
     if checkpoint is None:
         trainer.train()
         return
-    from transformers.trainer_callback import TrainerState
-
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    state = TrainerState.load_from_json(str(checkpoint / trainers.STATE))
     if state.global_step < state.max_steps:
         trainer.train(resume_from_checkpoint=str(checkpoint))
     else:  # killed between the last checkpoint and the results
@@ -326,8 +266,10 @@ def _run_training(trainer, checkpoint: Path | None) -> None:
         trainer.state = state
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+def _curvature_at_start(config, names: list[str]) -> dict:
+    if not isinstance(config, MoSConfig):
+        return {}
+    return {"curvature": {name: [config.curvature_init * sign for sign in config.curvature_signs] for name in names}}
 
 
 def _names(text: str) -> list[str]:

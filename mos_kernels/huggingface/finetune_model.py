@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.apply import activated_parameters, adapter_state, apply_mos
 from mos_kernels.huggingface.files import save_adapter
+from mos_kernels.huggingface.finetune_trainer import TRAINED, trained_parameters
 from mos_kernels.huggingface.targets import ffn_target_modules
 from mos_kernels.layer import ADAPTER_PARAMETERS
 
@@ -111,8 +113,15 @@ def add_adapter(
     """(model, names, config): the model with its adapter, everything but adapter and head frozen.
 
     names: the linears adapted. config: as it was used, with the model's own FFN linears as target_modules unless they
-    were given. Trained parameters are float32, whatever the base is.
+    were given. Trained parameters are float32, whatever the base is. What the model does not have raises `ModelError`.
     """
+    try:
+        return _add_adapter(model, method, config, targets_given, head, seed)
+    except (TypeError, ValueError) as error:
+        raise error if isinstance(error, ModelError) else ModelError(error) from error
+
+
+def _add_adapter(model, method, config, targets_given, head, seed):
     set_seed(seed)  # the adapter's start does not depend on what the head drew
     if isinstance(config, MoSConfig):
         config = config if targets_given else dataclasses.replace(config, target_modules=ffn_target_modules(model))
@@ -169,10 +178,17 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     return counts | ({"activated": activated_parameters(model).activated} if adapter_state(model) else {})
 
 
+def description(model: nn.Module, method: str, names: Sequence[str]) -> str:
+    """One line: what is trained, and how much of the model that is."""
+    counts, base = parameter_counts(model), getattr(model, "get_base_model", lambda: model)()
+    adapter = f"{method} on {len(names)} linears trains {counts['adapter']:,}" if names else "trained are 0 of them"
+    share = 100 * counts["adapter"] / counts["total"]
+    head = f" and a head of {counts['head']:,}" if counts["head"] else ""
+    return f"model: {type(base).__name__}, {counts['total']:,} parameters; {adapter} ({share:.2f}%){head}"
+
+
 def save_trained_model(model: nn.Module, method: str, tokenizer, folder: Path) -> None:
     """The adapter with its head, and the tokenizer, into a folder."""
-    from mos_kernels.huggingface.finetune_trainer import TRAINED, save_file, trained_parameters
-
     folder.mkdir(parents=True, exist_ok=True)
     if method in ("lora", "dora"):
         model.save_pretrained(folder)

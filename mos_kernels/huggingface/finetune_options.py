@@ -1,4 +1,4 @@
-"""The adapter's options on the command line: one for every field of `MoSConfig`, and none that is accepted and ignored."""
+"""The adapter's options on the command line: one for every field of `MoSConfig`, none of them accepted and ignored."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _HELP = {
 
 
 class OptionError(ValueError):
-    """An option that has no effect here, or does not fit the others."""
+    """An option with a bad value, without effect here, or that does not fit the others."""
 
 
 def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,8 +65,20 @@ def adapter_config(method: str, preset: str | None, num_experts: int | None, giv
     """What --method, --preset, --num-experts and the options given make together.
 
     Returns a `MoSConfig`, a dict of LoraConfig's fields for lora and dora, or None for frozen. `target_modules` is left
-    at its default (MoSConfig) or out (dict) where it was not given. Options without effect raise `OptionError`.
+    at its default (MoSConfig) or out (dict) where it was not given. Bad values, and options without effect, raise
+    `OptionError`.
     """
+    try:
+        return _adapter_config(method, preset, num_experts, given)
+    except OptionError:
+        raise
+    except ValueError as error:  # MoSConfig's own checks
+        raise OptionError(error) from None
+
+
+def _adapter_config(
+    method: str, preset: str | None, num_experts: int | None, given: Mapping
+) -> MoSConfig | dict | None:
     if preset is not None and method != "mos":
         raise OptionError(f"--preset {preset} is for --method mos, and the method is {method}: drop it")
     builder = preset if method == "mos" and preset else method

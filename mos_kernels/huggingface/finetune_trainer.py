@@ -1,4 +1,4 @@
-"""The Trainer of `python -m mos_kernels finetune`: small and complete checkpoints, a log that survives, exact metrics."""
+"""The Trainer of `python -m mos_kernels finetune`: small, complete checkpoints, a log that survives, exact metrics."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ STATE = "trainer_state.json"
 class FinetuneTrainer(Trainer):
     """Checkpoints hold the trained parameters alone; every log entry also goes to `run_log`.
 
-    Of the latest evaluation, `outputs` are the rows' logits (classification) or `causal_sums`, and `routing` is {router:
-    `RouterStatistics.summary`}. With `is_mos`, the log has each expert's curvature and share too.
+    Of the latest evaluation, `outputs` are the rows' logits (classification) or `causal_sums`, and `routing` maps each
+    router to its `RouterStatistics.summary`. With `is_mos`, the log has each expert's curvature and share too.
     """
 
     def __init__(self, *args, run_log: RunLog, is_mos: bool, is_classifier: bool, **kwargs) -> None:
@@ -59,8 +59,8 @@ class FinetuneTrainer(Trainer):
         if "loss" in logs:
             if not math.isfinite(entry["loss"]):
                 raise FloatingPointError(
-                    f"the training loss is {entry['loss']} at step {self.state.global_step}: lower --learning-rate, or train "
-                    "with --dtype float32"
+                    f"the training loss is {entry['loss']} at step {self.state.global_step}: lower --learning-rate, or "
+                    "train with --dtype float32"
                 )
             if self.mos_callback is not None:
                 measured = self.mos_callback.history[-1]
@@ -290,7 +290,8 @@ class _Lines(PrinterCallback):
         if logs and "loss" in logs and state.global_step - self._shown >= state.max_steps / 10:
             self._shown = state.global_step
             print(
-                f"step {state.global_step}/{state.max_steps} (epoch {state.epoch or 0:.2f}):  training loss {logs['loss']:.4f}",
+                f"step {state.global_step}/{state.max_steps} (epoch {state.epoch or 0:.2f}):  "
+                f"training loss {logs['loss']:.4f}",
                 flush=True,
             )
 

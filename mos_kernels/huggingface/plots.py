@@ -41,7 +41,7 @@ def plot_loss(log: Sequence[Mapping], path: str | Path, title: str = "") -> None
 def plot_curvature(log: Sequence[Mapping], expert_spaces: Sequence[str], path: str | Path, title: str = "") -> None:
     """κ̂ of each expert over the steps: a panel for each adapted linear, layers from left to right.
 
-    log: entries with "step" and "curvature", a dict from the linear's name to E numbers. expert_spaces: the E geometries.
+    log: entries with "step" and "curvature", a dict from the linear's name to E numbers. expert_spaces: E geometries.
     """
     entries = [entry for entry in log if "curvature" in entry]
     steps = [entry["step"] for entry in entries]
@@ -66,7 +66,7 @@ def plot_curvature(log: Sequence[Mapping], expert_spaces: Sequence[str], path: s
                 axes, name = grid[row, column], names[layer, projection]
                 axes.set_visible(True)
                 axes.axhline(0, color="black", lw=0.5, alpha=0.4)
-                for expert, space in enumerate(expert_spaces):
+                for expert in range(len(expert_spaces)):
                     values = [entry["curvature"][name][expert] for entry in entries]
                     axes.plot(steps, values, color=_color(expert_spaces, expert), lw=1.3)
                 axes.set_title(f"layer {layer}" if layer >= 0 else name, fontsize=8, pad=3)

@@ -293,6 +293,7 @@ def test_bad_input_is_said_before_a_model_is_loaded(options, message, bert, file
 def test_what_needs_the_model_is_said_before_training(bert, files, tmp_path, capsys):
     assert classify(bert, files, tmp_path / "a", "--target-modules", "gate_proj", "up_proj") == 2
     assert "match nothing in BertForSequenceClassification" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
     base = ("--task", "causal-lm", "--dataset", files / "train.tsv", "--eval-size", 4, "--text-column", "sentence")
     assert run("--model", bert, *base, "--output", tmp_path / "b") == 2
     assert "no causal language model" in capsys.readouterr().err
@@ -316,7 +317,7 @@ def test_an_output_folder_is_never_overwritten_by_accident(bert, files, tmp_path
     assert classify(bert, files, tmp_path / "notes", "--max-steps", 1) == 2
     assert "is not empty" in capsys.readouterr().err
     assert classify(bert, files, tmp_path / "notes", "--max-steps", 1, "--overwrite") == 2
-    assert "was not written by this command" in capsys.readouterr().err
+    assert "holds no run of this command" in capsys.readouterr().err
     assert classify(bert, files, tmp_path / "run", "--max-steps", 1, "--method", "frozen") == 0
     (tmp_path / "run" / "mine.txt").write_text("precious")
     assert classify(bert, files, tmp_path / "run", "--max-steps", 1, "--method", "frozen") == 2
