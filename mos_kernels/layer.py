@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mos_kernels.adapter import mos_linear, mos_route
 from mos_kernels.backends import eager, load_backend, resolve_backend
@@ -33,12 +34,15 @@ class _Float32State(nn.Module):
     _float32_state: tuple[str, ...] = ()
 
     def _apply(self, fn, recurse=True):
-        kept = {name: getattr(self, name).data for name in self._float32_state if getattr(self, name, None) is not None}
+        tensors = {name: t for name in self._float32_state if (t := getattr(self, name, None)) is not None}
+        kept = {name: (t.data, None if t.grad is None else t.grad.data) for name, t in tensors.items()}
         super()._apply(fn, recurse)
-        for name, before in kept.items():
+        for name, (data, grad) in kept.items():
             after = getattr(self, name)
             if after.dtype != torch.float32:
-                after.data = before.to(after.device, torch.float32)
+                after.data = data.to(after.device, torch.float32)
+                if grad is not None:
+                    after.grad = grad.to(after.device, torch.float32)
         return self
 
 
@@ -103,10 +107,7 @@ class MoSLayer(_Float32State):
     @property
     def curvature(self) -> Tensor:
         """The effective curvature κ of each expert, (E,) float32, in 1/length²: (κ̂_init + ratio·θ) / length_unit²."""
-        theta = self.mos_curvature
-        if self.config.curvature_max_grad_norm is not None:
-            theta = _BoundedGradient.apply(theta, self.config.curvature_max_grad_norm)
-        return torch.addcmul(self.mos_curvature_map[0], self.mos_curvature_map[1], theta.float())
+        return _Curvature.apply(self.mos_curvature, self.mos_curvature_map, self.config.curvature_max_grad_norm)
 
     @property
     def _dense_weight(self) -> Tensor:
@@ -195,6 +196,7 @@ class MoSLinear(MoSLayer, nn.Linear):
             )
         if isinstance(linear, MoSLayer):
             raise ValueError("this linear has a MoS adapter already: start from layer.to_linear()")
+        _require_dense(linear)
         layer = _adopt(cls, linear, linear.out_features, linear.in_features)
         layer._add_adapter(config)
         return layer.train(linear.training)
@@ -221,6 +223,7 @@ class MoSConv1D(MoSLayer):
         """Adapt a Conv1D, whose weight and bias are taken over without copying, and frozen."""
         if type(conv1d).__name__ != "Conv1D" or getattr(conv1d, "weight", torch.empty(0)).dim() != 2:
             raise TypeError(f"{type(conv1d).__name__} is not transformers' Conv1D: MoSLinear adapts nn.Linear")
+        _require_dense(conv1d)
         nx, nf = conv1d.weight.shape
         layer = _adopt(cls, conv1d, nf, nx)
         layer.nf, layer.nx = nf, nx
@@ -275,18 +278,42 @@ class MoSRouter(_Float32State):
         return f"in_features={self.in_features}, experts={self.config.num_experts}, k={self.config.num_experts_per_tok}"
 
 
-class _BoundedGradient(torch.autograd.Function):
-    """The identity, whose gradient is scaled down to a norm of at most `bound`."""
+class _Curvature(torch.autograd.Function):
+    """κ = offset + gain·θ, the gradient of θ scaled down to a norm of at most `bound` where one is given.
+
+    Where the gain is 0 the gradient is 0 whatever comes back: at κ = 0 it may overflow, and 0·∞ would be a NaN.
+    """
 
     @staticmethod
-    def forward(ctx, theta: Tensor, bound: float) -> Tensor:
-        ctx.bound = bound
-        return theta.view_as(theta)
+    def forward(ctx, theta: Tensor, curvature_map: Tensor, bound: float | None) -> Tensor:
+        offset, gain = curvature_map
+        ctx.save_for_backward(gain)
+        ctx.bound, ctx.dtype = bound, theta.dtype
+        return torch.addcmul(offset, gain, theta.float())
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-        return gradient * (ctx.bound / norm.clamp(min=ctx.bound)).to(gradient.dtype), None
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (gain,) = ctx.saved_tensors
+        gradient = torch.where(gain == 0, 0.0, gain * gradient)
+        if ctx.bound is not None:
+            norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+            gradient = gradient * (ctx.bound / norm.clamp(min=ctx.bound)).to(gradient.dtype)
+        return gradient.to(ctx.dtype), None, None
+
+
+def _require_dense(linear: nn.Module) -> None:
+    weight = linear._parameters.get("weight")
+    if weight is None:
+        raise TypeError(
+            f"the weight of this {type(linear).__name__} is computed, not a parameter (parametrised?): remove the "
+            "parametrisation first"
+        )
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"the weight of this {type(linear).__name__} is {weight.dtype} (quantised?): a base in float64, float32, "
+            "bfloat16 or float16 is supported"
+        )
 
 
 def _injected_aux_weight(owner: nn.Module) -> Tensor | None:

@@ -16,6 +16,7 @@ for _name, _value in {
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from torch.utils._device import _device_constructors  # noqa: E402
 
 settings.register_profile(
     "mos_kernels",
@@ -27,6 +28,9 @@ settings.register_profile(
 )
 settings.load_profile("mos_kernels")
 torch.set_num_threads(1)
+
+# transformers' and torch's meta device memorise torch.empty on first use: before it is replaced
+_device_constructors()
 
 _POISONED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

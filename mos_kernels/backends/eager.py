@@ -323,6 +323,8 @@ def _activation_slope(v: Tensor, name: str) -> Tensor:
 
 
 def _chunks(tokens: int, width: int) -> list[slice]:
+    if torch.compiler.is_compiling():  # a loop over chunks would make the graph depend on the number of tokens
+        return [slice(0, tokens)]
     step = max(CHUNK // max(width, 1), 1)
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
