@@ -153,7 +153,7 @@ def orders(d_in: int, d_out: int, T: int, device, dtype) -> dict[str, Callable[[
     def adapter(x: Tensor, gates: Tensor):
         p, n, _ = kernels.shrink(x, adapted.mos_lora_A, None, None, True)
         prepared = kernels.prepare(adapted.mos_lora_B, dtype, CONFIG)
-        return kernels.bridge(p, n, gates, False, kappa, prepared, CONFIG), prepared
+        return kernels.bridge(p, n, gates, False, kappa, prepared, CONFIG)[0], prepared
 
     def adapter_first(x, gates):
         z, prepared = adapter(x, gates)
@@ -182,9 +182,9 @@ def steps(d_in: int, d_out: int, T: int, device, dtype) -> dict[str, tuple[Calla
     gates = torch.rand(T, E, device=device).softmax(-1)
     p, n, _ = kernels.shrink(x(), A, None, None, True)
     prepared = kernels.prepare(B, dtype, CONFIG)
-    z = kernels.bridge(p, n, gates, False, kappa, prepared, CONFIG)
+    z, _ = kernels.bridge(p, n, gates, False, kappa, prepared, CONFIG)
     dz, dB = kernels.expand_backward(dy(), z, prepared, True)
-    d = kernels.bridge_backward(dz, p, n, gates, False, kappa, prepared, None, CONFIG)
+    d = kernels.bridge_backward(dz, None, p, n, gates, False, kappa, prepared, None, CONFIG)
     wide_in, wide_out, rank = T * d_in * size, T * d_out * size, T * E * r
     return {
         "prepare (gram)": (lambda: kernels.prepare(B, dtype, CONFIG), B.numel() * (4 + size)),
@@ -196,7 +196,7 @@ def steps(d_in: int, d_out: int, T: int, device, dtype) -> dict[str, tuple[Calla
         "expand": (lambda: kernels.expand(z, prepared, adapted.bias, dtype), wide_out + size * rank),
         "expand backward": (lambda: kernels.expand_backward(dy(), z, prepared, True), wide_out + (4 + size) * rank),
         "bridge backward": (
-            lambda: kernels.bridge_backward(dz, p, n, gates, False, kappa, prepared, None, CONFIG),
+            lambda: kernels.bridge_backward(dz, None, p, n, gates, False, kappa, prepared, None, CONFIG),
             4 * rank * dz.shape[0] + 4 * T * (2 * r + 2 + 4 * E),
         ),
         "norm gradient": (lambda: kernels.add_norm_gradient(dB, B, d.M), 4 * B.numel() * (dB.shape[0] + 2)),

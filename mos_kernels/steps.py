@@ -38,7 +38,7 @@ def linear_forward(
     routed, own_router = _routed(gates, logits, compute)
     prepared = steps.prepare(B, x.dtype, config) if prepared is None else prepared
     if config.activation == "identity":
-        z = steps.bridge(p, n, routed, own_router, curvature, prepared, config)
+        z, _ = steps.bridge(p, n, routed, own_router, curvature, prepared, config)
         y = steps.expand(z, prepared, bias, x.dtype)
     else:
         y = steps.bridge_expand(p, n, routed, own_router, curvature, prepared, bias, x.dtype, config)
@@ -77,9 +77,9 @@ def linear_backward(
 
     prepared = steps.prepare(B, x.dtype, config)
     if config.activation == "identity":
-        z = steps.bridge(p, n, routed, own_router, curvature, prepared, config)
+        z, bridged = steps.bridge(p, n, routed, own_router, curvature, prepared, config)
         dz, dB = steps.expand_backward(dy, z, prepared, needs_B)
-        d = steps.bridge_backward(dz, p, n, routed, own_router, curvature, prepared, aux_weight, config)
+        d = steps.bridge_backward(dz, bridged, p, n, routed, own_router, curvature, prepared, aux_weight, config)
         dB = steps.add_norm_gradient(dB, B, d.M) if needs_B else None
     else:
         d = steps.bridge_expand_backward(dy, p, n, routed, own_router, curvature, prepared, aux_weight, config)

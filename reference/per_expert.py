@@ -1,8 +1,9 @@
-"""The layer expert by expert, vectorised over tokens: the paper's formula as one would write it in eager PyTorch.
+"""The layer expert by expert, vectorised over tokens, in eager PyTorch: the peers that benchmarks compare with.
 
-It materialises each expert's vectors in full width, and leaves the backward to autograd. It is the peer that benchmarks
-compare with, so it does nothing needlessly slow: a guard and the scale of its map are one number a token, and touch the
-vector once; and the two things that a careful user would then optimise are options, to be shown beside it.
+Both materialise each expert's vectors in full width, and leave the backward to autograd. `mos_linear_as_printed` writes
+the paper's equations down one after the other. `mos_linear_per_expert` has every option and guard, and does nothing
+needlessly slow: a guard, the scale of its map and the gate are one number a token, and touch the vector once; the two
+things that a careful user would then optimise are options, to be shown beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,41 @@ from torch.nn import functional as F
 
 from reference.guards import HYPERBOLIC_EXP_LIMIT, SATURATION
 from reference.layer import ACTIVATIONS, check_choices, dropped, resolve_gates
-from reference.manifold import held_off_zero, signed_arcsinc, signed_sinc, squared_norm
+from reference.manifold import (
+    held_off_zero,
+    signed_arcsinc,
+    signed_inverse_projection,
+    signed_lift,
+    signed_projection,
+    signed_sinc,
+    squared_norm,
+)
+
+
+def mos_linear_as_printed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    kappa: Tensor,
+    *,
+    gates: Tensor | None = None,
+    router: Tensor | None = None,
+    scaling: float = 1.0,
+    num_experts_per_tok: int | None = None,
+    norm_topk_prob: bool = True,
+) -> Tensor:
+    """Equations 5 to 8 for every expert, in signed form and without guards; φ is the identity. As `mos_linear`."""
+    gates = resolve_gates(x, B, gates, router, num_experts_per_tok, norm_topk_prob)
+    A, B, kappa = A.to(x.dtype), B.to(x.dtype), kappa.to(gates.dtype)
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    for e in range(kappa.shape[0]):
+        _, s = signed_inverse_projection(x, kappa[e])
+        u = F.linear(F.linear(s, A if A.dim() == 2 else A[e]), B[:, e])
+        o = signed_projection(signed_lift(u, kappa[e]), u, kappa[e])
+        y = y + (scaling * gates[..., e : e + 1]).to(x.dtype) * o
+    return y
 
 
 def mos_linear_per_expert(

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from mos_kernels import geometry, routing
 
+ONE_PRODUCT = 256
+"""E·r up to which products with one r×r matrix an expert are taken as one product with the block-diagonal matrix."""
+
 CHUNK = 1 << 22
 """Numbers of an expert's output that exist at a time when an activation keeps the Gram form from holding."""
 
@@ -207,10 +210,18 @@ def prepare(B: Tensor, dtype: torch.dtype, config) -> Prepared:
     wide = operand(B, dtype)
     if config.activation != "identity":
         return Prepared(wide, None, None)
-    columns = B.to(compute_dtype(dtype)).permute(1, 2, 0)
-    gram = exact_matmul(columns, columns.mT)
+    gram = _gram(B.to(compute_dtype(dtype)))
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     return Prepared(wide, gram / trace.clamp(min=torch.finfo(trace.dtype).tiny)[:, None, None], trace)
+
+
+def _gram(B: Tensor) -> Tensor:
+    """B_eᵀ B_e (E, r, r). A few experts of low rank are one product, E times the arithmetic but no copy of B."""
+    (_, E, r), flat = B.shape, B.flatten(1)
+    if E * r > ONE_PRODUCT:
+        columns = B.permute(1, 2, 0)
+        return exact_matmul(columns, columns.mT)
+    return exact_matmul(flat.t(), flat).view(E, r, E, r).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
 def _into_space(p: Tensor, n: Tensor, kappa: Tensor, config) -> Curved:
@@ -226,16 +237,31 @@ def _squared_output_norm(h: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]
     return q.clamp(0, geometry.SATURATION), unit_gh
 
 
-def bridge(p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor, prepared: Prepared, config) -> Tensor:
-    """z = (α/r) g e(q; κ) h with h = λ(n; κ) p and q = hᵀGh. Returns (T, E·r), compute dtype.
+class Bridged(NamedTuple):
+    """The bridge's own values, formed once for z and for the gradients."""
+
+    curved: Curved
+    gates: Tensor  # (T, E)
+    unit_gh: Tensor  # G h / trace (T, E, r)
+    e: Tensor  # (T, E)
+    e_dq: Tensor  # ∂e/∂q (T, E)
+    e_dkappa: Tensor  # ∂e/∂κ (T, E)
+    weight: Tensor  # (α/r) g e (T, E, 1)
+
+
+def bridge(
+    p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor, prepared: Prepared, config
+) -> tuple[Tensor, Bridged]:
+    """z = (α/r) g e(q; κ) h with h = λ(n; κ) p and q = hᵀGh, (T, E·r) in the compute dtype, and what it was made from.
 
     routed (T, E): logits with own_router, else gates.
     """
     gates = route(routed, config) if own_router else routed
-    h = _into_space(p, n, kappa, config).h
-    q, _ = _squared_output_norm(h, prepared)
-    e, _, _ = geometry.projection_scale(q, kappa, config)
-    return ((config.scaling * gates * e).unsqueeze(-1) * h).flatten(1)
+    curved = _into_space(p, n, kappa, config)
+    q, unit_gh = _squared_output_norm(curved.h, prepared)
+    e, e_dq, e_dkappa = geometry.projection_scale(q, kappa, config)
+    weight = (config.scaling * gates * e).unsqueeze(-1)
+    return (weight * curved.h).flatten(1), Bridged(curved, gates, unit_gh, e, e_dq, e_dkappa, weight)
 
 
 class BridgeGradients(NamedTuple):
@@ -248,6 +274,7 @@ class BridgeGradients(NamedTuple):
 
 def bridge_backward(
     dz: Tensor,
+    bridged: Bridged,
     p: Tensor,
     n: Tensor,
     routed: Tensor,
@@ -258,16 +285,11 @@ def bridge_backward(
     config,
 ) -> BridgeGradients:
     """Gradients of `bridge` (MATH: "Backward in rank space"). dz (T, E·r); aux_weight as in `route_backward`."""
-    gates = route(routed, config) if own_router else routed
-    curved = _into_space(p, n, kappa, config)
+    curved, gates, unit_gh, e, e_dq, e_dkappa, weight = bridged
     h, dz = curved.h, dz.unflatten(-1, curved.h.shape[1:])
-    q, unit_gh = _squared_output_norm(h, prepared)
-    e, e_dq, e_dkappa = geometry.projection_scale(q, kappa, config)
-    scaled_gates = config.scaling * gates
     dz_h = (dz * h).sum(-1)
-    de = scaled_gates * dz_h
+    de = config.scaling * gates * dz_h
     dq = de * e_dq
-    weight = (scaled_gates * e).unsqueeze(-1)
     dh = weight * dz + (2 * dq * prepared.trace).unsqueeze(-1) * unit_gh
     dkappa, dn, dp = _into_space_backward(dh, n, curved, p.dim() == 2)
     M = exact_matmul((dq.unsqueeze(-1) * h).transpose(0, 1).mT, h.transpose(0, 1))
@@ -300,7 +322,10 @@ def expand_backward(dy: Tensor, z: Tensor, prepared: Prepared, needs_dB: bool) -
 
 def add_norm_gradient(dB: Tensor, B: Tensor, M: Tensor) -> Tensor:
     """dB + 2 B M: the part of dB (d_out, E, r) that comes through q. Overwrites dB."""
-    return dB.add_(exact_matmul(B.to(M.dtype).transpose(0, 1), M).transpose(0, 1), alpha=2)
+    B, (E, r) = B.to(M.dtype), B.shape[1:]
+    if E * r > ONE_PRODUCT:
+        return dB.add_(exact_matmul(B.transpose(0, 1), M).transpose(0, 1), alpha=2)
+    return dB.add_(exact_matmul(B.flatten(1), torch.block_diag(*M)).view(dB.shape), alpha=2)
 
 
 # bridge and expand in one, for φ ≠ identity: the Gram form does not hold, so u = φ(B h) is formed, a chunk at a time

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from reference.layer import mos_expert, mos_linear
-from reference.per_expert import mos_linear_per_expert
+from reference.per_expert import mos_linear_as_printed, mos_linear_per_expert
 
 T, D_IN, D_OUT, R, E = 2, 4, 5, 2, 3
 DRAWN = settings(max_examples=25)
@@ -205,6 +205,22 @@ def test_per_expert_form_equals_the_loop(
     assert_close([y], [expected], 1e-11, ["y"])
     # ∂λ/∂κ grows as λ²: digits lost on the way to a pole are lost in both forms
     assert_close(gradients(y, inputs), gradients(expected, inputs), 1e-9)
+
+
+@DRAWN
+@given(
+    seed=seeds, kappa=st.lists(st.floats(-0.5, 0.5), min_size=E, max_size=E), share_a=st.booleans(),
+    k=st.integers(1, E), norm=st.booleans(),
+)  # fmt: skip
+def test_equations_as_printed_equal_the_loop_while_no_guard_is_active(seed, kappa, share_a, k, norm):
+    inputs = case(seed, kappa, x_norm=0.5, b_norm=0.5, share_a=share_a)
+    router = torch.randn(E, D_IN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+    options = {"router": router, "scaling": 1.5, "num_experts_per_tok": k, "norm_topk_prob": norm}
+    given_, names = [*inputs[:6], router], (*NAMES[:6], "router")
+    y, expected = (layer(*inputs[:6], **options) for layer in (mos_linear_as_printed, mos_linear))
+    assert_close([y], [expected], 1e-12, ["y"])
+    if k > 1:  # with one expert, renormalised, the router has no gradient
+        assert_close(gradients(y, given_), gradients(expected, given_), 1e-9, names)
 
 
 @DRAWN

@@ -144,12 +144,12 @@ def prepare(B, dtype: torch.dtype, config) -> Prepared:
 
 
 def bridge(p, n, routed, own_router: bool, kappa, prepared: Prepared, config):
-    """z (T, E·r) in the dtype of the wide products."""
+    """z (T, E·r) in the dtype of the wide products; the kernels keep nothing for `bridge_backward`."""
     routed = routed if own_router else routed.contiguous()
-    return _bridge.bridge_launch(p, n, routed, own_router, kappa, prepared.gram, prepared.B.dtype, config)
+    return _bridge.bridge_launch(p, n, routed, own_router, kappa, prepared.gram, prepared.B.dtype, config), None
 
 
-def bridge_backward(dz, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, config):
+def bridge_backward(dz, bridged, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, config):
     """Gradients of `bridge`; dz in planes (S, T, E·r)."""
     routed = routed if own_router else routed.contiguous()
     return BridgeGradients(

@@ -114,7 +114,7 @@ def layer_launches(
             routed = logits if own else torch.empty(T, E)
             prepared = backend.prepare(B, dtype, config)
             if config.activation == "identity":
-                z = backend.bridge(p, n, routed, own, kappa, prepared, config)
+                z, _ = backend.bridge(p, n, routed, own, kappa, prepared, config)
                 backend.expand(z, prepared, bias, dtype)
             else:
                 backend.bridge_expand(p, n, routed, own, kappa, prepared, bias, dtype, config)
@@ -122,7 +122,7 @@ def layer_launches(
                 continue
             if config.activation == "identity":
                 dz, dB = backend.expand_backward(dy, z, prepared, True)
-                d = backend.bridge_backward(dz, p, n, routed, own, kappa, prepared, aux if own else None, config)
+                d = backend.bridge_backward(dz, None, p, n, routed, own, kappa, prepared, aux if own else None, config)
                 backend.add_norm_gradient(dB, B, d.M)
             else:
                 d = backend.bridge_expand_backward(dy, p, n, routed, own, kappa, prepared, aux if own else None, config)

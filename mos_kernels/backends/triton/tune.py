@@ -63,9 +63,9 @@ def steps(
 
     p, n, logits = backend.shrink(x, A, router, None, True)
     prepared, cast_only = backend.prepare(B, dtype, identity), backend.prepare(B, dtype, curved)
-    z = backend.bridge(p, n, logits, True, kappa, prepared, identity)
+    z, _ = backend.bridge(p, n, logits, True, kappa, prepared, identity)
     dz, dB = backend.expand_backward(dy, z, prepared, True)
-    d = backend.bridge_backward(dz, p, n, logits, True, kappa, prepared, aux, identity)
+    d = backend.bridge_backward(dz, None, p, n, logits, True, kappa, prepared, aux, identity)
 
     def sums(planes: tuple) -> tuple:
         return tuple(t.sum(0) for t in planes if t is not None)
@@ -77,7 +77,7 @@ def steps(
         return sums(backend.expand_backward(dy, z, prepared, True))
 
     def bridge_backward():
-        return tuple(backend.bridge_backward(dz, p, n, logits, True, kappa, prepared, aux, identity))
+        return tuple(backend.bridge_backward(dz, None, p, n, logits, True, kappa, prepared, aux, identity))
 
     def forward():
         return (backend.bridge_expand(p, n, logits, True, kappa, cast_only, bias, dtype, curved),)
@@ -88,7 +88,7 @@ def steps(
     return {
         "shrink": shrink,
         "gram": lambda: backend.prepare(B, dtype, identity)[1:],
-        "bridge": lambda: (backend.bridge(p, n, logits, True, kappa, prepared, identity),),
+        "bridge": lambda: backend.bridge(p, n, logits, True, kappa, prepared, identity)[:1],
         "expand": lambda: (backend.expand(z, prepared, bias, dtype),),
         "expand_input": expand_backward,
         "expand_weight": expand_backward,
