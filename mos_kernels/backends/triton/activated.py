@@ -278,6 +278,11 @@ def uncurve_kernel(
     tl.store(dn + o_t, total_dn, mask=m_t)
 
 
+def _settings(kernel: str, h: Tensor, T: int) -> dict:
+    most = 32 if h.dtype == torch.float32 else 256
+    return launch.wide_settings(kernel, h.device, T, h.dtype, BLOCK_T=most, BLOCK_N=most)
+
+
 def _curve(p, n, kappa, dtype: torch.dtype, config) -> Tensor:
     T, E, r = n.shape[1], config.num_experts, config.r
     h = torch.empty(T, E, r, device=p.device, dtype=dtype)
@@ -293,7 +298,7 @@ def _curve(p, n, kappa, dtype: torch.dtype, config) -> Tensor:
 
 def _norms(h: Tensor, B: Tensor, dy: Tensor | None, config) -> Tensor:
     (T, E, r), N = h.shape, B.shape[0]
-    settings = launch.settings("activated_norm", h.device, T)
+    settings = _settings("activated_norm", h, T)
     kinds, splits = (1 if dy is None else 2), settings["SPLITS"]
     planes = torch.empty(kinds, splits, T, E, device=h.device, dtype=torch.float32)
     launch.launch(
@@ -314,12 +319,13 @@ def _coefficients(planes, routed, own_router: bool, kappa, aux_weight, config) -
     through_u, drouted, dkappa = (empty() for _ in range(3)) if kinds == 2 else (planes,) * 3
     share = load_share(routed, None, config)[0] if aux_weight is not None else planes
     parts = route_parts(routed, own_router, config)
-    settings = launch.settings("route", planes.device, T)
+    settings, all_e = launch.settings("route", planes.device, T), triton.next_power_of_2(E)
+    settings["BLOCK_T"] = min(settings["BLOCK_T"], max(2048 // all_e, 1))
     launch.launch(
         coefficients_kernel, (triton.cdiv(T, settings["BLOCK_T"]),), planes,
         (planes, routed, kappa, share, planes if aux_weight is None else aux_weight,
          through_dy, through_u, drouted, dkappa, T, E, config.scaling, config.boundary_eps),
-        ALL_E=triton.next_power_of_2(E), K=config.num_experts_per_tok, SPLITS=splits,
+        ALL_E=all_e, K=config.num_experts_per_tok, SPLITS=splits,
         ROUTE_SPLITS=routed.shape[0] if parts else 1, ROUTE_PARTS=parts, NORMALISE=config.norm_topk_prob,
         MAPPING=mapping_code(config), BACKWARD=kinds == 2, BALANCE=aux_weight is not None, **settings,
     )  # fmt: skip
@@ -332,7 +338,7 @@ def activated_launch(p, n, routed, own_router: bool, kappa, B: Tensor, bias: Ten
     (T, E, r), N = h.shape, B.shape[0]
     through_dy, *_ = _coefficients(_norms(h, B, None, config), routed, own_router, kappa, None, config)
     y = torch.empty(T, N, device=h.device, dtype=h.dtype)
-    settings = launch.settings("activated_expand", h.device, T)
+    settings = _settings("activated_expand", h, T)
     launch.launch(
         activated_expand_kernel, (triton.cdiv(T, settings["BLOCK_T"]), triton.cdiv(N, settings["BLOCK_N"])), h,
         (h, B, h if bias is None else bias, through_dy, y, T, N, E, r),
@@ -352,13 +358,13 @@ def activated_backward_launch(
     common = {"BLOCK_R": launch.block(r, 16, 128), "ACTIVATION": CODES[config.activation]}
     arguments = (T, N, E, r, dy.stride(0))
 
-    settings = launch.settings("activated_input", device, T)
+    settings = _settings("activated_input", h, T)
     dh = torch.empty(settings["SPLITS"], T, E, r, device=device, dtype=torch.float32)
     grid = (triton.cdiv(T, settings["BLOCK_T"]), E, settings["SPLITS"])
     launch.launch(
         activated_input_kernel, grid, h, (dy, h, B, through_dy, through_u, dh, *arguments), **common, **settings
     )
-    settings = launch.settings("activated_weight", device, T)
+    settings = _settings("activated_weight", h, T)
     dB = torch.empty(settings["SPLITS"], N, E, r, device=device, dtype=torch.float32)
     grid = (triton.cdiv(N, settings["BLOCK_N"]), E, settings["SPLITS"])
     launch.launch(

@@ -347,6 +347,8 @@ def _tile(config, T: int, device, kernel: str) -> dict:
     tile = settings.pop("TILE")
     block_e = min(all_e, max(settings.pop("TOKEN_TILE") // block_r, 1))
     settings["BLOCK_T"] = max(tile // (block_e * block_r), 1)
+    if block_r > 64:
+        settings["num_warps"] = 8
     return {**settings, "BLOCK_E": block_e, "BLOCK_R": block_r, "ALL_E": all_e, "K": config.num_experts_per_tok}
 
 
@@ -389,6 +391,8 @@ def bridge_backward_launch(
         SHARED=config.share_a, MAPPING=mapping_code(config), DZ_PLANES=dz.shape[0], BALANCE=share is not None, **tile,
     )  # fmt: skip
     settings = launch.settings("bridge_reduce", device, T)
+    if r > 64:  # the accumulator alone would fill a thread's registers
+        settings["num_warps"] = 8
     planes = empty(settings["SPLITS"], E, r * r + 1)
     launch.launch(
         bridge_reduce_kernel, (E, settings["SPLITS"]), p, (p, dq_scale, dkappa, planes, T, E, r),

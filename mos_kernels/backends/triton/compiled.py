@@ -168,7 +168,7 @@ def resources(kernel, architecture: str, num_warps: int) -> Resources:
             [_cuobjdump(), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
         ).stdout
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    spills = int(re.search(r"LOCAL:(\d+)", usage).group(1))
+    spills = int(re.search(r"STACK:(\d+)", usage).group(1))  # LOCAL stays 0: spilled registers live on the stack
     threads = 32 * num_warps
     blocks = REGISTERS_PER_SM // (-(-registers // 8) * 8 * threads)
     if kernel.metadata.shared:

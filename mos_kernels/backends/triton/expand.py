@@ -82,7 +82,7 @@ def expand_launch(z: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
     """y₀ (T, d_out) in z's dtype, from z (T, E·r) and B (d_out, E, r) of one dtype."""
     (T, C), N = z.shape, B.shape[0]
     y = torch.empty(T, N, device=z.device, dtype=z.dtype)
-    settings = launch.settings("expand", z.device, T)
+    settings = launch.wide_settings("expand", z.device, T, z.dtype)
     settings["BLOCK_C"] = launch.block(C, 16, settings["BLOCK_C"])
     grid = (triton.cdiv(T, settings["BLOCK_T"]), triton.cdiv(N, settings["BLOCK_N"]))
     launch.launch(
@@ -140,7 +140,8 @@ def expand_backward_launch(dy: Tensor, z: Tensor, B: Tensor, needs_dB: bool) -> 
     rows = launch.settings("expand_chunk", device, T)["CHUNK_BYTES"] // (N * dy.element_size())
     rows = max(rows // row_block, 1) * row_block
     starts = range(0, T, rows)
-    for_input, for_weight = launch.settings("expand_input", device, T), launch.settings("expand_weight", device, T)
+    for_input = launch.wide_settings("expand_input", device, T, dy.dtype)
+    for_weight = launch.wide_settings("expand_weight", device, T, dy.dtype)
     block_c = launch.block(C, 16, 128)
     dz = torch.empty(for_input["SPLITS"], T, C, device=device, dtype=torch.float32)
     dB = torch.empty(max(len(starts), 1), N, C, device=device, dtype=torch.float32) if needs_dB else None

@@ -89,14 +89,14 @@ def _series(a, TERMS: tl.constexpr, SINE: tl.constexpr):
 
 @triton.jit
 def _exp_scale(a):
-    near = tl.abs(a) < 1.0
+    near = a > -1.0  # the series holds up to (π/2)², and the guard holds a below that: no sine with its range reduction
     series, series_slope = _series(tl.where(near, a, 0.0), _EXP_TERMS, True)
-    far = tl.where(near, 1.0, a)
-    t = tl.sqrt_rn(tl.abs(far))
+    far = tl.where(near, -1.0, a)
+    t = tl.sqrt_rn(-far)
     grow = tl.exp(tl.minimum(t, 12.0))
     decay = tl.div_rn(1.0 + 0.0 * grow, grow)
-    value = tl.div_rn(tl.where(a < 0.0, 0.5 * (grow - decay), tl.sin(t)), t)
-    slope = tl.div_rn(tl.where(a < 0.0, 0.5 * (grow + decay), tl.cos(t)) - value, 2.0 * far)
+    value = tl.div_rn(0.5 * (grow - decay), t)
+    slope = tl.div_rn(0.5 * (grow + decay) - value, 2.0 * far)
     return tl.where(near, series, value), tl.where(near, series_slope, slope)
 
 

@@ -54,6 +54,18 @@ settings = stored_settings
 """What the launchers call; the tuner puts its candidates in its place."""
 
 
+def wide_settings(kernel: str, device: torch.device, T: int, dtype: torch.dtype, **most: int) -> dict:
+    """Settings of a kernel of wide products, with tiles of at most so much: what is tuned at one rank must fit at all.
+
+    IEEE float32 products keep their operands in registers, which twice the warps share.
+    """
+    chosen = settings(kernel, device, T)
+    chosen.update({name: min(chosen[name], limit) for name, limit in most.items()})
+    if dtype == torch.float32:
+        chosen["num_warps"] = 8
+    return chosen
+
+
 def launch(kernel, grid: tuple[int, ...], tensor: Tensor, arguments: tuple, **constants) -> None:
     """Run `kernel` on tensor's device, unless the grid is empty. Every launch goes through here, to be counted."""
     if 0 in grid:

@@ -90,9 +90,10 @@ def shrink_launch(
     R, E = (0 if A is None else A.shape[0]), (0 if router is None else router.shape[0])
     split_router = E > 0 and x.dtype != torch.float32
     columns = R + (2 * E if split_router else E)
-    settings = launch.settings("shrink", device, T)
+    block_c = launch.block(columns, 16, 64)
+    most = 256 if block_c <= 32 else 64 if x.dtype != torch.float32 else 32
+    settings = launch.wide_settings("shrink", device, T, x.dtype, BLOCK_D=most)
     splits = settings.pop("SPLITS") if splits_allowed else settings.pop("SPLITS") and 1
-    block_c = launch.block(columns, 16, 128)
     p = torch.empty(splits, T, R, device=device, dtype=torch.float32)
     n = torch.empty(splits, T, device=device, dtype=torch.float32)
     logits = torch.empty(splits, T, columns - R, device=device, dtype=torch.float32)
@@ -190,8 +191,13 @@ def shrink_backward_launch(
     """dx₀ (T, D) in x's dtype and the stacked (dA, dRouter) (R + E, D) in float32, where needed."""
     (T, D), device = x.shape, x.device
     R, E = (0 if A is None else A.shape[0]), (0 if dlogits is None else dlogits.shape[1])
-    settings = launch.settings("shrink_backward", device, T)
-    splits, block_c = settings.pop("SPLITS"), launch.block(R + E, 16, 128)
+    dropping, wide = seed is not None, x.dtype == torch.float32
+    block_c = launch.block(R + E, 16, 32 if dropping else 64)
+    settings = launch.wide_settings(
+        "shrink_backward", device, T, x.dtype,
+        BLOCK_T=32 if dropping or wide else 128, BLOCK_D=32 if block_c > 32 or dropping and wide else 256,
+    )  # fmt: skip
+    splits = settings.pop("SPLITS")
     blocks = triton.cdiv(R + E, block_c)
     dx = torch.empty(T, D, device=device, dtype=x.dtype) if needs_dx else None
     planes = torch.empty(splits, R + E, D, device=device, dtype=torch.float32) if needs_dw else None
@@ -202,6 +208,6 @@ def shrink_backward_launch(
          x if dlogits is None else dlogits, x if dx is None else dx, x if planes is None else planes,
          x if seed is None else seed, T, D, R, E, x.stride(0), dropout_p),
         BLOCK_C=block_c, SPLITS=splits, NORM=dn is not None, NEEDS_DX=needs_dx, NEEDS_DW=needs_dw,
-        DROPOUT=seed is not None, COLUMN_BLOCKS=blocks, **settings,
+        DROPOUT=dropping, COLUMN_BLOCKS=blocks, **settings,
     )  # fmt: skip
     return dx, launch.sum_planes(planes) if needs_dw else None
