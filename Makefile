@@ -1,6 +1,7 @@
-# make demo, make test and make bench set up .venv; make gpu and make fuzz use $(PYTHON) as it is.
+# make demo, make test and make bench set up .venv; the others use it where it is, else $(PYTHON) as it is.
 PYTHON ?= python3
 VENV ?= .venv
+PRESENT = $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 TRITON ?= triton==3.6.0
 # A plain torch brings gigabytes of CUDA: where there is no GPU, the pinned release is asked for first.
 TORCH ?= $(if $(shell command -v nvidia-smi rocm-smi),torch,torch==2.13.0)
@@ -17,7 +18,7 @@ $(VENV)/.%: setup.py
 	touch $@
 
 demo: $(VENV)/.demo
-	$(VENV)/bin/python demo/demo.py
+	$(RUN) demo/demo.py
 
 # The interpreter is chosen when Triton is imported, so its tests and the compile tests are processes of their own.
 test: $(VENV)/.test
@@ -30,14 +31,14 @@ bench: $(VENV)/.bench
 
 # Installs nothing: doctor lists what is absent. The benchmark has its own correctness gate, so it runs in any case.
 gpu:
-	$(PYTHON) -m mos_kernels doctor
-	$(PYTHON) -m pytest tests/gpu; status=$$?; $(PYTHON) -m benchmarks.layer_gpu && exit $$status
+	$(PRESENT) -m mos_kernels doctor
+	$(PRESENT) -m pytest tests/gpu; status=$$?; $(PRESENT) -m benchmarks.layer_gpu && exit $$status
 
 fuzz:
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) -m tests.fuzz
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PRESENT) -m tests.fuzz
 
 kernels:
-	$(PYTHON) -m mos_kernels kernels
+	$(PRESENT) -m mos_kernels kernels
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

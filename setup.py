@@ -20,6 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
+    package_dir={"": "."},  # an editable install then puts this folder on the path, before a namespace of its name
     packages=find_packages(include=["mos_kernels", "mos_kernels.*"]),
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "numpy>=1.26"],
     extras_require={

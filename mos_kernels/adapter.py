@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mos_kernels import ops
 from mos_kernels.backends import resolve_backend
@@ -95,6 +94,8 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
 
 def _check(x, weight, A, B, kappa, gates, router, config) -> None:
     d_out, d_in = weight.shape
+    if x.dim() == 0:
+        raise ValueError(f"x is a single number (0-d): the layer reads (..., {d_in})")
     if x.shape[-1] != d_in:
         raise ValueError(f"x has width {x.shape[-1]} (shape {tuple(x.shape)}), the layer reads in_features={d_in}")
     if x.dtype != weight.dtype or not x.is_floating_point():
@@ -120,6 +121,14 @@ def _check(x, weight, A, B, kappa, gates, router, config) -> None:
         raise ValueError(f"gates have shape {tuple(gates.shape)}, x asks for {(*x.shape[:-1], E)}")
 
 
+def _refuse_second_derivatives() -> None:
+    """Raise under create_graph=True, where the gradient's own graph would silently miss the adapter."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "a Mixture-of-Space layer has no second derivatives: call backward or grad without create_graph=True"
+        )
+
+
 class _MoSLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, kappa, gates, router, aux_weight, dropout_p, prepared, config, backend):
@@ -131,8 +140,8 @@ class _MoSLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        _refuse_second_derivatives()
         with torch.autocast(dy.device.type, enabled=False):
             gradients = linear_backward(dy, *ctx.saved_tensors, *ctx.options, needs=ctx.needs_input_grad[:8])
         return *gradients, *(None,) * 5
@@ -147,8 +156,8 @@ class _MoSRoute(torch.autograd.Function):
         return gates
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dgates):
+        _refuse_second_derivatives()
         with torch.autocast(dgates.device.type, enabled=False):
             gradients = route_backward(dgates, *ctx.saved_tensors, *ctx.options, needs=ctx.needs_input_grad[:2])
         return *gradients, *(None,) * 4

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -104,8 +105,8 @@ class MoSConfig:
         _require_number("lora_alpha", self.lora_alpha, lambda v: v > 0, "positive")
         _require_number("lora_dropout", self.lora_dropout, lambda v: 0 <= v < 1, "in [0, 1)")
         _require_number("router_aux_loss_coef", self.router_aux_loss_coef, lambda v: v >= 0, "0 or positive")
-        _require_number("curvature_init", self.curvature_init, lambda v: v >= 0, "0 or positive")
-        _require_number("curvature_lr_ratio", self.curvature_lr_ratio, lambda v: v > 0, "positive")
+        _require_number("curvature_init", self.curvature_init, lambda v: 0 <= v <= 1e10, "from 0 to 1e10")
+        _require_number("curvature_lr_ratio", self.curvature_lr_ratio, lambda v: 0 < v <= 1e10, "positive, to 1e10")
         _require_number("boundary_eps", self.boundary_eps, lambda v: 0 < v < 1, "in (0, 1)")
         if self.curvature_max_grad_norm is not None:
             _require_number(
@@ -114,8 +115,9 @@ class MoSConfig:
         if self.length_unit != "sqrt_dim":
             if isinstance(self.length_unit, str):
                 raise ValueError(f"length_unit={self.length_unit!r} must be 'sqrt_dim' or a positive number")
-            _require_number("length_unit", self.length_unit, lambda v: v > 0, "'sqrt_dim' or a positive number")
-        if self.init_lora_weights not in (True, False, "gaussian"):
+            sensible = "'sqrt_dim' or a number from 1e-10 to 1e10"  # κ̂ / length_unit² is a float32
+            _require_number("length_unit", self.length_unit, lambda v: 1e-10 <= v <= 1e10, sensible)
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
             raise ValueError(f"init_lora_weights={self.init_lora_weights!r} must be True, False or 'gaussian'")
         if self.mapping == "exp/log":
             object.__setattr__(self, "mapping", "exp_log")
@@ -154,12 +156,16 @@ class MoSConfig:
                 if isinstance(value, str):
                     _require_regex(name, value)
                 continue
+            if not isinstance(value, (Sequence, set, frozenset)):
+                raise ValueError(f"{name}={value!r} must be a string or a list of strings")
             value = tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
             if not value or not all(isinstance(item, str) and item for item in value):
                 raise ValueError(f"{name}={value!r} must be a string or a non-empty list of non-empty strings")
             object.__setattr__(self, name, value)
         layers = self.layers_to_transform
         if layers is not None:
+            if not isinstance(layers, (int, Sequence)) or isinstance(layers, str):
+                raise ValueError(f"layers_to_transform={layers!r} must be a layer's index or a list of them")
             layers = layers if isinstance(layers, int) else tuple(layers)
             for index in (layers,) if isinstance(layers, int) else layers:
                 _require_int("layers_to_transform", index, 0)
@@ -178,6 +184,8 @@ class MoSConfig:
             if not isinstance(pattern, Mapping):
                 raise ValueError(f"{name}={pattern!r} must map module names to numbers")
             for key, value in pattern.items():
+                if not isinstance(key, str):
+                    raise ValueError(f"{name} has the key {key!r}, which must be a module name or a regular expression")
                 _require_regex(name, key)
                 check(f"{name}[{key!r}]", value)
             object.__setattr__(self, name, dict(pattern))
@@ -200,6 +208,9 @@ class MoSConfig:
         """Mixture of LoRA experts (the paper's eqs 1 and 2): Euclidean experts with an A each, top-k routed."""
         preset = {"spaces": {"euclidean": num_experts}, "num_experts_per_tok": min(4, num_experts), "share_a": False}
         return cls(**{**preset, "learn_curvature": False, **overrides})
+
+    def __hash__(self) -> int:
+        return hash(self.json)
 
     # what follows from the fields
 
@@ -262,8 +273,8 @@ def _require_int(name: str, value, minimum: int) -> None:
 
 
 def _require_number(name: str, value, accept, wanted: str) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not accept(value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if not is_number or not accept(value):
         raise ValueError(f"{name}={value!r} must be {wanted}")
 
 

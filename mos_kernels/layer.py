@@ -43,7 +43,21 @@ class _Float32State(nn.Module):
                 after.data = data.to(after.device, torch.float32)
                 if grad is not None:
                     after.grad = grad.to(after.device, torch.float32)
+        if any(data.is_meta and not getattr(self, name).is_meta for name, (data, _) in kept.items()):
+            self._refill_constants()
         return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        for name in self._float32_state:  # with assign=True a parameter may have come in another dtype or device
+            tensor = getattr(self, name, None)
+            if isinstance(tensor, nn.Parameter) and tensor.dtype != torch.float32:
+                tensor.data = tensor.data.float()
+        self._refill_constants()
+
+    def _refill_constants(self) -> None:
+        """Form again the buffers that follow from the configuration, on the parameters' device."""
+        raise NotImplementedError
 
 
 class MoSLayer(_Float32State):
@@ -57,13 +71,12 @@ class MoSLayer(_Float32State):
     _float32_state = ("mos_curvature", "mos_curvature_map", "mos_aux_weight")
 
     def _add_adapter(self, config: MoSConfig) -> None:
+        if not isinstance(config, MoSConfig):
+            raise TypeError(f"config is a {type(config).__name__}: pass a mos_kernels.MoSConfig")
         E, r, d_in, d_out = config.num_experts, config.r, self.in_features, self.out_features
         self.config = config
+        self.aux_coefficient = config.router_aux_loss_coef
         self._frozen: Frozen | None = None
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-
         device = self.weight.device
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
 
@@ -79,6 +92,9 @@ class MoSLayer(_Float32State):
         self.register_parameter("mos_router", nn.Parameter(empty(E, d_in)) if own_router else None)
         self.register_buffer("mos_aux_weight", empty(1, dtype=torch.float32) if own_router else None, persistent=False)
         self.reset_adapter_parameters()
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
@@ -95,14 +111,19 @@ class MoSLayer(_Float32State):
         else:
             nn.init.zeros_(self.mos_lora_B)
         nn.init.zeros_(self.mos_curvature)
-        unit = config.squared_length_unit(self.in_features)
-        signs = torch.tensor(config.curvature_signs, dtype=torch.float64)
-        rows = [signs * config.curvature_init / unit, signs.abs() * config.curvature_lr_ratio / unit]
-        self.mos_curvature_map.copy_(torch.stack(rows))
         if self.mos_router is not None:
             nn.init.normal_(self.mos_router, std=ROUTER_INIT_STD)
-            self.mos_aux_weight.fill_(config.router_aux_loss_coef)
+        self._refill_constants()
         self._frozen = None
+
+    def _refill_constants(self) -> None:
+        config, device = self.config, self.mos_curvature.device
+        unit = config.squared_length_unit(self.in_features)
+        signs = torch.tensor(config.curvature_signs, dtype=torch.float64, device="cpu")
+        rows = [signs * config.curvature_init / unit, signs.abs() * config.curvature_lr_ratio / unit]
+        self.mos_curvature_map = torch.stack(rows).to(device, torch.float32)
+        if self.mos_router is not None:
+            self.mos_aux_weight = torch.full((1,), self.aux_coefficient, device=device, dtype=torch.float32)
 
     @property
     def curvature(self) -> Tensor:
@@ -247,6 +268,7 @@ class MoSRouter(_Float32State):
     def __init__(self, in_features: int, config: MoSConfig, device=None, dtype=None):
         super().__init__()
         self.in_features, self.config = in_features, config
+        self.aux_coefficient = config.router_aux_loss_coef
         self.weight = nn.Parameter(
             torch.empty(config.num_experts, in_features, device=device, dtype=dtype or torch.float32)
         )
@@ -255,9 +277,12 @@ class MoSRouter(_Float32State):
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
-        """Draw the weight anew; the factor of the load-balancing gradient back to its coefficient."""
+        """Draw the weight anew; the factor of the load-balancing gradient back to `aux_coefficient`."""
         nn.init.normal_(self.weight, std=ROUTER_INIT_STD)
-        self.mos_aux_weight.fill_(self.config.router_aux_loss_coef)
+        self._refill_constants()
+
+    def _refill_constants(self) -> None:
+        self.mos_aux_weight = torch.full((1,), self.aux_coefficient, device=self.weight.device, dtype=torch.float32)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, backend: str = "auto") -> Tensor:
         """Gates of x. token_mask (...,): False for tokens that load balancing leaves out, such as padding."""

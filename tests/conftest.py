@@ -15,6 +15,7 @@ for _name, _value in {
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 from torch.utils._device import _device_constructors  # noqa: E402
 
@@ -29,7 +30,7 @@ settings.register_profile(
 settings.load_profile("mos_kernels")
 torch.set_num_threads(1)
 
-# transformers' and torch's meta device memorise torch.empty on first use: before it is replaced
+# Before torch.empty is replaced: the meta device and dynamo (imported above) memorise it on first use.
 _device_constructors()
 
 _POISONED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -94,7 +94,7 @@ def test_k_may_not_exceed_the_experts(counts, k):
 def test_numbers_are_accepted_exactly_on_their_range(number, name):
     inside = {
         "lora_alpha": number > 0, "lora_dropout": 0 <= number < 1, "boundary_eps": 0 < number < 1,
-        "curvature_init": number >= 0, "length_unit": number > 0,
+        "curvature_init": 0 <= number <= 1e10, "length_unit": 1e-10 <= number <= 1e10,
     }[name] and math.isfinite(number)  # fmt: skip
     if inside:
         assert getattr(MoSConfig(**{name: number}), name) == number
@@ -200,3 +200,20 @@ def test_patterns_apply_to_name_endings(name, r, alpha):
 
 def test_the_first_pattern_that_matches_wins():
     assert MoSConfig(rank_pattern={"up": 4, "a.up": 2}).for_module("a.up").r == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init_lora_weights": 0}, {"lora_alpha": 10**400}, {"target_modules": 5}, {"layers_to_transform": 1.5},
+        {"rank_pattern": {1: 2}}, {"length_unit": 1e-25}, {"length_unit": 1e200},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_of_another_kind_are_refused_by_name(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        MoSConfig(**options)
+
+
+def test_equal_configurations_hash_alike():
+    assert hash(MoSConfig(r=4)) == hash(MoSConfig(r=4)) != hash(MoSConfig(r=5))

@@ -161,3 +161,31 @@ def test_float16_saturates_rather_than_meeting_zero_with_infinity():
         layer.mos_lora_A.mul_(1e3)
     assert_finite(layer, x, None)
     torch.testing.assert_close(layer(x), layer.to_linear()(x), rtol=2e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+@pytest.mark.parametrize("bound", [None, 1.0])
+@pytest.mark.parametrize("domain", ["ball", "raw"])
+def test_the_curvature_gradient_is_finite_at_zero_curvature(domain, bound, activation):
+    """There ∂e/∂κ grows as ‖u‖²: its terms are held finite, or inf - inf would be a NaN."""
+    config = MoSConfig(
+        r=4, spaces={"hyperbolic": 1, "spherical": 1}, num_experts_per_tok=2, router_scope="linear", domain=domain,
+        curvature_init=0.0, curvature_max_grad_norm=bound, activation=activation,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    layer = MoSLinear(12, 10, config=config)
+    torch.nn.init.normal_(layer.mos_lora_B, std=1e10)
+    x = torch.randn(3, 12)
+    layer(1e8 * x / x.norm(dim=1, keepdim=True)).sum().backward()
+    assert layer.mos_curvature.grad.isfinite().all()
+
+
+def test_fp16_dropout_does_not_overflow_what_the_base_can_hold():
+    config = MoSConfig(router_scope="linear", r=4, init_lora_weights=False, lora_dropout=0.5)
+    torch.manual_seed(0)
+    layer = MoSLinear(12, 10, config=config, dtype=torch.float16)
+    layer.weight.data.mul_(1e-3)
+    layer.mos_lora_B.data.mul_(1e-3)
+    x = (torch.randn(6, 12).sign() * 4e4).half().requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)

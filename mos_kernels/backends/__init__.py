@@ -14,6 +14,15 @@ BACKENDS = ("auto", "eager", "triton")
 _selected: str | None = None
 
 
+def constant_under_compile(function):
+    """Have torch.compile take the function's result as a constant.
+
+    What torch.compiler.assume_constant_result does, without importing torch._dynamo, and triton with it, on import.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 def set_backend(name: str) -> None:
     """Choose the backend of every call that does not choose its own: "auto", "eager" or "triton".
 
@@ -67,7 +76,7 @@ def why_not_triton(x: Tensor) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def has_triton_kernels() -> bool:
     """Whether this installation carries the Triton backend."""
     return (

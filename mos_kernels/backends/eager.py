@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mos_kernels import geometry, routing
+from mos_kernels.backends import constant_under_compile
 
 ONE_PRODUCT = 256
 """E·r up to which products with one r×r matrix an expert are taken as one product with the block-diagonal matrix."""
@@ -71,7 +72,7 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def _float32_is_reduced(device_type: str) -> bool:
     backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
     return backend.matmul.fp32_precision in ("tf32", "bf16")
@@ -93,7 +94,8 @@ def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
         return x
     bits = dropout.keep_bits.unsqueeze(-1).bitwise_and(_bit_values(x.device))
     keep = bits.ne(0).flatten(-2)[..., : x.shape[-1]]
-    return torch.where(keep, x * (1 / (1 - dropout.p)), 0)
+    scaled = operand(x.to(compute_dtype(x.dtype)) * (1 / (1 - dropout.p)), x.dtype)  # float16 may overflow
+    return torch.where(keep, scaled, 0)
 
 
 def _bit_values(device: torch.device) -> Tensor:
@@ -296,13 +298,23 @@ def bridge_backward(
     drouted = config.scaling * e * dz_h
     if own_router:
         drouted = route_backward(drouted, gates, routed, aux_weight, None, config)
-    return BridgeGradients(drouted, dkappa + (de * e_dkappa).sum(0), dn, dp, M)
+    return BridgeGradients(drouted, dkappa + _bounded(de * e_dkappa).sum(0), dn, dp, M)
+
+
+def _bounded(terms: Tensor) -> Tensor:
+    """A token's terms of dκ, held finite: at κ = 0 they grow as a squared norm, and two infinities would be a NaN."""
+    limit = torch.finfo(terms.dtype).max * 1e-6
+    return terms.clamp(-limit, limit)
 
 
 def _into_space_backward(dh: Tensor, n: Tensor, curved: Curved, shared_p: bool) -> tuple[Tensor, Tensor, Tensor]:
     dscale = (dh * curved.p).sum(-1)
     dp = curved.scale.unsqueeze(-1) * dh
-    return (dscale * curved.scale_dkappa).sum(0), (dscale * curved.scale_dn).sum(-1), dp.sum(1) if shared_p else dp
+    return (
+        _bounded(dscale * curved.scale_dkappa).sum(0),
+        (dscale * curved.scale_dn).sum(-1),
+        dp.sum(1) if shared_p else dp,
+    )
 
 
 # expand: z, B, bias -> y₀
@@ -417,7 +429,7 @@ def bridge_expand_backward(
             scaled_gates = config.scaling * gates[chunk, expert]
             t = (upstream * u).sum(-1)
             dgates[chunk, expert] = config.scaling * e * t
-            e_dkappa[expert] += (scaled_gates * t * de_dkappa).sum()
+            e_dkappa[expert] += _bounded(scaled_gates * t * de_dkappa).sum()
             du = upstream * (scaled_gates * e).unsqueeze(-1)
             du.addcmul_(u, (2 * scaled_gates * t * e_dq).unsqueeze(-1))
             dv = du.mul_(_activation_slope(v, config.activation))

@@ -87,7 +87,8 @@ def install(model: nn.Module, plan: Plan) -> None:
         add_router(block.block, block.form, router)
     for owner in (*routers, *layers):
         if owner.mos_aux_weight is not None:
-            owner.mos_aux_weight.fill_(plan.config.router_aux_loss_coef / plan.num_routers)
+            owner.aux_coefficient = plan.config.router_aux_loss_coef / plan.num_routers
+            owner.mos_aux_weight.fill_(owner.aux_coefficient)
     setattr(model, _STATE, AdapterState(plan.config, frozenset(trainable)))
 
 
@@ -111,11 +112,12 @@ def remove_mos(model: nn.Module) -> list[str]:
         _replace(model, names, layer, plain[layer])
     for block in blocks:
         remove_router(block)
-    state = adapter_state(model)
-    if state is not None:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in state.trainable_before)
-        delattr(model, _STATE)
+    for module in model.modules():  # the adapter may have been applied to a part of the model
+        state = adapter_state(module)
+        if state is not None:
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(name in state.trainable_before)
+            delattr(module, _STATE)
     return [names[0] for names in places.values()]
 
 

@@ -107,7 +107,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
     extra = _tensors_of(model, modules)
     shapes |= {name: tuple(tensor.shape) for name, tensor in extra.items()}
     _require_shapes(folder, tensors, shapes)
-    _require_finite(folder, tensors)
+    dtypes = _require_floating(folder, tensors, extra)
+    _require_finite(folder, tensors, dtypes)
 
     if applied is None:
         install(model, plan)
@@ -140,7 +141,7 @@ def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
         raise FileNotFoundError(f"{path} is missing: no adapter was saved here, or the save was interrupted")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged, save the adapter again") from None
     if not isinstance(values, dict) or values.get("peft_type") != PEFT_TYPE:
         found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
@@ -152,7 +153,7 @@ def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
     }
     try:
         config = MoSConfig.from_dict({**unknown, **{k: v for k, v in values.items() if k in _MOS_FIELDS}})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from None
     modules = values.get("modules_to_save") or []
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
@@ -212,8 +213,22 @@ def _require_shapes(folder: Path, tensors: dict[str, Tensor], shapes: dict[str, 
         )
 
 
-def _require_finite(folder: Path, tensors: dict[str, Tensor]) -> None:
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+def _require_floating(folder: Path, tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> dict[str, torch.dtype]:
+    """The dtype that each tensor will be cast to; ValueError where that would lose more than digits."""
+    for name, tensor in tensors.items():
+        wanted = extra[name].dtype if name in extra else torch.float32
+        if tensor.dtype != wanted and tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{folder}: {name} is {tensor.dtype}, where a float of 16 to 64 bits is expected")
+    return {name: tensor.dtype for name, tensor in extra.items()}
+
+
+def _require_finite(folder: Path, tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> None:
+    def finite(name: str, tensor: Tensor) -> bool:
+        # a float64 adapter may be finite as it lies and not where it goes; curvature goes to float32 always
+        wanted = dtypes.get(name, torch.float32)
+        return not tensor.is_floating_point() or bool(tensor.to(wanted).isfinite().all())
+
+    bad = [name for name, tensor in tensors.items() if not finite(name, tensor)]
     if bad:
         raise ValueError(f"{folder}: {len(bad)} tensors have values that are not finite, such as {bad[0]}")
 
@@ -282,7 +297,6 @@ def _card(base: str | None, config: MoSConfig) -> str:
     header = ["---", *([f"base_model: {base}"] if is_hub_id else []), "tags:", "- mos-kernels", "- lora", "---"]
     spaces = ", ".join(f"{count} {name}" for name, count in config.spaces.items())
     load = [
-        "import mos_kernels.huggingface  # first: it registers the method",
         "from mos_kernels.huggingface import load_adapter",
         "from transformers import AutoModel  # or the class that the adapter was trained with",
         "",
@@ -298,7 +312,7 @@ def _card(base: str | None, config: MoSConfig) -> str:
             f"Rank {config.r}, {config.num_experts} experts ({spaces}), {config.num_experts_per_tok} used by a token.",
             "It cannot be merged into the base model, since what it adds depends on the data.",
             "",
-            "A process that loads it must import `mos_kernels.huggingface` first, with peft as well as without:",
+            "A process that loads it must import `mos_kernels.huggingface` first:",
             "",
             "```python",
             *load,

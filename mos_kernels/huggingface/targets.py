@@ -118,7 +118,7 @@ def layer_index(name: str, layers_pattern) -> int | None:
         found = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)
     else:
         patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-        matches = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name) for pattern in patterns)
+        matches = (re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<index>\d+)\.", name) for pattern in patterns)
         found = next((match for match in matches if match), None)
     return int(found["index"]) if found else None
 
@@ -161,10 +161,7 @@ def _refuse_adapted(model: nn.Module) -> None:
         if isinstance(module, (MoSLayer, MoSRouter)):
             raise ValueError(f"the model has a MoS adapter already, at {name!r}: call remove_mos(model) first")
         if type(module).__module__.split(".")[0] == "peft":
-            raise ValueError(
-                f"the model has a peft adapter, at {name!r} ({type(module).__name__}): unload it first, or use "
-                "get_peft_model(model, MoSPeftConfig(...)) for both"
-            )
+            raise ValueError(f"the model has a peft adapter, at {name!r} ({type(module).__name__}): unload it first")
 
 
 def _refuse_3d_parameters(model: nn.Module, config: MoSConfig) -> None:

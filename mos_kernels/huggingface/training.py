@@ -155,9 +155,8 @@ def _layers(model: nn.Module) -> dict[str, MoSLayer]:
 
 
 def _set_aux_weights(model: nn.Module, factor: float) -> None:
-    owners = router_owners(model).values()
-    for owner in owners:
-        owner.mos_aux_weight.fill_(owner.config.router_aux_loss_coef * factor / len(owners))
+    for owner in router_owners(model).values():
+        owner.mos_aux_weight.fill_(owner.aux_coefficient * factor)
 
 
 def _steps_per_epoch(args, train_dataloader) -> int | None:

@@ -42,6 +42,10 @@ __all__ = [
 ]
 
 
+MAX_RANK = 128
+"""The kernels hold r × r numbers of an expert in one tile."""
+
+
 class Dropout(NamedTuple):
     """What dropout decided: the seed of a counter-based generator, and the probability of losing an element."""
 
@@ -134,7 +138,9 @@ def route_backward(dgates, gates, logits, aux_weight, token_mask, config):
 
 
 def prepare(B, dtype: torch.dtype, config) -> Prepared:
-    """What follows from B (d_out, E, r) alone."""
+    """What follows from B (d_out, E, r) alone. Raises ValueError for a rank beyond one tile."""
+    if B.shape[2] > MAX_RANK:
+        raise ValueError(f"r={B.shape[2]} exceeds {MAX_RANK}, the largest rank of the kernels: use backend='eager'")
     B = B.contiguous()
     return (
         Prepared(*_expand.gram_launch(B, dtype))

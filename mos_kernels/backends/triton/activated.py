@@ -27,7 +27,7 @@ from mos_kernels.backends.triton.bridge import (
     top_k_gates,
 )
 from mos_kernels.backends.triton.geometry import inverse_projection_scale, mapping_code, projection_scale
-from mos_kernels.backends.triton.numerics import cast, dot, saturate
+from mos_kernels.backends.triton.numerics import bounded, cast, dot, saturate
 
 TANH, SILU, GELU = 0, 1, 2
 CODES = {"tanh": TANH, "silu": SILU, "gelu": GELU}
@@ -151,7 +151,7 @@ def coefficients_kernel(
         t = _load_planes(planes + tl.cast(SPLITS, tl.int64) * T * E, row, m_t, o_e, T, E, SPLITS)
         de = scaling * gates * t
         tl.store(through_u + flat, 2.0 * de * e_dq, mask=m)
-        tl.store(dkappa + flat, de * e_dkappa, mask=m)
+        tl.store(dkappa + flat, bounded(de * e_dkappa), mask=m)
         b_drouted = scaling * e * t
         if ROUTE_PARTS > 0:
             b_drouted = gates_backward(b_drouted, gates, logits, o_e, ALL_E, K, NORMALISE)
@@ -267,7 +267,7 @@ def uncurve_kernel(
         total_dn += tl.sum(dscale * scale_dn, 1)
         flat = row[:, None] * E + o_e[None, :]
         held = tl.load(dkappa + flat, mask=m_e, other=0.0)
-        tl.store(dkappa + flat, held + dscale * scale_dkappa, mask=m_e)
+        tl.store(dkappa + flat, held + bounded(dscale * scale_dkappa), mask=m_e)
         if SHARED:
             total_dp += tl.sum(scale[:, :, None] * dh, 1)[:, None, :]
         else:

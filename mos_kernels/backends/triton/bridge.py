@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mos_kernels.backends.triton import launch
 from mos_kernels.backends.triton.geometry import inverse_projection_scale, mapping_code, projection_scale
-from mos_kernels.backends.triton.numerics import cast, dot, saturate
+from mos_kernels.backends.triton.numerics import bounded, cast, dot, saturate
 
 
 @triton.jit
@@ -236,7 +236,7 @@ def bridge_backward_kernel(
             tl.store(dp + offsets, scale[:, :, None] * dh, mask=mask)
         flat = row[:, None] * E + o_e[None, :]
         tl.store(dq_scale + flat, dq * scale * scale, mask=m_e)
-        tl.store(dkappa + flat, de * e_dkappa + dscale * scale_dkappa, mask=m_e)
+        tl.store(dkappa + flat, bounded(de * e_dkappa) + bounded(dscale * scale_dkappa), mask=m_e)
         b_dgates = scaling * e * dz_h
         dgates += b_dgates if BLOCK_E == ALL_E else put(b_dgates, o_all, o_e)
     if SHARED:
@@ -346,7 +346,7 @@ def _tile(config, T: int, device, kernel: str) -> dict:
     block_r, all_e = triton.next_power_of_2(config.r), triton.next_power_of_2(config.num_experts)
     tile = settings.pop("TILE")
     block_e = min(all_e, max(settings.pop("TOKEN_TILE") // block_r, 1))
-    settings["BLOCK_T"] = max(tile // (block_e * block_r), 1)
+    settings["BLOCK_T"] = min(max(tile // (block_e * block_r), 1), 64)
     if block_r > 64:
         settings["num_warps"] = 8
     return {**settings, "BLOCK_E": block_e, "BLOCK_R": block_r, "ALL_E": all_e, "K": config.num_experts_per_tok}

@@ -83,6 +83,7 @@ def recorded(architecture: str):
 def _describe(kernel, arguments, constants: dict) -> Launch:
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     names = [name for name in kernel.arg_names if name not in constants]
+    unspecialised = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     signature, aligned = [], []
     for name, value in zip(names, arguments, strict=True):
         if isinstance(value, torch.Tensor):
@@ -90,7 +91,7 @@ def _describe(kernel, arguments, constants: dict) -> Launch:
             aligned.append(name)
         else:
             signature.append((name, "fp32" if isinstance(value, float) else "i32"))
-            if not isinstance(value, float) and value % 16 == 0 and name not in ("T", "P", "first", "last"):
+            if not isinstance(value, float) and value % 16 == 0 and name not in unspecialised:
                 aligned.append(name)
     return Launch(kernel, tuple(signature), tuple(aligned), tuple(constants.items()), tuple(options.items()))
 

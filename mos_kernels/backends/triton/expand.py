@@ -113,12 +113,12 @@ def expand_input_kernel(
     tl.store(planes + (i_s.to(tl.int64) * T + row) * C + o_c[None, :], total, mask=m_t[:, None] & m_c)
 
 
-@triton.jit(do_not_specialize=["first", "last"])
+@triton.jit(do_not_specialize=["chunk", "first", "last"])
 def expand_weight_kernel(
-    dy, z, plane, first, last, N, C, stride_dy,
+    dy, z, planes, chunk, first, last, N, C, stride_dy,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """plane[n] = Σ_t dy[t, n] z[t], over the tokens first <= t < last"""
+    """planes[chunk, n] = Σ_t dy[t, n] z[t], over the tokens first <= t < last"""
     i_n, i_c = tl.program_id(0), tl.program_id(1)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -130,7 +130,10 @@ def expand_weight_kernel(
         b_dy = tl.load(dy + row * stride_dy + o_n[None, :], mask=m_t[:, None] & m_n[None, :], other=0.0)
         b_z = tl.load(z + row * C + o_c[None, :], mask=m_t[:, None] & m_c, other=0.0)
         total = dot(tl.trans(b_dy), b_z, total)
-    tl.store(plane + o_n[:, None].to(tl.int64) * C + o_c[None, :], total, mask=m_n[:, None] & m_c)
+    plane = (
+        tl.cast(chunk, tl.int64) * N + o_n[:, None]
+    )  # a pointer to the chunk would be aligned for some and not others
+    tl.store(planes + plane * C + o_c[None, :], total, mask=m_n[:, None] & m_c)
 
 
 def expand_backward_launch(dy: Tensor, z: Tensor, B: Tensor, needs_dB: bool) -> tuple[Tensor, Tensor | None]:
@@ -142,7 +145,7 @@ def expand_backward_launch(dy: Tensor, z: Tensor, B: Tensor, needs_dB: bool) -> 
     starts = range(0, T, rows)
     for_input = launch.wide_settings("expand_input", device, T, dy.dtype)
     for_weight = launch.wide_settings("expand_weight", device, T, dy.dtype)
-    block_c = launch.block(C, 16, 128)
+    block_c = launch.block(C, 16, 64 if dy.dtype == torch.float32 else 128)
     dz = torch.empty(for_input["SPLITS"], T, C, device=device, dtype=torch.float32)
     dB = torch.empty(max(len(starts), 1), N, C, device=device, dtype=torch.float32) if needs_dB else None
     if T == 0 and needs_dB:
@@ -154,7 +157,7 @@ def expand_backward_launch(dy: Tensor, z: Tensor, B: Tensor, needs_dB: bool) -> 
         launch.launch(expand_input_kernel, grid, dy, arguments, BLOCK_C=block_c, **for_input)
         if needs_dB:
             grid = (triton.cdiv(N, for_weight["BLOCK_N"]), triton.cdiv(C, block_c))
-            arguments = (dy, z, dB[chunk], first, last, N, C, dy.stride(0))
+            arguments = (dy, z, dB, chunk, first, last, N, C, dy.stride(0))
             launch.launch(expand_weight_kernel, grid, dy, arguments, BLOCK_C=block_c, **for_weight)
     return dz, dB
 

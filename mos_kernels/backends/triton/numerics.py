@@ -38,6 +38,12 @@ def saturate(squared_norm):
 
 
 @triton.jit
+def bounded(terms):
+    """A token's terms of dκ, held finite: at κ = 0 they grow as a squared norm, and two infinities would be a NaN."""
+    return tl.minimum(tl.maximum(terms, -3.4e32, tl.PropagateNan.ALL), 3.4e32, tl.PropagateNan.ALL)
+
+
+@triton.jit
 def keep(seed, row, column, D, p):
     """Which elements of x survive dropout: Philox at the element's own index, so the mask needs no memory."""
     return tl.rand(seed, row[:, None].to(tl.int64) * D + column[None, :]) >= p
