@@ -128,7 +128,7 @@ def environment() -> dict:
     info = Path("/proc/cpuinfo")
     named = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return {
-        "commit": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else ""),
+        "commit": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""),
         "cpu": named[0].split(":")[1].strip() if named else platform.processor(), "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
         "peft": peft.__version__, "mos_kernels": mos_kernels.__version__, "date": time.strftime("%Y-%m-%d"),
