@@ -1,0 +1,39 @@
+"""The kernels in Triton's interpreter, a process of its own: `TRITON_INTERPRET=1 python -m pytest tests/backends/triton`.
+
+Triton decides when it is imported whether kernels are interpreted, so these tests do not run beside others. The suite's
+conftest.py fills what torch.empty returns with NaN.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    skip = pytest.mark.skip(reason="TRITON_INTERPRET=1 is not set: run TRITON_INTERPRET=1 pytest tests/backends/triton")
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    """The names of the kernels launched in this test, in order."""
+    from mos_kernels.backends.triton import launch
+
+    names, run = [], launch.launch
+
+    def counted(kernel, grid, *args, **constants):
+        if 0 not in grid:
+            names.append(kernel.fn.__name__.removesuffix("_kernel"))
+        run(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(launch, "launch", counted)
+    return names

@@ -1,0 +1,88 @@
+"""The registered ops: schemas, fake implementations and autograd; one graph under torch.compile, with the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from strategies import normal
+
+from mos_kernels import MoSConfig, MoSLinear, MoSRouter, ops
+
+D_IN, D_OUT, E = 16, 12, 8
+
+
+def layer_of(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    return MoSLinear(D_IN, D_OUT, config=MoSConfig(r=2, init_lora_weights=False, **options), dtype=dtype)
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("scope", "activation"), [("linear", "identity"), ("ffn", "identity"), ("linear", "tanh")])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_opcheck_of_the_linear(dtype, scope, activation, dropout_p):
+    layer = layer_of(dtype, router_scope=scope, activation=activation)
+    x = normal(0, 3, 2, D_IN).to(dtype).requires_grad_()
+    gates = normal(1, 3, 2, E).softmax(-1).float().requires_grad_() if scope == "ffn" else None
+    kappa = layer.curvature.detach().requires_grad_()
+    arguments = (
+        x, layer.weight, layer.bias, layer.mos_lora_A, layer.mos_lora_B, kappa, gates, layer.mos_router,
+        layer.mos_aux_weight, dropout_p, layer.config.json, "triton", True,
+    )  # fmt: skip
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if not dropout_p:  # a random op gives other numbers when it runs again
+        checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.linear, arguments, test_utils=checks)
+    without = (*arguments[:-1], False)
+    torch.library.opcheck(ops.linear, without, test_utils=["test_schema", "test_faketensor"])
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask", [True, False])
+def test_opcheck_of_the_router(dtype, mask):
+    router = MoSRouter(D_IN, MoSConfig(r=2))
+    x = normal(0, 3, 2, D_IN).to(dtype).requires_grad_()
+    token_mask = normal(1, 3, 2) > 0 if mask else None
+    torch.library.opcheck(
+        ops.route, (x, router.weight, router.mos_aux_weight, token_mask, router.config.json, "triton")
+    )
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize(
+    ("scope", "dtype", "activation"),
+    [("linear", torch.float32, "identity"), ("ffn", torch.bfloat16, "identity"), ("ffn", torch.float32, "gelu")],
+)
+def test_compiled_in_one_graph_with_the_same_numbers(scope, dtype, activation):
+    torch._dynamo.reset()
+    layer = layer_of(dtype, router_scope=scope, activation=activation)
+    router = MoSRouter(D_IN, layer.config)
+    modules = torch.nn.ModuleList([layer, router] if scope == "ffn" else [layer])
+
+    def run(x):
+        gates = router(x, backend="triton") if scope == "ffn" else None
+        return layer(x, gates, backend="triton")
+
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    for shape in ((2, 3), (5, 7), (4, 9), (3, 70)):
+        x = normal(0, *shape, D_IN).to(dtype).requires_grad_()
+        found = []
+        for function in (run, compiled):
+            modules.zero_grad()
+            x.grad = None
+            y = function(x)
+            y.float().square().sum().backward()
+            found.append([y.detach(), x.grad, *(p.grad for p in modules.parameters() if p.grad is not None)])
+        assert len(found[0]) == len(found[1]) >= 5
+        assert all(map(torch.equal, *found)), shape
+    assert len(graphs) == 2, "one for the first sizes, and one for any"
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), run(x), rtol=0, atol=0)
+    assert len(graphs) == 3

@@ -1,0 +1,216 @@
+"""How many kernels a layer launches, what it keeps for backward, and that a token does not depend on its neighbours."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+from cases import compare
+from strategies import leaf, make_case, normal
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mos_kernels import MoSConfig, MoSLinear, MoSRouter, set_backend
+from mos_kernels.backends.triton import launch
+
+T, D_IN, D_OUT, R, E = 40, 50, 70, 3, 8
+
+
+def layer_of(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    return MoSLinear(D_IN, D_OUT, config=MoSConfig(r=R, init_lora_weights=False, **options), dtype=dtype)
+
+
+def tokens_of(T, dtype=torch.float32):
+    return normal(0, T, D_IN).to(dtype).requires_grad_()
+
+
+# launches
+
+ACTIVATED = ["shrink", "curve", "activated_norm", "coefficients", "activated_expand"]
+
+
+def test_launches_of_a_linear_with_its_own_router(launched):
+    y = layer_of(router_scope="linear")(tokens_of(T), backend="triton")
+    assert launched == ["shrink", "gram", "bridge", "expand"]
+    launched.clear()
+    y.sum().backward()
+    assert launched == [
+        "gram", "bridge", "expand_input", "expand_weight", "load", "bridge_backward", "bridge_reduce",
+        "norm_gradient", "shrink_backward",
+    ]  # fmt: skip
+
+
+def test_launches_of_a_block(launched):
+    layer, x = layer_of(), tokens_of(T)
+    router = MoSRouter(D_IN, layer.config)
+    y = layer(x, router(x, backend="triton"), backend="triton")
+    assert launched == ["shrink", "route", "shrink", "gram", "bridge", "expand"]
+    launched.clear()
+    y.sum().backward()
+    assert len(launched) == 8 + 4
+    assert launched[8:] == ["route", "load", "route_backward", "shrink_backward"]
+
+
+def test_launches_with_an_activation(launched):
+    y = layer_of(router_scope="linear", activation="silu")(tokens_of(T), backend="triton")
+    assert launched == ACTIVATED
+    launched.clear()
+    y.sum().backward()
+    assert launched == [
+        "curve", "activated_norm", "load", "coefficients", "activated_input", "activated_weight", "uncurve",
+        "shrink_backward",
+    ]  # fmt: skip
+
+
+def test_frozen_inputs_launch_less(launched):
+    layer = layer_of(router_scope="linear").requires_grad_(False)
+    layer(tokens_of(T), backend="triton").sum().backward()
+    assert launched[4:] == [
+        "gram", "bridge", "expand_input", "bridge_backward", "bridge_reduce", "shrink_backward",
+    ]  # fmt: skip
+
+
+def test_no_tokens_launch_next_to_nothing(launched):
+    y = layer_of(router_scope="linear")(tokens_of(0), backend="triton")
+    y.sum().backward()
+    assert set(launched) <= {"gram", "load", "bridge_reduce", "norm_gradient", "shrink_backward"}
+
+
+class _Computed(TorchDispatchMode):
+    """Names of the operators that read or write a tensor's numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in ("empty", "new_empty", "empty_like", "_unsafe_view", "detach", "fill_"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scope", ["ffn", "linear"])
+@pytest.mark.parametrize("T", [1, 64])
+def test_a_frozen_layer_decodes_in_three_launches_and_the_base_product(monkeypatch, dtype, scope, T):
+    set_backend("triton")
+    launched = []
+    layer = layer_of(dtype, router_scope=scope).freeze_for_inference()
+    x = tokens_of(T, dtype).detach()
+    gates = None if scope == "linear" else normal(1, T, E).softmax(-1).float()
+    monkeypatch.setattr(launch, "launch", lambda kernel, *_, **__: launched.append(kernel.fn.__name__))  # not run
+    with torch.no_grad(), _Computed() as computed:
+        layer(x, gates)
+    assert launched == ["shrink_kernel", "bridge_kernel", "expand_kernel"]
+    assert computed.names == ["addmm_"]
+
+
+# the decode path computes the same
+
+CASES = [("identity", "linear"), ("identity", "ffn"), ("gelu", "linear")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("activation", "scope"), CASES)
+@pytest.mark.parametrize("T", [1, 33, 70])
+def test_without_gradients_and_frozen_the_output_is_as_right(dtype, activation, scope, T):
+    """Parts of d_in that the bridge adds up (SPLITS > 1), and what freeze_for_inference computed ahead."""
+    set_backend("triton")
+    layer = layer_of(dtype, router_scope=scope, activation=activation, share_a=activation == "identity")
+    with torch.no_grad():
+        if scope == "linear":
+            layer.mos_router.copy_(layer.mos_router.bfloat16())
+        layer.mos_lora_B.copy_(layer.mos_lora_B.to(dtype))
+    x = tokens_of(T, dtype).detach()
+    gates = None if scope == "linear" else normal(1, T, E).softmax(-1).float()
+    wide = layer_of(torch.float64, router_scope=scope, activation=activation, share_a=activation == "identity")
+    wide.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        truth = wide(x.double(), None if gates is None else gates.double(), backend="eager")
+        by_torch = layer(x, gates, backend="eager")
+        split = layer(x, gates)
+        frozen = layer.freeze_for_inference()(x, gates)
+    whole = layer(x.requires_grad_(), gates).detach()
+    for y in (split, frozen, whole):
+        assert not compare({"y": y}, {"y": by_torch}, {"y": truth})
+    assert torch.equal(split, frozen)
+
+
+def test_decoding_splits_d_in():
+    settings = launch.stored_settings("shrink", torch.device("cpu"), 64)
+    assert settings["SPLITS"] > 1 and launch.bucket(64) == "decode" and launch.bucket(65) == "train"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+@pytest.mark.parametrize("own_router", [True, False])
+@pytest.mark.parametrize("counts", [(64, 1, 17), (150, 65, 97)])
+def test_a_token_does_not_depend_on_the_others(dtype, activation, own_router, counts, monkeypatch):
+    """Bitwise, within a launch bucket; W = 0, and the interpreter's products by einsum: BLAS need not have the property."""
+    monkeypatch.setattr(numpy, "matmul", lambda a, b, dtype: numpy.einsum("ij,jk->ik", a, b, dtype=dtype))
+    scope = "linear" if own_router else "ffn"
+    config = MoSConfig(r=R, activation=activation, router_scope=scope)
+    case = make_case(config, (counts[0],), D_IN, D_OUT, own_router=own_router, margin=-1.0).to(dtype)
+    case = case.replace(weight=leaf(torch.zeros_like(case.weight)))
+    dy = case.upstream(dtype)
+    whole = case.results(case.ours("triton"), dy)
+    with torch.no_grad():
+        decoded = case.ours("triton")
+    for count in counts[1:]:
+        which = torch.randperm(counts[0], generator=torch.Generator().manual_seed(count))[:count]
+        part = case.replace(x=leaf(case.x.detach()[which]))
+        part = part if own_router else part.replace(gates=leaf(case.gates.detach()[which]))
+        found = part.results(part.ours("triton"), dy[which])
+        for name in ("y", "x") if own_router else ("y", "x", "gates"):
+            assert torch.equal(found[name], whole[name][which]), name
+        with torch.no_grad():
+            assert torch.equal(part.ours("triton"), decoded[which])
+
+
+# what is kept for backward
+
+
+def saved_bytes(run, x, *modules) -> int:
+    """Bytes saved for backward in storages other than x's and the modules', each storage once."""
+    found = {}
+
+    def pack(tensor):
+        found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = run(x)
+    for tensor in [x, *(t for m in modules for t in [*m.parameters(), *m.buffers()])]:
+        found.pop(tensor.untyped_storage().data_ptr(), None)
+    del y
+    assert all(D_OUT not in tensor.shape for tensor in found.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+def bytes_a_token(run, dtype, *modules) -> tuple[int, int]:
+    """What a token costs, and what a call costs."""
+    once, twice = (saved_bytes(run, tokens_of(count, dtype), *modules) for count in (T, 2 * T))
+    return (twice - once) // T, 2 * once - twice
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("share_a", [True, False])
+@pytest.mark.parametrize("activation", ["identity", "tanh"])
+def test_bytes_kept_for_backward(dtype, share_a, activation):
+    parts = 1 if dtype == torch.float32 else 2
+    rank = R if share_a else E * R
+    options = {"share_a": share_a, "activation": activation}
+    layer = layer_of(dtype, router_scope="linear", **options)
+    a_token, once = bytes_a_token(lambda x: layer(x, backend="triton"), dtype, layer)
+    assert a_token == 4 * (rank + 1 + parts * E) and once == 4 * E  # p, n, logits; κ
+    dropping = layer_of(dtype, router_scope="linear", lora_dropout=0.3, **options)
+    assert bytes_a_token(lambda x: dropping(x, backend="triton"), dtype, dropping) == (a_token, once + 8)
+    layer, router = layer_of(dtype, **options), MoSRouter(D_IN, MoSConfig(r=R))
+    a_token, once = bytes_a_token(
+        lambda x: layer(x, router(x, backend="triton"), backend="triton"), dtype, layer, router
+    )  # fmt: skip
+    assert a_token == 4 * (rank + 1 + E + parts * E) and once == 4 * E  # p, n, gates, the router's logits; κ
+    with torch.no_grad():
+        assert saved_bytes(lambda x: layer(x, router(x, backend="triton"), backend="triton"), tokens_of(T, dtype)) == 0

@@ -1,0 +1,91 @@
+"""Layers of every kind, drawn from seeds, by STYLE.md's criterion; and the kinds that the seeds reach."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, UPSTREAM_LAYOUTS, RouterTrial, Trial, compare, error
+
+from mos_kernels import MoSConfig
+
+SEEDS, ROUTER_SEEDS = range(160), range(60)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_drawn_layer(seed):
+    trial = Trial.drawn(seed)
+    assert not trial.failures(), str(trial)
+
+
+@pytest.mark.parametrize("seed", ROUTER_SEEDS)
+def test_a_drawn_router(seed):
+    trial = RouterTrial.drawn(seed)
+    assert not trial.failures(), str(trial)
+
+
+def test_the_seeds_reach_every_kind_of_layer():
+    trials = [Trial.drawn(seed) for seed in SEEDS]
+
+    def reached(*choices, of):
+        return set(itertools.product(*choices)) <= {of(trial) for trial in trials}
+
+    both = (True, False)
+    assert reached(("identity", "tanh", "silu", "gelu"), DTYPES, of=lambda t: (t.config.activation, t.dtype))
+    mappings = (("stereographic", "ball"), ("stereographic", "raw"), ("exp_log", "ball"))
+    assert reached(mappings, both, of=lambda t: ((t.config.mapping, t.config.domain), t.own_router))
+    assert reached(both, both, both, of=lambda t: (t.config.share_a, t.config.norm_topk_prob, t.own_router))
+    assert reached((1, 2, 3, 4, 5, 8, 16, 17, 32, 64, 100, 128), of=lambda t: (t.config.r,))
+    assert reached((1, 64), of=lambda t: (t.config.num_experts,))
+    assert reached(LAYOUTS, of=lambda t: (t.x_layout,)) and reached(UPSTREAM_LAYOUTS, of=lambda t: (t.upstream_layout,))
+    assert reached((0, 1, 64, 65, 134), of=lambda t: (torch.Size(t.tokens).numel(),))
+    assert reached(DTYPES, (0.0, 0.3), of=lambda t: (t.dtype, t.dropout_p))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+def test_several_tiles_of_everything(dtype, activation):
+    """More tokens, inputs, outputs and columns of rank than one tile holds, and more than one part of each split."""
+    config = MoSConfig(r=20, activation=activation, router_scope="linear", num_experts_per_tok=3)
+    trial = Trial(config, tokens=(131,), d_in=145, d_out=139, dtype=dtype)
+    assert not trial.failures()
+
+
+@pytest.mark.parametrize("share_a", [True, False])
+def test_more_columns_than_a_tile_holds(share_a):
+    """R + E > 128 columns in shrink, E·r > 128 in expand."""
+    config = MoSConfig(r=128 if share_a else 24, share_a=share_a, router_scope="linear")
+    assert not Trial(config, tokens=(7,), d_in=37, d_out=35).failures()
+
+
+def test_backward_in_chunks_of_tokens(monkeypatch):
+    """Tokens in several chunks, the last one short, as a large dy is walked through."""
+    from mos_kernels.backends.triton import launch
+
+    stored = launch.stored_settings
+
+    def small_chunks(kernel, device, T):
+        found = stored(kernel, device, T)
+        return {"CHUNK_BYTES": 4 * 24 * 64} if kernel == "expand_chunk" else found
+
+    monkeypatch.setattr(launch, "settings", small_chunks)
+    assert not Trial(MoSConfig(r=3, router_scope="linear"), tokens=(150,)).failures()
+
+
+def test_the_criterion_can_fail():
+    truth = {"y": torch.ones(4, dtype=torch.float64)}
+    by_torch = {"y": torch.ones(4) + 1e-5}
+    assert not compare({"y": torch.ones(4) + 1.9e-5}, by_torch, truth)
+    for wrong in (torch.ones(4) + 2.3e-5, torch.tensor([1, 1, 1, torch.nan]), torch.ones(3), torch.ones(4).half()):
+        assert compare({"y": wrong}, by_torch, truth)
+    assert compare({}, {}, truth) and compare({**truth, "x": truth["y"]}, by_torch, truth)
+    assert error(torch.tensor([torch.inf]), torch.tensor([torch.inf])) == 0
+
+
+def test_an_output_that_nobody_writes_is_seen(monkeypatch):
+    from mos_kernels.backends.triton import launch, shrink
+
+    run = launch.launch
+    monkeypatch.setattr(launch, "launch", lambda k, *a, **c: None if k is shrink.shrink_kernel else run(k, *a, **c))
+    assert Trial(MoSConfig(r=2)).failures()

@@ -1,0 +1,200 @@
+"""Registers, spills, shared memory and instructions of every kernel at its shipped settings, for four architectures."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from mos_kernels import MoSConfig
+from mos_kernels.backends.triton import compiled
+
+NVIDIA, EVERY = ("sm_80", "sm_90", "sm_100"), tuple(compiled.TARGETS)
+SHARED = {**dict.fromkeys(NVIDIA, 101_376), "gfx942": 65_536}
+"""Bytes: what the smallest GPUs of a generation give a program (sm_86, sm_89 and sm_120 have 99 KB)."""
+
+D_IN, D_OUT, TRAIN, DECODE = 1536, 8960, 8192, 16
+HALF = (torch.bfloat16, torch.float16)
+WIDE = (
+    "shrink", "shrink_backward", "expand", "expand_input", "expand_weight",
+    "activated_norm", "activated_expand", "activated_input", "activated_weight",
+)  # fmt: skip
+
+
+@functools.cache
+def compiled_for(architecture: str, launch: compiled.Launch):
+    return compiled.compile_launch(launch, architecture)
+
+
+def launches(T: int, *configs: MoSConfig, dtype=torch.bfloat16, architecture="sm_90") -> list[compiled.Launch]:
+    found = [
+        launch for config in configs for launch in compiled.layer_launches(architecture, config, T, D_IN, D_OUT, dtype)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def assert_fits(architecture: str, found: list[compiled.Launch]) -> None:
+    """No spills, and shared memory within what the GPUs have."""
+    assert found
+    for launch in found:
+        warps = dict(launch.options)["num_warps"]
+        used = compiled.resources(compiled_for(architecture, launch), architecture, warps)
+        assert used.spills == 0 and used.shared <= SHARED[architecture], (launch.name, used, launch.constants)
+
+
+def linear(**options) -> MoSConfig:
+    return MoSConfig(router_scope="linear", **options)
+
+
+# the defaults, on every target
+
+
+@pytest.mark.parametrize("T", [TRAIN, DECODE])
+@pytest.mark.parametrize("architecture", EVERY)
+def test_the_defaults_compile_without_spills(architecture, T):
+    found = compiled.default_launches(architecture, T)
+    assert {launch.name for launch in found} >= {*WIDE, "gram", "bridge", "bridge_backward", "bridge_reduce", "route"}
+    assert_fits(architecture, found)
+
+
+def test_every_kernel_of_the_package_is_compiled_here():
+    sources = Path(compiled.__file__).parent.glob("*.py")
+    defined = {name for path in sources for name in re.findall(r"@triton.jit.*\ndef (\w+)_kernel\(", path.read_text())}
+    assert defined == {launch.name for launch in compiled.default_launches("sm_90", TRAIN)}
+
+
+def test_spills_are_seen():
+    """A kernel held to far too few registers: what the other tests assert to be 0 is not 0 by construction."""
+    launch = [one for one in compiled.default_launches("sm_90", TRAIN) if one.name == "bridge_backward"][0]
+    starved = dataclasses.replace(launch, options=(*launch.options, ("maxnreg", 32)))
+    used = compiled.resources(compiled.compile_launch(starved, "sm_90"), "sm_90", 4)
+    assert used.registers <= 32 and used.spills > 0
+
+
+# the variants, on sm_90
+
+
+@pytest.mark.parametrize("T", [TRAIN, DECODE])
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_other_dtypes_without_spills(dtype, activation, T):
+    assert_fits("sm_90", launches(T, linear(activation=activation), dtype=dtype))
+
+
+@pytest.mark.parametrize("T", [TRAIN, DECODE])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"share_a": False}, {"mapping": "exp_log"}, {"domain": "raw"}, {"norm_topk_prob": False},
+        {"lora_dropout": 0.1}, {"activation": "tanh", "mapping": "exp_log", "share_a": False},
+        {"lora_dropout": 0.1, "r": 64},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_without_spills(options, T):
+    assert_fits("sm_90", launches(T, linear(**options)))
+
+
+@pytest.mark.parametrize("T", [TRAIN, DECODE])
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+@pytest.mark.parametrize("r", [1, 4, 16, 32, 64, 128])
+def test_ranks_without_spills(r, activation, T):
+    assert_fits("sm_90", launches(T, linear(r=r, activation=activation)))
+
+
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+@pytest.mark.parametrize("r", [64, 128])
+def test_large_ranks_in_float32_without_spills(r, activation):
+    assert_fits("sm_90", launches(TRAIN, linear(r=r, activation=activation), dtype=torch.float32))
+
+
+@pytest.mark.parametrize("T", [TRAIN, DECODE])
+@pytest.mark.parametrize("experts", [1, 2, 16, 64])
+def test_numbers_of_experts_without_spills(experts, T):
+    share = {"spaces": {"hyperbolic": (experts + 1) // 2, "spherical": experts // 2}}
+    options = {**share, "num_experts_per_tok": min(4, experts)}
+    curved = linear(**options, mapping="exp_log", norm_topk_prob=False)
+    assert_fits("sm_90", launches(T, linear(**options), curved, linear(**options, activation="silu")))
+
+
+# instructions
+
+
+def named(found: list[compiled.Launch], *names: str) -> list[compiled.Launch]:
+    chosen = [launch for launch in found if launch.name in names]
+    assert {launch.name for launch in chosen} == set(names)
+    return chosen
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_wide_products_in_training_use_the_tensor_cores_of_sm_90(dtype):
+    for launch in named(launches(TRAIN, linear(), linear(activation="silu"), dtype=dtype), *WIDE):
+        assert "wgmma.mma_async" in compiled_for("sm_90", launch).asm["ptx"], (launch.name, launch.constants)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
+def test_wide_products_in_training_use_tensor_cores_elsewhere(architecture):
+    instruction = {"sm_80": "mma.sync", "sm_100": ("tcgen05.mma", "mma.sync")}[architecture]
+    instructions = (instruction,) if isinstance(instruction, str) else instruction
+    for launch in named(compiled.default_launches(architecture, TRAIN), *WIDE):
+        text = compiled_for(architecture, launch).asm["ptx"]
+        assert any(name in text for name in instructions), launch.name
+
+
+def test_wide_products_use_matrix_instructions_on_gfx942():
+    for launch in named(compiled.default_launches("gfx942", TRAIN), *WIDE):
+        assert "v_mfma" in compiled_for("gfx942", launch).asm["amdgcn"], launch.name
+
+
+@pytest.mark.parametrize("architecture", EVERY)
+def test_float32_is_never_multiplied_in_tf32(architecture):
+    text = "amdgcn" if architecture.startswith("gfx") else "ptx"
+    configs = (linear(), linear(activation="silu"))
+    float32 = launches(TRAIN, *configs, dtype=torch.float32, architecture=architecture)
+    for launch in [*float32, *compiled.default_launches(architecture, TRAIN)]:
+        code = compiled_for(architecture, launch).asm[text]
+        assert not re.search(r"tf32|xf32", code), (launch.name, launch.constants)
+    for launch in named(float32, *WIDE) if text == "ptx" else ():
+        code = compiled_for(architecture, launch).asm[text]
+        assert "fma.rn.f32" in code and "mma.sync" not in code and "wgmma" not in code and "tcgen05.mma" not in code
+
+
+SIXTEEN_BYTES = re.compile(r"ld\.global[.\w]*\.v4\.b32|cp\.async\.cg\.shared\.global [^;]*, 0x10,")
+
+
+@pytest.mark.parametrize("T", [TRAIN, DECODE])
+@pytest.mark.parametrize("architecture", NVIDIA)
+def test_wide_operands_are_loaded_sixteen_bytes_at_a_time(architecture, T):
+    """Those of x, dy and z; h is read in pieces of r."""
+    reading = [name for name in WIDE if name != "activated_expand"]
+    for launch in named(compiled.default_launches(architecture, T), *reading):
+        if launch.name == "activated_norm" and not dict(launch.constants)["BACKWARD"]:
+            continue
+        assert SIXTEEN_BYTES.search(compiled_for(architecture, launch).asm["ptx"]), (launch.name, launch.constants)
+
+
+# nothing about T but its bucket chooses or specialises a kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [MoSConfig(), linear(), linear(activation="silu"), linear(share_a=False, r=5, lora_dropout=0.1)],
+    ids=["ffn", "linear", "silu", "odd"],
+)
+@pytest.mark.parametrize("widths", [(64, 160), (37, 53)])
+def test_no_new_kernel_over_varying_T(dtype, config, widths):
+    for counts in ((1, 2, 3, 7, 16, 33, 48, 64), (65, 66, 128, 1000, 8192, 99_999)):
+        found = {frozenset(compiled.layer_launches("sm_90", config, T, *widths, dtype)) for T in counts}
+        assert len(found) == 1
+
+
+def test_a_specialised_T_would_be_seen():
+    """The description of a launch tells sizes that Triton specialises on apart."""
+    config = MoSConfig()
+    narrow, wide = (compiled.layer_launches("sm_90", config, 16, d_in, 64, torch.bfloat16) for d_in in (1536, 1537))
+    assert set(narrow) != set(wide)
