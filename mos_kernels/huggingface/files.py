@@ -297,6 +297,7 @@ def _card(base: str | None, config: MoSConfig) -> str:
     header = ["---", *([f"base_model: {base}"] if is_hub_id else []), "tags:", "- mos-kernels", "- lora", "---"]
     spaces = ", ".join(f"{count} {name}" for name, count in config.spaces.items())
     load = [
+        "import mos_kernels.huggingface  # first",
         "from mos_kernels.huggingface import load_adapter",
         "from transformers import AutoModel  # or the class that the adapter was trained with",
         "",
