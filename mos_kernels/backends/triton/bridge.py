@@ -136,6 +136,16 @@ def _gram_times(p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED: tl.c
 
 
 @triton.jit
+def _squared_output_norm(h, unit_gh, trace):
+    """q = hᵀGh, guarded. A huge h is scaled down on the way: terms that overflow with both signs would add up to NaN."""
+    huge = tl.max(tl.abs(h), 2) > 1099511627776.0
+    down = tl.where(huge, 8.470329472543003e-22, 1.0)[:, :, None]  # 2**-70
+    up = tl.where(huge, 1180591620717411303424.0, 1.0)
+    q = tl.sum((h * down) * (unit_gh * down), 2) * trace[None, :] * up * up
+    return saturate(tl.maximum(q, 0.0, tl.PropagateNan.ALL))
+
+
+@triton.jit
 def load_trace(gram, o_e, o_r, E, r):
     diagonal = gram + (o_e[:, None] * r + o_r[None, :]) * r + o_r[None, :]
     return tl.sum(tl.load(diagonal, mask=(o_e[:, None] < E) & (o_r[None, :] < r), other=0.0), 1)
@@ -160,7 +170,7 @@ def bridge_kernel(
     h = scale[:, :, None] * load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
     trace = load_trace(gram, o_e, o_r, E, r)
     unit_gh = _gram_times(p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
-    q = saturate(tl.maximum(tl.sum(h * unit_gh, 2) * trace[None, :], 0.0, tl.PropagateNan.ALL))
+    q = _squared_output_norm(h, unit_gh, trace)
     e, _, _ = projection_scale(q, b_kappa[None, :], eps, MAPPING)
     offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
     mask = m_t[:, None, None] & (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
@@ -219,7 +229,7 @@ def bridge_backward_kernel(
         h = scale[:, :, None] * b_p
         trace = load_trace(gram, o_e, o_r, E, r)
         unit_gh = _gram_times(p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED, 1)
-        q = saturate(tl.maximum(tl.sum(h * unit_gh, 2) * trace[None, :], 0.0, tl.PropagateNan.ALL))
+        q = _squared_output_norm(h, unit_gh, trace)
         e, e_dq, e_dkappa = projection_scale(q, b_kappa, eps, MAPPING)
 
         offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]

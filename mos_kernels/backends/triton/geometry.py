@@ -43,7 +43,7 @@ def inverse_projection_scale(n, kappa, eps, MAPPING: tl.constexpr):
         value = tl.where(a == a, value, a)
         slope = tl.where(inside, value * value * -0.5, 0.0)
     else:
-        held = tl.maximum(a, -rho * rho)
+        held = tl.maximum(a, -_squared_rho(eps))
         value = tl.div_rn(2.0 + 0.0 * held, 1.0 + held)
         value, slope = _radial_guard(a, held, value, value * value * -0.5)
     return value, tl.where(n < 1e30, kappa * slope, 0.0), n * slope
@@ -53,8 +53,7 @@ def inverse_projection_scale(n, kappa, eps, MAPPING: tl.constexpr):
 def projection_scale(q, kappa, eps, MAPPING: tl.constexpr):
     """e, ∂e/∂q, ∂e/∂κ for squared norms q and curvatures kappa that broadcast."""
     a = kappa * q
-    rho = 1.0 - eps
-    held = tl.minimum(a, rho * rho)
+    held = tl.minimum(a, _squared_rho(eps))
     if MAPPING == _EXP_LOG:
         value, slope = _log_scale(held)
     else:
@@ -63,6 +62,12 @@ def projection_scale(q, kappa, eps, MAPPING: tl.constexpr):
         slope = value * tl.div_rn(value, 2.0 * w)
     value, slope = _radial_guard(a, held, value, slope)
     return value, tl.where(q < 1e30, kappa * slope, 0.0), q * slope
+
+
+@triton.jit
+def _squared_rho(eps):
+    """(1 - eps)², rounded once: 1 minus it, which the guards meet, has few digits to lose."""
+    return 1.0 - eps * (2.0 - eps)
 
 
 @triton.jit

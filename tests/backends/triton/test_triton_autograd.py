@@ -61,9 +61,8 @@ def test_a_graph_that_is_retained_gives_the_same_twice(activation):
 
 def test_a_second_derivative_is_refused():
     case = linear_case()
-    (dx,) = torch.autograd.grad(case.ours("triton").square().sum(), case.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(case.ours("triton").sum(), case.x, create_graph=True)
 
 
 def ffn(scope: str):

@@ -22,8 +22,8 @@ def test_both_sides_of_every_guard(mapping, domain, activation, share_a):
         r=3, spaces={"euclidean": EXPERTS}, num_experts_per_tok=EXPERTS, mapping=mapping, domain=domain,
         activation=activation, share_a=share_a,
     )  # fmt: skip
-    into = [sign * a for limit in limits_into(config) for a in around(limit, 1e-3) for sign in (1, -1)]
-    pairs = [(a, math.copysign(b, a)) for a in into for b in (*around(limit_back(config), 1e-3), 1e-3)]
+    into = [a for limit in limits_into(config) for a in (*around(limit, 1e-3), -0.5 * limit)]
+    pairs = [(a, math.copysign(b, a)) for a in into for b in around(limit_back(config), 1e-3)]
     pairs += pairs[: -len(pairs) % EXPERTS]
     for start in range(0, len(pairs), EXPERTS):
         case = guard_case(config, pairs[start : start + EXPERTS]).to(torch.float32)

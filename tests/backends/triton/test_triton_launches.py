@@ -114,7 +114,7 @@ CASES = [("identity", "linear"), ("identity", "ffn"), ("gelu", "linear")]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("activation", "scope"), CASES)
-@pytest.mark.parametrize("T", [1, 33, 70])
+@pytest.mark.parametrize("T", [1, 33, 65])
 def test_without_gradients_and_frozen_the_output_is_as_right(dtype, activation, scope, T):
     """Parts of d_in that the bridge adds up (SPLITS > 1), and what freeze_for_inference computed ahead."""
     set_backend("triton")
@@ -143,8 +143,7 @@ def test_decoding_splits_d_in():
     assert settings["SPLITS"] > 1 and launch.bucket(64) == "decode" and launch.bucket(65) == "train"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("activation", ["identity", "silu"])
+@pytest.mark.parametrize(("dtype", "activation"), [(torch.float32, "identity"), (torch.bfloat16, "silu")])
 @pytest.mark.parametrize("own_router", [True, False])
 @pytest.mark.parametrize("counts", [(64, 1, 17), (150, 65, 97)])
 def test_a_token_does_not_depend_on_the_others(dtype, activation, own_router, counts, monkeypatch):

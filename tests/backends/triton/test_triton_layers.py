@@ -9,8 +9,9 @@ import torch
 from cases import DTYPES, LAYOUTS, UPSTREAM_LAYOUTS, RouterTrial, Trial, compare, error
 
 from mos_kernels import MoSConfig
+from mos_kernels.backends.triton import launch
 
-SEEDS, ROUTER_SEEDS = range(160), range(60)
+SEEDS, ROUTER_SEEDS = range(120), range(50)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -43,8 +44,9 @@ def test_the_seeds_reach_every_kind_of_layer():
     assert reached(DTYPES, (0.0, 0.3), of=lambda t: (t.dtype, t.dropout_p))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ["identity", "gelu"])
+@pytest.mark.parametrize(
+    ("dtype", "activation"), [(torch.float32, "identity"), (torch.bfloat16, "identity"), (torch.float16, "gelu")]
+)
 def test_several_tiles_of_everything(dtype, activation):
     """More tokens, inputs, outputs and columns of rank than one tile holds, and more than one part of each split."""
     config = MoSConfig(r=20, activation=activation, router_scope="linear", num_experts_per_tok=3)
@@ -61,8 +63,6 @@ def test_more_columns_than_a_tile_holds(share_a):
 
 def test_backward_in_chunks_of_tokens(monkeypatch):
     """Tokens in several chunks, the last one short, as a large dy is walked through."""
-    from mos_kernels.backends.triton import launch
-
     stored = launch.stored_settings
 
     def small_chunks(kernel, device, T):
@@ -84,8 +84,11 @@ def test_the_criterion_can_fail():
 
 
 def test_an_output_that_nobody_writes_is_seen(monkeypatch):
-    from mos_kernels.backends.triton import launch, shrink
-
     run = launch.launch
-    monkeypatch.setattr(launch, "launch", lambda k, *a, **c: None if k is shrink.shrink_kernel else run(k, *a, **c))
+
+    def all_but_shrink(kernel, *args, **constants):
+        if kernel.fn.__name__ != "shrink_kernel":
+            run(kernel, *args, **constants)
+
+    monkeypatch.setattr(launch, "launch", all_but_shrink)
     assert Trial(MoSConfig(r=2)).failures()
