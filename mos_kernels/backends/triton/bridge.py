@@ -137,7 +137,7 @@ def _gram_times(p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED: tl.c
 
 @triton.jit
 def _squared_output_norm(h, unit_gh, trace):
-    """q = hᵀGh, guarded. A huge h is scaled down on the way: terms that overflow with both signs would add up to NaN."""
+    """q = hᵀGh, guarded. A huge h is scaled down on the way: terms that overflow with both signs add up to NaN."""
     huge = tl.max(tl.abs(h), 2) > 1099511627776.0
     down = tl.where(huge, 8.470329472543003e-22, 1.0)[:, :, None]  # 2**-70
     up = tl.where(huge, 1180591620717411303424.0, 1.0)

@@ -195,7 +195,8 @@ def shrink_backward_launch(
     block_c = launch.block(R + E, 16, 32 if dropping else 64)
     settings = launch.wide_settings(
         "shrink_backward", device, T, x.dtype,
-        BLOCK_T=32 if dropping or wide or block_c > 16 else 128, BLOCK_D=32 if block_c > 32 or dropping and wide else 256,
+        BLOCK_T=32 if dropping or wide or block_c > 16 else 128,
+        BLOCK_D=32 if block_c > 32 or dropping and wide else 256,
     )  # fmt: skip
     splits = settings.pop("SPLITS")
     blocks = triton.cdiv(R + E, block_c)

@@ -1,7 +1,8 @@
 """A layer drawn from a seed, run by the kernels and by torch, and the criterion that its results are held to.
 
-Shared by the tests in Triton's interpreter, those on a GPU and `python -m tests.fuzz`, which replays any seed. The truth
-is the eager backend in float64, itself proven against reference/; "torch" is the eager backend in the case's dtype.
+Shared by the tests in Triton's interpreter, those on a GPU and `python -m tests.fuzz`, which replays any seed. The
+truth is the eager backend in float64, itself proven against reference/; "torch" is the eager backend in the case's
+dtype.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The kernels in Triton's interpreter, a process of its own: `TRITON_INTERPRET=1 python -m pytest tests/backends/triton`.
+"""The kernels in Triton's interpreter, in a process of their own: `TRITON_INTERPRET=1 pytest tests/backends/triton`.
 
 Triton decides when it is imported whether kernels are interpreted, so these tests do not run beside others. The suite's
 conftest.py fills what torch.empty returns with NaN.

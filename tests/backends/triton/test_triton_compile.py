@@ -1,4 +1,4 @@
-"""The registered ops: schemas, fake implementations and autograd; one graph under torch.compile, with the same numbers."""
+"""The registered ops: schemas, fake implementations, autograd; one graph under torch.compile, with the same numbers."""
 
 from __future__ import annotations
 

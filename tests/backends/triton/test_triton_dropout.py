@@ -1,4 +1,4 @@
-"""Dropout inside shrink: one mask for forward and backward, kept as a seed, and the share of elements it should keep."""
+"""Dropout inside shrink: one mask for forward and backward, kept as a seed; the share of elements it should keep."""
 
 from __future__ import annotations
 

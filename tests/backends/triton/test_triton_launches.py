@@ -147,7 +147,7 @@ def test_decoding_splits_d_in():
 @pytest.mark.parametrize("own_router", [True, False])
 @pytest.mark.parametrize("counts", [(64, 1, 17), (150, 65, 97)])
 def test_a_token_does_not_depend_on_the_others(dtype, activation, own_router, counts, monkeypatch):
-    """Bitwise, within a launch bucket; W = 0, and the interpreter's products by einsum: BLAS need not have the property."""
+    """Bitwise, within a launch bucket. W = 0 and the interpreter multiplies by einsum: BLAS lacks the property."""
     monkeypatch.setattr(numpy, "matmul", lambda a, b, dtype: numpy.einsum("ij,jk->ik", a, b, dtype=dtype))
     scope = "linear" if own_router else "ffn"
     config = MoSConfig(r=R, activation=activation, router_scope=scope)
