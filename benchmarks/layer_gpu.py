@@ -184,7 +184,7 @@ def steps(d_in: int, d_out: int, T: int, device, dtype) -> dict[str, tuple[Calla
     prepared = kernels.prepare(B, dtype, CONFIG)
     z, _ = kernels.bridge(p, n, gates, False, kappa, prepared, CONFIG)
     dz, dB = kernels.expand_backward(dy(), z, prepared, True)
-    d = kernels.bridge_backward(dz, None, p, n, gates, False, kappa, prepared, None, CONFIG)
+    d = kernels.bridge_backward(dz, None, p, n, gates, False, kappa, prepared, None, None, CONFIG)
     wide_in, wide_out, rank = T * d_in * size, T * d_out * size, T * E * r
     return {
         "prepare (gram)": (lambda: kernels.prepare(B, dtype, CONFIG), B.numel() * (4 + size)),
@@ -196,7 +196,7 @@ def steps(d_in: int, d_out: int, T: int, device, dtype) -> dict[str, tuple[Calla
         "expand": (lambda: kernels.expand(z, prepared, adapted.bias, dtype), wide_out + size * rank),
         "expand backward": (lambda: kernels.expand_backward(dy(), z, prepared, True), wide_out + (4 + size) * rank),
         "bridge backward": (
-            lambda: kernels.bridge_backward(dz, None, p, n, gates, False, kappa, prepared, None, CONFIG),
+            lambda: kernels.bridge_backward(dz, None, p, n, gates, False, kappa, prepared, None, None, CONFIG),
             4 * rank * dz.shape[0] + 4 * T * (2 * r + 2 + 4 * E),
         ),
         "norm gradient": (lambda: kernels.add_norm_gradient(dB, B, d.M), 4 * B.numel() * (dB.shape[0] + 2)),

@@ -27,6 +27,7 @@ def mos_linear(
     gates: Tensor | None = None,
     router: Tensor | None = None,
     aux_weight: Tensor | None = None,
+    token_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     prepared=None,
     backend: str = "auto",
@@ -43,6 +44,7 @@ def mos_linear(
         gates: (..., E) routing weights from elsewhere; or
         router: (E, d_in), this linear's own router, with `aux_weight` (1,) the factor on the gradient of its
             load-balancing loss, injected in backward; None: no such gradient.
+        token_mask: (...,), False for tokens left out of load balancing (padding).
         dropout_p: dropout on the adapter's input.
         prepared: what the backend's `prepare` made of B, where B is frozen.
 
@@ -52,14 +54,15 @@ def mos_linear(
     """
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, bias, A, B, kappa, gates, router, base_output, config)
+    _check_mask(x, token_mask)
     backend = resolve_backend(backend, x)
     added = bias if base_output is None else base_output
     inputs = (x, weight, added, A, B, kappa, gates, router)
     with torch.autocast(x.device.type, enabled=False):
         if backend == "triton" and torch.compiler.is_compiling():
             differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-            return ops.linear(*inputs, aux_weight, dropout_p, config.json, backend, differentiable)[0]
-        return _MoSLinear.apply(*inputs, aux_weight, dropout_p, prepared, config, backend)
+            return ops.linear(*inputs, aux_weight, token_mask, dropout_p, config.json, backend, differentiable)[0]
+        return _MoSLinear.apply(*inputs, aux_weight, token_mask, dropout_p, prepared, config, backend)
 
 
 def mos_route(
@@ -73,14 +76,11 @@ def mos_route(
 ) -> Tensor:
     """The gates of a router of its own: x (..., d_in), router (E, d_in) -> (..., E) in float32 (float64 for float64 x).
 
-    aux_weight: as in `mos_linear`. token_mask (...,): False for tokens left out of load balancing (padding).
+    aux_weight, token_mask: as in `mos_linear`.
     """
     if x.shape[-1] != router.shape[-1]:
         raise ValueError(f"x has width {x.shape[-1]}, the router reads {router.shape[-1]}: pass the FFN block's input")
-    if token_mask is not None and token_mask.shape != x.shape[:-1]:
-        raise ValueError(
-            f"token_mask has shape {tuple(token_mask.shape)}, the tokens {tuple(x.shape[:-1])}: pass one entry a token"
-        )
+    _check_mask(x, token_mask)
     backend = resolve_backend(backend, x)
     with torch.autocast(x.device.type, enabled=False):
         if backend == "triton" and torch.compiler.is_compiling():
@@ -140,6 +140,13 @@ def _check_base_output(x: Tensor, base_output: Tensor, d_out: int) -> None:
         )
 
 
+def _check_mask(x: Tensor, token_mask: Tensor | None) -> None:
+    if token_mask is not None and token_mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"token_mask has shape {tuple(token_mask.shape)}, the tokens {tuple(x.shape[:-1])}: pass one entry a token"
+        )
+
+
 def _refuse_second_derivatives() -> None:
     """Raise under create_graph=True, where the gradient's own graph would silently miss the adapter."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -149,8 +156,12 @@ def _refuse_second_derivatives() -> None:
 
 
 class _MoSLinear(torch.autograd.Function):
+    # The mask is no saved tensor: checkpointing replaces those by what it recomputes, and wants as many of them then.
+
     @staticmethod
-    def forward(ctx, x, weight, added, A, B, kappa, gates, router, aux_weight, dropout_p, prepared, config, backend):
+    def forward(
+        ctx, x, weight, added, A, B, kappa, gates, router, aux_weight, token_mask, dropout_p, prepared, config, backend
+    ):
         y, *saved = linear_forward(
             x,
             weight,
@@ -168,6 +179,7 @@ class _MoSLinear(torch.autograd.Function):
         )
         added = added if weight is not None else None  # backward has no use for the base's output
         ctx.save_for_backward(x, weight, added, A, B, kappa, gates, router, aux_weight, *saved)
+        ctx.token_mask = token_mask
         ctx.options = (dropout_p, config, backend)
         return y
 
@@ -175,15 +187,18 @@ class _MoSLinear(torch.autograd.Function):
     def backward(ctx, dy):
         _refuse_second_derivatives()
         with torch.autocast(dy.device.type, enabled=False):
-            gradients = linear_backward(dy, *ctx.saved_tensors, *ctx.options, needs=ctx.needs_input_grad[:8])
-        return *gradients, *(None,) * 5
+            gradients = linear_backward(
+                dy, *ctx.saved_tensors, *ctx.options, needs=ctx.needs_input_grad[:8], token_mask=ctx.token_mask
+            )
+        return *gradients, *(None,) * 6
 
 
 class _MoSRoute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, router, aux_weight, token_mask, config, backend):
         gates, logits = route_forward(x, router, config, backend)
-        ctx.save_for_backward(x, router, aux_weight, token_mask, logits)
+        ctx.save_for_backward(x, router, aux_weight, logits)
+        ctx.token_mask = token_mask
         ctx.options = (config, backend)
         return gates
 
@@ -191,5 +206,7 @@ class _MoSRoute(torch.autograd.Function):
     def backward(ctx, dgates):
         _refuse_second_derivatives()
         with torch.autocast(dgates.device.type, enabled=False):
-            gradients = route_backward(dgates, *ctx.saved_tensors, *ctx.options, needs=ctx.needs_input_grad[:2])
+            gradients = route_backward(
+                dgates, *ctx.saved_tensors, *ctx.options, needs=ctx.needs_input_grad[:2], token_mask=ctx.token_mask
+            )
         return *gradients, *(None,) * 4

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from mos_kernels.adapter import mos_linear, mos_route
 from mos_kernels.backends import eager, load_backend, resolve_backend
 from mos_kernels.config import MoSConfig
+from mos_kernels.token_mask import TokenMask
 
 ADAPTER_PARAMETERS = ("mos_lora_A", "mos_lora_B", "mos_router", "mos_curvature")
 """The trainable parameters of a layer, by name; a block's router contributes `mos_router.weight`."""
@@ -87,6 +88,7 @@ class MoSAdapter(_Float32State):
     """What a linear is adapted with. A subclass has `config`, `in_features` and the parameters (see `MoSLayer`)."""
 
     _float32_state = ("mos_curvature", "mos_curvature_map", "mos_aux_weight")
+    token_mask: TokenMask | None = None
 
     def _add_constants(self, config: MoSConfig) -> None:
         self.config = config
@@ -143,11 +145,13 @@ class MoSAdapter(_Float32State):
         dtype = x.dtype if base_output is None else base_output.dtype
         frozen = self._frozen if self._frozen is not None and self._may_use_frozen(x, dtype, backend) else None
         kappa, A, prepared = frozen[2:] if frozen else (self.curvature, self.mos_lora_A, None)
+        router = self.mos_router if gates is None else None
+        aux_weight = None if router is None else _injected_aux_weight(self)
         return mos_linear(
             x, weight, bias, A, self.mos_lora_B, kappa,
-            config=self.config, base_output=base_output, gates=gates, router=self.mos_router if gates is None else None,
-            aux_weight=_injected_aux_weight(self), dropout_p=self.config.lora_dropout if self.training else 0.0,
-            prepared=prepared, backend=backend,
+            config=self.config, base_output=base_output, gates=gates, router=router, aux_weight=aux_weight,
+            token_mask=None if aux_weight is None else _known_mask(self, x),
+            dropout_p=self.config.lora_dropout if self.training else 0.0, prepared=prepared, backend=backend,
         )  # fmt: skip
 
     def routing_logits(self, x: Tensor) -> Tensor:
@@ -383,6 +387,7 @@ class MoSRouter(_Float32State):
     """
 
     _float32_state = ("mos_aux_weight",)
+    token_mask: TokenMask | None = None
 
     def __init__(self, in_features: int, config: MoSConfig, device=None, dtype=None):
         super().__init__()
@@ -404,14 +409,15 @@ class MoSRouter(_Float32State):
         self.mos_aux_weight = torch.full((1,), self.aux_coefficient, device=self.weight.device, dtype=torch.float32)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, backend: str = "auto") -> Tensor:
-        """Gates of x. token_mask (...,): False for tokens that load balancing leaves out, such as padding."""
+        """Gates of x. token_mask (...,): False for tokens that load balancing leaves out, such as padding.
+
+        Without one, the attention mask of the model around counts, where apply_mos has put the router there.
+        """
+        aux_weight = _injected_aux_weight(self)
+        if token_mask is None and aux_weight is not None:
+            token_mask = _known_mask(self, x)
         return mos_route(
-            x,
-            self.weight,
-            config=self.config,
-            aux_weight=_injected_aux_weight(self),
-            token_mask=token_mask,
-            backend=backend,
+            x, self.weight, config=self.config, aux_weight=aux_weight, token_mask=token_mask, backend=backend
         )
 
     def routing_logits(self, x: Tensor) -> Tensor:
@@ -479,6 +485,10 @@ def _require_dense(linear: nn.Module) -> None:
 def _injected_aux_weight(owner: nn.Module) -> Tensor | None:
     injects = owner.training and torch.is_grad_enabled() and owner.config.router_aux_loss_coef > 0
     return owner.mos_aux_weight if injects else None
+
+
+def _known_mask(owner: nn.Module, x: Tensor) -> Tensor | None:
+    return None if owner.token_mask is None else owner.token_mask.of(x)
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ def linear(
     gates: Tensor | None,
     router: Tensor | None,
     aux_weight: Tensor | None,
+    token_mask: Tensor | None,
     dropout_p: float,
     config: str,
     backend: str,
@@ -58,7 +59,7 @@ def linear(
 
 
 @linear.register_fake
-def _(x, weight, added, A, B, kappa, gates, router, aux_weight, dropout_p, config, backend, differentiable):
+def _(x, weight, added, A, B, kappa, gates, router, aux_weight, token_mask, dropout_p, config, backend, differentiable):
     y = x.new_empty(*x.shape[:-1], B.shape[0], dtype=x.dtype if weight is not None else added.dtype)
     if not differentiable:
         return y, *(_absent(x) for _ in range(4))
@@ -88,6 +89,7 @@ def linear_backward(
     gates: Tensor | None,
     router: Tensor | None,
     aux_weight: Tensor | None,
+    token_mask: Tensor | None,
     p: Tensor,
     n: Tensor,
     logits: Tensor,
@@ -104,15 +106,16 @@ def linear_backward(
     gradients = steps.linear_backward(
         dy, x, weight, added, A, B, kappa, gates, router, aux_weight, p, n,
         logits if gates is None else None, dropout_state if dropout_p > 0 else None,
-        dropout_p, _config(config), backend, tuple(needs),
+        dropout_p, _config(config), backend, tuple(needs), token_mask,
     )  # fmt: skip
     return tuple(_absent(x) if t is None else _owned(t) for t in gradients)
 
 
 @linear_backward.register_fake
 def _(
-    dy, x, weight, added, A, B, kappa, gates, router, aux_weight, p, n, logits, state, dropout_p, config, backend, needs
-):
+    dy, x, weight, added, A, B, kappa, gates, router, aux_weight, token_mask, p, n, logits, state, dropout_p, config,
+    backend, needs,
+):  # fmt: skip
     inputs = (x, weight, added, A, B, kappa, gates, router)
     return tuple(t.new_empty(t.shape) if need else _absent(x) for t, need in zip(inputs, needs, strict=True))
 
@@ -134,7 +137,7 @@ def _linear_backward(ctx, dy, *_):
     gradients = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     if through_base:
         gradients[2] = dy
-    return *gradients, *(None,) * 5
+    return *gradients, *(None,) * 6
 
 
 linear.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -171,7 +174,7 @@ def route_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and router; empty where `needs` does not ask for them."""
     gradients = steps.route_backward(
-        dgates, x, router, aux_weight, token_mask, logits, _config(config), backend, tuple(needs)
+        dgates, x, router, aux_weight, logits, _config(config), backend, tuple(needs), token_mask
     )
     return tuple(_absent(x) if t is None else _owned(t) for t in gradients)
 

@@ -72,6 +72,7 @@ def linear_backward(
     config,
     backend: str,
     needs: tuple[bool, ...],
+    token_mask: Tensor | None = None,
 ) -> Gradients:
     """Gradients of x, weight, added, A, B, kappa, gates and router, each in its tensor's dtype, where `needs` asks.
 
@@ -85,15 +86,16 @@ def linear_backward(
     dropout = None if dropout_state is None else steps.Dropout(dropout_state, dropout_p)
     routed, own_router = _routed(gates, logits, compute)
     aux_weight = aux_weight if needs_router else None
+    mask = None if token_mask is None or aux_weight is None else token_mask.reshape(-1)
 
     prepared = steps.prepare(B, dy.dtype, config)
     if config.activation == "identity":
         z, bridged = steps.bridge(p, n, routed, own_router, curvature, prepared, config)
         dz, dB = steps.expand_backward(dy, z, prepared, needs_B)
-        d = steps.bridge_backward(dz, bridged, p, n, routed, own_router, curvature, prepared, aux_weight, config)
+        d = steps.bridge_backward(dz, bridged, p, n, routed, own_router, curvature, prepared, aux_weight, mask, config)
         dB = steps.add_norm_gradient(dB, B, d.M) if needs_B else None
     else:
-        d = steps.bridge_expand_backward(dy, p, n, routed, own_router, curvature, prepared, aux_weight, config)
+        d = steps.bridge_expand_backward(dy, p, n, routed, own_router, curvature, prepared, aux_weight, mask, config)
         dB = d.B
     dlogits = d.routed if own_router else None
     dx, dA, drouter = steps.shrink_backward(
@@ -135,11 +137,11 @@ def route_backward(
     x: Tensor,
     router: Tensor,
     aux_weight: Tensor | None,
-    token_mask: Tensor | None,
     logits: Tensor,
     config,
     backend: str,
     needs: tuple[bool, bool],
+    token_mask: Tensor | None = None,
 ) -> Gradients:
     """Gradients of x and router."""
     steps = load_backend(backend)

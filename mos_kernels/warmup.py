@@ -42,23 +42,23 @@ def _run(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         for tokens in (DECODE_TOKENS, DECODE_TOKENS + 1):
-            for differentiable in (True, False):
+            for differentiable, masked in ((True, False), (True, True), (False, False)):
+                x = torch.zeros(tokens, module.in_features, dtype=dtype, device=device)
                 with torch.set_grad_enabled(differentiable):
-                    y = _forward(
-                        module, torch.zeros(tokens, module.in_features, dtype=dtype, device=device), differentiable
-                    )
+                    y = _forward(module, x, differentiable, masked)
                 if differentiable:
                     y.sum().backward()
 
 
-def _forward(module: nn.Module, x: Tensor, differentiable: bool) -> Tensor:
+def _forward(module: nn.Module, x: Tensor, differentiable: bool, masked: bool) -> Tensor:
     def stand_in(t: Tensor | None, needs_grad: bool = True) -> Tensor | None:
         return None if t is None else t.detach().requires_grad_(differentiable and needs_grad)
 
     config, x = module.config, stand_in(x)
     aux = module.mos_aux_weight if module.training and config.router_aux_loss_coef > 0 else None
+    mask = torch.ones(x.shape[0], dtype=torch.bool, device=x.device) if masked else None
     if isinstance(module, MoSRouter):
-        return mos_route(x, stand_in(module.weight), config=config, aux_weight=aux)
+        return mos_route(x, stand_in(module.weight), config=config, aux_weight=aux, token_mask=mask)
     own = module.mos_router is not None
     gates = None if own else stand_in(torch.zeros(x.shape[0], config.num_experts, device=x.device))
     weight, bias, base_output = module._base(x)
@@ -67,5 +67,6 @@ def _forward(module: nn.Module, x: Tensor, differentiable: bool) -> Tensor:
         x, weight, stand_in(bias, False), stand_in(module.mos_lora_A), stand_in(module.mos_lora_B),
         stand_in(module.curvature), config=config, base_output=base_output, gates=gates,
         router=stand_in(module.mos_router), aux_weight=aux if own else None,
+        token_mask=mask if own else None,
         dropout_p=config.lora_dropout if module.training else 0.0,
     )  # fmt: skip

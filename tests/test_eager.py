@@ -334,14 +334,17 @@ def test_router_equals_the_reference_with_its_loss(data, seed, norm_topk_prob, m
 
 
 @settings(max_examples=30)
-@given(case=cases(tokens=st.sampled_from([(1,), (6,), (2, 3)]), max_rank=3))
-def test_linear_with_its_own_router_adds_the_gradient_of_its_loss(case):
+@given(
+    case=cases(tokens=st.sampled_from([(1,), (6,), (2, 3)]), max_rank=3), kept=st.sampled_from([None, 0.0, 0.5, 1.0])
+)
+def test_linear_with_its_own_router_adds_the_gradient_of_its_loss(case, kept):
     if case.router is None:
         case = make_case(case.config, case.x.shape[:-1], 7, own_router=True)
-    coefficient = 0.375
-    y = case.ours(aux_weight=torch.tensor([coefficient]))
+    coefficient, tokens = 0.375, case.x.shape[:-1]
+    mask = None if kept is None else torch.linspace(0, 1, tokens.numel()).reshape(tokens) < kept
+    y = case.ours(aux_weight=torch.tensor([coefficient]), token_mask=mask)
     loss = reference.routing.load_balancing_loss(
-        reference.routing.router_logits(case.x, case.router), case.config.num_experts_per_tok
+        reference.routing.router_logits(case.x, case.router), case.config.num_experts_per_tok, mask
     )
     dy, truth = case.upstream(), case.reference()
     theirs = case.gradients((truth * dy).sum() + coefficient * loss, torch.ones(()).double())

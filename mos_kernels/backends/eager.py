@@ -284,9 +284,10 @@ def bridge_backward(
     kappa: Tensor,
     prepared: Prepared,
     aux_weight: Tensor | None,
+    token_mask: Tensor | None,
     config,
 ) -> BridgeGradients:
-    """Gradients of `bridge` (MATH: "Backward in rank space"). dz (T, E·r); aux_weight as in `route_backward`."""
+    """Gradients of `bridge` (MATH: "Backward in rank space"). dz (T, E·r); aux_weight, mask as in `route_backward`."""
     curved, gates, unit_gh, e, e_dq, e_dkappa, weight = bridged
     h, dz = curved.h, dz.unflatten(-1, curved.h.shape[1:])
     dz_h = (dz * h).sum(-1)
@@ -297,7 +298,7 @@ def bridge_backward(
     M = exact_matmul((dq.unsqueeze(-1) * h).transpose(0, 1).mT, h.transpose(0, 1))
     drouted = config.scaling * e * dz_h
     if own_router:
-        drouted = route_backward(drouted, gates, routed, aux_weight, None, config)
+        drouted = route_backward(drouted, gates, routed, aux_weight, token_mask, config)
     return BridgeGradients(drouted, dkappa + _bounded(de * e_dkappa).sum(0), dn, dp, M)
 
 
@@ -414,6 +415,7 @@ def bridge_expand_backward(
     kappa: Tensor,
     prepared: Prepared,
     aux_weight: Tensor | None,
+    token_mask: Tensor | None,
     config,
 ) -> BridgeExpandGradients:
     """Gradients of `bridge_expand`; dy (T, d_out) is read, and u formed again, a chunk at a time."""
@@ -440,5 +442,5 @@ def bridge_expand_backward(
             dh[chunk, expert] = narrow_matmul(dv, B[:, expert], dy.dtype)
     dkappa, dn, dp = _into_space_backward(dh, n, curved, p.dim() == 2)
     if own_router:
-        dgates = route_backward(dgates, gates, routed, aux_weight, None, config)
+        dgates = route_backward(dgates, gates, routed, aux_weight, token_mask, config)
     return BridgeExpandGradients(dgates, dkappa + e_dkappa, dn, dp, dB)

@@ -15,6 +15,7 @@ from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.blocks import add_router, remove_router
 from mos_kernels.huggingface.plan import Plan, adapter_parameters, make_plan, router_owners
 from mos_kernels.huggingface.targets import refuse_offloaded
+from mos_kernels.huggingface.token_masks import follow_attention_mask, forget_attention_mask
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSRouter, MoSWrapped
 
 _STATE = "_mos_adapter"
@@ -90,6 +91,7 @@ def install(model: nn.Module, plan: Plan) -> None:
         if owner.mos_aux_weight is not None:
             owner.aux_coefficient = plan.config.router_aux_loss_coef / plan.num_routers
             owner.mos_aux_weight.fill_(owner.aux_coefficient)
+    follow_attention_mask(model)
     setattr(model, _STATE, AdapterState(plan.config, frozenset(trainable)))
 
 
@@ -113,6 +115,7 @@ def remove_mos(model: nn.Module) -> list[str]:
         _replace(model, names, layer, plain[layer])
     for block in blocks:
         remove_router(block)
+    forget_attention_mask(model)
     for module in model.modules():  # the adapter may have been applied to a part of the model
         state = adapter_state(module)
         if state is not None:

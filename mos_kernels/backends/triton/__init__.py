@@ -133,8 +133,11 @@ def route(logits, config):
 
 def route_backward(dgates, gates, logits, aux_weight, token_mask, config):
     """dlogits (T, E); the gates are formed again from the logits."""
-    mask = None if token_mask is None else token_mask.to(torch.uint8).contiguous()
-    return _bridge.route_backward_launch(dgates.contiguous(), logits, aux_weight, mask, config)
+    return _bridge.route_backward_launch(dgates.contiguous(), logits, aux_weight, _bytes(token_mask), config)
+
+
+def _bytes(token_mask):
+    return None if token_mask is None else token_mask.to(torch.uint8).contiguous()
 
 
 def prepare(B, dtype: torch.dtype, config) -> Prepared:
@@ -155,11 +158,13 @@ def bridge(p, n, routed, own_router: bool, kappa, prepared: Prepared, config):
     return _bridge.bridge_launch(p, n, routed, own_router, kappa, prepared.gram, prepared.B.dtype, config), None
 
 
-def bridge_backward(dz, bridged, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, config):
+def bridge_backward(
+    dz, bridged, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, token_mask, config
+):
     """Gradients of `bridge`; dz in planes (S, T, E·r)."""
-    routed = routed if own_router else routed.contiguous()
+    routed, mask = routed if own_router else routed.contiguous(), _bytes(token_mask)
     return BridgeGradients(
-        *_bridge.bridge_backward_launch(dz, p, n, routed, own_router, kappa, prepared.gram, aux_weight, config)
+        *_bridge.bridge_backward_launch(dz, p, n, routed, own_router, kappa, prepared.gram, aux_weight, mask, config)
     )
 
 
@@ -185,9 +190,13 @@ def bridge_expand(p, n, routed, own_router: bool, kappa, prepared: Prepared, add
     return activated.activated_launch(p, n, routed, own_router, kappa, prepared.B, added, config)
 
 
-def bridge_expand_backward(dy, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, config):
+def bridge_expand_backward(
+    dy, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, token_mask, config
+):
     """Gradients of `bridge_expand`."""
-    routed = routed if own_router else routed.contiguous()
+    routed, mask = routed if own_router else routed.contiguous(), _bytes(token_mask)
     return BridgeExpandGradients(
-        *activated.activated_backward_launch(_rows(dy), p, n, routed, own_router, kappa, prepared.B, aux_weight, config)
+        *activated.activated_backward_launch(
+            _rows(dy), p, n, routed, own_router, kappa, prepared.B, aux_weight, mask, config
+        )
     )

@@ -16,13 +16,13 @@ from torch import Tensor
 from mos_kernels.backends.triton import launch
 from mos_kernels.backends.triton.bridge import (
     _tile,
+    balance,
     balance_gradient,
     gates_backward,
     load_factors,
     load_logits,
     load_n,
     load_p,
-    load_share,
     route_parts,
     top_k_gates,
 )
@@ -127,10 +127,10 @@ def _load_planes(planes, row, m_t, o_e, T, E, SPLITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def coefficients_kernel(
-    planes, routed, kappa, share, aux_weight, through_dy, through_u, drouted, dkappa, T, E, scaling, eps,
+    planes, routed, kappa, share, weight, token_mask, through_dy, through_u, drouted, dkappa, T, E, scaling, eps,
     BLOCK_T: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, ROUTE_SPLITS: tl.constexpr,
     ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, MAPPING: tl.constexpr, BACKWARD: tl.constexpr,
-    BALANCE: tl.constexpr,
+    BALANCE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """through_dy = c; in backward through_u = 2 dq, drouted, and the output scale's share of dκ."""
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -157,8 +157,7 @@ def coefficients_kernel(
         if ROUTE_PARTS > 0:
             b_drouted = gates_backward(b_drouted, gates, logits, o_e, ALL_E, K, NORMALISE)
             if BALANCE:
-                b_share = tl.load(share + o_e, mask=o_e < E, other=0.0)
-                b_drouted += tl.load(aux_weight) * E / T * balance_gradient(logits, b_share)
+                b_drouted += balance_gradient(logits, share, weight, token_mask, o_t, m_t, o_e, E, MASKED)
         tl.store(drouted + flat, b_drouted, mask=m)
 
 
@@ -309,7 +308,7 @@ def _norms(h: Tensor, B: Tensor, dy: Tensor | None, config) -> Tensor:
     return planes
 
 
-def _coefficients(planes, routed, own_router: bool, kappa, aux_weight, config) -> tuple[Tensor, ...]:
+def _coefficients(planes, routed, own_router: bool, kappa, aux_weight, token_mask, config) -> tuple[Tensor, ...]:
     kinds, splits, T, E = planes.shape
 
     def empty():
@@ -317,17 +316,17 @@ def _coefficients(planes, routed, own_router: bool, kappa, aux_weight, config) -
 
     through_dy = empty()
     through_u, drouted, dkappa = (empty() for _ in range(3)) if kinds == 2 else (planes,) * 3
-    share = load_share(routed, None, config)[0] if aux_weight is not None else planes
+    share, weight, mask, constants = balance(routed, aux_weight, token_mask, config)
     parts = route_parts(routed, own_router, config)
     settings, all_e = launch.settings("route", planes.device, T), triton.next_power_of_2(E)
     settings["BLOCK_T"] = min(settings["BLOCK_T"], max(2048 // all_e, 1))
     launch.launch(
         coefficients_kernel, (triton.cdiv(T, settings["BLOCK_T"]),), planes,
-        (planes, routed, kappa, share, planes if aux_weight is None else aux_weight,
-         through_dy, through_u, drouted, dkappa, T, E, config.scaling, config.boundary_eps),
+        (planes, routed, kappa, share, weight, mask, through_dy, through_u, drouted, dkappa, T, E, config.scaling,
+         config.boundary_eps),
         ALL_E=all_e, K=config.num_experts_per_tok, SPLITS=splits,
         ROUTE_SPLITS=routed.shape[0] if parts else 1, ROUTE_PARTS=parts, NORMALISE=config.norm_topk_prob,
-        MAPPING=mapping_code(config), BACKWARD=kinds == 2, BALANCE=aux_weight is not None, **settings,
+        MAPPING=mapping_code(config), BACKWARD=kinds == 2, **constants, **settings,
     )  # fmt: skip
     return through_dy, through_u, drouted, dkappa
 
@@ -336,7 +335,7 @@ def activated_launch(p, n, routed, own_router: bool, kappa, B: Tensor, added: Te
     """y₀ (T, d_out) in B's dtype; added as in `expand_launch`."""
     h = _curve(p, n, kappa, B.dtype, config)
     (T, E, r), N = h.shape, B.shape[0]
-    through_dy, *_ = _coefficients(_norms(h, B, None, config), routed, own_router, kappa, None, config)
+    through_dy, *_ = _coefficients(_norms(h, B, None, config), routed, own_router, kappa, None, None, config)
     y = torch.empty(T, N, device=h.device, dtype=h.dtype)
     settings = _settings("activated_expand", h, T)
     launch.launch(
@@ -349,13 +348,15 @@ def activated_launch(p, n, routed, own_router: bool, kappa, B: Tensor, added: Te
 
 
 def activated_backward_launch(
-    dy: Tensor, p, n, routed, own_router: bool, kappa, B: Tensor, aux_weight: Tensor | None, config
+    dy: Tensor, p, n, routed, own_router: bool, kappa, B: Tensor, aux_weight: Tensor | None, token_mask, config
 ) -> tuple[Tensor, ...]:
     """drouted (T, E), dκ (E,), dn (T,), dp (T, R) and dB (d_out, E, r). dy (T, d_out), rows dense."""
     h = _curve(p, n, kappa, B.dtype, config)
     (T, E, r), N, device = h.shape, B.shape[0], h.device
     planes = _norms(h, B, dy, config)
-    through_dy, through_u, drouted, dkappa = _coefficients(planes, routed, own_router, kappa, aux_weight, config)
+    through_dy, through_u, drouted, dkappa = _coefficients(
+        planes, routed, own_router, kappa, aux_weight, token_mask, config
+    )
     common = {"BLOCK_R": launch.block(r, 16, 128), "ACTIVATION": CODES[config.activation]}
     arguments = (T, N, E, r, dy.stride(0))
 

@@ -69,10 +69,14 @@ def gates_backward(dgates, gates, logits, o_e, BLOCK_E: tl.constexpr, K: tl.cons
 
 
 @triton.jit
-def balance_gradient(logits, share):
-    """p (f - Σ f p): the load-balancing gradient in the logits, to be multiplied by its weight times E / T."""
+def balance_gradient(logits, share, weight, token_mask, o_t, m_t, o_e, E, MASKED: tl.constexpr):
+    """weight[0] · p (f - Σ f p): the load-balancing gradient in the logits, E / (valid tokens) in the weight."""
+    b_weight = tl.load(weight) + tl.zeros([o_t.shape[0], 1], tl.float32)
+    if MASKED:
+        b_weight = b_weight * tl.load(token_mask + o_t, mask=m_t, other=0).to(tl.float32)[:, None]
+    b_share = tl.load(share + o_e, mask=o_e < E, other=0.0)[None, :]
     probability = softmax(logits)
-    return probability * (share[None, :] - tl.sum(probability * share[None, :], 1)[:, None])
+    return b_weight * probability * (b_share - tl.sum(probability * b_share, 1)[:, None])
 
 
 @triton.jit
@@ -197,10 +201,10 @@ def _load_gates(
 
 @triton.jit(do_not_specialize=["T"])
 def bridge_backward_kernel(
-    dz, p, n, routed, kappa, gram, share, aux_weight, dp, dn, drouted, dq_scale, dkappa, T, E, r, scaling, eps,
+    dz, p, n, routed, kappa, gram, share, weight, token_mask, dp, dn, drouted, dq_scale, dkappa, T, E, r, scaling, eps,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr,
     SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
-    MAPPING: tl.constexpr, DZ_PLANES: tl.constexpr, BALANCE: tl.constexpr,
+    MAPPING: tl.constexpr, DZ_PLANES: tl.constexpr, BALANCE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dp, dn, drouted of a token; dq λ² and its share of dκ, which `bridge_reduce_kernel` sums over tokens."""
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -257,8 +261,7 @@ def bridge_backward_kernel(
     if ROUTE_PARTS > 0:
         b_drouted = gates_backward(dgates, gates, logits, o_all, ALL_E, K, NORMALISE)
         if BALANCE:
-            b_share = tl.load(share + o_all, mask=o_all < E, other=0.0)
-            b_drouted += tl.load(aux_weight) * E / T * balance_gradient(logits, b_share)
+            b_drouted += balance_gradient(logits, share, weight, token_mask, o_t, m_t, o_all, E, MASKED)
     m_out = m_t[:, None] & (o_all[None, :] < E)
     tl.store(drouted + row[:, None] * E + o_all[None, :], b_drouted, mask=m_out)
 
@@ -303,11 +306,11 @@ def route_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def route_backward_kernel(
-    dgates, logits, share, weight, mask, dlogits, T, E,
+    dgates, logits, share, weight, token_mask, dlogits, T, E,
     BLOCK_T: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, NORMALISE: tl.constexpr,
     BALANCE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dlogits[t]; weight[0] is the load-balancing gradient's, E / (valid tokens) included."""
+    """dlogits[t], the load-balancing gradient added"""
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_e = tl.arange(0, ALL_E)
     m_t, row = o_t < T, o_t.to(tl.int64)
@@ -317,11 +320,7 @@ def route_backward_kernel(
     b_dgates = tl.load(dgates + row[:, None] * E + o_e[None, :], mask=m, other=0.0)
     b_dlogits = gates_backward(b_dgates, b_gates, b_logits, o_e, ALL_E, K, NORMALISE)
     if BALANCE:
-        b_weight = tl.load(weight)
-        if MASKED:
-            b_weight = b_weight * tl.load(mask + o_t, mask=m_t, other=0).to(tl.float32)[:, None]
-        b_share = tl.load(share + o_e, mask=o_e < E, other=0.0)
-        b_dlogits += b_weight * balance_gradient(b_logits, b_share)
+        b_dlogits += balance_gradient(b_logits, share, weight, token_mask, o_t, m_t, o_e, E, MASKED)
     tl.store(dlogits + row[:, None] * E + o_e[None, :], b_dlogits, mask=m)
 
 
@@ -382,7 +381,16 @@ def bridge_launch(p, n, routed, own_router: bool, kappa, gram, dtype: torch.dtyp
 
 
 def bridge_backward_launch(
-    dz: Tensor, p, n, routed, own_router: bool, kappa, gram, aux_weight: Tensor | None, config
+    dz: Tensor,
+    p,
+    n,
+    routed,
+    own_router: bool,
+    kappa,
+    gram,
+    aux_weight: Tensor | None,
+    token_mask: Tensor | None,
+    config,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """drouted (T, E), dκ (E,), dn (T,), dp (T, R) and M (E, r, r). dz in planes (S, T, E·r)."""
     T, E, r, device = n.shape[1], config.num_experts, config.r, p.device
@@ -391,14 +399,14 @@ def bridge_backward_launch(
         return torch.empty(*shape, device=device, dtype=torch.float32)
 
     dp, dn, drouted, dq_scale, dkappa = empty(p.shape[1:]), empty(T), empty(T, E), empty(T, E), empty(T, E)
-    share = None if aux_weight is None else load_share(routed, None, config)[0]
+    share, weight, mask, constants = balance(routed, aux_weight, token_mask, config)
     tile = _tile(config, T, device, "bridge_backward")
     launch.launch(
         bridge_backward_kernel, (triton.cdiv(T, tile["BLOCK_T"]),), p,
-        (dz, p, n, routed, kappa, gram, p if share is None else share, p if aux_weight is None else aux_weight,
-         dp, dn, drouted, dq_scale, dkappa, T, E, r, config.scaling, config.boundary_eps),
+        (dz, p, n, routed, kappa, gram, share, weight, mask, dp, dn, drouted, dq_scale, dkappa, T, E, r,
+         config.scaling, config.boundary_eps),
         SPLITS=1, ROUTE_PARTS=route_parts(routed, own_router, config), NORMALISE=config.norm_topk_prob,
-        SHARED=config.share_a, MAPPING=mapping_code(config), DZ_PLANES=dz.shape[0], BALANCE=share is not None, **tile,
+        SHARED=config.share_a, MAPPING=mapping_code(config), DZ_PLANES=dz.shape[0], **constants, **tile,
     )  # fmt: skip
     settings = launch.settings("bridge_reduce", device, T)
     if r > 64:  # the accumulator alone would fill a thread's registers
@@ -428,6 +436,19 @@ def load_share(logits: Tensor, token_mask: Tensor | None, config) -> tuple[Tenso
     return counts[:E] / (tokens * config.num_experts_per_tok), tokens
 
 
+def balance(logits: Tensor, aux_weight: Tensor | None, token_mask: Tensor | None, config) -> tuple:
+    """What `balance_gradient` reads, share, weight and mask, and the constants that go with them.
+
+    Where one is not wanted the logits stand in, since a kernel's pointer cannot be absent.
+    """
+    constants = {"BALANCE": aux_weight is not None, "MASKED": aux_weight is not None and token_mask is not None}
+    if aux_weight is None:
+        return logits, logits, logits, constants
+    share, tokens = load_share(logits, token_mask, config)
+    weight = aux_weight.float() * config.num_experts / tokens
+    return share, weight, logits if token_mask is None else token_mask, constants
+
+
 def route_launch(logits: Tensor, config) -> Tensor:
     """Gates (T, E) from logits (1, T, E or 2E)."""
     (_, T, _), E = logits.shape, config.num_experts
@@ -447,15 +468,12 @@ def route_backward_launch(
     """dlogits (T, E) of `route_launch`, the load-balancing gradient added."""
     (_, T, _), E = logits.shape, config.num_experts
     dlogits = torch.empty(T, E, device=logits.device, dtype=torch.float32)
-    share = weight = dlogits
-    if aux_weight is not None:
-        share, tokens = load_share(logits, token_mask, config)
-        weight = aux_weight.float() * E / tokens
+    share, weight, mask, constants = balance(logits, aux_weight, token_mask, config)
     settings = launch.settings("route", logits.device, T)
     launch.launch(
         route_backward_kernel, (triton.cdiv(T, settings["BLOCK_T"]),), logits,
-        (dgates, logits, share, weight, logits if token_mask is None else token_mask, dlogits, T, E),
+        (dgates, logits, share, weight, mask, dlogits, T, E),
         ALL_E=triton.next_power_of_2(E), K=config.num_experts_per_tok, PARTS=logits.shape[-1] // E,
-        NORMALISE=config.norm_topk_prob, BALANCE=aux_weight is not None, MASKED=token_mask is not None, **settings,
+        NORMALISE=config.norm_topk_prob, **constants, **settings,
     )  # fmt: skip
     return dlogits

@@ -119,6 +119,7 @@ def layer_launches(
     aux, mask = torch.empty(1), torch.ones(T, dtype=torch.bool)
     dropout = backend.Dropout(torch.zeros(1, dtype=torch.int64), config.lora_dropout) if config.lora_dropout else None
     own = config.router_scope == "linear"
+    balanced = (aux, mask) if own else (None, None)
     with recorded(architecture) as launches:
         for differentiable in (True, False):
             p, n, logits = backend.shrink(x, A, router if own else None, dropout, differentiable)
@@ -133,10 +134,10 @@ def layer_launches(
                 continue
             if config.activation == "identity":
                 dz, dB = backend.expand_backward(dy, z, prepared, True)
-                d = backend.bridge_backward(dz, None, p, n, routed, own, kappa, prepared, aux if own else None, config)
+                d = backend.bridge_backward(dz, None, p, n, routed, own, kappa, prepared, *balanced, config)
                 backend.add_norm_gradient(dB, B, d.M)
             else:
-                d = backend.bridge_expand_backward(dy, p, n, routed, own, kappa, prepared, aux if own else None, config)
+                d = backend.bridge_expand_backward(dy, p, n, routed, own, kappa, prepared, *balanced, config)
             backend.shrink_backward(
                 x, A, router if own else None, d.p, d.n, d.routed if own else None, dropout, (True, True, own)
             )

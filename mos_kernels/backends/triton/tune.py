@@ -65,7 +65,7 @@ def steps(
     prepared, cast_only = backend.prepare(B, dtype, identity), backend.prepare(B, dtype, curved)
     z, _ = backend.bridge(p, n, logits, True, kappa, prepared, identity)
     dz, dB = backend.expand_backward(dy, z, prepared, True)
-    d = backend.bridge_backward(dz, None, p, n, logits, True, kappa, prepared, aux, identity)
+    d = backend.bridge_backward(dz, None, p, n, logits, True, kappa, prepared, aux, None, identity)
 
     def sums(planes: tuple) -> tuple:
         return tuple(t.sum(0) for t in planes if t is not None)
@@ -77,13 +77,13 @@ def steps(
         return sums(backend.expand_backward(dy, z, prepared, True))
 
     def bridge_backward():
-        return tuple(backend.bridge_backward(dz, None, p, n, logits, True, kappa, prepared, aux, identity))
+        return tuple(backend.bridge_backward(dz, None, p, n, logits, True, kappa, prepared, aux, None, identity))
 
     def forward():
         return (backend.bridge_expand(p, n, logits, True, kappa, cast_only, bias, dtype, curved),)
 
     def backward():
-        return tuple(backend.bridge_expand_backward(dy, p, n, logits, True, kappa, cast_only, aux, curved))
+        return tuple(backend.bridge_expand_backward(dy, p, n, logits, True, kappa, cast_only, aux, None, curved))
 
     return {
         "shrink": shrink,

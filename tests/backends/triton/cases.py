@@ -216,6 +216,7 @@ def results(
     backend: str,
     *,
     aux_weight: float | None = None,
+    token_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
     keep: Tensor | None = None,
@@ -226,7 +227,7 @@ def results(
     draw = eager.draw_dropout
     try:
         eager.draw_dropout = lambda x, p: eager.Dropout(packed(keep), p)
-        y = case.ours(backend, aux_weight=aux, dropout_p=dropout_p)
+        y = case.ours(backend, aux_weight=aux, token_mask=token_mask, dropout_p=dropout_p)
     finally:
         eager.draw_dropout = draw
     wanted = {name: tensor for name, tensor in case.inputs.items() if tensor.requires_grad}

@@ -21,6 +21,7 @@ def layer_of(dtype=torch.float32, **options):
 @pytest.mark.parametrize(("scope", "activation"), [("linear", "identity"), ("ffn", "identity"), ("linear", "tanh")])
 @pytest.mark.parametrize(("dropout_p", "base_dtype"), [(0.0, None), (0.5, None), (0.0, torch.float32)])
 def test_opcheck_of_the_linear(dtype, scope, activation, dropout_p, base_dtype):
+    token_mask = normal(1, 3, 2) > 0 if activation == "tanh" else None
     layer = layer_of(dtype, router_scope=scope, activation=activation)
     x = normal(0, 3, 2, D_IN).to(dtype).requires_grad_()
     gates = normal(1, 3, 2, E).softmax(-1).float().requires_grad_() if scope == "ffn" else None
@@ -30,7 +31,7 @@ def test_opcheck_of_the_linear(dtype, scope, activation, dropout_p, base_dtype):
         base = (None, normal(2, 3, 2, D_OUT).to(base_dtype).requires_grad_())
     arguments = (
         x, *base, layer.mos_lora_A, layer.mos_lora_B, kappa, gates, layer.mos_router,
-        layer.mos_aux_weight, dropout_p, layer.config.json, "triton", True,
+        layer.mos_aux_weight, token_mask, dropout_p, layer.config.json, "triton", True,
     )  # fmt: skip
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if not dropout_p:  # a random op gives other numbers when it runs again

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import failures, in_two_parts
+from cases import failures, in_two_parts, results
 from strategies import leaf, make_case, normal
 
 import reference.routing
@@ -96,3 +96,14 @@ def test_the_injected_gradient_is_that_of_the_loss(masked, k):
     loss = 0.7 * reference.routing.load_balancing_loss(x.double() @ wide.T, k, mask)
     (truth,) = torch.autograd.grad(loss, wide)
     torch.testing.assert_close(found.double(), truth, rtol=0, atol=2e-6 * truth.abs().max().item() + 1e-7)
+
+
+@pytest.mark.parametrize("activation", ["identity", "tanh"])
+@pytest.mark.parametrize("masked", ["some", "all"])
+def test_a_linear_with_its_own_router_leaves_padding_out(masked, activation):
+    case = make_case(config_of(activation=activation), (2, 19), d_in=D_IN, own_router=True).to(torch.float32)
+    mask = torch.zeros(2, 19, dtype=torch.bool) if masked == "all" else normal(2, 2, 19) > 0
+    dy = case.upstream(torch.float32)
+    assert not failures(case, dy, aux_weight=3.0, token_mask=mask)
+    (all_tokens, padded) = (results(case, dy, "triton", aux_weight=3.0, token_mask=m)["router"] for m in (None, mask))
+    assert not torch.allclose(all_tokens, padded, rtol=1e-2)
