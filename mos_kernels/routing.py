@@ -25,10 +25,15 @@ def route(logits: Tensor, k: int, norm_topk_prob: bool) -> Tensor:
 def route_backward(dgates: Tensor, gates: Tensor, logits: Tensor, k: int, norm_topk_prob: bool) -> Tensor:
     """dlogits (T, E) of `route`."""
     if norm_topk_prob:
-        return gates * (dgates - (gates * dgates).sum(-1, keepdim=True))
-    probabilities = logits.softmax(-1)
-    dgates = dgates.masked_fill(~top_k_mask(logits, k), 0)
-    return probabilities * (dgates - (probabilities * dgates).sum(-1, keepdim=True))
+        return softmax_backward(gates, dgates)
+    return softmax_backward(logits.softmax(-1), dgates.masked_fill(~top_k_mask(logits, k), 0))
+
+
+def softmax_backward(probabilities: Tensor, gradient: Tensor) -> Tensor:
+    """p (d - Σ p d), centred twice: where one p is nearly 1, the first difference holds its rounding and no more."""
+    for _ in range(2):
+        gradient = gradient - (probabilities * gradient).sum(-1, keepdim=True)
+    return probabilities * gradient
 
 
 def load(logits: Tensor, k: int, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -55,8 +60,7 @@ def load_balancing_loss(logits: Tensor, k: int, token_mask: Tensor | None = None
 def load_balancing_backward(logits: Tensor, k: int, token_mask: Tensor | None = None) -> Tensor:
     """The gradient of `load_balancing_loss` in the logits, (T, E)."""
     share, _ = load(logits, k, token_mask)
-    probabilities = logits.softmax(-1)
-    gradient = probabilities * (share - (probabilities * share).sum(-1, keepdim=True))
+    gradient = softmax_backward(logits.softmax(-1), share)
     if token_mask is None:
         return gradient * (logits.shape[-1] / max(logits.shape[0], 1))
     valid = token_mask.to(logits.dtype).unsqueeze(-1)

@@ -146,7 +146,7 @@ def route_backward(
     """Gradients of x and router."""
     steps = load_backend(backend)
     mask = None if token_mask is None else token_mask.reshape(-1)
-    dgates, gates = dgates.reshape(-1, dgates.shape[-1]), steps.route(logits, config)
-    dlogits = steps.route_backward(dgates, gates, logits, aux_weight if needs[1] else None, mask, config)
+    dgates = dgates.reshape(-1, dgates.shape[-1])
+    dlogits = steps.route_backward(dgates, logits, aux_weight if needs[1] else None, mask, config)
     dx, drouter = steps.routing_logits_backward(x.reshape(-1, x.shape[-1]), router, dlogits, needs)
     return dx.view(x.shape) if needs[0] else None, drouter.to(router.dtype) if needs[1] else None

@@ -184,9 +184,13 @@ def route(logits: Tensor, config) -> Tensor:
 
 
 def route_backward(
-    dgates: Tensor, gates: Tensor, logits: Tensor, aux_weight: Tensor | None, token_mask: Tensor | None, config
+    dgates: Tensor, logits: Tensor, aux_weight: Tensor | None, token_mask: Tensor | None, config
 ) -> Tensor:
     """dlogits (T, E), with aux_weight times the gradient of the load-balancing loss added where aux_weight is given."""
+    return _route_backward(dgates, route(logits, config), logits, aux_weight, token_mask, config)
+
+
+def _route_backward(dgates, gates, logits, aux_weight, token_mask, config) -> Tensor:
     k = config.num_experts_per_tok
     dlogits = routing.route_backward(dgates, gates, logits, k, config.norm_topk_prob)
     if aux_weight is not None:
@@ -298,7 +302,7 @@ def bridge_backward(
     M = exact_matmul((dq.unsqueeze(-1) * h).transpose(0, 1).mT, h.transpose(0, 1))
     drouted = config.scaling * e * dz_h
     if own_router:
-        drouted = route_backward(drouted, gates, routed, aux_weight, token_mask, config)
+        drouted = _route_backward(drouted, gates, routed, aux_weight, token_mask, config)
     return BridgeGradients(drouted, dkappa + _bounded(de * e_dkappa).sum(0), dn, dp, M)
 
 
@@ -442,5 +446,5 @@ def bridge_expand_backward(
             dh[chunk, expert] = narrow_matmul(dv, B[:, expert], dy.dtype)
     dkappa, dn, dp = _into_space_backward(dh, n, curved, p.dim() == 2)
     if own_router:
-        dgates = route_backward(dgates, gates, routed, aux_weight, token_mask, config)
+        dgates = _route_backward(dgates, gates, routed, aux_weight, token_mask, config)
     return BridgeExpandGradients(dgates, dkappa + e_dkappa, dn, dp, dB)

@@ -20,7 +20,7 @@ SHARED = {**dict.fromkeys(NVIDIA, 101_376), "gfx942": 65_536}
 D_IN, D_OUT, TRAIN, DECODE = 1536, 8960, 8192, 16
 HALF = (torch.bfloat16, torch.float16)
 WIDE = (
-    "shrink", "shrink_backward", "expand", "expand_input", "expand_weight",
+    "shrink", "shrink_backward", "expand", "expand_backward",
     "activated_norm", "activated_expand", "activated_input", "activated_weight",
 )  # fmt: skip
 

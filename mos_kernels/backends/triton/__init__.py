@@ -131,8 +131,8 @@ def route(logits, config):
     return _bridge.route_launch(logits, config)
 
 
-def route_backward(dgates, gates, logits, aux_weight, token_mask, config):
-    """dlogits (T, E); the gates are formed again from the logits."""
+def route_backward(dgates, logits, aux_weight, token_mask, config):
+    """dlogits (T, E)."""
     return _bridge.route_backward_launch(dgates.contiguous(), logits, aux_weight, _bytes(token_mask), config)
 
 

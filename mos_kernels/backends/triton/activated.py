@@ -56,7 +56,7 @@ def activation(v, ACTIVATION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def curve_kernel(
-    p, n, kappa, h, T, E, r, eps,
+    p, n, kappa, h, T, eps, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr, SHARED: tl.constexpr, MAPPING: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def _load_B(B, o_n, i_e, o_r, N, E, r):
 
 @triton.jit(do_not_specialize=["T"])
 def activated_norm_kernel(
-    h, B, dy, planes, T, N, E, r, stride_dy,
+    h, B, dy, planes, T, N, stride_dy, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
     ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
@@ -120,14 +120,15 @@ def activated_norm_kernel(
 def _load_planes(planes, row, m_t, o_e, T, E, SPLITS: tl.constexpr):
     mask = m_t[:, None] & (o_e[None, :] < E)
     total = tl.zeros([row.shape[0], o_e.shape[0]], tl.float32)
-    for s in range(SPLITS):
+    for s in tl.static_range(SPLITS):
         total += tl.load(planes + (s * T + row[:, None]) * E + o_e[None, :], mask=mask, other=0.0)
     return total
 
 
 @triton.jit(do_not_specialize=["T"])
 def coefficients_kernel(
-    planes, routed, kappa, share, weight, token_mask, through_dy, through_u, drouted, dkappa, T, E, scaling, eps,
+    planes, routed, kappa, share, weight, token_mask, through_dy, through_u, drouted, dkappa, T, scaling, eps,
+    E: tl.constexpr,
     BLOCK_T: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, ROUTE_SPLITS: tl.constexpr,
     ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, MAPPING: tl.constexpr, BACKWARD: tl.constexpr,
     BALANCE: tl.constexpr, MASKED: tl.constexpr,
@@ -163,7 +164,7 @@ def coefficients_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def activated_expand_kernel(
-    h, B, added, through_dy, y, T, N, E, r,
+    h, B, added, through_dy, y, T, N, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ACTIVATION: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     """y[t, n] = added[n] or added[t, n] + Σ_e c[t, e] φ(h[t, e] @ B[n, e])"""
@@ -197,7 +198,7 @@ def _dv(dy, h_tile, B_tile, through_dy, through_u, row, m_t, o_n, i_e, N, E, str
 
 @triton.jit(do_not_specialize=["T"])
 def activated_input_kernel(
-    dy, h, B, through_dy, through_u, planes, T, N, E, r, stride_dy,
+    dy, h, B, through_dy, through_u, planes, T, N, stride_dy, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
@@ -220,7 +221,7 @@ def activated_input_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def activated_weight_kernel(
-    dy, h, B, through_dy, through_u, planes, T, N, E, r, stride_dy,
+    dy, h, B, through_dy, through_u, planes, T, N, stride_dy, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
@@ -243,7 +244,7 @@ def activated_weight_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def uncurve_kernel(
-    planes, p, n, kappa, dp, dn, dkappa, T, E, r, eps,
+    planes, p, n, kappa, dp, dn, dkappa, T, eps, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, ALL_E: tl.constexpr,
     SPLITS: tl.constexpr, SHARED: tl.constexpr, MAPPING: tl.constexpr,
 ):  # fmt: skip
@@ -289,8 +290,8 @@ def _curve(p, n, kappa, dtype: torch.dtype, config) -> Tensor:
     grid = (triton.cdiv(T, tile["BLOCK_T"]), tile.pop("ALL_E") // tile["BLOCK_E"])
     tile.pop("K")
     launch.launch(
-        curve_kernel, grid, p, (p, n, kappa, h, T, E, r, config.boundary_eps),
-        SPLITS=n.shape[0], SHARED=config.share_a, MAPPING=mapping_code(config), **tile,
+        curve_kernel, grid, p, (p, n, kappa, h, T, config.boundary_eps),
+        E=E, r=r, SPLITS=n.shape[0], SHARED=config.share_a, MAPPING=mapping_code(config), **tile,
     )  # fmt: skip
     return h
 
@@ -302,8 +303,9 @@ def _norms(h: Tensor, B: Tensor, dy: Tensor | None, config) -> Tensor:
     planes = torch.empty(kinds, splits, T, E, device=h.device, dtype=torch.float32)
     launch.launch(
         activated_norm_kernel, (triton.cdiv(T, settings["BLOCK_T"]), E, splits), h,
-        (h, B, h if dy is None else dy, planes, T, N, E, r, 0 if dy is None else dy.stride(0)),
-        BLOCK_R=launch.block(r, 16, 128), ACTIVATION=CODES[config.activation], BACKWARD=dy is not None, **settings,
+        (h, B, h if dy is None else dy, planes, T, N, 0 if dy is None else dy.stride(0)),
+        E=E, r=r, BLOCK_R=launch.block(r, 16, 128), ACTIVATION=CODES[config.activation], BACKWARD=dy is not None,
+        **settings,
     )  # fmt: skip
     return planes
 
@@ -322,9 +324,9 @@ def _coefficients(planes, routed, own_router: bool, kappa, aux_weight, token_mas
     settings["BLOCK_T"] = min(settings["BLOCK_T"], max(2048 // all_e, 1))
     launch.launch(
         coefficients_kernel, (triton.cdiv(T, settings["BLOCK_T"]),), planes,
-        (planes, routed, kappa, share, weight, mask, through_dy, through_u, drouted, dkappa, T, E, config.scaling,
+        (planes, routed, kappa, share, weight, mask, through_dy, through_u, drouted, dkappa, T, config.scaling,
          config.boundary_eps),
-        ALL_E=all_e, K=config.num_experts_per_tok, SPLITS=splits,
+        E=E, ALL_E=all_e, K=config.num_experts_per_tok, SPLITS=splits,
         ROUTE_SPLITS=routed.shape[0] if parts else 1, ROUTE_PARTS=parts, NORMALISE=config.norm_topk_prob,
         MAPPING=mapping_code(config), BACKWARD=kinds == 2, **constants, **settings,
     )  # fmt: skip
@@ -340,8 +342,8 @@ def activated_launch(p, n, routed, own_router: bool, kappa, B: Tensor, added: Te
     settings = _settings("activated_expand", h, T)
     launch.launch(
         activated_expand_kernel, (triton.cdiv(T, settings["BLOCK_T"]), triton.cdiv(N, settings["BLOCK_N"])), h,
-        (h, B, h if added is None else added, through_dy, y, T, N, E, r),
-        BLOCK_R=launch.block(r, 16, 128), ACTIVATION=CODES[config.activation],
+        (h, B, h if added is None else added, through_dy, y, T, N),
+        E=E, r=r, BLOCK_R=launch.block(r, 16, 128), ACTIVATION=CODES[config.activation],
         ADDED=0 if added is None else added.dim(), **settings,
     )  # fmt: skip
     return y
@@ -357,8 +359,8 @@ def activated_backward_launch(
     through_dy, through_u, drouted, dkappa = _coefficients(
         planes, routed, own_router, kappa, aux_weight, token_mask, config
     )
-    common = {"BLOCK_R": launch.block(r, 16, 128), "ACTIVATION": CODES[config.activation]}
-    arguments = (T, N, E, r, dy.stride(0))
+    common = {"E": E, "r": r, "BLOCK_R": launch.block(r, 16, 128), "ACTIVATION": CODES[config.activation]}
+    arguments = (T, N, dy.stride(0))
 
     settings = _settings("activated_input", h, T)
     dh = torch.empty(settings["SPLITS"], T, E, r, device=device, dtype=torch.float32)
@@ -378,7 +380,7 @@ def activated_backward_launch(
     tile.pop("K")
     launch.launch(
         uncurve_kernel, (triton.cdiv(T, tile["BLOCK_T"]),), h,
-        (dh, p, n, kappa, dp, dn, dkappa, T, E, r, config.boundary_eps),
-        SPLITS=dh.shape[0], SHARED=config.share_a, MAPPING=mapping_code(config), **tile,
+        (dh, p, n, kappa, dp, dn, dkappa, T, config.boundary_eps),
+        E=E, r=r, SPLITS=dh.shape[0], SHARED=config.share_a, MAPPING=mapping_code(config), **tile,
     )  # fmt: skip
     return drouted, dkappa.sum(0), dn, dp, launch.sum_planes(dB)

@@ -23,8 +23,8 @@ def load_logits(logits, row, m_t, o_e, T, E, SPLITS: tl.constexpr, PARTS: tl.con
     """Logits [tokens, experts]: planes and parts added up in a fixed order; -inf where there is no expert."""
     m_e = o_e[None, :] < E
     total = tl.zeros([row.shape[0], o_e.shape[0]], tl.float32)
-    for s in range(SPLITS):
-        for part in range(PARTS):
+    for s in tl.static_range(SPLITS):
+        for part in tl.static_range(PARTS):
             offsets = (s * T + row[:, None]) * (PARTS * E) + part * E + o_e[None, :]
             total += tl.load(logits + offsets, mask=m_t[:, None] & m_e, other=0.0)
     return tl.where(m_e, total, -float("inf"))
@@ -50,6 +50,14 @@ def softmax(logits):
 
 
 @triton.jit
+def softmax_backward(probability, gradient):
+    """p (d - Σ p d), centred twice: where one p is nearly 1, the first difference holds its rounding and no more."""
+    for _ in tl.static_range(2):
+        gradient -= tl.sum(probability * gradient, 1)[:, None]
+    return probability * gradient
+
+
+@triton.jit
 def top_k_gates(logits, o_e, BLOCK_E: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr):
     """Gates [tokens, experts]: the softmax kept for the top K, renormalised over them if asked."""
     kept = top_k(logits, o_e, BLOCK_E, K)
@@ -62,10 +70,8 @@ def top_k_gates(logits, o_e, BLOCK_E: tl.constexpr, K: tl.constexpr, NORMALISE: 
 def gates_backward(dgates, gates, logits, o_e, BLOCK_E: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr):
     """dlogits of `top_k_gates`."""
     if NORMALISE:
-        return gates * (dgates - tl.sum(gates * dgates, 1)[:, None])
-    probability = softmax(logits)
-    kept_dgates = tl.where(top_k(logits, o_e, BLOCK_E, K), dgates, 0.0)
-    return probability * (kept_dgates - tl.sum(probability * kept_dgates, 1)[:, None])
+        return softmax_backward(gates, dgates)
+    return softmax_backward(softmax(logits), tl.where(top_k(logits, o_e, BLOCK_E, K), dgates, 0.0))
 
 
 @triton.jit
@@ -76,7 +82,7 @@ def balance_gradient(logits, share, weight, token_mask, o_t, m_t, o_e, E, MASKED
         b_weight = b_weight * tl.load(token_mask + o_t, mask=m_t, other=0).to(tl.float32)[:, None]
     b_share = tl.load(share + o_e, mask=o_e < E, other=0.0)[None, :]
     probability = softmax(logits)
-    return b_weight * probability * (b_share - tl.sum(probability * b_share, 1)[:, None])
+    return b_weight * softmax_backward(probability, b_share + 0.0 * probability)
 
 
 @triton.jit
@@ -97,7 +103,7 @@ def load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED: tl.constexpr, SPLITS: tl.cons
     mask = m_t[:, None, None] & (o_r[None, None, :] < r)
     if SHARED:
         total = tl.load(p + row[:, None, None] * r + o_r[None, None, :], mask=mask, other=0.0)
-        for s in range(1, SPLITS):
+        for s in tl.static_range(1, SPLITS):
             total += tl.load(p + (s * T + row[:, None, None]) * r + o_r[None, None, :], mask=mask, other=0.0)
     else:
         total = load_factors(p, row, m_t, o_e, o_r, T, E, r, SPLITS)
@@ -111,7 +117,7 @@ def load_factors(planes, row, m_t, o_e, o_r, T, E, r, SPLITS: tl.constexpr):
     total = tl.load(
         planes + (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :], mask=mask, other=0.0
     )
-    for s in range(1, SPLITS):
+    for s in tl.static_range(1, SPLITS):
         offsets = ((s * T + row[:, None, None]) * E + o_e[None, :, None]) * r + o_r[None, None, :]
         total += tl.load(planes + offsets, mask=mask, other=0.0)
     return total
@@ -120,7 +126,7 @@ def load_factors(planes, row, m_t, o_e, o_r, T, E, r, SPLITS: tl.constexpr):
 @triton.jit
 def load_n(n, o_t, m_t, T, SPLITS: tl.constexpr):
     total = tl.load(n + o_t, mask=m_t, other=0.0)
-    for s in range(1, SPLITS):
+    for s in tl.static_range(1, SPLITS):
         total += tl.load(n + s * T + o_t, mask=m_t, other=0.0)
     return saturate(total)
 
@@ -157,7 +163,7 @@ def load_trace(gram, o_e, o_r, E, r):
 
 @triton.jit(do_not_specialize=["T"])
 def bridge_kernel(
-    p, n, routed, kappa, gram, z, T, E, r, scaling, eps,
+    p, n, routed, kappa, gram, z, T, scaling, eps, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr,
     SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
     MAPPING: tl.constexpr,
@@ -201,7 +207,8 @@ def _load_gates(
 
 @triton.jit(do_not_specialize=["T"])
 def bridge_backward_kernel(
-    dz, p, n, routed, kappa, gram, share, weight, token_mask, dp, dn, drouted, dq_scale, dkappa, T, E, r, scaling, eps,
+    dz, p, n, routed, kappa, gram, share, weight, token_mask, dp, dn, drouted, dq_scale, dkappa, T, scaling, eps,
+    E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr,
     SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
     MAPPING: tl.constexpr, DZ_PLANES: tl.constexpr, BALANCE: tl.constexpr, MASKED: tl.constexpr,
@@ -268,7 +275,7 @@ def bridge_backward_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def bridge_reduce_kernel(
-    p, dq_scale, dkappa, planes, T, E, r,
+    p, dq_scale, dkappa, planes, T, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """planes[split, e] = (Σ_t dq λ² p pᵀ, Σ_t dκ) over the split's tokens."""
@@ -293,7 +300,7 @@ def bridge_reduce_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def route_kernel(
-    logits, gates, T, E,
+    logits, gates, T, E: tl.constexpr,
     BLOCK_T: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
     """gates[t] = top-k softmax(logits[t]): for a router of its own."""
@@ -306,7 +313,7 @@ def route_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def route_backward_kernel(
-    dgates, logits, share, weight, token_mask, dlogits, T, E,
+    dgates, logits, share, weight, token_mask, dlogits, T, E: tl.constexpr,
     BLOCK_T: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, NORMALISE: tl.constexpr,
     BALANCE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -326,7 +333,7 @@ def route_backward_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def load_kernel(
-    logits, mask, planes, T, E,
+    logits, mask, planes, T, E: tl.constexpr,
     BLOCK_T: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -373,8 +380,9 @@ def bridge_launch(p, n, routed, own_router: bool, kappa, gram, dtype: torch.dtyp
     tile = _tile(config, T, p.device, "bridge")
     launch.launch(
         bridge_kernel, (triton.cdiv(T, tile["BLOCK_T"]), tile["ALL_E"] // tile["BLOCK_E"]), p,
-        (p, n, routed, kappa, gram, z, T, E, r, config.scaling, config.boundary_eps),
-        SPLITS=n.shape[0], ROUTE_PARTS=route_parts(routed, own_router, config), NORMALISE=config.norm_topk_prob,
+        (p, n, routed, kappa, gram, z, T, config.scaling, config.boundary_eps),
+        E=E, r=r, SPLITS=n.shape[0], ROUTE_PARTS=route_parts(routed, own_router, config),
+        NORMALISE=config.norm_topk_prob,
         SHARED=config.share_a, MAPPING=mapping_code(config), **tile,
     )  # fmt: skip
     return z
@@ -403,9 +411,9 @@ def bridge_backward_launch(
     tile = _tile(config, T, device, "bridge_backward")
     launch.launch(
         bridge_backward_kernel, (triton.cdiv(T, tile["BLOCK_T"]),), p,
-        (dz, p, n, routed, kappa, gram, share, weight, mask, dp, dn, drouted, dq_scale, dkappa, T, E, r,
-         config.scaling, config.boundary_eps),
-        SPLITS=1, ROUTE_PARTS=route_parts(routed, own_router, config), NORMALISE=config.norm_topk_prob,
+        (dz, p, n, routed, kappa, gram, share, weight, mask, dp, dn, drouted, dq_scale, dkappa, T, config.scaling,
+         config.boundary_eps),
+        E=E, r=r, SPLITS=1, ROUTE_PARTS=route_parts(routed, own_router, config), NORMALISE=config.norm_topk_prob,
         SHARED=config.share_a, MAPPING=mapping_code(config), DZ_PLANES=dz.shape[0], **constants, **tile,
     )  # fmt: skip
     settings = launch.settings("bridge_reduce", device, T)
@@ -413,11 +421,11 @@ def bridge_backward_launch(
         settings["num_warps"] = 8
     planes = empty(settings["SPLITS"], E, r * r + 1)
     launch.launch(
-        bridge_reduce_kernel, (E, settings["SPLITS"]), p, (p, dq_scale, dkappa, planes, T, E, r),
-        BLOCK_R=launch.block(r, 16, 128), SHARED=config.share_a, **settings,
+        bridge_reduce_kernel, (E, settings["SPLITS"]), p, (p, dq_scale, dkappa, planes, T),
+        E=E, r=r, BLOCK_R=launch.block(r, 16, 128), SHARED=config.share_a, **settings,
     )  # fmt: skip
     reduced = launch.sum_planes(planes)
-    return drouted, reduced[:, r * r], dn, dp, reduced[:, : r * r].unflatten(1, (r, r)).contiguous()
+    return drouted, reduced[:, r * r], dn, dp, reduced[:, : r * r].unflatten(1, (r, r))
 
 
 def load_share(logits: Tensor, token_mask: Tensor | None, config) -> tuple[Tensor, Tensor]:
@@ -427,8 +435,8 @@ def load_share(logits: Tensor, token_mask: Tensor | None, config) -> tuple[Tenso
     planes = torch.empty(settings["SPLITS"], E + 1, device=device, dtype=torch.float32)
     launch.launch(
         load_kernel, (settings["SPLITS"],), logits,
-        (logits, logits if token_mask is None else token_mask, planes, T, E),
-        ALL_E=triton.next_power_of_2(E), K=config.num_experts_per_tok, PARTS=logits.shape[-1] // E,
+        (logits, logits if token_mask is None else token_mask, planes, T),
+        E=E, ALL_E=triton.next_power_of_2(E), K=config.num_experts_per_tok, PARTS=logits.shape[-1] // E,
         MASKED=token_mask is not None, **settings,
     )  # fmt: skip
     counts = launch.sum_planes(planes)
@@ -455,8 +463,8 @@ def route_launch(logits: Tensor, config) -> Tensor:
     gates = torch.empty(T, E, device=logits.device, dtype=torch.float32)
     settings = launch.settings("route", logits.device, T)
     launch.launch(
-        route_kernel, (triton.cdiv(T, settings["BLOCK_T"]),), logits, (logits, gates, T, E),
-        ALL_E=triton.next_power_of_2(E), K=config.num_experts_per_tok, PARTS=logits.shape[-1] // E,
+        route_kernel, (triton.cdiv(T, settings["BLOCK_T"]),), logits, (logits, gates, T),
+        E=E, ALL_E=triton.next_power_of_2(E), K=config.num_experts_per_tok, PARTS=logits.shape[-1] // E,
         NORMALISE=config.norm_topk_prob, **settings,
     )  # fmt: skip
     return gates
@@ -472,8 +480,8 @@ def route_backward_launch(
     settings = launch.settings("route", logits.device, T)
     launch.launch(
         route_backward_kernel, (triton.cdiv(T, settings["BLOCK_T"]),), logits,
-        (dgates, logits, share, weight, mask, dlogits, T, E),
-        ALL_E=triton.next_power_of_2(E), K=config.num_experts_per_tok, PARTS=logits.shape[-1] // E,
+        (dgates, logits, share, weight, mask, dlogits, T),
+        E=E, ALL_E=triton.next_power_of_2(E), K=config.num_experts_per_tok, PARTS=logits.shape[-1] // E,
         NORMALISE=config.norm_topk_prob, **constants, **settings,
     )  # fmt: skip
     return dlogits

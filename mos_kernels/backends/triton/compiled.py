@@ -144,7 +144,7 @@ def layer_launches(
         if not own:
             logits = backend.routing_logits(x, router)
             gates = backend.route(logits, config)
-            dlogits = backend.route_backward(gates, gates, logits, aux, mask, config)
+            dlogits = backend.route_backward(gates, logits, aux, mask, config)
             backend.routing_logits_backward(x, router, dlogits, (True, True))
     return list(dict.fromkeys(launches))
 

@@ -5,7 +5,7 @@
 Where the base ran by itself, its output (T, d_out) stands in the bias's place, and y₀ is the layer's output.
 
 Bcat is B (d_out, E, r) seen as (d_out, E·r). dz sums over outputs and dB over tokens, so one pass for both would need
-accumulators as wide as dy: backward goes in chunks of tokens that fit the L2, dz and then dB of each.
+accumulators as wide as dy: backward goes in chunks of tokens that fit the L2, dz and dB of each at about one time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mos_kernels.backends.triton.numerics import cast, dot
 
 @triton.jit
 def gram_kernel(
-    B, wide, planes, N, E, r,
+    B, wide, planes, N, E: tl.constexpr, r: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """planes[split, e] = B[part, e].T @ B[part, e];  wide = B in the dtype of the wide products"""
@@ -51,8 +51,8 @@ def gram_launch(B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if r > 64:  # the accumulator alone would fill a thread's registers
         settings.update(num_warps=8, BLOCK_N=16)
     launch.launch(
-        gram_kernel, (E, settings["SPLITS"]), B, (B, wide, planes, N, E, r),
-        BLOCK_R=launch.block(r, 16, 128), WIDE=wide is not B, **settings,
+        gram_kernel, (E, settings["SPLITS"]), B, (B, wide, planes, N),
+        E=E, r=r, BLOCK_R=launch.block(r, 16, 128), WIDE=wide is not B, **settings,
     )  # fmt: skip
     return wide, launch.sum_planes(planes)
 
@@ -62,8 +62,9 @@ def expand_kernel(
     z, B, added, y, T, N, C,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """y[t, n] = z[t] @ Bcat[n] + added[n] or added[t, n]"""
-    i_t, i_n = tl.program_id(0), tl.program_id(1)
+    """y[t, n] = z[t] @ Bcat[n] + added[n] or added[t, n]; neighbouring programs write neighbouring columns"""
+    across = tl.cdiv(N, BLOCK_N)
+    i_t, i_n = tl.program_id(0) // across, tl.program_id(0) % across
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_t, m_n = o_t < T, o_n < N
@@ -94,9 +95,9 @@ def expand_launch(z: Tensor, B: Tensor, added: Tensor | None) -> Tensor:
     """y₀ (T, d_out) in z's dtype, from z (T, E·r) and B (d_out, E, r) of one dtype, and added, dense, of any."""
     (T, C), N = z.shape, B.shape[0]
     y = torch.empty(T, N, device=z.device, dtype=z.dtype)
-    settings = launch.wide_settings("expand", z.device, T, z.dtype)
+    settings = launch.wide_settings("expand", z.device, T, z.dtype, BLOCK_T=64 if z.dtype == torch.float32 else 128)
     settings["BLOCK_C"] = launch.block(C, 16, settings["BLOCK_C"])
-    grid = (triton.cdiv(T, settings["BLOCK_T"]), triton.cdiv(N, settings["BLOCK_N"]))
+    grid = (triton.cdiv(T, settings["BLOCK_T"]) * triton.cdiv(N, settings["BLOCK_N"]),)
     launch.launch(
         expand_kernel, grid, z, (z, B, z if added is None else added, y, T, N, C),
         ADDED=0 if added is None else added.dim(), **settings,
@@ -104,19 +105,17 @@ def expand_launch(z: Tensor, B: Tensor, added: Tensor | None) -> Tensor:
     return y
 
 
-@triton.jit(do_not_specialize=["T", "first", "last"])
-def expand_input_kernel(
-    dy, B, planes, first, last, T, N, C, stride_dy,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
+@triton.jit
+def _input_gradient(
+    dy, B, planes, first, last, i_s, o_c, T, N, C, stride_dy,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """planes[split, t] = dy[t, part] @ Bcat[part], for the tokens first <= t < last"""
-    i_t, i_s, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    o_t = first + i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    """planes[i_s, t] = dy[t, part] @ Bcat[part], for BLOCK_T tokens from `first` that lie before `last`"""
+    o_t = first + tl.arange(0, BLOCK_T)
     m_t, m_c = o_t < last, o_c[None, :] < C
     row = o_t.to(tl.int64)[:, None]
     part = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS) * BLOCK_N
-    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_T, o_c.shape[0]], tl.float32)
     for start in range(i_s * part, tl.minimum((i_s + 1) * part, N), BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         m_n = o_n < N
@@ -126,59 +125,82 @@ def expand_input_kernel(
     tl.store(planes + (i_s.to(tl.int64) * T + row) * C + o_c[None, :], total, mask=m_t[:, None] & m_c)
 
 
-@triton.jit(do_not_specialize=["chunk", "first", "last"])
-def expand_weight_kernel(
-    dy, z, planes, chunk, first, last, N, C, stride_dy,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def _weight_gradient(
+    dy, z, planes, first, last, chunk, i_n, o_c, N, C, stride_dy, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """planes[chunk, n] = Σ_t dy[t, n] z[t], over the tokens first <= t < last"""
-    i_n, i_c = tl.program_id(0), tl.program_id(1)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_n, m_c = o_n < N, o_c[None, :] < C
-    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_N, o_c.shape[0]], tl.float32)
     for start in range(first, last, BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T)
         m_t, row = o_t < last, o_t.to(tl.int64)[:, None]
         b_dy = tl.load(dy + row * stride_dy + o_n[None, :], mask=m_t[:, None] & m_n[None, :], other=0.0)
         b_z = tl.load(z + row * C + o_c[None, :], mask=m_t[:, None] & m_c, other=0.0)
         total = dot(tl.trans(b_dy), b_z, total)
-    plane = (
-        tl.cast(chunk, tl.int64) * N + o_n[:, None]
-    )  # a pointer to the chunk would be aligned for some and not others
+    plane = chunk.to(tl.int64) * N + o_n[:, None]
     tl.store(planes + plane * C + o_c[None, :], total, mask=m_n[:, None] & m_c)
+
+
+@triton.jit(do_not_specialize=["T", "rows"])
+def expand_backward_kernel(
+    dy, z, B, dz, dB, T, rows, N, C, stride_dy,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WEIGHT_T: tl.constexpr,
+    WEIGHT_N: tl.constexpr, BLOCK_C: tl.constexpr, NEEDS_DB: tl.constexpr,
+):  # fmt: skip
+    """dz[split, t] = dy[t, part] @ Bcat[part];  dB[chunk, n] = Σ_t dy[t, n] z[t], over the chunk's tokens
+
+    One launch for both: they wait for nothing of each other. Programs stand in the order of the chunks, so that those
+    of dB find in the L2 what those of dz read at the same time.
+    """
+    for_input = tl.cdiv(rows, BLOCK_T) * SPLITS
+    programs = for_input + tl.cdiv(N, WEIGHT_N) if NEEDS_DB else for_input
+    chunk, i = tl.program_id(0) // programs, tl.program_id(0) % programs
+    first = chunk * rows
+    last = tl.minimum(first + rows, T)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if i < for_input:
+        first += i // SPLITS * BLOCK_T
+        _input_gradient(dy, B, dz, first, last, i % SPLITS, o_c, T, N, C, stride_dy, BLOCK_T, BLOCK_N, SPLITS)
+    else:
+        _weight_gradient(dy, z, dB, first, last, chunk, i - for_input, o_c, N, C, stride_dy, WEIGHT_T, WEIGHT_N)
 
 
 def expand_backward_launch(dy: Tensor, z: Tensor, B: Tensor, needs_dB: bool) -> tuple[Tensor, Tensor | None]:
     """dz in planes (S, T, E·r) and dyᵀz in planes (chunks, d_out, E·r), float32. dy (T, d_out), rows dense."""
     (T, N), C, device = dy.shape, z.shape[1], dy.device
-    row_block = launch.settings("expand_weight", device, T)["BLOCK_T"]
-    rows = launch.settings("expand_chunk", device, T)["CHUNK_BYTES"] // (N * dy.element_size())
-    rows = max(rows // row_block, 1) * row_block
-    starts = range(0, T, rows)
-    for_input = launch.wide_settings("expand_input", device, T, dy.dtype)
-    for_weight = launch.wide_settings("expand_weight", device, T, dy.dtype)
-    block_c = launch.block(C, 16, 64 if dy.dtype == torch.float32 else 128)
-    dz = torch.empty(for_input["SPLITS"], T, C, device=device, dtype=torch.float32)
-    dB = torch.empty(max(len(starts), 1), N, C, device=device, dtype=torch.float32) if needs_dB else None
+    most = 64 if dy.dtype == torch.float32 else 128
+    settings = launch.wide_settings("expand_backward", device, T, dy.dtype, BLOCK_T=most, WEIGHT_N=most)
+    rows = _chunk_rows(T, N * dy.element_size(), settings.pop("CHUNK_BYTES"), settings.pop("CHUNK_ROWS"), settings)
+    chunks = triton.cdiv(T, rows)
+    block_c = launch.block(C, 16, most)
+    dz = torch.empty(settings["SPLITS"], T, C, device=device, dtype=torch.float32)
+    dB = torch.empty(max(chunks, 1), N, C, device=device, dtype=torch.float32) if needs_dB else None
     if T == 0 and needs_dB:
         dB.zero_()
-    for chunk, first in enumerate(starts):
-        last = min(first + rows, T)
-        grid = (triton.cdiv(last - first, for_input["BLOCK_T"]), for_input["SPLITS"], triton.cdiv(C, block_c))
-        arguments = (dy, B, dz, first, last, T, N, C, dy.stride(0))
-        launch.launch(expand_input_kernel, grid, dy, arguments, BLOCK_C=block_c, **for_input)
-        if needs_dB:
-            grid = (triton.cdiv(N, for_weight["BLOCK_N"]), triton.cdiv(C, block_c))
-            arguments = (dy, z, dB, chunk, first, last, N, C, dy.stride(0))
-            launch.launch(expand_weight_kernel, grid, dy, arguments, BLOCK_C=block_c, **for_weight)
+    programs = triton.cdiv(rows, settings["BLOCK_T"]) * settings["SPLITS"]
+    programs += triton.cdiv(N, settings["WEIGHT_N"]) if needs_dB else 0
+    launch.launch(
+        expand_backward_kernel, (chunks * programs, triton.cdiv(C, block_c)), dy,
+        (dy, z, B, dz, dz if dB is None else dB, T, rows, N, C, dy.stride(0)),
+        BLOCK_C=block_c, NEEDS_DB=needs_dB, **settings,
+    )  # fmt: skip
     return dz, dB
+
+
+def _chunk_rows(T: int, row_bytes: int, most_bytes: int, most_rows: int, settings: dict) -> int:
+    """Tokens of a chunk: whole tiles, within both limits, and the chunks of one size where T allows."""
+    tile = max(settings["BLOCK_T"], settings["WEIGHT_T"])
+    most = max(min(most_bytes // row_bytes, most_rows) // tile, 1) * tile
+    return triton.cdiv(triton.cdiv(T, max(triton.cdiv(T, most), 1)), tile) * tile or tile
 
 
 @triton.jit(do_not_specialize=["P"])
 def norm_gradient_kernel(
-    planes, B, M, dB, P, N, E, r, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr
-):
+    planes, B, M, dB, P, N, stride_M, E: tl.constexpr, r: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """dB[n, e] = Σ planes[:, n, e] + 2 B[n, e] @ M[e]"""
     i_n, i_e = tl.program_id(0), tl.program_id(1)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -192,7 +214,7 @@ def norm_gradient_kernel(
     total = tl.zeros([BLOCK_N, BLOCK_E, BLOCK_R], tl.float32)
     for j in range(r):
         b_B = tl.load(B + flat * r + j, mask=m_ne, other=0.0).to(tl.float32)
-        b_M = tl.load(M + (o_e[:, None] * r + j) * r + o_r[None, :], mask=m_M, other=0.0)
+        b_M = tl.load(M + o_e[:, None] * stride_M + j * r + o_r[None, :], mask=m_M, other=0.0)
         total += b_B[:, :, None] * b_M[None, :, :]
     total *= 2.0
     for i in range(P):
@@ -202,7 +224,7 @@ def norm_gradient_kernel(
 
 
 def norm_gradient_launch(planes: Tensor, B: Tensor, M: Tensor) -> Tensor:
-    """dB (d_out, E, r) in float32 from the planes of dyᵀz and the gradient through q."""
+    """dB (d_out, E, r) in float32 from the planes of dyᵀz and the gradient through q. M (E, r, r), each dense."""
     N, E, r = B.shape
     dB = torch.empty(N, E, r, device=B.device, dtype=torch.float32)
     settings = launch.settings("norm_gradient", B.device, N)
@@ -211,6 +233,7 @@ def norm_gradient_launch(planes: Tensor, B: Tensor, M: Tensor) -> Tensor:
     block_n = max(settings.pop("TILE") // (block_e * block_r), 1)
     launch.launch(
         norm_gradient_kernel, (triton.cdiv(N, block_n), all_e // block_e), B,
-        (planes, B, M, dB, planes.shape[0], N, E, r), BLOCK_N=block_n, BLOCK_E=block_e, BLOCK_R=block_r, **settings,
+        (planes, B, M, dB, planes.shape[0], N, M.stride(0)),
+        E=E, r=r, BLOCK_N=block_n, BLOCK_E=block_e, BLOCK_R=block_r, **settings,
     )  # fmt: skip
     return dB

@@ -21,27 +21,33 @@ LOW_SCALE = tl.constexpr(2048.0)  # float16 would lose the low part of a small w
 
 
 @triton.jit
-def _stacked_rows(A, router, rows, columns, D, R, E, dtype: tl.constexpr, SPLIT_ROUTER: tl.constexpr):
+def _stacked_rows(
+    A, router, rows, columns, D, R: tl.constexpr, E: tl.constexpr, dtype: tl.constexpr, SPLIT_ROUTER: tl.constexpr
+):
     """Rows of [A; Router], or of [A; high(Router); low(Router)], as [rows, columns] in dtype."""
     inside = columns[None, :] < D
-    offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
-    from_A = tl.load(A + offsets, mask=inside & (rows[:, None] < R), other=0.0).to(tl.float32)
-    is_low = rows >= R + E
-    row = tl.where(is_low, rows - R - E, rows - R)
-    is_router = (rows >= R) & (row < E)
-    offsets = row[:, None].to(tl.int64) * D + columns[None, :]
-    from_router = tl.load(router + offsets, mask=inside & is_router[:, None], other=0.0).to(tl.float32)
-    if SPLIT_ROUTER:
-        low = (from_router - cast(from_router, dtype).to(tl.float32)) * LOW_SCALE
-        from_router = tl.where(is_low[:, None], low, from_router)
-    return cast(from_A + from_router, dtype)
+    total = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+    if R > 0:
+        offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
+        total += tl.load(A + offsets, mask=inside & (rows[:, None] < R), other=0.0).to(tl.float32)
+    if E > 0:
+        is_low = rows >= R + E
+        row = tl.where(is_low, rows - R - E, rows - R)
+        is_router = (rows >= R) & (row < E)
+        offsets = row[:, None].to(tl.int64) * D + columns[None, :]
+        from_router = tl.load(router + offsets, mask=inside & is_router[:, None], other=0.0).to(tl.float32)
+        if SPLIT_ROUTER:
+            low = (from_router - cast(from_router, dtype).to(tl.float32)) * LOW_SCALE
+            from_router = tl.where(is_low[:, None], low, from_router)
+        total += from_router
+    return cast(total, dtype)
 
 
 @triton.jit(do_not_specialize=["T"])
 def shrink_kernel(
-    x, A, router, p, n, logits, seed, T, D, R, E, stride_x, dropout_p,
+    x, A, router, p, n, logits, seed, T, D, stride_x, dropout_p, R: tl.constexpr, E: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
-    NORM: tl.constexpr, ROUTE: tl.constexpr, SPLIT_ROUTER: tl.constexpr, DROPOUT: tl.constexpr,
+    SPLIT_ROUTER: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """(p, logits)[split, t] = x[t, part] @ stack[:, part].T;  n[split, t] = ‖x[t, part]‖²"""
     i_t, i_s, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -56,21 +62,24 @@ def shrink_kernel(
     for start in range(i_s * part, tl.minimum((i_s + 1) * part, D), BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         b_x = tl.load(x + row[:, None] * stride_x + o_d[None, :], mask=m_t[:, None] & (o_d[None, :] < D), other=0.0)
-        b_w = _stacked_rows(A, router, o_c, o_d, D, R, E if ROUTE else 0, dtype, SPLIT_ROUTER)
-        if NORM:
+        b_w = _stacked_rows(A, router, o_c, o_d, D, R, E, dtype, SPLIT_ROUTER)
+        if R > 0:
             wide = b_x.to(tl.float32)
             norm += tl.sum(wide * wide, 1)
         if DROPOUT:
             kept = keep(tl.load(seed), o_t, o_d, D, dropout_p)
             dropped = cast(tl.where(kept, b_x.to(tl.float32) * (1.0 / (1.0 - dropout_p)), 0.0), dtype)
             total = dot(dropped, tl.trans(tl.where(o_c[:, None] < R, b_w, 0.0)), total)
-            if ROUTE:
+            if E > 0:
                 total = dot(b_x, tl.trans(tl.where(o_c[:, None] < R, 0.0, b_w)), total)
         else:
             total = dot(b_x, tl.trans(b_w), total)
     plane = i_s.to(tl.int64) * T + row
-    tl.store(p + plane[:, None] * R + o_c[None, :], total, mask=m_t[:, None] & (o_c[None, :] < R))
-    if ROUTE:
+    if R > 0:
+        tl.store(p + plane[:, None] * R + o_c[None, :], total, mask=m_t[:, None] & (o_c[None, :] < R))
+        if i_c == 0:
+            tl.store(n + plane, saturate(norm), mask=m_t)
+    if E > 0:
         width = 2 * E if SPLIT_ROUTER else E
         o_l = o_c - R
         tl.store(
@@ -78,8 +87,6 @@ def shrink_kernel(
             tl.where(o_l[None, :] >= E, total / LOW_SCALE, total),
             mask=m_t[:, None] & (o_l[None, :] >= 0) & (o_l[None, :] < width),
         )
-    if NORM and i_c == 0:
-        tl.store(n + plane, saturate(norm), mask=m_t)
 
 
 def shrink_launch(
@@ -91,7 +98,10 @@ def shrink_launch(
     split_router = E > 0 and x.dtype != torch.float32
     columns = R + (2 * E if split_router else E)
     block_c = launch.block(columns, 16, 64)
-    most = 256 if block_c <= 32 else 64 if x.dtype != torch.float32 else 32
+    if x.dtype == torch.float32:
+        most = 64 if block_c <= 32 else 32
+    else:
+        most = 256 if block_c <= (16 if launch.bucket(T) == "train" else 32) else 64
     settings = launch.wide_settings("shrink", device, T, x.dtype, BLOCK_D=most)
     splits = settings.pop("SPLITS") if splits_allowed else settings.pop("SPLITS") and 1
     p = torch.empty(splits, T, R, device=device, dtype=torch.float32)
@@ -101,19 +111,17 @@ def shrink_launch(
     launch.launch(
         shrink_kernel, grid, x,
         (x, x if A is None else A, x if router is None else router, p, n, logits, x if seed is None else seed,
-         T, D, R, E, x.stride(0), dropout_p),
-        BLOCK_C=block_c, SPLITS=splits, NORM=A is not None, ROUTE=E > 0, SPLIT_ROUTER=split_router,
-        DROPOUT=seed is not None, **settings,
+         T, D, x.stride(0), dropout_p),
+        R=R, E=E, BLOCK_C=block_c, SPLITS=splits, SPLIT_ROUTER=split_router, DROPOUT=seed is not None, **settings,
     )  # fmt: skip
     return p, n, logits
 
 
 @triton.jit(do_not_specialize=["T"])
 def shrink_backward_kernel(
-    x, A, router, dp, dn, dlogits, dx, planes, seed, T, D, R, E, stride_x, dropout_p,
+    x, A, router, dp, dn, dlogits, dx, planes, seed, T, D, stride_x, dropout_p, R: tl.constexpr, E: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
-    NORM: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DW: tl.constexpr, DROPOUT: tl.constexpr,
-    COLUMN_BLOCKS: tl.constexpr,
+    NEEDS_DX: tl.constexpr, NEEDS_DW: tl.constexpr, DROPOUT: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """dx[t] = (dp, dlogits)[t] @ stack + 2 dn[t] x[t];  planes[split] = (dp, dlogits)[part].T @ x[part]
 
@@ -126,6 +134,8 @@ def shrink_backward_kernel(
     part = tl.cdiv(tl.cdiv(T, BLOCK_T), SPLITS) * BLOCK_T
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    if NEEDS_DX and COLUMN_BLOCKS == 1:
+        b_w = _stacked_rows(A, router, o_c, o_d, D, R, E, dtype, False)
     for start in range(i_s * part, tl.minimum((i_s + 1) * part, T), BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T)
         m_t = o_t < T
@@ -135,45 +145,61 @@ def shrink_backward_kernel(
         factor = 1.0
         if DROPOUT:
             factor = tl.where(keep(tl.load(seed), o_t, o_d, D, dropout_p), 1.0 / (1.0 - dropout_p), 0.0)
+        b_d = _stacked_gradients(dp, dlogits, row, m_t, o_c, R, E, dtype)
         if NEEDS_DW:
-            b_d = _stacked_gradients(dp, dlogits, row, m_t, o_c, R, E, dtype)
             if DROPOUT:
                 b_dropped = cast(b_x.to(tl.float32) * factor, dtype)
                 total = dot(tl.trans(tl.where(o_c[None, :] < R, b_d, 0.0)), b_dropped, total)
                 total = dot(tl.trans(tl.where(o_c[None, :] < R, 0.0, b_d)), b_x, total)
             else:
                 total = dot(tl.trans(b_d), b_x, total)
-        if NEEDS_DX and i_c == 0:
+        if NEEDS_DX:
             b_dx = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-            for j in range(COLUMN_BLOCKS):
-                o_j = j * BLOCK_C + tl.arange(0, BLOCK_C)
-                b_j = _stacked_gradients(dp, dlogits, row, m_t, o_j, R, E, dtype)
-                b_w = _stacked_rows(A, router, o_j, o_d, D, R, E, dtype, False)
-                if DROPOUT:
-                    through_A = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-                    through_A = dot(tl.where(o_j[None, :] < R, b_j, 0.0), b_w, through_A)
-                    b_dx += through_A * factor
-                    b_dx = dot(tl.where(o_j[None, :] < R, 0.0, b_j), b_w, b_dx)
-                else:
-                    b_dx = dot(b_j, b_w, b_dx)
-            if NORM:
-                b_n = tl.load(dn + o_t, mask=m_t, other=0.0)
-                b_dx += (2.0 * b_n)[:, None] * b_x.to(tl.float32)
-            tl.store(dx + row[:, None] * D + o_d[None, :], cast(b_dx, dtype), mask=mask)
+            if COLUMN_BLOCKS == 1:
+                b_dx = _through_rows(b_d, b_w, b_dx, factor, o_c, R, DROPOUT)
+                _store_dx(b_dx, dx, dn, b_x, o_t, o_d, m_t, mask, D, R)
+            elif i_c == 0:
+                for j in range(COLUMN_BLOCKS):
+                    o_j = j * BLOCK_C + tl.arange(0, BLOCK_C)
+                    b_j = _stacked_gradients(dp, dlogits, row, m_t, o_j, R, E, dtype)
+                    b_w = _stacked_rows(A, router, o_j, o_d, D, R, E, dtype, False)
+                    b_dx = _through_rows(b_j, b_w, b_dx, factor, o_j, R, DROPOUT)
+                _store_dx(b_dx, dx, dn, b_x, o_t, o_d, m_t, mask, D, R)
     if NEEDS_DW:
         plane = i_s.to(tl.int64) * (R + E) + o_c
         tl.store(planes + plane[:, None] * D + o_d[None, :], total, mask=(o_c[:, None] < R + E) & m_d[None, :])
 
 
 @triton.jit
-def _stacked_gradients(dp, dlogits, row, m_t, columns, R, E, dtype: tl.constexpr):
+def _stacked_gradients(dp, dlogits, row, m_t, columns, R: tl.constexpr, E: tl.constexpr, dtype: tl.constexpr):
     """Columns of (dp, dlogits) for the given tokens, [tokens, columns] in dtype."""
-    mask_p = m_t[:, None] & (columns[None, :] < R)
-    o_e = columns - R
-    mask_l = m_t[:, None] & (o_e[None, :] >= 0) & (o_e[None, :] < E)
-    b_p = tl.load(dp + row[:, None] * R + columns[None, :], mask=mask_p, other=0.0)
-    b_l = tl.load(dlogits + row[:, None] * E + o_e[None, :], mask=mask_l, other=0.0)
-    return cast(b_p + b_l, dtype)
+    total = tl.zeros([row.shape[0], columns.shape[0]], tl.float32)
+    if R > 0:
+        mask = m_t[:, None] & (columns[None, :] < R)
+        total += tl.load(dp + row[:, None] * R + columns[None, :], mask=mask, other=0.0)
+    if E > 0:
+        o_e = columns - R
+        mask = m_t[:, None] & (o_e[None, :] >= 0) & (o_e[None, :] < E)
+        total += tl.load(dlogits + row[:, None] * E + o_e[None, :], mask=mask, other=0.0)
+    return cast(total, dtype)
+
+
+@triton.jit
+def _through_rows(b_d, b_w, total, factor, columns, R: tl.constexpr, DROPOUT: tl.constexpr):
+    """total + drop(dp·A) + dlogits·Router"""
+    if DROPOUT:
+        through_A = dot(tl.where(columns[None, :] < R, b_d, 0.0), b_w, tl.zeros(total.shape, tl.float32))
+        total += through_A * factor
+        b_d = tl.where(columns[None, :] < R, 0.0, b_d)
+    return dot(b_d, b_w, total)
+
+
+@triton.jit
+def _store_dx(b_dx, dx, dn, b_x, o_t, o_d, m_t, mask, D, R: tl.constexpr):
+    if R > 0:
+        b_n = tl.load(dn + o_t, mask=m_t, other=0.0)
+        b_dx += (2.0 * b_n)[:, None] * b_x.to(tl.float32)
+    tl.store(dx + o_t.to(tl.int64)[:, None] * D + o_d[None, :], cast(b_dx, dx.dtype.element_ty), mask=mask)
 
 
 def shrink_backward_launch(
@@ -207,8 +233,8 @@ def shrink_backward_launch(
         shrink_backward_kernel, grid, x,
         (x, x if A is None else A, x if router is None else router, x if dp is None else dp, x if dn is None else dn,
          x if dlogits is None else dlogits, x if dx is None else dx, x if planes is None else planes,
-         x if seed is None else seed, T, D, R, E, x.stride(0), dropout_p),
-        BLOCK_C=block_c, SPLITS=splits, NORM=dn is not None, NEEDS_DX=needs_dx, NEEDS_DW=needs_dw,
-        DROPOUT=dropping, COLUMN_BLOCKS=blocks, **settings,
+         x if seed is None else seed, T, D, x.stride(0), dropout_p),
+        R=R, E=E, BLOCK_C=block_c, SPLITS=splits, NEEDS_DX=needs_dx, NEEDS_DW=needs_dw, DROPOUT=dropping,
+        COLUMN_BLOCKS=blocks, **settings,
     )  # fmt: skip
     return dx, launch.sum_planes(planes) if needs_dw else None

@@ -35,7 +35,7 @@ def test_launches_of_a_linear_with_its_own_router(launched):
     launched.clear()
     y.sum().backward()
     assert launched == [
-        "gram", "bridge", "expand_input", "expand_weight", "load", "bridge_backward", "bridge_reduce",
+        "gram", "bridge", "expand_backward", "load", "bridge_backward", "bridge_reduce",
         "norm_gradient", "shrink_backward",
     ]  # fmt: skip
 
@@ -55,8 +55,10 @@ def test_launches_of_a_block(launched):
     assert launched == ["shrink", "route", "shrink", "gram", "bridge", "expand"]
     launched.clear()
     y.sum().backward()
-    assert len(launched) == 8 + 4
-    assert launched[8:] == ["route", "load", "route_backward", "shrink_backward"]
+    assert launched == [
+        "gram", "bridge", "expand_backward", "bridge_backward", "bridge_reduce", "norm_gradient", "shrink_backward",
+        "load", "route_backward", "shrink_backward",
+    ]  # fmt: skip
 
 
 def test_launches_with_an_activation(launched):
@@ -74,7 +76,7 @@ def test_frozen_inputs_launch_less(launched):
     layer = layer_of(router_scope="linear").requires_grad_(False)
     layer(tokens_of(T), backend="triton").sum().backward()
     assert launched[4:] == [
-        "gram", "bridge", "expand_input", "bridge_backward", "bridge_reduce", "shrink_backward",
+        "gram", "bridge", "expand_backward", "bridge_backward", "bridge_reduce", "shrink_backward",
     ]  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def test_backward_in_chunks_of_tokens(monkeypatch):
 
     def small_chunks(kernel, device, T):
         found = stored(kernel, device, T)
-        return {"CHUNK_BYTES": 4 * 24 * 64} if kernel == "expand_chunk" else found
+        return {**found, "CHUNK_ROWS": 64} if kernel == "expand_backward" else found
 
     monkeypatch.setattr(launch, "settings", small_chunks)
     assert not Trial(MoSConfig(r=3, router_scope="linear"), tokens=(150,)).failures()

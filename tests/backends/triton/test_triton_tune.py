@@ -27,7 +27,7 @@ def test_every_kernel_of_the_table_can_be_tuned_and_its_constants_have_candidate
             assert list(tune.neighbours(constants))
 
 
-@pytest.mark.parametrize("kernel", ["shrink", "shrink_backward", "expand", "expand_weight"])
+@pytest.mark.parametrize("kernel", ["shrink", "shrink_backward", "expand", "expand_backward"])
 def test_the_search_takes_what_the_clock_prefers(calls, kernel, monkeypatch):
     monkeypatch.setitem(tune.TOKENS, "train", 70)
     start = launch.settings(kernel, CPU, 70)
