@@ -137,7 +137,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
 
 
 def refuse_damaged(folder: Path) -> None:
-    """Raise as `load_adapter` does for what is wrong with the files, whatever the model. The weights may be elsewhere."""
+    """Raise as `load_adapter` does for what is wrong with the files, whatever the model. Weights may be missing."""
     config, _ = _read_config(folder)
     if not (folder / WEIGHTS_NAME).is_file() and not (folder / PICKLE_NAME).is_file():
         return
@@ -283,15 +283,16 @@ def _modules_to_save(model: nn.Module) -> list[str]:
 
 
 def _tensors_of(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of the named modules (peft's rule for names), without the adapter's."""
+    """The parameters and persistent buffers of the named modules (peft's rule for names), without the adapter's.
+
+    peft names the heads of every classifier; what the model does not have is nothing.
+    """
     adapter = adapter_parameters(model)
     found = {}
     for entry in modules:
         matches = [
             (name, module) for name, module in model.named_modules() if name == entry or name.endswith("." + entry)
         ]
-        if not matches:
-            raise ValueError(f"modules_to_save names {entry!r}, which {type(model).__name__} does not have")
         for name, module in matches:
             found |= {f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
     return {name: tensor for name, tensor in found.items() if name not in adapter}

@@ -22,7 +22,7 @@ from mos_kernels.huggingface.files import require_finite
 from mos_kernels.huggingface.peft_config import MOSELORA, MoSPeftConfig
 from mos_kernels.huggingface.peft_layer import WHY_NO_MERGE, MoSPeftLayer, MoSPeftRouter, MoSTunerLayer
 from mos_kernels.huggingface.plan import Plan, PlannedBlock, make_plan
-from mos_kernels.huggingface.targets import ALL_LINEAR, ffn_target_modules
+from mos_kernels.huggingface.targets import ALL_LINEAR, ffn_target_modules, is_target
 from mos_kernels.layer import MoSLayer, MoSRouter
 
 PREFIX = "mos_"
@@ -45,13 +45,15 @@ class MoSPeftModel(BaseTuner):
     ) -> None:
         """As peft's; an error leaves the model without the adapter."""
         config = self.peft_config[adapter_name]
+        modules = _modules_to_adapt(model, config)
         if config.target_modules is None:
-            config.target_modules = ffn_target_modules(model)
-        plan = make_plan(model, config.to_mos_config(), _modules_to_adapt(model, config))
+            config.target_modules = _default_targets(model, config, modules)
+        plan = make_plan(model, config.to_mos_config(), modules)
         if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
             config.target_modules = [name for linear in plan.linears for name in linear.target.names]
         if state_dict is not None:  # whose names say which linears to adapt: a block's router belongs to none
-            state_dict = {name: value for name, value in state_dict.items() if not name.endswith(".mos_router.weight")}
+            named = {name.removeprefix(FILE_PREFIX): value for name, value in state_dict.items()}
+            state_dict = {name: value for name, value in named.items() if not name.endswith(".mos_router.weight")}
         self._plan = plan
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -171,6 +173,16 @@ def _modules_to_adapt(model: nn.Module, config: MoSPeftConfig) -> list[tuple[str
             continue
         found.append((name, module.base_layer if isinstance(module, MoSPeftLayer) else module))
     return found
+
+
+def _default_targets(model: nn.Module, config: MoSPeftConfig, modules: list[tuple[str, nn.Module]]) -> list[str] | str:
+    """The FFN linears of the model; of a list, the entries that the other options leave something of."""
+    known = ffn_target_modules(model)
+    if isinstance(known, str):
+        return known
+    chosen = {entry: dataclasses.replace(config.to_mos_config(), target_modules=[entry]) for entry in known}
+    left = [entry for entry, own in chosen.items() if any(is_target(own, name) for name, _ in modules)]
+    return left or known
 
 
 def _share_balance(model: nn.Module, adapter_name: str, plan: Plan) -> None:
