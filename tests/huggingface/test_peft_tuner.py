@@ -546,7 +546,11 @@ def test_bases_that_are_no_dense_parameter(kind, tmp_path):
     again = PeftModel.from_pretrained(model_on(kind), tmp_path)
     own = model_on(kind)
     load_adapter(own, tmp_path)
-    assert torch.equal(logits(again), logits(own)) and torch.equal(logits(own), logits(model))
+    assert torch.equal(logits(again), logits(own))
+    if "4-bit" in kind:  # saving made bitsandbytes pack the weights anew, which rounds
+        torch.testing.assert_close(logits(own), logits(model), rtol=0.02, atol=0.005)
+    else:
+        assert torch.equal(logits(own), logits(model))
     base = model.unload()
     assert base.model.layers[0].mlp.up_proj is up.base_layer
 
