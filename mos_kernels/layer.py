@@ -119,13 +119,16 @@ class MoSAdapter(_Float32State):
         self._frozen = None
 
     def _refill_constants(self) -> None:
-        config, device = self.config, self.mos_curvature.device
+        config, device = self.config, self._constants_device()
         unit = config.squared_length_unit(self.in_features)
         signs = torch.tensor(config.curvature_signs, dtype=torch.float64, device="cpu")
         rows = [signs * config.curvature_init / unit, signs.abs() * config.curvature_lr_ratio / unit]
         self.mos_curvature_map = torch.stack(rows).to(device, torch.float32)
         if self.mos_router is not None:
             self.mos_aux_weight = torch.full((1,), self.aux_coefficient, device=device, dtype=torch.float32)
+
+    def _constants_device(self) -> torch.device:
+        return self.mos_curvature.device
 
     @property
     def curvature(self) -> Tensor:
