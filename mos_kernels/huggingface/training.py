@@ -83,8 +83,6 @@ class MoSCallback(TrainerCallback):
     `history` keeps, for each logged step, {"step", "curvature": {linear: [κ̂ of each expert]}, "share": {router: [share
     of each expert]}, "entropy": {router: nats}}, in plain JSON types. It is also appended, with all other logs, to
     `history_file` in the output_dir, from where a resumed run takes it up and `python -m mos_kernels report` draws it.
-    Under reentrant checkpointing, where a frozen embedding would end the graph, embeddings are made to require
-    gradients for the time of training.
 
     Reporters (TensorBoard, W&B) run before callbacks that are given to the
     Trainer: `MoSCallback.add_to(trainer)` puts it first, so that they get the keys too.
@@ -95,7 +93,6 @@ class MoSCallback(TrainerCallback):
         self.history: list[dict] = []
         self.history_file = history_file
         self._path: Path | None = None
-        self._opened_embeddings = False
         self._measuring: contextlib.ExitStack | None = None
         self._statistics: dict | None = None
         self._step_in_epoch: int | None = None
@@ -117,11 +114,6 @@ class MoSCallback(TrainerCallback):
         for layer in _layers(model).values():
             if layer.mos_curvature.dtype != torch.float32:
                 layer.mos_curvature.data = layer.mos_curvature.data.float()
-        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-        can_open = hasattr(model, "enable_input_require_grads") and not getattr(model, "_require_grads_hooks", None)
-        if reentrant and can_open:
-            model.enable_input_require_grads()
-            self._opened_embeddings = True
         self._open_history(args, state, model)
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -170,9 +162,6 @@ class MoSCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._stop_measuring()
         _set_aux_weights(model, 1.0)
-        if self._opened_embeddings:
-            model.disable_input_require_grads()
-            self._opened_embeddings = False
 
     def _open_history(self, args, state, model) -> None:
         """Start the file with the settings, or cut it off after the step from which training is resumed."""
