@@ -84,8 +84,8 @@ class MoSCallback(TrainerCallback):
     of each expert]}, "entropy": {router: nats}}, in plain JSON types. It is also appended, with all other logs, to
     `history_file` in the output_dir, from where a resumed run takes it up and `python -m mos_kernels report` draws it.
 
-    Reporters (TensorBoard, W&B) run before callbacks that are given to the
-    Trainer: `MoSCallback.add_to(trainer)` puts it first, so that they get the keys too.
+    Reporters (TensorBoard, W&B) run before callbacks that are given to the Trainer: `MoSCallback.add_to(trainer)` puts
+    it first, so that they get the keys too.
     """
 
     def __init__(self, history_file: str | None = HISTORY):

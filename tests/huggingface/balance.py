@@ -60,8 +60,9 @@ def balance_gradients(batches, autocast=False, family="llama", **options):
 
 def assert_injected(with_balance, without, expected, lr, tolerance):
     """After one step of SGD the two models differ by lr times the gradient that is to be injected."""
+    largest = max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in expected.items():
         difference, wanted = (without[name] - with_balance[name]) / lr, gradient.abs().max()
         error = (difference - gradient).abs().max()
-        assert error <= tolerance * wanted + 1e-6, f"{name}: {error:.3g} of {wanted:.3g}"
+        assert error <= tolerance * (wanted + largest / 100) + 1e-6, f"{name}: {error:.3g} of {wanted:.3g}"
     assert any(gradient.abs().max() > 1e-3 for name, gradient in expected.items() if "mos_router" in name)
