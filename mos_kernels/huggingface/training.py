@@ -25,6 +25,9 @@ _SETTINGS = (
 )  # fmt: skip
 """The training arguments that the history names."""
 
+UNCOMPILED_EVERY = 10
+"""Of a compiled model's steps, one in this many at most runs uncompiled to measure its routing."""
+
 
 def mos_param_groups(
     model: nn.Module,
@@ -80,6 +83,9 @@ class MoSCallback(TrainerCallback):
         mos/share/<space>, mos/share/max       share of the top-k assignments, 1/E at uniform routing for the maximum
         mos/entropy, mos/aux_loss              entropy of a token's gates in nats; E·Σ f·P, 1 at uniform routing
 
+    A step whose routing is measured runs uncompiled: of a compiled model that is one in ten at most, and the logs in
+    between have no routing.
+
     `history` keeps, for each logged step, {"step", "curvature": {linear: [κ̂ of each expert]}, "share": {router: [share
     of each expert]}, "entropy": {router: nats}}, in plain JSON types. It is also appended, with all other logs, to
     `history_file` in the output_dir, from where a resumed run takes it up and `python -m mos_kernels report` draws it.
@@ -96,6 +102,7 @@ class MoSCallback(TrainerCallback):
         self._measuring: contextlib.ExitStack | None = None
         self._statistics: dict | None = None
         self._step_in_epoch: int | None = None
+        self._next_measured = 0
 
     @classmethod
     def add_to(cls, trainer: Trainer, callback: MoSCallback | None = None) -> MoSCallback:
@@ -111,6 +118,7 @@ class MoSCallback(TrainerCallback):
         self._stop_measuring()
         self._statistics = None
         self._step_in_epoch = None
+        self._next_measured = 0
         for layer in _layers(model).values():
             if layer.mos_curvature.dtype != torch.float32:
                 layer.mos_curvature.data = layer.mos_curvature.data.float()
@@ -136,7 +144,9 @@ class MoSCallback(TrainerCallback):
             IntervalStrategy.STEPS: step % max(state.logging_steps, 1) == 0,
             IntervalStrategy.EPOCH: is_last,
         }.get(args.logging_strategy, False)
-        if is_logged or (step == 1 and args.logging_first_step):
+        is_logged |= step == 1 and args.logging_first_step
+        if is_logged and step >= self._next_measured:
+            self._next_measured = step + (UNCOMPILED_EVERY if _is_compiled(args, model) else 1)
             self._measuring = contextlib.ExitStack()
             self._statistics = self._measuring.enter_context(measured_routing(model))
 
@@ -195,6 +205,12 @@ class MoSCallback(TrainerCallback):
 
 def _layers(model: nn.Module) -> dict[str, MoSLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MoSLayer)}
+
+
+def _is_compiled(args, model: nn.Module) -> bool:
+    return args.torch_compile or any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()
+    )
 
 
 def _set_aux_weights(model: nn.Module, factor: float) -> None:

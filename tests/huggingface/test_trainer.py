@@ -24,13 +24,18 @@ def adapted(family="llama", dtype=torch.float32, **options):
     return model
 
 
-def trainer_for(model, folder, samples, callbacks=(), lr=0.5, eval_samples=None, **options):
+def trainer_for(model, folder, samples, callbacks=(), lr=0.5, eval_samples=None, report_to_folder=None, **options):
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=1, use_cpu=True, max_grad_norm=0.0, report_to=[],
         disable_tqdm=True, lr_scheduler_type="constant", save_strategy=options.pop("save_strategy", "no"),
         logging_steps=options.pop("logging_steps", 1), num_train_epochs=options.pop("num_train_epochs", 1), **options,
     )  # fmt: skip
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    if report_to_folder is not None:
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        callbacks = [*callbacks, TensorBoardCallback(SummaryWriter(str(report_to_folder)))]
     return Trainer(
         model, arguments, train_dataset=samples, eval_dataset=eval_samples, callbacks=list(callbacks),
         optimizers=(optimizer, None),
@@ -221,6 +226,50 @@ def test_logs_and_history(tmp_path):
     )
     assert_close(torch.tensor([o.mos_aux_weight.item() for o in router_owners(model).values()]), torch.full((2,), 2.5))
     assert hooks(model) == before
+
+
+def test_tensorboard_gets_the_keys(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = trainer_for(adapted(), tmp_path / "out", [SAMPLE] * 3, report_to_folder=tmp_path / "tensorboard")
+    MoSCallback.add_to(trainer)
+    trainer.train()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = {key: value for key, value in trainer.state.log_history[0].items() if key.startswith("mos/")}
+    assert len(logged) == 12
+    for key, value in logged.items():
+        points = events.Scalars(f"train/{key}")
+        assert [point.step for point in points] == [1, 2, 3] and points[0].value == pytest.approx(value, rel=1e-6), key
+
+
+def test_it_comes_before_every_reporter(tmp_path):
+    """W&B's callback and all others log what they are handed, after the trainer's own callbacks."""
+    trainer = trainer_for(adapted(), tmp_path, [SAMPLE])
+    for reporter in (Watch(), Watch()):
+        trainer.add_callback(reporter)
+    MoSCallback.add_to(trainer)
+    assert isinstance(trainer.callback_handler.callbacks[0], MoSCallback)
+    trainer.train()
+    reporters = [c for c in trainer.callback_handler.callbacks if isinstance(c, Watch)]
+    assert len(reporters) == 2 and all("mos/entropy" in reporter.logged[1] for reporter in reporters)
+
+
+def test_the_report_of_a_trainers_folder(tmp_path):
+    from mos_kernels.__main__ import main
+    from mos_kernels.run_report.log import read_run
+
+    trainer = trainer_for(
+        adapted(), tmp_path, [SAMPLE] * 4, [MoSCallback()], eval_strategy="epoch", eval_samples=[SAMPLE]
+    )
+    trainer.train()
+    run = read_run(tmp_path)
+    assert [step for step, _ in run.curve("loss")] == [1, 2, 3, 4] and len(run.curve("eval_loss")) == 1
+    assert run.adapter.num_experts == 8 and run.settings["model"] == "LlamaForCausalLM"
+    assert [sorted(e["curvature"]) for e in run.entries if "curvature" in e] == [sorted(
+        name.removesuffix(".mos_curvature") for name in adapter_parameters(trainer.model) if "curvature" in name
+    )] * 5  # fmt: skip
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_text().count('class="panel"') == 6
 
 
 def test_given_as_a_plain_callback_the_history_has_the_keys(tmp_path):
