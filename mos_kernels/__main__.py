@@ -1,9 +1,10 @@
-"""Commands: `python -m mos_kernels doctor | finetune | kernels | tune`."""
+"""Commands: `python -m mos_kernels doctor | finetune | report | kernels | tune`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -11,6 +12,9 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="say which backend would run here and why, and check it numerically")
     finetune = commands.add_parser("finetune", help="fine-tune a model with MoS, LoRA and others under equal settings")
+    report = commands.add_parser("report", help="draw a run: one HTML page with loss, curvature and routing")
+    report.add_argument("run", type=Path, help="the output folder of finetune, or a Trainer's output_dir")
+    report.add_argument("--output", type=Path, help="where to write the page (default: report.html in that folder)")
     kernels = commands.add_parser("kernels", help="compile the Triton kernels and list what they use; needs no GPU")
     kernels.add_argument("architectures", nargs="*", help="such as sm_90 or gfx942; default: all that are supported")
     tune = commands.add_parser("tune", help="time the Triton kernels on this GPU and store their best launch settings")
@@ -29,6 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         from mos_kernels.doctor import run
 
         return run()
+    if options.command == "report":
+        from mos_kernels.run_report import run as draw
+
+        return draw(options.run, options.output)
     if options.command == "tune":
         import torch
 

@@ -14,13 +14,17 @@ from mos_kernels.huggingface.apply import activated_parameters, apply_mos, remov
 from mos_kernels.huggingface.files import load_adapter, save_adapter
 from mos_kernels.huggingface.report import routing_report
 from mos_kernels.huggingface.targets import ffn_target_modules
+from mos_kernels.huggingface.token_masks import follow_attention_mask
 from mos_kernels.huggingface.training import MoSCallback, mos_param_groups
+from mos_kernels.run_report.log import last_complete_checkpoint
 
 __all__ = [
     "MoSCallback",
     "activated_parameters",
     "apply_mos",
     "ffn_target_modules",
+    "follow_attention_mask",
+    "last_complete_checkpoint",
     "load_adapter",
     "mos_param_groups",
     "remove_mos",

@@ -26,6 +26,7 @@ from mos_kernels.huggingface.finetune_folder import FolderError
 from mos_kernels.huggingface.finetune_model import ModelError
 from mos_kernels.huggingface.finetune_options import OptionError, adapter_config, add_adapter_arguments, given_options
 from mos_kernels.huggingface.training import mos_param_groups
+from mos_kernels.run_report.log import TRAINER_STATE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -258,7 +259,7 @@ def _run_training(trainer, checkpoint: Path | None) -> None:
     if checkpoint is None:
         trainer.train()
         return
-    state = TrainerState.load_from_json(str(checkpoint / trainers.STATE))
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
     if state.global_step < state.max_steps:
         trainer.train(resume_from_checkpoint=str(checkpoint))
     else:  # killed between the last checkpoint and the results

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.finetune_options import given_options
-from mos_kernels.huggingface.finetune_trainer import last_complete_checkpoint, remove_checkpoints_after, write_text
+from mos_kernels.huggingface.finetune_trainer import remove_checkpoints_after
+from mos_kernels.run_report.log import last_complete_checkpoint, write_text
 
 OWN_FILES = (
     "settings.json",
@@ -19,6 +20,7 @@ OWN_FILES = (
     "loss.png",
     "curvature.png",
     "routing.png",
+    "report.html",
 )
 """What a run writes into its folder, besides adapter/ and checkpoint-*/: what --overwrite may remove."""
 

@@ -19,7 +19,8 @@ import mos_kernels
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface import plots
 from mos_kernels.huggingface.finetune_model import parameter_counts
-from mos_kernels.huggingface.finetune_trainer import evaluations, write_text
+from mos_kernels.huggingface.finetune_trainer import evaluations
+from mos_kernels.run_report.log import write_text
 
 
 def write_results(args, trainer, config, names, settings: dict, summary: dict, evaluation: dict) -> None:

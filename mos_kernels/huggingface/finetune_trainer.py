@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -20,10 +19,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mos_kernels.huggingface.report import measured_routing
 from mos_kernels.huggingface.training import MoSCallback
+from mos_kernels.run_report.log import append_line, complete_lines, write_lines
 
 TRAINED = "trained.safetensors"
-STATE = "trainer_state.json"
-"""The file that Trainer writes last: a checkpoint folder in which it can be read is complete."""
 
 
 class FinetuneTrainer(Trainer):
@@ -42,7 +40,8 @@ class FinetuneTrainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(_Lines if self.args.disable_tqdm else _Progress)
-        self.mos_callback = MoSCallback.add_to(self) if is_mos else None
+        # this log has all that the callback's own file would
+        self.mos_callback = MoSCallback.add_to(self, MoSCallback(history_file=None)) if is_mos else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         os.makedirs(output_dir, exist_ok=True)
@@ -64,7 +63,7 @@ class FinetuneTrainer(Trainer):
                 )
             if self.mos_callback is not None:
                 measured = self.mos_callback.history[-1]
-                entry |= {"curvature": measured["curvature"], "share": measured["share"]}
+                entry |= {key: measured[key] for key in ("curvature", "share", "entropy")}
         self.run_log.write(entry)
 
     def evaluation_loop(self, *args, **kwargs):
@@ -100,24 +99,11 @@ def load_trained_parameters(model: torch.nn.Module, path: str | Path) -> None:
             parameter.copy_(saved[name])
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint whose writing was not interrupted; None without one."""
-    complete = [(state["global_step"], path) for path in folder.glob("checkpoint-*") if (state := _state(path))]
-    return max(complete)[1] if complete else None
-
-
 def remove_checkpoints_after(folder: Path, step: int) -> None:
     """Remove what an interrupted run left behind: checkpoints after `step`, complete or not."""
     for path in folder.glob("checkpoint-*"):
         if path.name.removeprefix("checkpoint-").isdecimal() and int(path.name.removeprefix("checkpoint-")) > step:
             shutil.rmtree(path)
-
-
-def _state(checkpoint: Path) -> dict | None:
-    try:
-        return json.loads((checkpoint / STATE).read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
 
 
 # log
@@ -131,12 +117,9 @@ class RunLog:
         self.path = path
         self.entries: list[dict] = []
         if resume_step is not None and path.is_file():
-            self.entries = [entry for entry in _complete_lines(path) if entry["step"] <= resume_step]
-        self._rewrite()
+            self.entries = [entry for entry in complete_lines(path) if entry["step"] <= resume_step]
+        write_lines(path, self.entries)
         self._started = time.perf_counter() - (self.entries[-1]["seconds"] if self.entries else 0.0)
-
-    def _rewrite(self) -> None:
-        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
 
     @property
     def seconds(self) -> float:
@@ -152,27 +135,9 @@ class RunLog:
             and self.entries[-1]["step"] == entry["step"]
         ):
             self.entries.pop()
-            self._rewrite()
+            write_lines(self.path, self.entries)
         self.entries.append({**entry, "seconds": round(self.seconds, 3)})
-        with open(self.path, "a") as file:
-            file.write(json.dumps(self.entries[-1]) + "\n")
-
-
-def _complete_lines(path: Path) -> list[dict]:
-    entries = []
-    for line in path.read_text().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:  # the line that was being written when the run was killed
-            break
-    return entries
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one step: a reader finds the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+        append_line(self.path, self.entries[-1])
 
 
 def _plain(value):

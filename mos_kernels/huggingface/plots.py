@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-COLORS = {
-    "hyperbolic": ("#08306b", "#2171b5", "#4292c6", "#6baed6", "#9ecae1"),
-    "spherical": ("#7f2704", "#d94801", "#f16913", "#fd8d3c", "#fdae6b"),
-    "euclidean": ("#252525", "#636363", "#969696", "#bdbdbd"),
-}
+from mos_kernels.run_report.charts import COLORS, layer_of, projection_of
+
 MAX_LAYERS = 8
 """Curvature panels a row: of a deeper model, layers at even distances are drawn."""
 
@@ -45,7 +41,7 @@ def plot_curvature(log: Sequence[Mapping], expert_spaces: Sequence[str], path: s
     """
     entries = [entry for entry in log if "curvature" in entry]
     steps = [entry["step"] for entry in entries]
-    names = {(_layer(name), _projection(name)): name for name in entries[0]["curvature"]} if entries else {}
+    names = {(layer_of(name), projection_of(name)): name for name in entries[0]["curvature"]} if entries else {}
     layers, projections = sorted({layer for layer, _ in names}), list(dict.fromkeys(part for _, part in names))
     shown = (
         layers
@@ -106,9 +102,9 @@ def plot_routing(
             )
     numbered = [f"{space}\n{expert_spaces[:expert].count(space) + 1}" for expert, space in enumerate(expert_spaces)]
     axes.set_xticks(range(experts), numbered, fontsize=7)
-    labels = [f"layer {_layer(name)}" if _layer(name) >= 0 else name for name in shares]
+    labels = [f"layer {layer_of(name)}" if layer_of(name) >= 0 else name for name in shares]
     if len(set(labels)) < len(labels):
-        labels = [f"{_layer(name)} {_projection(name)}" for name in shares]
+        labels = [f"{layer_of(name)} {projection_of(name)}" for name in shares]
     every = 1 if rows <= 60 else 5
     axes.set_yticks(range(0, rows, every), labels[::every], fontsize=7)
     for expert in range(1, experts):
@@ -142,17 +138,6 @@ def _space_legend(figure, expert_spaces: Sequence[str]) -> None:
     handles = [Line2D([], [], color=COLORS[space][1], lw=2) for space in first]
     names = [f"{space} at the start ({list(expert_spaces).count(space)})" for space in first]
     figure.legend(handles, names, loc="outside lower center", ncols=len(first), frameon=False, fontsize=8)
-
-
-def _layer(name: str) -> int:
-    """The index in a module's name, as the 3 of bert.encoder.layer.3.output.dense; -1 without one."""
-    found = re.search(r"\.(\d+)(\.|$)", name)
-    return int(found[1]) if found else -1
-
-
-def _projection(name: str) -> str:
-    found = re.search(r"\.\d+\.(.+)$", name)
-    return found[1] if found else name
 
 
 def _wrapped(name: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,6 +15,17 @@ from transformers.trainer_utils import IntervalStrategy, has_length
 from mos_kernels.config import SPACES
 from mos_kernels.huggingface.plan import mos_adapters, router_owners
 from mos_kernels.huggingface.report import measured_routing
+from mos_kernels.run_report.log import HISTORY, append_line, complete_lines, write_lines
+
+_SETTINGS = (
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16", "fp16",
+    "gradient_checkpointing", "torch_compile", "seed",
+)  # fmt: skip
+"""The training arguments that the history names."""
+
+UNCOMPILED_EVERY = 10
+"""Of a compiled model's steps, one in this many at most runs uncompiled to measure its routing."""
 
 
 def mos_param_groups(
@@ -69,25 +82,34 @@ class MoSCallback(TrainerCallback):
         mos/share/<space>, mos/share/max       share of the top-k assignments, 1/E at uniform routing for the maximum
         mos/entropy, mos/aux_loss              entropy of a token's gates in nats; E·Σ f·P, 1 at uniform routing
 
+    A step whose routing is measured runs uncompiled: of a compiled model that is one in ten at most, and the logs in
+    between have no routing.
+
     `history` keeps, for each logged step, {"step", "curvature": {linear: [κ̂ of each expert]}, "share": {router: [share
-    of each expert]}}, in plain JSON types. Reporters (TensorBoard, W&B) run before callbacks that are given to the
-    Trainer: `MoSCallback.add_to(trainer)` puts it first, so that they get the keys too.
+    of each expert]}, "entropy": {router: nats}}, in plain JSON types. It is also appended, with all other logs, to
+    `history_file` in the output_dir, from where a resumed run takes it up and `python -m mos_kernels report` draws it.
+
+    Reporters (TensorBoard, W&B) run before callbacks that are given to the Trainer: `MoSCallback.add_to(trainer)` puts
+    it first, so that they get the keys too.
     """
 
-    def __init__(self):
+    def __init__(self, history_file: str | None = HISTORY):
+        """history_file: its name in the output_dir; None: no file."""
         self.history: list[dict] = []
+        self.history_file = history_file
+        self._path: Path | None = None
         self._measuring: contextlib.ExitStack | None = None
         self._statistics: dict | None = None
         self._step_in_epoch: int | None = None
+        self._next_measured = 0
 
     @classmethod
-    def add_to(cls, trainer: Trainer) -> MoSCallback:
-        """Add a callback in front of the trainer's others (or move one that is there to the front) and return it."""
-        callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, cls)), None)
-        if callback is None:
-            callback = cls()
-        else:
-            trainer.callback_handler.callbacks.remove(callback)
+    def add_to(cls, trainer: Trainer, callback: MoSCallback | None = None) -> MoSCallback:
+        """Put `callback` (default: the one that is there, or a new one) in front of the trainer's others; return it."""
+        there = next((c for c in trainer.callback_handler.callbacks if isinstance(c, cls)), None)
+        if there is not None:
+            trainer.callback_handler.callbacks.remove(there)
+        callback = callback or there or cls()
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
 
@@ -95,9 +117,11 @@ class MoSCallback(TrainerCallback):
         self._stop_measuring()
         self._statistics = None
         self._step_in_epoch = None
+        self._next_measured = 0
         for layer in mos_adapters(model).values():
             if layer.mos_curvature.dtype != torch.float32:
                 layer.mos_curvature.data = layer.mos_curvature.data.float()
+        self._open_history(args, state, model)
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         resumed = self._step_in_epoch is None and not args.ignore_data_skip
@@ -119,7 +143,9 @@ class MoSCallback(TrainerCallback):
             IntervalStrategy.STEPS: step % max(state.logging_steps, 1) == 0,
             IntervalStrategy.EPOCH: is_last,
         }.get(args.logging_strategy, False)
-        if is_logged or (step == 1 and args.logging_first_step):
+        is_logged |= step == 1 and args.logging_first_step
+        if is_logged and step >= self._next_measured:
+            self._next_measured = step + (UNCOMPILED_EVERY if _is_compiled(args, model) else 1)
             self._measuring = contextlib.ExitStack()
             self._statistics = self._measuring.enter_context(measured_routing(model))
 
@@ -128,6 +154,8 @@ class MoSCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if logs is None or "loss" not in logs:  # evaluation and the summary at the end log too
+            if logs and "train_runtime" not in logs:
+                self._keep(state, logs)
             return
         curvature = _dimensionless_curvature(model)
         routing = {name: summary for name, s in (self._statistics or {}).items() if (summary := s.summary())}
@@ -136,17 +164,48 @@ class MoSCallback(TrainerCallback):
         logs.update(values)
         if state.log_history:
             state.log_history[-1].update(values)
-        share = {name: summary["share"] for name, summary in routing.items()}
-        self.history.append({"step": state.global_step, "curvature": curvature, "share": share})
+        measured = {key: {name: summary[key] for name, summary in routing.items()} for key in ("share", "entropy")}
+        self.history.append({"step": state.global_step, "curvature": curvature, **measured})
+        self._keep(state, logs, self.history[-1])
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._stop_measuring()
         _set_aux_weights(model, 1.0)
 
+    def _open_history(self, args, state, model) -> None:
+        """Start the file with the settings, or cut it off after the step from which training is resumed."""
+        self._path = None
+        if self.history_file is None or not state.is_world_process_zero:
+            return
+        self._path = Path(args.output_dir) / self.history_file
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        entries = complete_lines(self._path) if state.global_step > 0 and self._path.is_file() else []
+        entries = [entry for entry in entries if entry["step"] <= state.global_step]
+        kept = ("step", "curvature", "share", "entropy")
+        self.history = [{k: e[k] for k in kept} for e in entries if "loss" in e and "share" in e]
+        if not entries:
+            adapter = next((layer.config.to_dict() for layer in mos_adapters(model).values()), None)
+            settings = {"model": type(model).__name__, **{name: getattr(args, name, None) for name in _SETTINGS}}
+            curvature = _dimensionless_curvature(model)
+            first = {"step": state.global_step, "adapter": adapter, "settings": settings, "curvature": curvature}
+            entries = [json.loads(json.dumps(first, default=str))]
+        write_lines(self._path, entries)
+
+    def _keep(self, state, logs: dict, measured: dict | None = None) -> None:
+        if self._path is not None:
+            numbers = {key: float(value) for key, value in logs.items() if isinstance(value, (int, float))}
+            append_line(self._path, {**numbers, **(measured or {}), "step": state.global_step})
+
     def _stop_measuring(self) -> None:
         if self._measuring is not None:
             self._measuring.close()
             self._measuring = None
+
+
+def _is_compiled(args, model: nn.Module) -> bool:
+    return args.torch_compile or any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()
+    )
 
 
 def _set_aux_weights(model: nn.Module, factor: float) -> None:

@@ -10,6 +10,7 @@ from finetune_setup import run, save_bert, sentences, write_tsv
 from safetensors.torch import load_file
 
 from mos_kernels.huggingface import finetune_results, finetune_trainer
+from mos_kernels.run_report.log import TRAINER_STATE
 
 
 class Killed(BaseException):
@@ -115,7 +116,7 @@ def test_a_state_file_that_was_cut_off_is_no_checkpoint(base, uninterrupted, tmp
     with monkeypatch.context() as patched, pytest.raises(Killed):
         kill_at_call(patched, finetune_results, "_plot", 1, True)
         run(*arguments)
-    state = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name[11:])) / finetune_trainer.STATE
+    state = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name[11:])) / TRAINER_STATE
     state.write_text(state.read_text()[:100])
     with open(tmp_path / "out" / "log.jsonl", "a") as log:
         log.write('{"step": 9, "lo')

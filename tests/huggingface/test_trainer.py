@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from balance import adapted as in_float32
+from balance import assert_injected, balance_gradients, batches_seen, values
 from tiny_models import VOCABULARY, ids, mos, tiny
 from torch.testing import assert_close
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -22,17 +24,26 @@ def adapted(family="llama", dtype=torch.float32, **options):
     return model
 
 
-def trainer_for(model, folder, samples, callbacks=(), lr=0.5, eval_samples=None, **options):
+def trainer_for(model, folder, samples, callbacks=(), lr=0.5, eval_samples=None, report_to_folder=None, **options):
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=1, use_cpu=True, max_grad_norm=0.0, report_to=[],
         disable_tqdm=True, lr_scheduler_type="constant", save_strategy=options.pop("save_strategy", "no"),
         logging_steps=options.pop("logging_steps", 1), num_train_epochs=options.pop("num_train_epochs", 1), **options,
     )  # fmt: skip
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    if report_to_folder is not None:
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        callbacks = [*callbacks, TensorBoardCallback(SummaryWriter(str(report_to_folder)))]
     return Trainer(
         model, arguments, train_dataset=samples, eval_dataset=eval_samples, callbacks=list(callbacks),
         optimizers=(optimizer, None),
     )  # fmt: skip
+
+
+def hooks(model):
+    return {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
 
 
 def trained(folder, samples, callback=True, **options):
@@ -78,6 +89,51 @@ def test_a_shorter_last_group_of_an_epoch_counts_its_own_steps(tmp_path):
     assert_close(remainder, four_steps, rtol=1e-5, atol=1e-6)
 
 
+def ragged(count):
+    """Samples of other lengths, and with other numbers of tokens that have a loss, each."""
+    samples = []
+    for i in range(count):
+        tokens = ids(i, 1, 4 + 3 * (i % 3))[0]
+        samples.append({"input_ids": tokens, "labels": tokens.clone().index_fill_(0, torch.arange(i % 4), -100)})
+    return samples
+
+
+def pad(samples):
+    def padded(name, value):
+        return torch.nn.utils.rnn.pad_sequence([s[name] for s in samples], batch_first=True, padding_value=value)
+
+    tokens = padded("input_ids", 0)
+    return {"input_ids": tokens, "attention_mask": (tokens != 0).long(), "labels": padded("labels", -100)}
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "use_reentrant", "bf16", "family"),
+    [(1, None, False, "qwen2"), (2, False, False, "llama"), (4, True, False, "gemma"), (2, True, True, "llama"),
+     (4, False, True, "llama"), (4, None, False, "bert")],
+)  # fmt: skip
+def test_the_injected_gradient_in_padded_batches(tmp_path, accumulation, use_reentrant, bf16, family):
+    """Averaged over a step's batches, however many tokens with a loss Trainer divides the rest by."""
+    samples = ragged(3 * accumulation)
+    if family == "bert":
+        samples = [{**sample, "labels": torch.tensor([i % 2])} for i, sample in enumerate(samples)]
+    after = []
+    for coefficient in (5.0, 0.0):
+        model = in_float32(coefficient, family)
+        seen = batches_seen(model)
+        trainer = trainer_for(
+            model, tmp_path, samples, [MoSCallback()], gradient_accumulation_steps=accumulation, bf16=bf16,
+            gradient_checkpointing=use_reentrant is not None,
+            gradient_checkpointing_kwargs=None if use_reentrant is None else {"use_reentrant": use_reentrant},
+        )  # fmt: skip
+        trainer.args.per_device_train_batch_size = trainer._train_batch_size = 3
+        trainer.data_collator = pad
+        trainer.train()
+        assert trainer.state.global_step == 1 and len(seen) == accumulation
+        after.append(values(model))
+    expected = balance_gradients([{k: b[k] for k in ("input_ids", "attention_mask")} for b in seen], bf16, family)
+    assert_injected(*after, expected, lr=0.5, tolerance=0.1 if bf16 else 1e-3)
+
+
 class Watch(TrainerCallback):
     """The weights of the load-balancing gradient at the end of each step, and the keys that a reporter would see."""
 
@@ -115,7 +171,7 @@ def test_the_fp16_scalers_scale_is_on_the_injected_gradient():
     model, callback = adapted("gpt2", torch.float64), MoSCallback()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     args = TrainingArguments(output_dir="unused", gradient_accumulation_steps=3, use_cpu=True, logging_steps=100)
-    state, control = SimpleNamespace(global_step=0, logging_steps=100), None
+    state, control = SimpleNamespace(global_step=0, logging_steps=100, is_world_process_zero=False), None
     callback.on_train_begin(args, state, control, model=model)
     callback.on_epoch_begin(args, state, control, train_dataloader=[0] * 7)
     callback.on_step_begin(
@@ -133,6 +189,7 @@ def test_the_fp16_scalers_scale_is_on_the_injected_gradient():
 
 def test_logs_and_history(tmp_path):
     watch, model = Watch(), adapted()
+    before = hooks(model)
     trainer = trainer_for(
         model, tmp_path, [SAMPLE] * 4, [watch], logging_steps=2, num_train_epochs=2, eval_strategy="epoch",
         eval_samples=[SAMPLE],
@@ -168,7 +225,51 @@ def test_logs_and_history(tmp_path):
         atol=0,
     )
     assert_close(torch.tensor([o.mos_aux_weight.item() for o in router_owners(model).values()]), torch.full((2,), 2.5))
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert hooks(model) == before
+
+
+def test_tensorboard_gets_the_keys(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = trainer_for(adapted(), tmp_path / "out", [SAMPLE] * 3, report_to_folder=tmp_path / "tensorboard")
+    MoSCallback.add_to(trainer)
+    trainer.train()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = {key: value for key, value in trainer.state.log_history[0].items() if key.startswith("mos/")}
+    assert len(logged) == 12
+    for key, value in logged.items():
+        points = events.Scalars(f"train/{key}")
+        assert [point.step for point in points] == [1, 2, 3] and points[0].value == pytest.approx(value, rel=1e-6), key
+
+
+def test_it_comes_before_every_reporter(tmp_path):
+    """W&B's callback and all others log what they are handed, after the trainer's own callbacks."""
+    trainer = trainer_for(adapted(), tmp_path, [SAMPLE])
+    for reporter in (Watch(), Watch()):
+        trainer.add_callback(reporter)
+    MoSCallback.add_to(trainer)
+    assert isinstance(trainer.callback_handler.callbacks[0], MoSCallback)
+    trainer.train()
+    reporters = [c for c in trainer.callback_handler.callbacks if isinstance(c, Watch)]
+    assert len(reporters) == 2 and all("mos/entropy" in reporter.logged[1] for reporter in reporters)
+
+
+def test_the_report_of_a_trainers_folder(tmp_path):
+    from mos_kernels.__main__ import main
+    from mos_kernels.run_report.log import read_run
+
+    trainer = trainer_for(
+        adapted(), tmp_path, [SAMPLE] * 4, [MoSCallback()], eval_strategy="epoch", eval_samples=[SAMPLE]
+    )
+    trainer.train()
+    run = read_run(tmp_path)
+    assert [step for step, _ in run.curve("loss")] == [1, 2, 3, 4] and len(run.curve("eval_loss")) == 1
+    assert run.adapter.num_experts == 8 and run.settings["model"] == "LlamaForCausalLM"
+    assert [sorted(e["curvature"]) for e in run.entries if "curvature" in e] == [sorted(
+        name.removesuffix(".mos_curvature") for name in adapter_parameters(trainer.model) if "curvature" in name
+    )] * 5  # fmt: skip
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_text().count('class="panel"') == 6
 
 
 def test_given_as_a_plain_callback_the_history_has_the_keys(tmp_path):
@@ -250,6 +351,7 @@ def test_routing_report_leaves_padding_out_and_the_model_alone(training):
     model = adapted(lora_dropout=0.5).train(training)
     frozen = model.model.layers[0].mlp.down_proj
     frozen.training = False
+    before = hooks(model)
     modes = {name: module.training for name, module in model.named_modules()}
     tokens = ids()
     padded = torch.cat([tokens, torch.zeros(2, 3, dtype=torch.long)], 1)
@@ -260,7 +362,7 @@ def test_routing_report_leaves_padding_out_and_the_model_alone(training):
         assert b["tokens"] == 14 and c["tokens"] == 20
         assert b["share"] == pytest.approx(a["share"], abs=1e-6) and b["share"] != pytest.approx(c["share"], abs=1e-6)
     assert {name: module.training for name, module in model.named_modules()} == modes
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert hooks(model) == before
     assert all(p.grad is None for p in model.parameters())
 
 
