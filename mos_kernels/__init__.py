@@ -2,8 +2,8 @@
 
 from mos_kernels.backends import set_backend
 from mos_kernels.config import MoSConfig
-from mos_kernels.layer import MoSConv1D, MoSLinear, MoSRouter
+from mos_kernels.layer import MoSConv1D, MoSLinear, MoSRouter, MoSWrapped
 from mos_kernels.warmup import warmup
 
-__all__ = ["MoSConfig", "MoSConv1D", "MoSLinear", "MoSRouter", "__version__", "set_backend", "warmup"]
+__all__ = ["MoSConfig", "MoSConv1D", "MoSLinear", "MoSRouter", "MoSWrapped", "__version__", "set_backend", "warmup"]
 __version__ = "0.1.0"

@@ -16,13 +16,14 @@ from mos_kernels.steps import linear_backward, linear_forward, route_backward, r
 
 def mos_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
     kappa: Tensor,
     *,
     config,
+    base_output: Tensor | None = None,
     gates: Tensor | None = None,
     router: Tensor | None = None,
     aux_weight: Tensor | None = None,
@@ -35,6 +36,8 @@ def mos_linear(
     Args:
         x: (..., d_in), of the weight's dtype, or any under autocast.
         weight, bias: the base, (d_out, d_in) and (d_out,); any strides. They get gradients where they are trainable.
+        base_output: (..., d_out), what a base that is no dense product (quantised, wrapped, another adapter) made of x;
+            weight and bias are None then, and y = base_output + (α/r) Σ_e g_e o_e in base_output's dtype.
         A, B: (r, d_in) or (E, r, d_in), and (d_out, E, r); any float dtype, rounded to x's for the wide products.
         kappa: (E,) curvature.
         gates: (..., E) routing weights from elsewhere; or
@@ -43,13 +46,15 @@ def mos_linear(
         dropout_p: dropout on the adapter's input.
         prepared: what the backend's `prepare` made of B, where B is frozen.
 
-    Returns (..., d_out) in x's dtype. Second derivatives are not offered. Raises ValueError for shapes or dtypes that
-    do not fit, before anything is computed.
+    Returns (..., d_out) in x's dtype, or in base_output's, which may be another: the products with d_out are taken in
+    it, those with d_in in x's (under autocast in autocast's). float64 goes only with float64. Second derivatives are
+    not offered. Raises ValueError for shapes or dtypes that do not fit, before anything is computed.
     """
     x, weight, bias = _autocast(x, weight, bias)
-    _check(x, weight, A, B, kappa, gates, router, config)
+    _check(x, weight, bias, A, B, kappa, gates, router, base_output, config)
     backend = resolve_backend(backend, x)
-    inputs = (x, weight, bias, A, B, kappa, gates, router)
+    added = bias if base_output is None else base_output
+    inputs = (x, weight, added, A, B, kappa, gates, router)
     with torch.autocast(x.device.type, enabled=False):
         if backend == "triton" and torch.compiler.is_compiling():
             differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -83,22 +88,26 @@ def mos_route(
         return _MoSRoute.apply(x, router, aux_weight, token_mask, config, backend)
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _autocast(x: Tensor, *base: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast does for nn.Linear: the wide operands in its dtype, differentiably. float64 is left alone."""
     device_type = x.device.type
     if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
-        return x, weight, bias
+        return x, *base
     dtype = torch.get_autocast_dtype(device_type)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return tuple(None if t is None else t.to(dtype) for t in (x, *base))
 
 
-def _check(x, weight, A, B, kappa, gates, router, config) -> None:
-    d_out, d_in = weight.shape
+def _check(x, weight, bias, A, B, kappa, gates, router, base_output, config) -> None:
+    if (weight is None) == (base_output is None) or (weight is None and bias is not None):
+        raise ValueError("pass the base as weight and bias, or as base_output, what it made of x: one of the two")
+    d_out, d_in = weight.shape if weight is not None else (B.shape[0], A.shape[-1])
     if x.dim() == 0:
         raise ValueError(f"x is a single number (0-d): the layer reads (..., {d_in})")
     if x.shape[-1] != d_in:
         raise ValueError(f"x has width {x.shape[-1]} (shape {tuple(x.shape)}), the layer reads in_features={d_in}")
-    if x.dtype != weight.dtype or not x.is_floating_point():
+    if base_output is not None:
+        _check_base_output(x, base_output, d_out)
+    elif x.dtype != weight.dtype or not x.is_floating_point():
         raise ValueError(
             f"x is {x.dtype} and the weight is {weight.dtype}: cast one of them, or run under torch.autocast"
         )
@@ -121,6 +130,16 @@ def _check(x, weight, A, B, kappa, gates, router, config) -> None:
         raise ValueError(f"gates have shape {tuple(gates.shape)}, x asks for {(*x.shape[:-1], E)}")
 
 
+def _check_base_output(x: Tensor, base_output: Tensor, d_out: int) -> None:
+    if tuple(base_output.shape) != (*x.shape[:-1], d_out):
+        raise ValueError(f"base_output has shape {tuple(base_output.shape)}, x and B ask for {(*x.shape[:-1], d_out)}")
+    is_float = x.is_floating_point() and base_output.is_floating_point()
+    if not is_float or (x.dtype == torch.float64) != (base_output.dtype == torch.float64):
+        raise ValueError(
+            f"x is {x.dtype} and base_output is {base_output.dtype}: both must be float64, or both other floats"
+        )
+
+
 def _refuse_second_derivatives() -> None:
     """Raise under create_graph=True, where the gradient's own graph would silently miss the adapter."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -131,11 +150,24 @@ def _refuse_second_derivatives() -> None:
 
 class _MoSLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, kappa, gates, router, aux_weight, dropout_p, prepared, config, backend):
+    def forward(ctx, x, weight, added, A, B, kappa, gates, router, aux_weight, dropout_p, prepared, config, backend):
         y, *saved = linear_forward(
-            x, weight, bias, A, B, kappa, gates, router, dropout_p, prepared, config, backend, any(ctx.needs_input_grad)
+            x,
+            weight,
+            added,
+            A,
+            B,
+            kappa,
+            gates,
+            router,
+            dropout_p,
+            prepared,
+            config,
+            backend,
+            any(ctx.needs_input_grad),
         )
-        ctx.save_for_backward(x, weight, bias, A, B, kappa, gates, router, aux_weight, *saved)
+        added = added if weight is not None else None  # backward has no use for the base's output
+        ctx.save_for_backward(x, weight, added, A, B, kappa, gates, router, aux_weight, *saved)
         ctx.options = (dropout_p, config, backend)
         return y
 

@@ -1,4 +1,7 @@
-"""The modules: `MoSLinear` and `MoSConv1D` replace a frozen linear, `MoSRouter` serves the linears of an FFN block."""
+"""The modules: `MoSLinear` and `MoSConv1D` replace a frozen dense linear, `MoSWrapped` holds any other base.
+
+`MoSRouter` serves the linears of an FFN block.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,14 @@ ADAPTER_PARAMETERS = ("mos_lora_A", "mos_lora_B", "mos_router", "mos_curvature")
 """The trainable parameters of a layer, by name; a block's router contributes `mos_router.weight`."""
 
 ROUTER_INIT_STD = 0.02
+_DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Frozen(NamedTuple):
     """What only training changes, computed once by `freeze_for_inference`."""
 
     backend: str
+    dtype: torch.dtype  # of the base's input and output
     kappa: Tensor
     A: Tensor  # in the base's dtype
     prepared: tuple  # the backend's, from B
@@ -61,7 +66,7 @@ class _Float32State(nn.Module):
 
 
 class MoSLayer(_Float32State):
-    """What the adapted linears share. A subclass owns the base's `weight` and `bias` and says how wide it is.
+    """What the adapted linears share. A subclass has the base's `weight` and `bias` and says how wide it is.
 
     Parameters: mos_lora_A (r, d_in), or (E, r, d_in) with share_a=False; mos_lora_B (d_out, E, r); mos_curvature (E,),
     the trained offset θ, always float32; mos_router (E, d_in) with router_scope="linear", else None. A, B and router
@@ -77,10 +82,10 @@ class MoSLayer(_Float32State):
         self.config = config
         self.aux_coefficient = config.router_aux_loss_coef
         self._frozen: Frozen | None = None
-        device = self.weight.device
-        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        device, base_dtype = self._base_device_and_dtype()
+        wide = torch.float64 if base_dtype == torch.float64 else torch.float32
 
-        def empty(*shape, dtype=dtype):
+        def empty(*shape, dtype=wide):
             return torch.empty(*shape, device=device, dtype=dtype)
 
         self.mos_lora_A = nn.Parameter(empty(r, d_in) if config.share_a else empty(E, r, d_in))
@@ -92,6 +97,13 @@ class MoSLayer(_Float32State):
         self.register_parameter("mos_router", nn.Parameter(empty(E, d_in)) if own_router else None)
         self.register_buffer("mos_aux_weight", empty(1, dtype=torch.float32) if own_router else None, persistent=False)
         self.reset_adapter_parameters()
+        self._freeze_base()
+
+    def _base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """Where the base is, and the dtype of its input (a guess where the base is quantised)."""
+        return self.weight.device, self.weight.dtype
+
+    def _freeze_base(self) -> None:
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -135,16 +147,22 @@ class MoSLayer(_Float32State):
         """The base's weight as (d_out, d_in)."""
         return self.weight
 
+    def _base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """weight and bias of a dense base, or the output on x of one that runs by itself."""
+        return self._dense_weight, self.bias, None
+
     def forward(self, x: Tensor, gates: Tensor | None = None, backend: str = "auto") -> Tensor:
         """y = base(x) + adapter(x). x (..., d_in), gates (..., E) or None for the layer's own router -> (..., d_out).
 
         Raises ValueError for a width, dtype, gates or backend that do not fit; the message names the remedy.
         """
-        frozen = self._frozen if self._frozen is not None and self._may_use_frozen(x, backend) else None
-        kappa, A, prepared = frozen[1:] if frozen else (self.curvature, self.mos_lora_A, None)
+        weight, bias, base_output = self._base(x)
+        dtype = x.dtype if base_output is None else base_output.dtype
+        frozen = self._frozen if self._frozen is not None and self._may_use_frozen(x, dtype, backend) else None
+        kappa, A, prepared = frozen[2:] if frozen else (self.curvature, self.mos_lora_A, None)
         return mos_linear(
-            x, self._dense_weight, self.bias, A, self.mos_lora_B, kappa,
-            config=self.config, gates=gates, router=self.mos_router if gates is None else None,
+            x, weight, bias, A, self.mos_lora_B, kappa,
+            config=self.config, base_output=base_output, gates=gates, router=self.mos_router if gates is None else None,
             aux_weight=_injected_aux_weight(self), dropout_p=self.config.lora_dropout if self.training else 0.0,
             prepared=prepared, backend=backend,
         )  # fmt: skip
@@ -162,15 +180,18 @@ class MoSLayer(_Float32State):
         place does not, so freeze after that. Returns the layer.
         """
         self.eval()
-        name, dtype = resolve_backend("auto", self.weight), self.weight.dtype
+        device, dtype = self._base_device_and_dtype()
+        name = resolve_backend("auto", torch.empty(0, device=device, dtype=dtype))
         backend = load_backend(name)
         with torch.no_grad():
             A = backend.operand(self.mos_lora_A, dtype)
-            self._frozen = Frozen(name, self.curvature, A, backend.prepare(self.mos_lora_B, dtype, self.config))
+            self._frozen = Frozen(name, dtype, self.curvature, A, backend.prepare(self.mos_lora_B, dtype, self.config))
         return self
 
-    def _may_use_frozen(self, x: Tensor, backend: str) -> bool:
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or x.dtype != self.weight.dtype:
+    def _may_use_frozen(self, x: Tensor, dtype: torch.dtype, backend: str) -> bool:
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return False
+        if not x.dtype == dtype == self._frozen.dtype:
             return False
         return self._frozen.backend == resolve_backend(backend, x)
 
@@ -256,6 +277,77 @@ class MoSConv1D(MoSLayer):
         return self.weight.t()
 
 
+class MoSWrapped(MoSLayer):
+    """Any other linear, `base_layer`, which runs as it is, with a Mixture-of-Space adapter added to its output.
+
+    For a base whose weight is no dense parameter: quantised by bitsandbytes, torchao and others, parametrised, or with
+    a forward of its own. Else as `MoSLinear`; y has the dtype of the base's output. In a state dict the base's tensors
+    keep the names that they have without the adapter, so a checkpoint of the whole model loads into the model without
+    adapters.
+    """
+
+    def __init__(self, base_layer: nn.Module, config: MoSConfig):
+        super().__init__()
+        if isinstance(base_layer, MoSLayer):
+            raise ValueError("this linear has a MoS adapter already: start from its base")
+        names = ("nx", "nf") if type(base_layer).__name__ == "Conv1D" else ("in_features", "out_features")
+        widths = [getattr(base_layer, name, None) for name in names]
+        if not all(isinstance(width, int) for width in widths):
+            raise TypeError(
+                f"{type(base_layer).__name__} has no {' and '.join(names)}: MoSWrapped adapts linear modules"
+            )
+        self.in_features, self.out_features = widths
+        self.base_layer = base_layer
+        self._add_adapter(config)
+        self.train(base_layer.training)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, config: MoSConfig) -> MoSWrapped:
+        """Adapt `linear`, which stays as it is and is frozen."""
+        return cls(linear, config)
+
+    def to_linear(self) -> nn.Module:
+        """The base."""
+        return self.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's, in whatever form it has there."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def _base(self, x: Tensor) -> tuple[None, None, Tensor]:
+        return None, None, self.base_layer(x)
+
+    def _base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        tensors = [*self.base_layer.parameters(), *self.base_layer.buffers()]
+        floats = [t.dtype for t in tensors if t.dtype in _DENSE_DTYPES]
+        dtype = getattr(self.base_layer, "compute_dtype", None)
+        if not isinstance(dtype, torch.dtype):
+            dtype = floats[0] if floats else torch.get_default_dtype()
+        return (tensors[0].device if tensors else torch.get_default_device()), dtype
+
+    def _freeze_base(self) -> None:
+        for parameter in self.base_layer.parameters():
+            parameter.requires_grad_(False)
+
+    def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False):
+        found = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        inner = f"{prefix}base_layer."
+        for name in [name for name in found if name.startswith(inner)]:
+            found[prefix + name.removeprefix(inner)] = found.pop(name)
+        return found
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        own = tuple(f"{prefix}{name}" for name in ("base_layer.", "mos_"))
+        for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(own)]:
+            state_dict[f"{prefix}base_layer.{name.removeprefix(prefix)}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
 class MoSRouter(_Float32State):
     """The router of an FFN block: x (..., d_in) -> gates (..., E), used by every adapted linear of the block.
 
@@ -327,17 +419,23 @@ class _Curvature(torch.autograd.Function):
         return gradient.to(ctx.dtype), None, None
 
 
-def _require_dense(linear: nn.Module) -> None:
+def is_dense(linear: nn.Module) -> bool:
+    """Whether the weight is a parameter that holds its numbers as they are: not computed, quantised or packed."""
     weight = linear._parameters.get("weight")
-    if weight is None:
+    return weight is not None and weight.dtype in _DENSE_DTYPES and not _is_packed(weight)
+
+
+def _is_packed(weight: Tensor) -> bool:
+    """A subclass that stands for other numbers than it stores, as torchao's do. A DTensor is none."""
+    kind = type(weight.data)
+    return kind not in (Tensor, nn.Parameter) and not kind.__module__.startswith("torch.")
+
+
+def _require_dense(linear: nn.Module) -> None:
+    if not is_dense(linear):
         raise TypeError(
-            f"the weight of this {type(linear).__name__} is computed, not a parameter (parametrised?): remove the "
-            "parametrisation first"
-        )
-    if not weight.is_floating_point():
-        raise TypeError(
-            f"the weight of this {type(linear).__name__} is {weight.dtype} (quantised?): a base in float64, float32, "
-            "bfloat16 or float16 is supported"
+            f"the weight of this {type(linear).__name__} is no dense parameter (parametrised, quantised?): use "
+            "MoSWrapped(linear, config), which runs the base as it is"
         )
 
 

@@ -34,8 +34,8 @@ def _owned(t: Tensor) -> Tensor:
 @torch.library.custom_op("mos_kernels::linear", mutates_args=())
 def linear(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weight: Tensor | None,
+    added: Tensor | None,
     A: Tensor,
     B: Tensor,
     kappa: Tensor,
@@ -47,16 +47,19 @@ def linear(
     backend: str,
     differentiable: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, p, n, logits and dropout's state; all but y empty unless differentiable. config: MoSConfig as JSON."""
+    """y, p, n, logits and dropout's state; all but y empty unless differentiable. config: MoSConfig as JSON.
+
+    added: the bias, or without a weight the base's output, as in `steps`.
+    """
     y, *saved = steps.linear_forward(
-        x, weight, bias, A, B, kappa, gates, router, dropout_p, None, _config(config), backend, differentiable
+        x, weight, added, A, B, kappa, gates, router, dropout_p, None, _config(config), backend, differentiable
     )
     return y, *(_absent(x) if t is None or not differentiable else t for t in saved)
 
 
 @linear.register_fake
-def _(x, weight, bias, A, B, kappa, gates, router, aux_weight, dropout_p, config, backend, differentiable):
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+def _(x, weight, added, A, B, kappa, gates, router, aux_weight, dropout_p, config, backend, differentiable):
+    y = x.new_empty(*x.shape[:-1], B.shape[0], dtype=x.dtype if weight is not None else added.dtype)
     if not differentiable:
         return y, *(_absent(x) for _ in range(4))
     tokens = x.reshape(-1, x.shape[-1])
@@ -77,8 +80,8 @@ def _(x, weight, bias, A, B, kappa, gates, router, aux_weight, dropout_p, config
 def linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weight: Tensor | None,
+    added: Tensor | None,
     A: Tensor,
     B: Tensor,
     kappa: Tensor,
@@ -94,9 +97,12 @@ def linear_backward(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the first eight arguments of `linear`; empty where `needs` does not ask for them."""
+    """Gradients of the first eight arguments of `linear`; empty where `needs` does not ask for them.
+
+    That of a base's output is dy, which an op may not return: `needs` never asks for it.
+    """
     gradients = steps.linear_backward(
-        dy, x, weight, bias, A, B, kappa, gates, router, aux_weight, p, n,
+        dy, x, weight, added, A, B, kappa, gates, router, aux_weight, p, n,
         logits if gates is None else None, dropout_state if dropout_p > 0 else None,
         dropout_p, _config(config), backend, tuple(needs),
     )  # fmt: skip
@@ -105,23 +111,30 @@ def linear_backward(
 
 @linear_backward.register_fake
 def _(
-    dy, x, weight, bias, A, B, kappa, gates, router, aux_weight, p, n, logits, state, dropout_p, config, backend, needs
+    dy, x, weight, added, A, B, kappa, gates, router, aux_weight, p, n, logits, state, dropout_p, config, backend, needs
 ):
-    inputs = (x, weight, bias, A, B, kappa, gates, router)
+    inputs = (x, weight, added, A, B, kappa, gates, router)
     return tuple(t.new_empty(t.shape) if need else _absent(x) for t, need in zip(inputs, needs, strict=True))
 
 
 def _linear_setup(ctx, inputs, output) -> None:
     *tensors, dropout_p, config, backend, _ = inputs
     _, *saved = output
+    if tensors[1] is None:  # backward has no use for the base's output
+        tensors[2] = None
     ctx.save_for_backward(*tensors, *saved)
     ctx.options = (dropout_p, config, backend)
 
 
 def _linear_backward(ctx, dy, *_):
     needs = list(ctx.needs_input_grad[:8])
+    through_base = needs[2] and ctx.saved_tensors[1] is None
+    needs[2] = needs[2] and not through_base
     gradients = linear_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 5
+    gradients = [g if need else None for g, need in zip(gradients, needs, strict=True)]
+    if through_base:
+        gradients[2] = dy
+    return *gradients, *(None,) * 5
 
 
 linear.register_autograd(_linear_backward, setup_context=_linear_setup)

@@ -2,6 +2,10 @@
 
 The adapter goes first. expand writes y₀ and the base product accumulates into it; backward writes dx₀ and the base's
 dy·W accumulates into that: no buffer is read twice, and there is one rounding fewer than in base + adapter.
+
+A base that is no dense product (quantised, wrapped, another adapter) runs by itself, before. Then `weight` is None,
+`added` is its output (..., d_out) in the place of the bias, and expand writes the sum. Products with d_out are taken
+in that output's dtype, which is y's, products with d_in in x's.
 """
 
 from __future__ import annotations
@@ -16,8 +20,8 @@ Gradients = tuple[Tensor | None, ...]
 
 def linear_forward(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weight: Tensor | None,
+    added: Tensor | None,
     A: Tensor,
     B: Tensor,
     kappa: Tensor,
@@ -33,24 +37,27 @@ def linear_forward(
     steps = load_backend(backend)
     compute = steps.compute_dtype(x.dtype)
     tokens, curvature = x.reshape(-1, x.shape[-1]), kappa.to(compute)
+    dtype = x.dtype if weight is not None else added.dtype
+    addend = added if weight is not None else added.reshape(-1, added.shape[-1])
     dropout = steps.draw_dropout(tokens, dropout_p) if dropout_p > 0 else None
     p, n, logits = steps.shrink(tokens, A, router, dropout, differentiable)
     routed, own_router = _routed(gates, logits, compute)
-    prepared = steps.prepare(B, x.dtype, config) if prepared is None else prepared
+    prepared = steps.prepare(B, dtype, config) if prepared is None else prepared
     if config.activation == "identity":
         z, _ = steps.bridge(p, n, routed, own_router, curvature, prepared, config)
-        y = steps.expand(z, prepared, bias, x.dtype)
+        y = steps.expand(z, prepared, addend, dtype)
     else:
-        y = steps.bridge_expand(p, n, routed, own_router, curvature, prepared, bias, x.dtype, config)
-    y.addmm_(tokens, weight.t())
-    return y.view(*x.shape[:-1], weight.shape[0]), p, n, logits, None if dropout is None else dropout[0]
+        y = steps.bridge_expand(p, n, routed, own_router, curvature, prepared, addend, dtype, config)
+    if weight is not None:
+        y.addmm_(tokens, weight.t())
+    return y.view(*x.shape[:-1], B.shape[0]), p, n, logits, None if dropout is None else dropout[0]
 
 
 def linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weight: Tensor | None,
+    added: Tensor | None,
     A: Tensor,
     B: Tensor,
     kappa: Tensor,
@@ -66,16 +73,20 @@ def linear_backward(
     backend: str,
     needs: tuple[bool, ...],
 ) -> Gradients:
-    """Gradients of x, weight, bias, A, B, kappa, gates and router, each in its tensor's dtype, where `needs` asks."""
-    needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_kappa, needs_gates, needs_router = needs
+    """Gradients of x, weight, added, A, B, kappa, gates and router, each in its tensor's dtype, where `needs` asks.
+
+    That of a base's output is dy itself.
+    """
+    needs_x, needs_weight, needs_added, needs_A, needs_B, needs_kappa, needs_gates, needs_router = needs
     steps = load_backend(backend)
     compute = steps.compute_dtype(x.dtype)
-    tokens, dy, curvature = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), kappa.to(compute)
+    upstream, dy = dy, dy.reshape(-1, dy.shape[-1])
+    tokens, curvature = x.reshape(-1, x.shape[-1]), kappa.to(compute)
     dropout = None if dropout_state is None else steps.Dropout(dropout_state, dropout_p)
     routed, own_router = _routed(gates, logits, compute)
     aux_weight = aux_weight if needs_router else None
 
-    prepared = steps.prepare(B, x.dtype, config)
+    prepared = steps.prepare(B, dy.dtype, config)
     if config.activation == "identity":
         z, bridged = steps.bridge(p, n, routed, own_router, curvature, prepared, config)
         dz, dB = steps.expand_backward(dy, z, prepared, needs_B)
@@ -89,11 +100,14 @@ def linear_backward(
         tokens, A, router, d.p, d.n, dlogits, dropout, (needs_x, needs_A, needs_router)
     )
     if needs_x:
-        dx = dx.addmm_(dy, weight).view(x.shape)
+        dx = (dx if weight is None else dx.addmm_(dy, weight)).view(x.shape)
+    dadded = None
+    if needs_added:
+        dadded = upstream if weight is None else dy.sum(0, dtype=compute).to(added.dtype)
     return (
         dx,
         (dy.t() @ tokens).to(weight.dtype) if needs_weight else None,
-        dy.sum(0, dtype=compute).to(bias.dtype) if needs_bias else None,
+        dadded,
         dA.to(A.dtype) if needs_A else None,
         dB.to(B.dtype) if needs_B else None,
         d.kappa.to(kappa.dtype) if needs_kappa else None,

@@ -21,23 +21,24 @@ def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     for module in model.modules():
         if not isinstance(module, (MoSLayer, MoSRouter)):
             continue
-        weight = module.weight
-        x_dtype = dtype or (weight.dtype if isinstance(module, MoSLayer) else torch.get_default_dtype())
-        probe = torch.empty(0, dtype=x_dtype, device=weight.device)
-        if resolve_backend("auto", probe) != "triton":
+        if isinstance(module, MoSLayer):
+            device, x_dtype = module._base_device_and_dtype()
+            shape, bias = tuple(module.mos_lora_B.shape), getattr(module, "bias", None) is not None
+        else:
+            device, x_dtype, shape, bias = module.weight.device, torch.get_default_dtype(), module.weight.shape, False
+        x_dtype = dtype or x_dtype
+        if resolve_backend("auto", torch.empty(0, dtype=x_dtype, device=device)) != "triton":
             continue
-        bias = getattr(module, "bias", None) is not None
-        key = (type(module), module.config.json, tuple(weight.shape), x_dtype, weight.device, bias, module.training)
+        key = (type(module), module.config.json, shape, module.in_features, x_dtype, device, bias, module.training)
         if key not in seen:
             seen.add(key)
-            _run(module, x_dtype)
+            _run(module, x_dtype, device)
     return len(seen)
 
 
-def _run(module: nn.Module, dtype: torch.dtype) -> None:
+def _run(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     from mos_kernels.backends.triton.launch import DECODE_TOKENS
 
-    device = module.weight.device
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         for tokens in (DECODE_TOKENS, DECODE_TOKENS + 1):
@@ -60,9 +61,11 @@ def _forward(module: nn.Module, x: Tensor, differentiable: bool) -> Tensor:
         return mos_route(x, stand_in(module.weight), config=config, aux_weight=aux)
     own = module.mos_router is not None
     gates = None if own else stand_in(torch.zeros(x.shape[0], config.num_experts, device=x.device))
+    weight, bias, base_output = module._base(x)
+    weight = None if weight is None else stand_in(weight, False).to(x.dtype)
     return mos_linear(
-        x, stand_in(module._dense_weight, False).to(x.dtype), stand_in(module.bias, False), stand_in(module.mos_lora_A),
-        stand_in(module.mos_lora_B), stand_in(module.curvature), config=config, gates=gates,
+        x, weight, stand_in(bias, False), stand_in(module.mos_lora_A), stand_in(module.mos_lora_B),
+        stand_in(module.curvature), config=config, base_output=base_output, gates=gates,
         router=stand_in(module.mos_router), aux_weight=aux if own else None,
         dropout_p=config.lora_dropout if module.training else 0.0,
     )  # fmt: skip

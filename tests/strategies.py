@@ -22,22 +22,26 @@ from mos_kernels.config import SPACES
 
 ACTIVATIONS = ("identity", "tanh", "silu", "gelu")
 GEOMETRIES = (("stereographic", "ball"), ("stereographic", "raw"), ("exp_log", "ball"))
-INPUTS = ("x", "weight", "bias", "A", "B", "kappa", "gates", "router")
+INPUTS = ("x", "weight", "bias", "base_output", "A", "B", "kappa", "gates", "router")
 
 
 @dataclass(frozen=True)
 class Case:
-    """The arguments of one call. Tensors are leaves that require grad; gates or router is None, bias may be."""
+    """The arguments of one call. Tensors are leaves that require grad; gates or router is None, bias may be.
+
+    base_output: what a base made of x that is no dense product; weight and bias are None then.
+    """
 
     config: MoSConfig
     x: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     A: Tensor
     B: Tensor
     kappa: Tensor
     gates: Tensor | None
     router: Tensor | None
+    base_output: Tensor | None = None
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -49,28 +53,37 @@ class Case:
     def to(self, dtype: torch.dtype, adapter_dtype: torch.dtype | None = None) -> Case:
         """Fresh leaves: x, weight, bias in dtype; the others in adapter_dtype, by default float32 at least."""
         narrow = adapter_dtype or torch.promote_types(dtype, torch.float32)
-        wide = {"x", "weight", "bias"}
+        wide = {"x", "weight", "bias", "base_output"}
         return self.replace(**{n: leaf(t, dtype if n in wide else narrow) for n, t in self.inputs.items()})
+
+    def wrapped(self, dtype: torch.dtype | None = None) -> Case:
+        """The same with a base that runs by itself, whose output is a leaf, in dtype."""
+        output = torch.nn.functional.linear(self.x.detach(), self.weight.detach(), self.bias)
+        return self.replace(weight=None, bias=None, base_output=leaf(output, dtype))
 
     def ours(self, backend: str = "eager", **options) -> Tensor:
         """The operation under test."""
         return mos_linear(
             self.x, self.weight, self.bias, self.A, self.B, self.kappa,
-            gates=self.gates, router=self.router, config=self.config, backend=backend, **options,
+            base_output=self.base_output, gates=self.gates, router=self.router, config=self.config, backend=backend,
+            **options,
         )  # fmt: skip
 
     def reference(self, layer: Callable = reference.layer.mos_linear, **options) -> Tensor:
         """The paper's formula in the dtype of x; `layer` is `mos_linear` or `mos_linear_per_expert` of reference/."""
-        c = self.config
-        return layer(
-            self.x, self.weight, self.bias, self.A, self.B, self.kappa, gates=self.gates, router=self.router,
+        c, weight = self.config, self.weight
+        if weight is None:
+            weight = self.x.new_zeros(self.B.shape[0], self.x.shape[-1])
+        y = layer(
+            self.x, weight, self.bias, self.A, self.B, self.kappa, gates=self.gates, router=self.router,
             scaling=c.scaling, num_experts_per_tok=c.num_experts_per_tok, norm_topk_prob=c.norm_topk_prob,
             activation=c.activation, mapping=c.mapping, domain=c.domain, boundary_eps=c.boundary_eps, **options,
         )  # fmt: skip
+        return y if self.base_output is None else y + self.base_output
 
     def upstream(self, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
         """A gradient of the output."""
-        return normal(seed, *self.x.shape[:-1], self.weight.shape[0]).to(dtype)
+        return normal(seed, *self.x.shape[:-1], self.B.shape[0]).to(dtype)
 
     def gradients(self, y: Tensor, dy: Tensor | None = None) -> dict[str, Tensor]:
         """The gradient of every input; zeros for one that y does not depend on."""

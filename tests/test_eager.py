@@ -46,9 +46,9 @@ def assert_as_reference(case, dy=None, **options):
 
 
 @settings(max_examples=150)
-@given(case=cases())
-def test_output_and_every_gradient_equal_the_reference(case):
-    assert_as_reference(case)
+@given(case=cases(), wrapped=st.booleans())
+def test_output_and_every_gradient_equal_the_reference(case, wrapped):
+    assert_as_reference(case.wrapped() if wrapped else case)
 
 
 @settings(max_examples=40)

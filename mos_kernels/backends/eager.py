@@ -317,13 +317,16 @@ def _into_space_backward(dh: Tensor, n: Tensor, curved: Curved, shared_p: bool) 
     )
 
 
-# expand: z, B, bias -> y₀
+# expand: z, B and what is added -> y₀
 
 
-def expand(z: Tensor, prepared: Prepared, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """y₀ = z·Bcatᵀ + bias (T, d_out) in `dtype`, which the base's x·Wᵀ is then added to."""
+def expand(z: Tensor, prepared: Prepared, added: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y₀ = z·Bcatᵀ + added (T, d_out) in `dtype`.
+
+    added: the bias (d_out,), where the base's x·Wᵀ is to follow; or the output (T, d_out) of a base that ran by itself.
+    """
     z, Bcat = operand(z, dtype), prepared.B.flatten(1).t()
-    return z @ Bcat if bias is None else torch.addmm(bias.to(dtype), z, Bcat)
+    return z @ Bcat if added is None else torch.addmm(added.to(dtype), z, Bcat)
 
 
 def expand_backward(dy: Tensor, z: Tensor, prepared: Prepared, needs_dB: bool) -> tuple[Tensor, Tensor | None]:
@@ -373,18 +376,18 @@ def bridge_expand(
     own_router: bool,
     kappa: Tensor,
     prepared: Prepared,
-    bias: Tensor | None,
+    added: Tensor | None,
     dtype: torch.dtype,
     config,
 ) -> Tensor:
-    """y₀ = bias + (α/r) Σ_e g_e e_e φ(B_e h_e) (T, d_out) in `dtype`."""
+    """y₀ = added + (α/r) Σ_e g_e e_e φ(B_e h_e) (T, d_out) in `dtype`; added as in `expand`."""
     B, gates = prepared.B, route(routed, config) if own_router else routed
     h = _into_space(p, n, kappa, config).h
     y0 = torch.empty(h.shape[0], B.shape[0], dtype=dtype, device=h.device)
     for chunk in _chunks(*y0.shape):
         total = torch.zeros(y0[chunk].shape, dtype=h.dtype, device=h.device)
-        if bias is not None:
-            total += bias
+        if added is not None:
+            total += added[chunk] if added.dim() == 2 else added
         for expert in range(B.shape[1]):
             u = _activation(narrow_matmul(h[chunk, expert], B[:, expert].t(), dtype), config.activation)
             q = squared_norm(u)

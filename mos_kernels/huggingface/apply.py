@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.blocks import add_router, remove_router
 from mos_kernels.huggingface.plan import Plan, adapter_parameters, make_plan, router_owners
 from mos_kernels.huggingface.targets import refuse_offloaded
-from mos_kernels.layer import MoSConv1D, MoSLayer, MoSRouter
+from mos_kernels.layer import MoSConv1D, MoSLayer, MoSRouter, MoSWrapped
 
 _STATE = "_mos_adapter"
 
@@ -134,7 +135,7 @@ def activated_parameters(model: nn.Module) -> ParameterCount:
     """
     adapter = adapter_parameters(model)
     own = {id(parameter) for parameter in adapter.values()}
-    base = sum(p.numel() for p in model.parameters() if id(p) not in own)
+    base = sum(_numel(p) for p in model.parameters() if id(p) not in own)
     activated = sum(owner.weight.numel() for owner in router_owners(model).values() if isinstance(owner, MoSRouter))
     for layer in (module for module in model.modules() if isinstance(module, MoSLayer)):
         config = layer.config
@@ -148,20 +149,27 @@ def activated_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(base, sum(p.numel() for p in adapter.values()), activated)
 
 
+def _numel(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter stands for; those of bitsandbytes' 4-bit weights are packed."""
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return parameter.numel() if shape is None else shape.numel()
+
+
 def _replace(model: nn.Module, names: Iterable[str], old: nn.Module, new: nn.Module) -> None:
     if hasattr(old, "_is_hf_initialized"):  # else transformers' init_weights would draw the base's weights anew
         new._is_hf_initialized = old._is_hf_initialized
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
-    if hasattr(old, "_hf_hook"):  # accelerate's, which moves inputs between devices
+    if hasattr(old, "_hf_hook") and not hasattr(new, "_hf_hook"):  # accelerate's, which moves inputs between devices
         from accelerate.hooks import add_hook_to_module
 
-        add_hook_to_module(new, old._hf_hook)
+        # a base that goes on running keeps its own: a hook remembers where one input came from
+        add_hook_to_module(new, copy.copy(old._hf_hook) if isinstance(new, MoSWrapped) else old._hf_hook)
 
 
 def _plain(layer: MoSLayer) -> nn.Module:
-    if not isinstance(layer, MoSConv1D):
+    if not isinstance(layer, MoSConv1D):  # MoSWrapped gives back the very base
         return layer.to_linear()
     with torch.device("meta"):
         conv1d = Conv1D(layer.nf, layer.nx)

@@ -18,8 +18,8 @@ import types
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from mos_kernels.huggingface.targets import is_linear
 from mos_kernels.layer import MoSRouter
 
 
@@ -263,4 +263,4 @@ def _unwind(expression) -> tuple[tuple[str, ...], tuple]:
 
 
 def _is_linear(block: nn.Module, name: str) -> bool:
-    return isinstance(getattr(block, name), (nn.Linear, Conv1D))
+    return is_linear(getattr(block, name))

@@ -97,7 +97,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
     if applied is None:
         plan = make_plan(model, config)
         shapes = adapter_shapes(plan)
-        on_meta = [linear.name for linear in plan.linears if linear.target.module.weight.is_meta]
+        on_meta = [linear.name for linear in plan.linears if _is_meta(linear.target.module)]
     else:
         _require_equal(applied.config, config)
         shapes = {name: tuple(parameter.shape) for name, parameter in adapter_parameters(model).items()}
@@ -131,6 +131,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
             fixed = name.endswith("mos_curvature") and not config.learn_curvature
             target.requires_grad_(is_trainable and not fixed)
     return list(layers)
+
+
+def _is_meta(module: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()])
 
 
 def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.blocks import FFNForm, recognise
-from mos_kernels.huggingface.targets import Target, find_targets
-from mos_kernels.layer import ADAPTER_PARAMETERS, MoSConv1D, MoSLayer, MoSLinear, MoSRouter
+from mos_kernels.huggingface.targets import Target, find_targets, in_features, layer_kind
+from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, MoSLinear, MoSRouter
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class PlannedLinear:
 
     def build(self) -> MoSLayer:
         """The adapted layer, which takes over weight and bias and freezes them."""
-        kind = MoSConv1D if isinstance(self.target.module, Conv1D) else MoSLinear
-        return kind.from_linear(self.target.module, self.config)
+        return layer_kind(self.target.module).from_linear(self.target.module, self.config)
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,9 @@ class PlannedBlock:
 
     def build(self) -> MoSRouter:
         reads_input = getattr(self.block, self.form.inputs[0])
-        weight = reads_input.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return MoSRouter(_in_features(reads_input), self.config, device=weight.device, dtype=dtype).train(
+        tensor = next(iter([*reads_input.parameters(), *reads_input.buffers()]))
+        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        return MoSRouter(in_features(reads_input), self.config, device=tensor.device, dtype=dtype).train(
             self.block.training
         )
 
@@ -117,13 +116,11 @@ def adapter_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for linear in plan.linears:
         base = linear.target.module
-        if isinstance(base, Conv1D):
-            layer = MoSConv1D(base.nf, base.nx, config=linear.config, device="meta")
-        else:
-            layer = MoSLinear(base.in_features, base.out_features, config=linear.config, device="meta")
+        d_out = base.nf if isinstance(base, Conv1D) else base.out_features
+        layer = MoSLinear(in_features(base), d_out, config=linear.config, device="meta")
         shapes |= {f"{linear.name}.{name}": tuple(p.shape) for name, p in own_adapter_parameters(layer).items()}
     for block in plan.blocks:
-        width = _in_features(getattr(block.block, block.form.inputs[0]))
+        width = in_features(getattr(block.block, block.form.inputs[0]))
         shapes[f"{block.name}.mos_router.weight".lstrip(".")] = (block.config.num_experts, width)
     return shapes
 
@@ -153,10 +150,6 @@ def router_owners(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, MoSRouter) or (isinstance(module, MoSLayer) and module.mos_router is not None)
     }
-
-
-def _in_features(linear: nn.Module) -> int:
-    return linear.nx if isinstance(linear, Conv1D) else linear.in_features
 
 
 def _by_parent(model: nn.Module, targets: list[Target]) -> dict[nn.Module, dict[str, Target]]:

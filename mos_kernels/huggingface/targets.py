@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
-from mos_kernels.layer import MoSLayer, MoSRouter
+from mos_kernels.layer import MoSConv1D, MoSLayer, MoSLinear, MoSRouter, MoSWrapped, is_dense
 
 ALL_LINEAR = "all-linear"
 HEADS = ("score", "classifier", "qa_outputs")
@@ -50,6 +50,26 @@ class Target:
         return self.names[0]
 
 
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear, Conv1D, or a leaf with their widths, as quantisers put in their place."""
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    widths = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return all(isinstance(width, int) for width in widths) and next(module.children(), None) is None
+
+
+def layer_kind(linear: nn.Module) -> type[MoSLayer]:
+    """The layer that adapts this linear: a dense one in a single operation, any other as it runs."""
+    if is_dense(linear) and type(linear) is nn.Linear:
+        return MoSLinear
+    return MoSConv1D if is_dense(linear) and type(linear) is Conv1D else MoSWrapped
+
+
+def in_features(linear: nn.Module) -> int:
+    """The width of a linear's input."""
+    return linear.nx if isinstance(linear, Conv1D) else linear.in_features
+
+
 def ffn_target_modules(model: nn.Module) -> list[str] | str:
     """`target_modules` for the FFN blocks of `model`, by its config.model_type; ValueError where none is known."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -82,7 +102,7 @@ def find_targets(model: nn.Module, config: MoSConfig) -> list[Target]:
         matched = [
             (name, module)
             for name, module in modules
-            if isinstance(module, (nn.Linear, Conv1D))
+            if is_linear(module)
             and not _ends_with_any(name, config.exclude_modules)
             and not any(module is head for head in heads)
         ]
@@ -204,22 +224,21 @@ def _require_matches(model: nn.Module, config: MoSConfig, matched: list[str], na
 
 def _require_plain_linear(name: str, module: nn.Module, model: nn.Module, config: MoSConfig) -> None:
     kind = type(module)
-    if kind not in (nn.Linear, Conv1D):
+    is_uncalled = kind is nn.modules.linear.NonDynamicallyQuantizableLinear
+    if is_uncalled or not is_linear(module):
         exclude = f"Leave it out with exclude_modules=[{name.rsplit('.', 1)[-1]!r}]"
-        if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        why = "no linear"
+        if is_uncalled:
             why = "whose forward nn.MultiheadAttention never calls, so that an adapter would have no effect"
-        elif isinstance(module, nn.Linear):
-            why = "a subclass of nn.Linear with a forward of its own (quantised, parametrised or custom)"
-        else:
-            why = "no linear"
         raise TypeError(
             f"target_modules={_shown(config.target_modules)} matches {name!r}, a {kind.__module__}.{kind.__qualname__}"
-            f", {why}: supported are nn.Linear and transformers' Conv1D. {exclude}, or name linears: "
-            f"{_linear_endings(model)}"
+            f", {why}: supported are nn.Linear and its quantised forms, and transformers' Conv1D. {exclude}, or name "
+            f"linears: {_linear_endings(model)}"
         )
     if not name:
         raise ValueError("the model is itself a linear: use MoSLinear.from_linear(linear, config)")
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks) and layer_kind(module) is not MoSWrapped:
         raise ValueError(f"{name!r} has hooks, which its replacement would lose: remove them, or add them afterwards")
     refuse_offloaded(name, module)
 
@@ -242,7 +261,7 @@ def _require_patterns(config: MoSConfig, targets: Iterable[Target]) -> None:
 
 
 def _linear_endings(model: nn.Module) -> list[str]:
-    linears = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+    linears = (name for name, module in model.named_modules() if is_linear(module))
     return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linears))
 
 

@@ -187,9 +187,10 @@ def test_wide_operands_are_loaded_sixteen_bytes_at_a_time(architecture, T):
     ids=["ffn", "linear", "silu", "odd"],
 )
 @pytest.mark.parametrize("widths", [(64, 160), (37, 53)])
-def test_no_new_kernel_over_varying_T(dtype, config, widths):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_no_new_kernel_over_varying_T(dtype, config, widths, wrapped):
     for counts in ((1, 2, 3, 7, 16, 33, 48, 64), (65, 66, 128, 1000, 8192, 99_999)):
-        found = {frozenset(compiled.layer_launches("sm_90", config, T, *widths, dtype)) for T in counts}
+        found = {frozenset(compiled.layer_launches("sm_90", config, T, *widths, dtype, wrapped)) for T in counts}
         assert len(found) == 1
 
 

@@ -125,23 +125,12 @@ def test_3d_experts(kind):
     model(torch.arange(6).view(1, 6))
 
 
-class Doubling(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 def test_modules_of_other_types():
     model = tiny()
     message = refused(model, TypeError, target_modules=["embed_tokens", "down_proj"])
     assert "'model.embed_tokens', a torch.nn.modules.sparse.Embedding, no linear" in message
-    model.model.layers[1].mlp.up_proj = Doubling(32, 64)
-    message = refused(model, TypeError)
-    assert "'model.layers.1.mlp.up_proj'" in message and "forward of its own" in message
-    assert "exclude_modules=['up_proj']" in message
-    refused(model, TypeError, target_modules="all-linear")
+    assert "exclude_modules=['embed_tokens']" in message
     refused(nn.Sequential(nn.MultiheadAttention(8, 2)), TypeError, target_modules="all-linear")
-    nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
-    refused(model, TypeError)
 
 
 def test_hooks_are_not_lost():

@@ -163,9 +163,9 @@ def bridge_backward(dz, bridged, p, n, routed, own_router: bool, kappa, prepared
     )
 
 
-def expand(z, prepared: Prepared, bias, dtype: torch.dtype):
-    """y₀ (T, d_out) in dtype."""
-    return _expand.expand_launch(z, prepared.B, bias)
+def expand(z, prepared: Prepared, added, dtype: torch.dtype):
+    """y₀ (T, d_out) in dtype. added: the bias (d_out,), or a base's output (T, d_out)."""
+    return _expand.expand_launch(z, prepared.B, None if added is None else added.contiguous())
 
 
 def expand_backward(dy, z, prepared: Prepared, needs_dB: bool):
@@ -178,10 +178,11 @@ def add_norm_gradient(dB, B, M):
     return _expand.norm_gradient_launch(dB, B.contiguous(), M)
 
 
-def bridge_expand(p, n, routed, own_router: bool, kappa, prepared: Prepared, bias, dtype: torch.dtype, config):
-    """y₀ (T, d_out) where an activation keeps the Gram form from holding."""
+def bridge_expand(p, n, routed, own_router: bool, kappa, prepared: Prepared, added, dtype: torch.dtype, config):
+    """y₀ (T, d_out) where an activation keeps the Gram form from holding; added as in `expand`."""
     routed = routed if own_router else routed.contiguous()
-    return activated.activated_launch(p, n, routed, own_router, kappa, prepared.B, bias, config)
+    added = None if added is None else added.contiguous()
+    return activated.activated_launch(p, n, routed, own_router, kappa, prepared.B, added, config)
 
 
 def bridge_expand_backward(dy, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, config):

@@ -1,6 +1,6 @@
 """bridge and expand in one for φ ≠ identity, where q = ‖φ(B h)‖² has no Gram form.
 
-    v_e = B_e h_e    u_e = φ(v_e)    q_e = ‖u_e‖²    y₀ = bias + Σ_e c_e u_e with c_e = (α/r) g_e e(q_e; κ_e)
+    v_e = B_e h_e    u_e = φ(v_e)    q_e = ‖u_e‖²    y₀ = added + Σ_e c_e u_e with c_e = (α/r) g_e e(q_e; κ_e)
     t_e = dy·u_e     dv_e = (c_e dy + 2 dq_e u_e) ⊙ φ'(v_e)    dB_e = dv_eᵀ h_e    dh_e = dv_e B_e
 
 u is formed tile by tile in each pass and never stored: once for q (and t), once for the output (or dv).
@@ -26,6 +26,7 @@ from mos_kernels.backends.triton.bridge import (
     route_parts,
     top_k_gates,
 )
+from mos_kernels.backends.triton.expand import plus_added
 from mos_kernels.backends.triton.geometry import inverse_projection_scale, mapping_code, projection_scale
 from mos_kernels.backends.triton.numerics import bounded, cast, dot, saturate
 
@@ -163,18 +164,17 @@ def coefficients_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def activated_expand_kernel(
-    h, B, bias, through_dy, y, T, N, E, r,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
+    h, B, added, through_dy, y, T, N, E, r,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ACTIVATION: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """y[t, n] = bias[n] + Σ_e c[t, e] φ(h[t, e] @ B[n, e])"""
+    """y[t, n] = added[n] or added[t, n] + Σ_e c[t, e] φ(h[t, e] @ B[n, e])"""
     i_t, i_n = tl.program_id(0), tl.program_id(1)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_r = tl.arange(0, BLOCK_R)
     m_t, row = o_t < T, o_t.to(tl.int64)
     total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    if BIAS:
-        total += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+    total = plus_added(total, added, row[:, None], m_t, o_n, N, ADDED)
     for i_e in range(E):
         b_h, b_B = _load_h(h, row, m_t, i_e, o_r, E, r), _load_B(B, o_n, i_e, o_r, N, E, r)
         v = dot(b_h, tl.trans(b_B), tl.zeros([BLOCK_T, BLOCK_N], tl.float32))
@@ -332,8 +332,8 @@ def _coefficients(planes, routed, own_router: bool, kappa, aux_weight, config) -
     return through_dy, through_u, drouted, dkappa
 
 
-def activated_launch(p, n, routed, own_router: bool, kappa, B: Tensor, bias: Tensor | None, config) -> Tensor:
-    """y₀ (T, d_out) in B's dtype."""
+def activated_launch(p, n, routed, own_router: bool, kappa, B: Tensor, added: Tensor | None, config) -> Tensor:
+    """y₀ (T, d_out) in B's dtype; added as in `expand_launch`."""
     h = _curve(p, n, kappa, B.dtype, config)
     (T, E, r), N = h.shape, B.shape[0]
     through_dy, *_ = _coefficients(_norms(h, B, None, config), routed, own_router, kappa, None, config)
@@ -341,8 +341,9 @@ def activated_launch(p, n, routed, own_router: bool, kappa, B: Tensor, bias: Ten
     settings = _settings("activated_expand", h, T)
     launch.launch(
         activated_expand_kernel, (triton.cdiv(T, settings["BLOCK_T"]), triton.cdiv(N, settings["BLOCK_N"])), h,
-        (h, B, h if bias is None else bias, through_dy, y, T, N, E, r),
-        BLOCK_R=launch.block(r, 16, 128), ACTIVATION=CODES[config.activation], BIAS=bias is not None, **settings,
+        (h, B, h if added is None else added, through_dy, y, T, N, E, r),
+        BLOCK_R=launch.block(r, 16, 128), ACTIVATION=CODES[config.activation],
+        ADDED=0 if added is None else added.dim(), **settings,
     )  # fmt: skip
     return y
 

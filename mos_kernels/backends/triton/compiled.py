@@ -97,16 +97,26 @@ def _describe(kernel, arguments, constants: dict) -> Launch:
 
 
 def layer_launches(
-    architecture: str, config: MoSConfig, T: int, in_features: int, out_features: int, dtype: torch.dtype
+    architecture: str,
+    config: MoSConfig,
+    T: int,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    wrapped: bool = False,
 ) -> list[Launch]:
-    """The distinct launches of one linear with these options: forward, backward, and its router's."""
+    """The distinct launches of one linear with these options: forward, backward, and its router's.
+
+    wrapped: its base is no dense product, and its output is added instead of a bias.
+    """
     from mos_kernels.backends import triton as backend
 
     E, r = config.num_experts, config.r
     x, dy = torch.empty(T, in_features, dtype=dtype), torch.empty(T, out_features, dtype=dtype)
     A = torch.empty((r, in_features) if config.share_a else (E, r, in_features))
     B, kappa, router = torch.empty(out_features, E, r), torch.empty(E), torch.empty(E, in_features)
-    bias, aux, mask = torch.empty(out_features, dtype=dtype), torch.empty(1), torch.ones(T, dtype=torch.bool)
+    added = torch.empty((T, out_features) if wrapped else out_features, dtype=dtype)
+    aux, mask = torch.empty(1), torch.ones(T, dtype=torch.bool)
     dropout = backend.Dropout(torch.zeros(1, dtype=torch.int64), config.lora_dropout) if config.lora_dropout else None
     own = config.router_scope == "linear"
     with recorded(architecture) as launches:
@@ -116,9 +126,9 @@ def layer_launches(
             prepared = backend.prepare(B, dtype, config)
             if config.activation == "identity":
                 z, _ = backend.bridge(p, n, routed, own, kappa, prepared, config)
-                backend.expand(z, prepared, bias, dtype)
+                backend.expand(z, prepared, added, dtype)
             else:
-                backend.bridge_expand(p, n, routed, own, kappa, prepared, bias, dtype, config)
+                backend.bridge_expand(p, n, routed, own, kappa, prepared, added, dtype, config)
             if not differentiable:
                 continue
             if config.activation == "identity":
@@ -188,7 +198,8 @@ def default_launches(architecture: str, T: int) -> list[Launch]:
     launches = [
         described
         for config in variants
-        for described in layer_launches(architecture, config, T, 1536, 8960, torch.bfloat16)
+        for wrapped in (False, True)
+        for described in layer_launches(architecture, config, T, 1536, 8960, torch.bfloat16, wrapped)
     ]
     return list(dict.fromkeys(launches))
 

@@ -2,6 +2,8 @@
 
     y₀ = z·Bcatᵀ + bias    dz = dy·Bcat    dB = dyᵀz + 2 B M    G_e = B_eᵀ B_e
 
+Where the base ran by itself, its output (T, d_out) stands in the bias's place, and y₀ is the layer's output.
+
 Bcat is B (d_out, E, r) seen as (d_out, E·r). dz sums over outputs and dB over tokens, so one pass for both would need
 accumulators as wide as dy: backward goes in chunks of tokens that fit the L2, dz and then dB of each.
 """
@@ -57,10 +59,10 @@ def gram_launch(B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["T"])
 def expand_kernel(
-    z, B, bias, y, T, N, C,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BIAS: tl.constexpr,
+    z, B, added, y, T, N, C,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """y[t, n] = z[t] @ Bcat[n] + bias[n]"""
+    """y[t, n] = z[t] @ Bcat[n] + added[n] or added[t, n]"""
     i_t, i_n = tl.program_id(0), tl.program_id(1)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -73,21 +75,32 @@ def expand_kernel(
         b_z = tl.load(z + row * C + o_c[None, :], mask=m_t[:, None] & m_c, other=0.0)
         b_B = tl.load(B + o_n[:, None].to(tl.int64) * C + o_c[None, :], mask=m_n[:, None] & m_c, other=0.0)
         total = dot(b_z, tl.trans(b_B), total)
-    if BIAS:
-        total += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    total = plus_added(total, added, row, m_t, o_n, N, ADDED)
     tl.store(y + row * N + o_n[None, :], cast(total, y.dtype.element_ty), mask=m_t[:, None] & m_n[None, :])
 
 
-def expand_launch(z: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
-    """y₀ (T, d_out) in z's dtype, from z (T, E·r) and B (d_out, E, r) of one dtype."""
+@triton.jit
+def plus_added(total, added, row, m_t, o_n, N, ADDED: tl.constexpr):
+    """total [tokens, outputs] + added[n] or added[t, n]. ADDED: how many dimensions `added` has, 0 for none."""
+    m_n = (o_n < N)[None, :]
+    if ADDED == 1:
+        total += tl.load(added + o_n[None, :], mask=m_n, other=0.0).to(tl.float32)
+    elif ADDED == 2:
+        total += tl.load(added + row * N + o_n[None, :], mask=m_t[:, None] & m_n, other=0.0).to(tl.float32)
+    return total
+
+
+def expand_launch(z: Tensor, B: Tensor, added: Tensor | None) -> Tensor:
+    """y₀ (T, d_out) in z's dtype, from z (T, E·r) and B (d_out, E, r) of one dtype, and added, dense, of any."""
     (T, C), N = z.shape, B.shape[0]
     y = torch.empty(T, N, device=z.device, dtype=z.dtype)
     settings = launch.wide_settings("expand", z.device, T, z.dtype)
     settings["BLOCK_C"] = launch.block(C, 16, settings["BLOCK_C"])
     grid = (triton.cdiv(T, settings["BLOCK_T"]), triton.cdiv(N, settings["BLOCK_N"]))
     launch.launch(
-        expand_kernel, grid, z, (z, B, z if bias is None else bias, y, T, N, C), BIAS=bias is not None, **settings
-    )
+        expand_kernel, grid, z, (z, B, z if added is None else added, y, T, N, C),
+        ADDED=0 if added is None else added.dim(), **settings,
+    )  # fmt: skip
     return y
 
 

@@ -49,6 +49,7 @@ class Trial:
     x_layout: str = "dense"
     upstream_layout: str = "dense"
     parameter_layout: str = "dense"
+    base_dtype: torch.dtype | None = None  # of the output of a base that runs by itself; None: a dense base
     frozen: frozenset[str] = frozenset()
     device: str = "cpu"
 
@@ -92,7 +93,10 @@ class Trial:
             "x_layout": rng.choice(["dense", *LAYOUTS]), "upstream_layout": rng.choice(["dense", *UPSTREAM_LAYOUTS]),
             "parameter_layout": rng.choice(["dense", "dense", "transposed", "rows apart"]),
             "frozen": frozenset(n for n in inputs if rng.random() < rng.choice([0.0, 0.0, 0.4])),
+            "base_dtype": rng.choice([None, None, None, None, *DTYPES]),
         }  # fmt: skip
+        if rng.random() < 0.3:
+            drawn["frozen"] |= {"base_output"}
         return cls(**{**drawn, **fixed})
 
     def __str__(self) -> str:
@@ -106,13 +110,16 @@ class Trial:
             self.config, self.tokens, self.d_in, self.d_out, seed=self.seed, kappa=self.kappa, norms=self.norms,
             b_scale=self.b_scale, bias=self.bias, own_router=self.own_router, margin=-1.0,
         )  # fmt: skip
-        values = {name: tensor.detach() for name, tensor in made.to(self.dtype).inputs.items()}
+        made = made.to(self.dtype)
+        if self.base_dtype is not None:
+            made = made.wrapped(self.base_dtype)
+        values = {name: tensor.detach() for name, tensor in made.inputs.items()}
         if self.own_router:
             values["router"] = in_two_parts(values["router"], self.dtype)
             values["x"] = _without_near_ties(values["x"], values["router"], self.config.num_experts_per_tok)
         tensors = {}
         for name, tensor in values.items():
-            if name == "x":
+            if name in ("x", "base_output"):
                 tensor = laid_out(tensor, self.x_layout)
             elif name in ("A", "B", "router", "weight"):
                 tensor = laid_out(tensor, self.parameter_layout)
@@ -121,10 +128,10 @@ class Trial:
 
     def upstream(self) -> Tensor:
         """dy."""
-        shape = (*self.tokens, self.d_out)
+        shape, dtype = (*self.tokens, self.d_out), self.base_dtype or self.dtype
         if self.upstream_layout == "one number":
-            return on(normal(self.seed + 99, 1)[0].to(self.dtype), self.device).expand(shape)
-        return on(laid_out(normal(self.seed + 99, *shape).to(self.dtype), self.upstream_layout), self.device)
+            return on(normal(self.seed + 99, 1)[0].to(dtype), self.device).expand(shape)
+        return on(laid_out(normal(self.seed + 99, *shape).to(dtype), self.upstream_layout), self.device)
 
     def failures(self) -> list[str]:
         """One line for every result of the kernels that is further from the truth than the criterion allows."""
@@ -263,9 +270,12 @@ def compare(kernels: dict[str, Tensor], by_torch: dict[str, Tensor], truth: dict
 def _reordered(case: Case, dy: Tensor, attempt: int, *, keep: Tensor | None, **options) -> dict[str, Tensor]:
     """The results of torch with the columns of x, and the outputs, in another order."""
     generator = torch.Generator().manual_seed(attempt)
-    columns = torch.randperm(case.weight.shape[1], generator=generator).to(case.x.device)
-    outputs = torch.randperm(case.weight.shape[0], generator=generator).to(case.x.device)
-    order = {"x": (-1, columns), "A": (-1, columns), "router": (-1, columns), "B": (0, outputs), "bias": (0, outputs)}
+    columns = torch.randperm(case.x.shape[-1], generator=generator).to(case.x.device)
+    outputs = torch.randperm(case.B.shape[0], generator=generator).to(case.x.device)
+    order = {
+        "x": (-1, columns), "A": (-1, columns), "router": (-1, columns),
+        "B": (0, outputs), "bias": (0, outputs), "base_output": (-1, outputs),
+    }  # fmt: skip
 
     def permuted(name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()

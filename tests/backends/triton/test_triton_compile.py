@@ -6,7 +6,7 @@ import pytest
 import torch
 from strategies import normal
 
-from mos_kernels import MoSConfig, MoSLinear, MoSRouter, ops
+from mos_kernels import MoSConfig, MoSLinear, MoSRouter, MoSWrapped, ops
 
 D_IN, D_OUT, E = 16, 12, 8
 
@@ -19,14 +19,17 @@ def layer_of(dtype=torch.float32, **options):
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("scope", "activation"), [("linear", "identity"), ("ffn", "identity"), ("linear", "tanh")])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_opcheck_of_the_linear(dtype, scope, activation, dropout_p):
+@pytest.mark.parametrize(("dropout_p", "base_dtype"), [(0.0, None), (0.5, None), (0.0, torch.float32)])
+def test_opcheck_of_the_linear(dtype, scope, activation, dropout_p, base_dtype):
     layer = layer_of(dtype, router_scope=scope, activation=activation)
     x = normal(0, 3, 2, D_IN).to(dtype).requires_grad_()
     gates = normal(1, 3, 2, E).softmax(-1).float().requires_grad_() if scope == "ffn" else None
     kappa = layer.curvature.detach().requires_grad_()
+    base = (layer.weight, layer.bias)
+    if base_dtype is not None:
+        base = (None, normal(2, 3, 2, D_OUT).to(base_dtype).requires_grad_())
     arguments = (
-        x, layer.weight, layer.bias, layer.mos_lora_A, layer.mos_lora_B, kappa, gates, layer.mos_router,
+        x, *base, layer.mos_lora_A, layer.mos_lora_B, kappa, gates, layer.mos_router,
         layer.mos_aux_weight, dropout_p, layer.config.json, "triton", True,
     )  # fmt: skip
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
@@ -51,12 +54,17 @@ def test_opcheck_of_the_router(dtype, mask):
 
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize(
-    ("scope", "dtype", "activation"),
-    [("linear", torch.float32, "identity"), ("ffn", torch.bfloat16, "identity"), ("ffn", torch.float32, "gelu")],
-)
-def test_compiled_in_one_graph_with_the_same_numbers(scope, dtype, activation):
+    ("scope", "dtype", "activation", "wrapped"),
+    [
+        ("linear", torch.float32, "identity", False), ("ffn", torch.bfloat16, "identity", False),
+        ("ffn", torch.float32, "gelu", False), ("linear", torch.float32, "identity", True),
+    ],
+)  # fmt: skip
+def test_compiled_in_one_graph_with_the_same_numbers(scope, dtype, activation, wrapped):
     torch._dynamo.reset()
     layer = layer_of(dtype, router_scope=scope, activation=activation)
+    if wrapped:
+        layer = MoSWrapped(layer.to_linear(), layer.config)
     router = MoSRouter(D_IN, layer.config)
     modules = torch.nn.ModuleList([layer, router] if scope == "ffn" else [layer])
 

@@ -9,7 +9,7 @@ from cases import compare
 from strategies import leaf, make_case, normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mos_kernels import MoSConfig, MoSLinear, MoSRouter, set_backend
+from mos_kernels import MoSConfig, MoSLinear, MoSRouter, MoSWrapped, set_backend
 from mos_kernels.backends.triton import launch
 
 T, D_IN, D_OUT, R, E = 40, 50, 70, 3, 8
@@ -38,6 +38,14 @@ def test_launches_of_a_linear_with_its_own_router(launched):
         "gram", "bridge", "expand_input", "expand_weight", "load", "bridge_backward", "bridge_reduce",
         "norm_gradient", "shrink_backward",
     ]  # fmt: skip
+
+
+def test_a_base_that_runs_by_itself_costs_no_launch(launched):
+    layer = MoSWrapped(layer_of().to_linear(), MoSConfig(r=R, router_scope="linear"))
+    y = layer(tokens_of(T), backend="triton")
+    assert launched == ["shrink", "gram", "bridge", "expand"]
+    y.sum().backward()
+    assert len(launched) == 4 + 9
 
 
 def test_launches_of_a_block(launched):

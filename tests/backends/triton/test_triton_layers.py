@@ -42,6 +42,7 @@ def test_the_seeds_reach_every_kind_of_layer():
     assert reached(LAYOUTS, of=lambda t: (t.x_layout,)) and reached(UPSTREAM_LAYOUTS, of=lambda t: (t.upstream_layout,))
     assert reached((0, 1, 64, 65, 134), of=lambda t: (torch.Size(t.tokens).numel(),))
     assert reached(DTYPES, (0.0, 0.3), of=lambda t: (t.dtype, t.dropout_p))
+    assert reached((None, *DTYPES), ("identity", "silu"), of=lambda t: (t.base_dtype, t.config.activation))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,184 @@
+"""apply_mos and what follows it on bases whose weight is no dense parameter: quantised, parametrised, custom."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import FAMILIES, ids, mos
+from torch import nn
+
+from mos_kernels import MoSLinear, MoSWrapped
+from mos_kernels.huggingface import (
+    activated_parameters,
+    apply_mos,
+    load_adapter,
+    remove_mos,
+    routing_report,
+    save_adapter,
+)
+
+WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # whole blocks of 64 for bitsandbytes
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _four_bit(linear: nn.Linear) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit
+
+    base = Linear4bit(linear.in_features, linear.out_features, False, torch.float32, quant_type="nf4")
+    base.load_state_dict(linear.state_dict())
+    return base.to("cpu")
+
+
+def _eight_bit(linear: nn.Linear) -> nn.Module:
+    from bitsandbytes.nn import Linear8bitLt
+
+    base = Linear8bitLt(linear.in_features, linear.out_features, False, has_fp16_weights=False)
+    base.load_state_dict(linear.state_dict())
+    return base.to("cpu")
+
+
+def _torchao(linear: nn.Linear) -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(linear, Int8WeightOnlyConfig())
+    return linear
+
+
+def _custom(linear: nn.Linear) -> nn.Module:
+    base = Doubling(linear.in_features, linear.out_features, bias=False)
+    base.load_state_dict(linear.state_dict())
+    return base
+
+
+BASES = {
+    "bitsandbytes 4-bit": _four_bit,
+    "bitsandbytes 8-bit": _eight_bit,
+    "torchao int8": _torchao,
+    "parametrised": nn.utils.parametrizations.weight_norm,
+    "custom": _custom,
+}
+every_base = pytest.mark.parametrize("kind", BASES)
+
+
+def model_on(kind: str, seed: int = 0) -> nn.Module:
+    """A tiny Llama whose FFN linears are of this kind."""
+    cls, config, options = FAMILIES["llama"]
+    torch.manual_seed(seed)
+    model = cls(config(**{**options, **WIDTHS}))
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, name, BASES[kind](getattr(layer.mlp, name)))
+    return model.eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids()).logits
+
+
+@every_base
+def test_an_adapter_at_its_start_changes_nothing_and_comes_off(kind):
+    model = model_on(kind)
+    before, bases = logits(model), [m for m in model.modules() if type(m) is type(model.model.layers[0].mlp.up_proj)]
+    names, count = list(model_on(kind).state_dict()), sum(p.numel() for p in model_on("custom").parameters())
+    applied = apply_mos(model, mos(model, init_lora_weights=True))
+    assert len(applied) == 6 and "one router per block" in applied.report()
+    assert isinstance(model.model.layers[0].mlp.up_proj, MoSWrapped)
+    assert torch.equal(logits(model), before)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "mos_" not in name)
+    if kind != "parametrised":
+        assert activated_parameters(model).base == count
+    assert remove_mos(model) == list(applied)
+    assert [m for m in model.modules() if type(m) is type(bases[0])] == bases
+    assert torch.equal(logits(model), before)
+    apply_mos(model, mos(model))  # and a state dict, which makes bitsandbytes pack 4-bit weights anew
+    assert [name for name in model.state_dict() if "mos_" not in name] == names
+
+
+@every_base
+def test_gradients_are_those_of_base_plus_adapter(kind):
+    """Against the dense layer on the numbers that the base computes with, but for the base's own rounding."""
+    model = model_on(kind)
+    apply_mos(model, mos(model))
+    layer = model.model.layers[0].mlp.up_proj.train()  # bitsandbytes computes otherwise in eval mode on a CPU
+    x = torch.randn(5, 64, requires_grad=True)
+    gates = torch.rand(5, 8)
+    dense = nn.Linear(64, 128, bias=False)
+    with torch.no_grad():
+        dense.weight.copy_(layer.base_layer(torch.eye(64)).T)
+    dense = MoSLinear.from_linear(dense, layer.config)
+    dense.load_state_dict({n: t for n, t in layer.state_dict().items() if "mos_" in n}, strict=False)
+    found = []
+    for adapted in (layer, dense):
+        x.grad = None
+        y = adapted(x, gates)
+        y.square().sum().backward()
+        found.append([y.detach(), x.grad, adapted.mos_lora_A.grad, adapted.mos_lora_B.grad, adapted.mos_curvature.grad])
+    for ours, truth in zip(*found, strict=True):
+        assert (ours - truth).abs().max() <= (0.05 if "8-bit" in kind else 1e-4) * truth.abs().max()
+
+
+@every_base
+def test_it_trains_and_reports_and_files_go_around(kind, tmp_path):
+    model = model_on(kind)
+    apply_mos(model, mos(model))
+    model.train()
+    model(ids(), labels=ids()).loss.backward()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable.values())
+    with torch.no_grad():
+        for parameter in trainable.values():
+            parameter -= 0.1 * parameter.grad
+    model.eval()
+    expected = logits(model)
+    assert len(routing_report(model, ids())) == 2
+    assert torch.equal(logits(copy.deepcopy(model)), expected)
+    save_adapter(model, tmp_path)
+    other = model_on(kind)
+    load_adapter(other, tmp_path)
+    assert torch.equal(logits(other), expected)
+
+
+def test_a_parametrised_base_in_a_checkpoint_of_the_whole_model():
+    model = model_on("parametrised")
+    apply_mos(model, mos(model))
+    state = model.state_dict()
+    plain = model_on("parametrised", seed=1)
+    report = plain.load_state_dict(state, strict=False)
+    assert not report.missing_keys and all("mos_" in name for name in report.unexpected_keys)
+    again = model_on("parametrised", seed=1)
+    apply_mos(again, mos(again))
+    again.load_state_dict(state)
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes 4-bit", "bitsandbytes 8-bit"])
+def test_a_quantised_base_in_bfloat16_with_the_adapter_in_float32(kind):
+    model = model_on(kind)
+    apply_mos(model, mos(model))
+    layer = model.model.layers[0].mlp.up_proj
+    x, gates = torch.randn(3, 64, dtype=torch.bfloat16), torch.rand(3, 8)
+    assert layer(x, gates).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.float(), gates).dtype == layer.base_layer(x.float()).dtype
+    assert layer.mos_lora_A.dtype == torch.float32
+
+
+def test_a_dispatched_base_keeps_its_hook():
+    from accelerate import dispatch_model
+
+    model = model_on("custom")
+    expected = logits(model)
+    dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    apply_mos(model, mos(model, init_lora_weights=True))
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer._hf_hook is not layer.base_layer._hf_hook
+    assert torch.equal(logits(model), expected)
+    remove_mos(model)
+    assert torch.equal(logits(model), expected)
