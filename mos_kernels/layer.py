@@ -139,8 +139,12 @@ class MoSLayer(_Float32State):
 
     @property
     def curvature(self) -> Tensor:
-        """The effective curvature κ of each expert, (E,) float32, in 1/length²: (κ̂_init + ratio·θ) / length_unit²."""
-        return _Curvature.apply(self.mos_curvature, self.mos_curvature_map, self.config.curvature_max_grad_norm)
+        """The effective curvature κ of each expert, (E,) float32, in 1/length²: (κ̂_init + ratio·θ) / length_unit².
+
+        Where FSDP2 has spread θ over processes, all of them must ask.
+        """
+        theta = _whole(self.mos_curvature)
+        return _Curvature.apply(theta, self.mos_curvature_map, self.config.curvature_max_grad_norm)
 
     @property
     def _dense_weight(self) -> Tensor:
@@ -156,6 +160,11 @@ class MoSLayer(_Float32State):
 
         Raises ValueError for a width, dtype, gates or backend that do not fit; the message names the remedy.
         """
+        if _is_spread(self.mos_lora_B) or _is_spread(self.weight):
+            raise ValueError(
+                "the layer's parameters are DTensors in forward: a linear with an adapter cannot be tensor-parallel, so "
+                "leave it out of the plan; FSDP2 (fully_shard) gathers them before forward: call its module, not forward"
+            )
         weight, bias, base_output = self._base(x)
         dtype = x.dtype if base_output is None else base_output.dtype
         frozen = self._frozen if self._frozen is not None and self._may_use_frozen(x, dtype, backend) else None
@@ -263,10 +272,10 @@ class MoSConv1D(MoSLayer):
     @classmethod
     def from_linear(cls, conv1d: nn.Module, config: MoSConfig) -> MoSConv1D:
         """Adapt a Conv1D, whose weight and bias are taken over without copying, and frozen."""
-        if type(conv1d).__name__ != "Conv1D" or getattr(conv1d, "weight", torch.empty(0)).dim() != 2:
+        if type(conv1d).__name__ != "Conv1D" or not hasattr(conv1d, "nx"):
             raise TypeError(f"{type(conv1d).__name__} is not transformers' Conv1D: MoSLinear adapts nn.Linear")
         _require_dense(conv1d)
-        nx, nf = conv1d.weight.shape
+        nx, nf = conv1d.nx, conv1d.nf
         layer = _adopt(cls, conv1d, nf, nx)
         layer.nf, layer.nx = nf, nx
         layer._add_adapter(config)
@@ -447,7 +456,16 @@ def _injected_aux_weight(owner: nn.Module) -> Tensor | None:
 @torch.no_grad()
 def _routing_logits(x: Tensor, router: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        return eager.routing_logits(x.reshape(-1, x.shape[-1]), router).view(*x.shape[:-1], router.shape[0])
+        return eager.routing_logits(x.reshape(-1, x.shape[-1]), _whole(router)).view(*x.shape[:-1], router.shape[0])
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A parameter that FSDP2 has spread over processes, put together; in forward it is whole already."""
+    return tensor.full_tensor() if _is_spread(tensor) else tensor
+
+
+def _is_spread(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor
 
 
 def _adopt(cls: type[nn.Module], base: nn.Module, out_features: int, in_features: int) -> nn.Module:

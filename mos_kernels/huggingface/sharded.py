@@ -1,13 +1,13 @@
-"""Parameters that are spread over processes: gathered to be saved, spread again when loaded, refused where an adapter
-cannot go on them.
+"""Parameters that are spread over processes: gathered to be saved, spread when loaded, refused where nothing else helps.
+
+FSDP2 and tensor parallelism spread them as DTensors; DeepSpeed's ZeRO-3 leaves them empty, with the whole shape beside.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -17,34 +17,70 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def is_zero3(tensor: Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO-3 keeps this process's part of the parameter elsewhere and leaves it empty."""
-    return hasattr(tensor, "ds_id") and tensor.numel() != tensor.ds_numel
+    return hasattr(tensor, "ds_id")
+
+
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def refuse_sharded(name: str, module: nn.Module) -> None:
-    """ValueError where the weights of a linear that is to be adapted are spread over processes."""
-    for parameter in module.parameters(recurse=False):
+    """ValueError where the linear's weights are DTensors: its adapter would be no part of what spreads them."""
+    for parameter in module.parameters():
         if is_dtensor(parameter):
+            placements = ", ".join(map(str, parameter.placements))
             raise ValueError(
-                f"the weight of {name!r} is spread over processes (a DTensor, {_placements(parameter)}): with FSDP2, call "
-                "apply_mos or load_adapter before fully_shard; a tensor-parallel linear cannot be adapted, so leave it "
-                "out of the tensor-parallel plan (tp_plan), or out of target_modules"
+                f"the weights of {name!r} are spread over processes (a DTensor, {placements}): with FSDP2, do this "
+                "before fully_shard; a tensor-parallel linear cannot be adapted, so leave it out of the tensor-parallel "
+                "plan, or out of target_modules"
             )
 
 
-def _placements(tensor: Tensor) -> str:
-    return ", ".join(str(placement) for placement in tensor.placements)
+def refuse_fsdp1(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                "the model is inside FullyShardedDataParallel (FSDP1), which flattens parameters: use FSDP2, "
+                "torch.distributed.fsdp.fully_shard (accelerate: fsdp_version 2)"
+            )
 
 
 def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole copies on the CPU, contiguous. Where a tensor is spread over processes all of them must call this."""
-    return {name: _whole(tensor.detach()).cpu().contiguous().clone() for name, tensor in tensors.items()}
+    """Whole copies on the CPU. Where tensors are spread, every process must call this."""
+    with _zero3_gathered(tensors):
+        return {name: _whole(t.detach()).cpu().contiguous().clone() for name, t in tensors.items()}
 
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def is_writer(tensors: Iterable[Tensor]) -> bool:
-    """Whether this process writes: where tensors are spread, only the first one; else whoever asks."""
-    return not any(is_dtensor(tensor) for tensor in tensors) or dist.get_rank() == 0
+def _zero3_gathered(tensors: dict[str, Tensor]):
+    partitioned = [tensor for tensor in tensors.values() if is_zero3(tensor)]
+    if not partitioned:
+        return contextlib.nullcontext()
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters(partitioned)
+
+
+def write_once(tensors: dict[str, Tensor], write: Callable[[], None]) -> None:
+    """write(), where tensors are spread in the first process alone, and until then none goes on."""
+    if not any(is_dtensor(tensor) or is_zero3(tensor) for tensor in tensors.values()):
+        write()
+        return
+    try:
+        if dist.get_rank() == 0:
+            write()
+    finally:
+        dist.barrier()
+
+
+def spread_like(value: Tensor, target: Tensor) -> Tensor:
+    """`value` on the device, of the dtype and in the parts of `target`. Where that is spread, the first process's counts."""
+    value = value.to(target.device, target.dtype)
+    if not is_dtensor(target):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, target.device_mesh, target.placements)
