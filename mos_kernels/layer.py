@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from mos_kernels.adapter import mos_linear, mos_route
 from mos_kernels.backends import eager, load_backend, resolve_backend
 from mos_kernels.config import MoSConfig
+from mos_kernels.sharded import is_dtensor, whole
 
 ADAPTER_PARAMETERS = ("mos_lora_A", "mos_lora_B", "mos_router", "mos_curvature")
 """The trainable parameters of a layer, by name; a block's router contributes `mos_router.weight`."""
@@ -141,9 +142,9 @@ class MoSLayer(_Float32State):
     def curvature(self) -> Tensor:
         """The effective curvature κ of each expert, (E,) float32, in 1/length²: (κ̂_init + ratio·θ) / length_unit².
 
-        Where FSDP2 has spread θ over processes, all of them must ask.
+        Where FSDP2 or ZeRO-3 has spread θ over processes, all of them must ask.
         """
-        theta = _whole(self.mos_curvature)
+        theta = whole(self.mos_curvature)
         return _Curvature.apply(theta, self.mos_curvature_map, self.config.curvature_max_grad_norm)
 
     @property
@@ -160,10 +161,10 @@ class MoSLayer(_Float32State):
 
         Raises ValueError for a width, dtype, gates or backend that do not fit; the message names the remedy.
         """
-        if _is_spread(self.mos_lora_B) or _is_spread(self.weight):
+        if is_dtensor(self.mos_lora_B):
             raise ValueError(
-                "the layer's parameters are DTensors in forward: a linear with an adapter cannot be tensor-parallel, so "
-                "leave it out of the plan; FSDP2 (fully_shard) gathers them before forward: call its module, not forward"
+                "the layer's parameters are DTensors in forward: a linear with an adapter cannot be tensor-parallel, "
+                "leave it out of the plan; with FSDP2, call the module that fully_shard was called on"
             )
         weight, bias, base_output = self._base(x)
         dtype = x.dtype if base_output is None else base_output.dtype
@@ -456,16 +457,7 @@ def _injected_aux_weight(owner: nn.Module) -> Tensor | None:
 @torch.no_grad()
 def _routing_logits(x: Tensor, router: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        return eager.routing_logits(x.reshape(-1, x.shape[-1]), _whole(router)).view(*x.shape[:-1], router.shape[0])
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A parameter that FSDP2 has spread over processes, put together; in forward it is whole already."""
-    return tensor.full_tensor() if _is_spread(tensor) else tensor
-
-
-def _is_spread(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor
+        return eager.routing_logits(x.reshape(-1, x.shape[-1]), whole(router)).view(*x.shape[:-1], router.shape[0])
 
 
 def _adopt(cls: type[nn.Module], base: nn.Module, out_features: int, in_features: int) -> nn.Module:

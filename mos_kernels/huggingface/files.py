@@ -21,8 +21,8 @@ import mos_kernels
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.apply import adapter_state, install, remove_mos
 from mos_kernels.huggingface.plan import adapter_parameters, adapter_shapes, make_plan
-from mos_kernels.huggingface.sharded import gathered, is_zero3, refuse_fsdp1, spread_like, whole_shape, write_once
 from mos_kernels.layer import MoSLayer
+from mos_kernels.sharded import gathered, refuse_fsdp1, refuse_zero3, spread_like, whole_shape, write_once
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -66,7 +66,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         "mos_kernels_version": getattr(mos_kernels, "__version__", None),
     }
     card = _card(base, state.config)
-    write_once(parameters, lambda: _write(Path(folder), tensors, config, card))
+    write_once(parameters.values(), lambda: _write(Path(folder), tensors, config, card))
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], config: dict, card: str) -> None:
@@ -117,11 +117,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
     _require_shapes(folder, tensors, shapes)
     dtypes = _require_floating(folder, tensors, extra)
     _require_finite(folder, tensors, dtypes)
-    if applied is not None and any(is_zero3(parameter) for parameter in adapter_parameters(model).values()):
-        raise ValueError(
-            "DeepSpeed's ZeRO-3 has partitioned the adapter, and its optimizer has copies: load before "
-            "deepspeed.initialize (or Accelerator.prepare)"
-        )
+    if applied is not None:
+        refuse_zero3(adapter_parameters(model).values())
 
     if applied is None:
         install(model, plan)

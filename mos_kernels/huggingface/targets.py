@@ -10,8 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
-from mos_kernels.huggingface.sharded import refuse_fsdp1, refuse_sharded
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSLinear, MoSRouter, MoSWrapped, is_dense
+from mos_kernels.sharded import refuse_fsdp1, refuse_sharded
 
 ALL_LINEAR = "all-linear"
 HEADS = ("score", "classifier", "qa_outputs")

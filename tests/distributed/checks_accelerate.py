@@ -1,7 +1,7 @@
 """accelerate's own loop, launched by `accelerate launch` with a configuration file, for DDP and for FSDP2.
 
-accelerate offers FSDP on GPUs only, whatever the plugin says. On the CPU its state is told that this is one, and then its
-own preparation, checkpoints and backward run as they would there.
+accelerate offers FSDP on accelerators only, whatever the configuration says. Here its state is told that the CPU is
+one; then its own preparation, checkpoints and backward run as they do there.
 """
 
 import copy

@@ -124,9 +124,9 @@ def trained(folder, samples, **options):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_trainer_steps_by_the_mean_over_processes_and_accumulated_batches(tmp_path, accumulation):
-    samples = [{name: value[0] for name, value in inputs(batch=1, seed=seed).items()} for seed in range(2 * accumulation)]
+    batches = [inputs(batch=1, seed=seed) for seed in range(2 * accumulation)]
+    samples = [{name: value[0] for name, value in batch.items()} for batch in batches]
     trainer, moved = trained(tmp_path, samples, gradient_accumulation_steps=accumulation)
     assert trainer.state.global_step == 1 and isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
-    batches = [{name: value.unsqueeze(0) for name, value in sample.items()} for sample in samples]
     expected = {name: -0.5 * gradient for name, gradient in truth(adapted(), batches, 5.0).items()}
     assert_equal_gradients(moved, expected, 1e-5)

@@ -16,11 +16,9 @@ from mos_kernels.huggingface.plan import router_owners
 BATCH = 4
 
 
-def adapted(family: str = "llama", dtype: torch.dtype = torch.float32, device: str | None = None, **options) -> nn.Module:
+def adapted(family: str = "llama", dtype: torch.dtype = torch.float32, **options) -> nn.Module:
     """The same model in every process, in training mode."""
     model = tiny(family, dtype)
-    if device is not None:
-        model.to(device)
     apply_mos(model, mos(model, **options))
     return model.train()
 
