@@ -25,6 +25,7 @@ from mos_kernels.huggingface.plan import (
 from mos_kernels.huggingface.targets import refuse_offloaded
 from mos_kernels.huggingface.token_masks import follow_attention_mask, forget_attention_mask
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSRouter, MoSWrapped
+from mos_kernels.sharded import refuse_sharded, refuse_zero3
 
 _STATE = "_mos_adapter"
 
@@ -112,6 +113,8 @@ def remove_mos(model: nn.Module) -> list[str]:
     places: dict[MoSLayer, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, MoSLayer):
+            refuse_sharded(name, module)
+            refuse_zero3(own_adapter_parameters(module).values())
             refuse_offloaded(name, module)
             places.setdefault(module, []).append(name)
     if not places:
