@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--fail", action="store_true", help="end with an error if something got slower")
     made = commands.add_parser("report", help="tables, plots and the README's section from the rows kept")
     made.add_argument("--results", type=Path, default=machine.RESULTS)
-    made.add_argument("--readme", type=Path, default=machine.ROOT / "README.md")
+    made.add_argument("--readme", type=Path, help="default: the project's, for the project's results")
     compare = commands.add_parser("compare", help="what is slower in NEW than in OLD: two folders of rows")
     compare.add_argument("old", type=Path)
     compare.add_argument("new", type=Path)

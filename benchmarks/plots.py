@@ -173,7 +173,7 @@ def _bars(
     start: float = 0.0, log: bool = False, keep_order: bool = False, titles: list[str] | None = None, columns: int = 2,
 ):  # fmt: skip
     """A panel of labelled bars for each group; bars begin at `start`."""
-    shown = [(group, values) for group in groups if (values := numbers(group))]
+    shown = [(group, values) for group in groups if len(values := numbers(group)) > 1]
     if not shown:
         return None
     titles = titles or [f"{first(g)['d_in']} → {first(g)['d_out']}, T = {first(g)['tokens']}" for g, _ in shown]

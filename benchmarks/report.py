@@ -28,15 +28,20 @@ def machines(results: Path = RESULTS) -> dict[str, list[dict]]:
     return dict(sorted(found.items(), key=lambda item: not tables.is_gpu(item[1])))
 
 
-def write_all(results: Path = RESULTS, readme: Path = ROOT / "README.md") -> list[Path]:
-    """Every machine's report and plots, and the README's section; the files written."""
+def write_all(results: Path = RESULTS, readme: Path | None = None) -> list[Path]:
+    """Every machine's report and plots, and a README's section between its markers; the files written.
+
+    readme: the project's own where the results are; None for results elsewhere: none.
+    """
+    if readme is None and results == RESULTS:
+        readme = ROOT / "README.md"
     written, found = [], machines(results)
     for name, rows in found.items():
         pictures = plots.all_plots(rows, results / name / "plots")
         report = results / name / "report.md"
         _write(report, machine_report(name, rows, [p.relative_to(results / name) for p in pictures]))
         written += [*pictures, report]
-    text = readme.read_text()
+    text = "" if readme is None else readme.read_text()
     if BEGIN in text and END in text:
         head, rest = text.split(BEGIN, 1)
         _, tail = rest.split(END, 1)
