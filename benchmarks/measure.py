@@ -48,23 +48,31 @@ class LeftOut(Exception):
     """Raised by what cannot be measured here, for the reason it gives; no failure."""
 
 
+class CallFailed(Exception):
+    """One of several interleaved calls raised."""
+
+    def __init__(self, name: str, error: Exception):
+        super().__init__(f"{name}: {error}")
+        self.name, self.outcome = name, outcome_of(error)
+
+
+def outcome_of(error: Exception) -> Outcome:
+    if isinstance(error, (LeftOut, ModuleNotFoundError)):
+        return Outcome("left out", str(error))
+    line = (str(error).strip().splitlines() or [""])[0][:300]
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+        return Outcome("out of memory", line)
+    return Outcome("failed", f"{type(error).__name__}: {line}")
+
+
 def attempt(action: Callable[[], object]) -> tuple[object, Outcome]:
     """The action's result and how it ended: one provider's trouble does not end a run."""
     try:
         return action(), Outcome("ok")
-    except (LeftOut, ModuleNotFoundError) as error:
-        outcome = Outcome("left out", str(error))
-    except torch.OutOfMemoryError as error:
-        outcome = Outcome("out of memory", _first_line(error))
     except Exception as error:
-        status = "out of memory" if "out of memory" in str(error).lower() else "failed"
-        outcome = Outcome(status, f"{type(error).__name__}: {_first_line(error)}")
+        outcome = outcome_of(error)
     release_memory()
     return None, outcome
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]
 
 
 def release_memory() -> None:
@@ -137,14 +145,17 @@ def captured(call: Call, repeats: int = 1) -> Call:
 
 
 def one_round(calls: dict[str, Call], device: torch.device, end: float = float("inf")) -> dict[str, float]:
-    """Seconds of one call of each, of none after the time `end`. On a GPU nothing waits between them."""
+    """Seconds of one call of each, of none after the time `end`. On a GPU nothing waits between them.
+
+    CallFailed where one of them raises.
+    """
     if device.type != "cuda":
         seconds = {}
         for name, call in calls.items():
             if time.time() > end:
                 break
             start = time.perf_counter()
-            call()
+            _named(name, call)
             seconds[name] = time.perf_counter() - start
         return seconds
     events = {}
@@ -153,11 +164,18 @@ def one_round(calls: dict[str, Call], device: torch.device, end: float = float("
             break
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before.record()
-        call()
+        _named(name, call)
         after.record()
         events[name] = (before, after)
     torch.cuda.synchronize(device)
     return {name: before.elapsed_time(after) / 1e3 for name, (before, after) in events.items()}
+
+
+def _named(name: str, call: Call) -> None:
+    try:
+        call()
+    except Exception as error:
+        raise CallFailed(name, error) from error
 
 
 def interleaved(

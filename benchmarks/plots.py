@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import providers as p
-from benchmarks.cases import FORWARD_BACKWARD
+from benchmarks.cases.linear import FORWARD_BACKWARD
 from benchmarks.tables import first, groups_of, is_gpu
 
 BLACK, GREY = "#222222", "#8a8a8a"

@@ -19,6 +19,8 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.measure import (
     Budget,
     Call,
+    CallFailed,
+    LeftOut,
     Outcome,
     attempt,
     captured,
@@ -184,20 +186,19 @@ def _run_group(group: Group, context: Context, ceilings: Ceilings, budget: Budge
         if call is not None:
             ready[name], calls[name] = made, call
 
-    if calls:
-        timed, outcome = attempt(
-            lambda: interleaved(
-                calls,
-                context.device,
-                rounds=context.rounds,
-                seconds=context.group_seconds,
-                warmup_s=context.warmup_s,
-                budget=budget,
-            )
-        )
-        if timed is None:
-            timed = {}
-            outcomes.update({name: outcome for name in calls})
+    while calls and not timed:
+        try:
+            timed = interleaved(
+                calls, context.device, rounds=context.rounds, seconds=context.group_seconds,
+                warmup_s=context.warmup_s, budget=budget,
+            )  # fmt: skip
+        except CallFailed as failed:  # the others are measured without it
+            outcomes[failed.name] = failed.outcome
+            del calls[failed.name], ready[failed.name]
+            release_memory()
+        except LeftOut as error:
+            outcomes.update({name: Outcome("left out", str(error)) for name in calls})
+            calls.clear()
     for name, made in ready.items() if group.weigh else ():
         if outcomes[name].status == "ok" and budget.left() > 0:
             weights[name] = _weigh(made, context)

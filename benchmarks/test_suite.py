@@ -65,7 +65,7 @@ def _variants():
             yield pytest.param(index, name, replay, marks=mark, id=f"{group.name}, {name}")
 
 
-@pytest.mark.parametrize(("index", "name", "replay"), _variants())
+@pytest.mark.parametrize(("index", "name", "replay"), list(_variants()))
 def test_variant(index, name, replay, benchmark):
     row = measured(index)[name]
     if row["status"] == "failed":

@@ -202,3 +202,14 @@ def test_the_budget_ends_rounds_and_no_row_comes_of_too_few():
         measure.interleaved(calls, CPU, rounds=9, seconds=60, warmup_s=None, budget=Budget(0.07))
     found = measure.interleaved(calls, CPU, rounds=99, seconds=60, warmup_s=None, budget=Budget(0.4))
     assert measure.MIN_ROUNDS <= len(found["slow"]) < 99
+
+
+def test_a_call_that_fails_among_others_is_dropped_and_they_are_measured():
+    calls = iter(range(9))
+
+    def later() -> None:
+        if next(calls):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    rows = suite.run_group(group(good=lambda: made(lambda: None), later=lambda: made(later)), CONTEXT, TOP, Budget(60))
+    assert [row["status"] for row in rows] == ["ok", "out of memory"] and "median_s" in rows[0]
