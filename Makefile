@@ -33,7 +33,7 @@ bench: $(VENV)/.bench
 # Within 8 minutes: the tests are stopped after TESTS seconds, and the benchmark's budget counts from the start. Installs
 # nothing: doctor lists what is absent. The benchmark has its own correctness gate, so it runs in any case.
 MINUTES ?= 7.5
-TESTS ?= 200
+TESTS ?= 180
 EXTENT ?= --quick
 PARALLEL = $(shell $(PRESENT) -c "import xdist" 2>/dev/null && echo "-n $$(n=$$(nproc); echo $$((n > 12 ? 12 : n)))")
 gpu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -54,9 +55,9 @@ def over_frozen(group: dict[str, dict]) -> dict[str, float]:
     return {name: row["median_s"] / group[p.FROZEN]["median_s"] for name, row in group.items() if name != p.FROZEN}
 
 
-def layer_plot(rows: list[dict]):
+def layer_plot(rows: list[dict], kind: str = "layer"):
     """Time over the frozen linear, a panel for each shape."""
-    groups = [group for group in groups_of(rows, "layer") if p.FROZEN in group]
+    groups = [group for group in groups_of(rows, kind) if p.FROZEN in group]
     return _bars(
         groups, over_frozen, "one adapted linear, forward + backward: time over the frozen linear", "{:.2f}×",
         start=1.0,
@@ -163,7 +164,8 @@ def whole_plot(rows: list[dict]):
 
 
 PLOTS = {
-    "layer": layer_plot, "branch": branch_plot, "memory": memory_plot, "steps": steps_plot,
+    "layer": layer_plot, "compiled": functools.partial(layer_plot, kind="compiled"),
+    "branch": branch_plot, "memory": memory_plot, "steps": steps_plot,
     "figure3_dimension": dimension_plot, "figure3_depth": depth_plot, "growth": growth_plot, "whole": whole_plot,
 }  # fmt: skip
 

@@ -67,6 +67,7 @@ def machine_report(name: str, rows: list[dict], pictures: list[Path]) -> str:
         *([] if gpu else [CPU_NOTE]),
         "## Targets", tables.targets(rows, ("gpu",) if gpu else ("cpu",)),
         f"## One adapted linear, forward and backward ({over})", tables.layers(rows), picture.get("layer"),
+        "## The same through torch.compile", tables.layers(rows, "compiled"), picture.get("compiled"),
         "## Memory", tables.memory(rows), picture.get("memory"),
         "## The adapter without its base product", tables.shares(rows, "branch"), picture.get("branch"),
         "## Each step alone", tables.shares(rows), picture.get("steps"),

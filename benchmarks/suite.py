@@ -76,7 +76,7 @@ class Context:
     @property
     def compile_s(self) -> float:
         """How long the compilation of one variant may take."""
-        return (180 if self.full else 60) if self.cuda else 120
+        return (180 if self.full else 45) if self.cuda else 120
 
 
 class Shared:

@@ -71,9 +71,9 @@ def first(group: dict[str, dict]) -> dict:
     return next(iter(group.values()))
 
 
-def layers(rows: list[dict], step_kind: str = "layer") -> str:
+def layers(rows: list[dict], kind: str = "layer") -> str:
     """Providers by shapes: time over the base variant and over peft LoRA r=8 (fp32 adapters), and on a GPU the time."""
-    groups, gpu = groups_of(rows, step_kind), is_gpu(rows)
+    groups, gpu = groups_of(rows, kind), is_gpu(rows)
     if not groups:
         return f"{NOT_MEASURED}\n"
     names = list(dict.fromkeys(name for group in groups for name in group))

@@ -22,6 +22,9 @@ EVERY_LAYER = (
     providers.FROZEN, *PEFT, providers.PEFT_64, providers.PEFT_64_AS_BASE, providers.FUSED_8, providers.HYDRA,
     providers.MIXTURE, providers.PRINTED, providers.TIDIED, providers.EXP_LOG, providers.GEOOPT,
     providers.EXP_LOG_EAGER, providers.EXP_LOG_TRITON, *OURS, providers.EAGER_OWN, providers.TRITON_OWN,
+)  # fmt: skip
+COMPILED_LAYERS = (
+    providers.FROZEN, providers.PEFT_8, providers.MAPPED, providers.EXP_LOG, *OURS, providers.MAPPED_COMPILED,
     providers.EXP_LOG_COMPILED, providers.EAGER_COMPILED,
 )  # fmt: skip
 EVERY_BRANCH = (
@@ -114,10 +117,15 @@ def linear_group(context, kind, step, setting, names, table=LAYERS, weigh=False,
     return Group(kind, step, {**shape_of(setting), **shape}, variants, base, weigh=weigh, gates=gates, shared=[inputs])
 
 
-def layer(context: Context, d_in: int, d_out: int, tokens: int, names=EVERY_LAYER) -> Group:
+def layer(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
     setting = setting_of(context, d_in, d_out, tokens)
     gates = gates_of(context, setting, ("stereographic", "exp_log"), own_router=True)
-    return linear_group(context, "layer", FORWARD_BACKWARD, setting, names, weigh=True, gates=gates)
+    return linear_group(context, "layer", FORWARD_BACKWARD, setting, EVERY_LAYER, weigh=True, gates=gates)
+
+
+def compiled(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
+    setting = setting_of(context, d_in, d_out, tokens)
+    return linear_group(context, "compiled", FORWARD_BACKWARD, setting, COMPILED_LAYERS, weigh=True)
 
 
 def branch(context: Context, d_in: int, d_out: int, tokens: int) -> Group:

@@ -190,7 +190,7 @@ def test_the_plans_hold_what_the_design_asks_for():
             "tokens",
             "experts",
         }
-        assert kinds >= {"rank", "width", "order"} and groups[0].kind == "layer"
+        assert kinds >= {"rank", "width", "order", "compiled"} and groups[0].kind == "layer"
         assert len({g.name for g in groups}) == len(groups)
     gpu = [g for g in groups if g.kind == "layer"]
     assert [(g.shape["d_in"], g.shape["d_out"]) for g in gpu] == [*cases.QWEN2, *cases.LLAMA3]
