@@ -36,7 +36,9 @@ STYLES = {  # provider -> (colour, line style)
 
 
 def style(provider: str) -> tuple[str, str]:
-    return STYLES.get(provider, (GREY, "-"))
+    if provider in STYLES:
+        return STYLES[provider]
+    return (BLACK, "-") if provider.startswith("base ") else (TEAL, "-") if "addmm" in provider else (GREEN, "-")
 
 
 def all_plots(rows: list[dict], folder: Path) -> list[Path]:
@@ -114,14 +116,18 @@ def growth_plot(rows: list[dict]):
     widths = groups_of(rows, "width")
     if not present and not widths:
         return None
-    figure, grid = _figure(4.6 * (len(present) + bool(widths)) + 0.6, 4.0, 1, len(present) + bool(widths))
-    for axes, (kind, axis, label) in zip(grid[0], present, strict=False):
+    panels = len(present) + bool(widths)
+    columns = min(panels, 2)
+    figure, grid = _figure(5.6 * columns, 3.6 * -(-panels // columns) + 0.4, -(-panels // columns), columns)
+    for axes in grid.flat[panels:]:
+        axes.set_visible(False)
+    for axes, (kind, axis, label) in zip(grid.flat, present, strict=False):
         _draw_lines(axes, groups_of(rows, kind), axis, lambda row, base: row["median_s"] / base["median_s"])
         axes.set(xscale="log", xlabel=label, ylabel="time over the frozen linear")
         axes.set_xscale("log", base=2)
         _plain_ticks(axes, sorted({first(group)[axis] for group in groups_of(rows, kind)}))
     if widths:
-        _width_panel(grid[0][-1], widths)
+        _width_panel(grid.flat[panels - 1], widths)
     figure.suptitle("growth, forward + backward", fontsize=11)
     return figure
 
@@ -141,8 +147,8 @@ def _width_panel(axes, groups: list[dict[str, dict]]) -> None:
         range(len(groups)), [f"{first(g)['d_in']}→{first(g)['d_out']}" for g in groups], fontsize=7, rotation=20
     )
     axes.set(ylabel="time over the frozen linear", xlabel="widths, even and odd")
-    axes.set_ylim(top=axes.get_ylim()[1] * 1.25)
-    axes.legend(frameon=False, fontsize=7, loc="upper left")
+    axes.set_ylim(top=axes.get_ylim()[1] * 1.5)
+    axes.legend(frameon=False, fontsize=6.5, loc="upper left", ncols=2)
     _bare(axes)
 
 
@@ -188,7 +194,7 @@ def _bars(
         axes.set_visible(False)
     for axes, (_, values), panel in zip(grid.flat, shown, titles, strict=False):
         names = list(values) if keep_order else sorted(values, key=values.get)
-        wide = max(values.values()) > 12 * max(min(values.values()), 1e-9) or log
+        wide = log or (not keep_order and max(values.values()) > 12 * min(values.values()))
         left = min(min(values.values()), 1) * 0.8 if wide and start else min(values.values()) * 0.5 if wide else start
         for i, name in enumerate(names):
             colour, dashes = style(name)
@@ -264,19 +270,35 @@ def _label_ends(axes) -> None:
     low, high = axes.get_ylim()
     scale = (lambda v: math.log(v / low) / math.log(high / low)) if log else (lambda v: (v - low) / (high - low))
     ends = sorted(((scale(line.get_ydata()[-1]), line) for line in lines), key=lambda end: end[0])
-    least, place = 0.05, -1.0
-    places = []
-    for y, _ in ends:
-        place = max(y, place + least)
-        places.append(place)
-    over = max(places[-1] - 1.0, 0) if places else 0
+    places = _spread([y for y, _ in ends], 0.05)
     for (y, line), place in zip(ends, places, strict=True):
         axes.annotate(
-            line.get_label(), (1.0, y), xytext=(1.03, place - over), xycoords="axes fraction",
+            line.get_label(), (1.0, y), xytext=(1.04, place), xycoords="axes fraction",
             textcoords="axes fraction",
             fontsize=7, color=line.get_color(), va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": line.get_color(), "lw": 0.5, "shrinkA": 0, "shrinkB": 0},
+            arrowprops={"color": line.get_color(), **CONNECTOR},
         )  # fmt: skip
+
+
+CONNECTOR = {"arrowstyle": "-", "lw": 0.5, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
+
+
+def _spread(wanted: list[float], least: float) -> list[float]:
+    """Places at least so far apart, in order and within [0, 1] where they fit, each cluster around what it wanted."""
+    clusters: list[list[float]] = []  # sum of wanted places, each less its rank in the cluster's spacing; their number
+    for place in wanted:
+        clusters.append([place, 1])
+        while len(clusters) > 1:
+            (low, m), (high, n) = clusters[-2:]
+            if high / n - low / m >= least * (m + n) / 2:
+                break
+            clusters[-2:] = [[low + high, m + n]]
+    places = []
+    for total, count in clusters:
+        first = total / count - least * (count - 1) / 2
+        first = max(min(first, 1 - least * (count - 1)), places[-1] + least if places else 0.0)
+        places += [first + least * i for i in range(count)]
+    return places
 
 
 def _plain_ticks(axes, ticks: list[int]) -> None:

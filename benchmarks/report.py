@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from benchmarks import plots, store, tables
+from benchmarks import plots, providers, store, tables
 from benchmarks.machine import RESULTS, ROOT
 
 BEGIN, END = "<!-- performance: written by python -m benchmarks report -->", "<!-- end of performance -->"
 CPU_NOTE = "Ratios within one run: absolute times of a CPU depend on what else it does, and are not given."
+NOT_IN_README = (providers.PEFT_64, providers.PEFT_64_AS_BASE, providers.TIDIED, providers.GEOOPT)
 EXP_LOG_NOTE = (
     "Both mappings are a scalar times the vector: fused, exp/log moves the same bytes as the stereographic one, and "
     "the difference that is left between them is PyTorch's, not the mathematics'. “our eager” and “our Triton” never "
@@ -100,7 +101,7 @@ def readme_section(found: dict[str, list[dict]], results: Path, root: Path) -> s
         parts += [
             f"**{title}** ({tables.made_with(rows)}). {what}{note} Everything: "
             f"[{folder}/report.md]({folder}/report.md).",
-            tables.layers(rows), tables.targets(rows, ("gpu",) if name in gpus else ("cpu",)),
+            tables.layers(rows, without=NOT_IN_README), tables.targets(rows, ("gpu",) if name in gpus else ("cpu",)),
         ]  # fmt: skip
         picture = results / name / "plots" / "figure3_dimension.png"
         if picture.exists():

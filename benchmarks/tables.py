@@ -20,7 +20,7 @@ def is_gpu(rows: list[dict]) -> bool:
 
 
 def duration(seconds: float) -> str:
-    return f"{1e6 * seconds:.3g} µs" if seconds < 1e-3 else f"{1e3 * seconds:.3g} ms"
+    return f"{1e6 * seconds:.3g} µs" if seconds < 0.9995e-3 else f"{1e3 * seconds:.3g} ms"
 
 
 def made_with(rows: list[dict]) -> str:
@@ -60,23 +60,26 @@ def _number(target, value: float) -> str:
 
 def groups_of(rows: list[dict], kind: str, step: str | None = None) -> list[dict[str, dict]]:
     """The measured groups of a kind, in the order of their shapes."""
-    found = [
-        group for group in store.groups(store.measured(rows)).values()
-        if (first := next(iter(group.values())))["kind"] == kind and (step is None or first["step"] == step)
-    ]  # fmt: skip
-    return sorted(found, key=lambda group: [next(iter(group.values())).get(name) or 0 for name in store.SHAPE])
+    found = [group for group in store.groups(store.measured(rows)).values() if first(group)["kind"] == kind]
+    return sorted((group for group in found if step in (None, first(group)["step"])), key=_size)
+
+
+def _size(group: dict[str, dict]) -> list[int]:
+    """A shape's place: by its narrower width, then the rest."""
+    row = first(group)
+    return [min(row.get("d_in") or 0, row.get("d_out") or 0), *(row.get(name) or 0 for name in store.SHAPE)]
 
 
 def first(group: dict[str, dict]) -> dict:
     return next(iter(group.values()))
 
 
-def layers(rows: list[dict], kind: str = "layer") -> str:
+def layers(rows: list[dict], kind: str = "layer", without: tuple[str, ...] = ()) -> str:
     """Providers by shapes: time over the base variant and over peft LoRA r=8 (fp32 adapters), and on a GPU the time."""
     groups, gpu = groups_of(rows, kind), is_gpu(rows)
     if not groups:
         return f"{NOT_MEASURED}\n"
-    names = list(dict.fromkeys(name for group in groups for name in group))
+    names = [name for name in dict.fromkeys(name for group in groups for name in group) if name not in without]
     head = ["provider", *(f"{first(g)['d_in']}→{first(g)['d_out']}" for g in groups)]
     lines = []
     for name in names:

@@ -102,7 +102,9 @@ def steps(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
 
             return Made(alone)
 
-        variants[name] = Variant(make, moved, flop, step=f"{name}, {backend}")
+        variants[name] = Variant(
+            make, moved, flop, step=f"{name}, {'library' if name.startswith('base') or 'addmm' in name else backend}"
+        )
     return Group(
         "steps", "alone", shape_of(setting), variants, base="base forward", clock="graph", repeats=8,
         gates=gates_of(context, setting), shared=[state],
