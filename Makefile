@@ -9,7 +9,7 @@ TORCH ?= $(if $(shell command -v nvidia-smi rocm-smi),torch,torch==2.13.0)
 RUN = OMP_NUM_THREADS=1 $(VENV)/bin/python
 APART = --ignore=tests/backends/triton --ignore=tests/compile --ignore=tests/gpu
 
-.PHONY: demo test bench gpu fuzz kernels clean
+.PHONY: demo test bench gpu gpu-full fuzz kernels clean
 
 $(VENV)/.%: setup.py
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -26,13 +26,23 @@ test: $(VENV)/.test
 	TRITON_INTERPRET=1 $(RUN) -m pytest -n 2 tests/backends/triton
 	$(RUN) -m pytest -n 2 tests/compile
 
+# Within 15 minutes on a CPU.
 bench: $(VENV)/.bench
-	$(VENV)/bin/python -m benchmarks.layer_cpu
+	$(VENV)/bin/python -m benchmarks run --device cpu
 
-# Installs nothing: doctor lists what is absent. The benchmark has its own correctness gate, so it runs in any case.
+# Within 8 minutes: the tests are stopped after TESTS seconds, and the benchmark's budget counts from the start. Installs
+# nothing: doctor lists what is absent. The benchmark has its own correctness gate, so it runs in any case.
+MINUTES ?= 7.5
+TESTS ?= 180
+EXTENT ?= --quick
+PARALLEL = $(shell $(PRESENT) -c "import xdist" 2>/dev/null && echo "-n $$(n=$$(nproc); echo $$((n > 12 ? 12 : n)))")
 gpu:
-	$(PRESENT) -m mos_kernels doctor
-	$(PRESENT) -m pytest tests/gpu; status=$$?; $(PRESENT) -m benchmarks.layer_gpu && exit $$status
+	since=$$(date +%s); $(PRESENT) -m mos_kernels doctor; \
+	timeout --signal=INT --kill-after=15 $(TESTS) $(PRESENT) -m pytest $(PARALLEL) tests/gpu; status=$$?; \
+	$(PRESENT) -m benchmarks run --device cuda $(EXTENT) --budget $(MINUTES) --since $$since && exit $$status
+
+gpu-full:
+	$(MAKE) gpu EXTENT=--full MINUTES=75 TESTS=1800
 
 fuzz:
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PRESENT) -m tests.fuzz

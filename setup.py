@@ -30,6 +30,6 @@ setup(
         "trl": TRL,
         "demo": DEMO,
         "test": TEST,
-        "bench": [*PEFT, "matplotlib>=3.8", "pytest-benchmark>=5"],
+        "bench": [*PEFT, "geoopt>=0.5", "matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=5"],
     },
 )

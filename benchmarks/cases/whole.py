@@ -1,0 +1,169 @@
+"""A gated FFN and a whole model, in training and in decoding."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import providers, qwen2
+from benchmarks.cases.linear import FORWARD_BACKWARD, OURS, PEFT, gates_of, setting_of
+from benchmarks.measure import rotated, rotation
+from benchmarks.providers import LAYERS
+from benchmarks.suite import Context, Group, Made, Shared, Variant
+
+WHOLE = (providers.FROZEN, *PEFT, providers.FUSED_8, *OURS)
+
+
+def _whole_names(context: Context) -> list[str]:
+    return [name for name in WHOLE if LAYERS[name].offered(context.dtype, context.device)]
+
+
+def _backend(name: str) -> str:
+    return "triton" if name == providers.TRITON else "eager"
+
+
+def _ffn_gates(context: Context, hidden: int, intermediate: int, tokens: int) -> list[Callable]:
+    found = []
+    for widths in ((hidden, intermediate), (intermediate, hidden)):
+        found += gates_of(context, setting_of(context, *widths, tokens))
+    return found
+
+
+def ffn(context: Context, hidden: int, intermediate: int, tokens: int) -> Group:
+    """A gated FFN with its router, forward and backward."""
+    size, options = context.dtype.itemsize, {"device": context.device, "dtype": context.dtype}
+
+    def draw() -> tuple:
+        count = rotation(context.device, 2 * tokens * hidden * size)
+        x = rotated(lambda: torch.randn(tokens, hidden, **options).requires_grad_(), count)
+        return *x, rotated(lambda: torch.randn(tokens, hidden, **options), count)[0]
+
+    inputs = Shared(draw)
+
+    def make(name: str) -> Made:
+        block = _ffn_block(context, hidden, intermediate)
+        trained = qwen2.adapt(block, name, setting_of(context, hidden, intermediate, tokens).config())
+        x, xs, dy = inputs()
+
+        def call() -> tuple:
+            tokens = x()
+            return torch.autograd.grad(block(tokens), [tokens, *trained], dy())
+
+        return Made(call, lambda: block(x()), [*xs, *block.parameters()])
+
+    moved = 2 * size * (3 * hidden * intermediate + tokens * (2 * hidden + 6 * intermediate))
+    flop = 12 * tokens * hidden * intermediate
+    return Group(
+        "ffn", FORWARD_BACKWARD, {"d_in": hidden, "d_out": intermediate, "tokens": tokens},
+        {name: Variant(functools.partial(make, name), moved, flop) for name in _whole_names(context)},
+        providers.FROZEN, weigh=True, gates=_ffn_gates(context, hidden, intermediate, tokens), shared=[inputs],
+    )  # fmt: skip
+
+
+def _ffn_block(context: Context, hidden: int, intermediate: int) -> nn.Module:
+    block = qwen2.FFN(hidden, intermediate).to(context.device, context.dtype).requires_grad_(False)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return block
+
+
+def decode(context: Context, hidden: int, intermediate: int, tokens: int) -> Group:
+    """A gated FFN on few tokens, frozen for inference; two blocks in turn, so that the L2 does not hold the weights."""
+    x = Shared(lambda: torch.randn(tokens, hidden, device=context.device, dtype=context.dtype))
+
+    def make(name: str) -> Made:
+        blocks = [_ffn_block(context, hidden, intermediate) for _ in range(2)]
+        for block in blocks:
+            qwen2.adapt(block, name, setting_of(context, hidden, intermediate, tokens).config())
+            block.eval()
+            qwen2.freeze(block, _backend(name))
+
+        def call() -> None:
+            with torch.no_grad():
+                for block in blocks:
+                    block(x())
+
+        return Made(call)
+
+    size = context.dtype.itemsize
+    moved = 2 * size * (3 * hidden * intermediate + tokens * (2 * hidden + 6 * intermediate))
+    flop = 12 * tokens * hidden * intermediate
+    return Group(
+        "decode", "forward of two FFNs", {"d_in": hidden, "d_out": intermediate, "tokens": tokens},
+        {name: Variant(functools.partial(make, name), moved, flop) for name in _whole_names(context)},
+        providers.FROZEN, clock="graph", repeats=4, gates=_ffn_gates(context, hidden, intermediate, tokens), shared=[x],
+    )  # fmt: skip
+
+
+def _model_work(shape: qwen2.Shape, batch: int, length: int, size: int) -> tuple[int, int]:
+    """Bytes of all weights once, and FLOP of the products with them, forward; attention itself is left out."""
+    narrow = shape.kv_heads * (shape.hidden // shape.heads)
+    weights = shape.layers * shape.hidden * (2 * shape.hidden + 2 * narrow + 3 * shape.intermediate)
+    weights += shape.vocabulary * shape.hidden
+    return size * weights, 2 * batch * length * weights
+
+
+def training(context: Context, shape: qwen2.Shape, batch: int, length: int) -> Group:
+    """A training step: forward, loss in the model's dtype, backward, AdamW; the frozen model's backward is dx alone."""
+    ids = Shared(lambda: torch.randint(0, shape.vocabulary, (4, batch, length + 1), device=context.device))
+
+    def make(name: str) -> Made:
+        model = qwen2.build(shape, context.device, context.dtype)
+        trained = qwen2.adapt(model, name, setting_of(context, shape.hidden, shape.intermediate, 1).config())
+        optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True) if trained else None
+        count = iter(range(1 << 62))
+
+        def call() -> None:
+            tokens = ids()[next(count) % 4]
+            logits = model(tokens[:, :-1])
+            F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+        return Made(call)
+
+    moved, flop = _model_work(shape, batch, length, context.dtype.itemsize)
+    fields = {"layers": shape.layers, "tokens": batch * length, "batch": batch, "length": length}
+    names = [name for name in _whole_names(context) if context.tiny or not context.cuda or name != providers.EAGER]
+    return Group(
+        "model", "training step", fields,
+        {name: Variant(functools.partial(make, name), 2 * moved, 2 * flop) for name in names},
+        providers.FROZEN, weigh=context.cuda, shared=[ids],
+        gates=_ffn_gates(context, shape.hidden, shape.intermediate, batch * length),
+    )  # fmt: skip
+
+
+def decoding(context: Context, shape: qwen2.Shape, batch: int, length: int) -> Group:
+    """One token for each of `batch` sequences, against a cache of `length` positions."""
+    ids = Shared(lambda: torch.randint(0, shape.vocabulary, (batch, 1), device=context.device))
+
+    def make(name: str) -> Made:
+        model = qwen2.build(shape, context.device, context.dtype)
+        qwen2.adapt(model, name, setting_of(context, shape.hidden, shape.intermediate, 1).config())
+        model.eval()
+        qwen2.freeze(model, _backend(name))
+        caches = model.caches(batch, length)
+
+        def call() -> Tensor:
+            with torch.no_grad():
+                return model(ids(), caches)
+
+        return Made(call)
+
+    moved, flop = _model_work(shape, batch, 1, context.dtype.itemsize)
+    fields = {"layers": shape.layers, "tokens": batch, "batch": batch, "length": length}
+    names = [
+        n for n in _whole_names(context) if n in (providers.FROZEN, providers.PEFT_8_AS_BASE, providers.PEFT_8, *OURS)
+    ]
+    if context.cuda:
+        names = [n for n in names if n not in (providers.EAGER, providers.PEFT_8)]
+    return Group(
+        "model", "decoding", fields, {n: Variant(functools.partial(make, n), moved, flop) for n in names},
+        providers.FROZEN, clock="graph", gates=_ffn_gates(context, shape.hidden, shape.intermediate, batch),
+        shared=[ids],
+    )  # fmt: skip

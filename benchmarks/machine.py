@@ -1,0 +1,57 @@
+"""Where a run was made: what every row says about machine, versions and commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "peft", "geoopt", "mos_kernels")
+
+
+def about(device: torch.device) -> dict:
+    """machine names the folder of its results; run tells runs apart."""
+    found = {"run": time.strftime("%Y-%m-%dT%H:%M:%S"), "commit": commit(), "python": platform.python_version()}
+    found.update({name: version(name) for name in PACKAGES})
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name = torch.cuda.get_device_name(device)
+        return {
+            "machine": name.lower().replace(" ", "-").replace("/", "-"), "gpu": name, "cuda": torch.version.cuda,
+            "hip": torch.version.hip, "memory_bytes": properties.total_memory, **found,
+        }  # fmt: skip
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"machine": f"cpu-{cores}core", "cpu": processor(), "threads": torch.get_num_threads(), **found}
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    named = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return named[0].split(":")[1].strip() if named else platform.processor()
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit of this tree, "-dirty" where tracked files differ from it; None outside of git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    try:
+        head = git("rev-parse", "HEAD")
+    except FileNotFoundError:
+        return None
+    return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "") if head else None

@@ -1,0 +1,266 @@
+"""Groups of variants, measured: what is left of a run's rows is made here.
+
+A group is what is interleaved: its variants answer one question on one shape. Every variant is built lazily, so that
+one that does not fit, or fails, is recorded with its reason and the others go on; compiled variants are built last and
+under a time limit. A row holds a variant's quantiles, the bytes and FLOP of the work, and everything it was made with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.ceilings import Ceilings
+from benchmarks.measure import (
+    Budget,
+    Call,
+    CallFailed,
+    LeftOut,
+    Outcome,
+    attempt,
+    captured,
+    interleaved,
+    peak_bytes,
+    quantiles,
+    release_memory,
+    saved_bytes,
+    synchronize,
+    time_limit,
+)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a run is made on. mode: "tiny" (checks that everything runs), "quick" or "full"."""
+
+    device: torch.device
+    dtype: torch.dtype
+    mode: str
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def tiny(self) -> bool:
+        return self.mode == "tiny"
+
+    @property
+    def full(self) -> bool:
+        return self.mode == "full"
+
+    @property
+    def rounds(self) -> int:
+        if self.tiny:
+            return 1
+        if self.cuda:
+            return 100 if self.full else 30
+        return 9 if self.full else 5
+
+    @property
+    def group_seconds(self) -> float:
+        """How long the rounds of one group may take."""
+        return (30 if self.full else 6) if self.cuda else (240 if self.full else 45)
+
+    @property
+    def warmup_s(self) -> float | None:
+        if self.tiny:
+            return None
+        return (3.0 if self.full else 1.0) if self.cuda else 0
+
+    @property
+    def compile_s(self) -> float:
+        """How long the compilation of one variant may take."""
+        return (180 if self.full else 45) if self.cuda else 120
+
+
+class Shared:
+    """What the variants of a group share, made at its first use and dropped with the group."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make, self._made = make, None
+
+    def __call__(self) -> Any:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def drop(self) -> None:
+        self._made = None
+
+
+@dataclass
+class Made:
+    """A variant, ready to run. forward and owned: for the bytes saved for backward, beyond the owned tensors."""
+
+    call: Call
+    forward: Callable[[], Tensor] | None = None
+    owned: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Variant:
+    """moved, flop: the least bytes through memory and the arithmetic of one call, to be held against the ceilings."""
+
+    make: Callable[[], Made]
+    moved: int | None = None
+    flop: int | None = None
+    compiled: bool = False
+    step: str | None = None
+
+
+@dataclass
+class Group:
+    """kind: the question ("layer", "steps", …). base: the variant that ratios are taken to. repeats: calls a graph."""
+
+    kind: str
+    step: str
+    shape: dict[str, int]
+    variants: dict[str, Variant]
+    base: str | None = None
+    clock: str = "events"
+    repeats: int = 1
+    weigh: bool = False
+    gates: list[Callable[[], list[str]]] = field(default_factory=list)
+    shared: list[Shared] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}: {self.step}, " + " ".join(f"{key}={value}" for key, value in self.shape.items())
+
+
+_passed: dict[object, list[str]] = {}
+
+
+def checked_once(key: object, check: Callable[[], list[str]]) -> Callable[[], list[str]]:
+    """The check, run once a process for each key."""
+
+    def run() -> list[str]:
+        if key not in _passed:
+            _passed[key] = check()
+        return _passed[key]
+
+    return run
+
+
+def run_group(group: Group, context: Context, ceilings: Ceilings, budget: Budget) -> list[dict]:
+    """A row for each variant of the group."""
+    try:
+        return _run_group(group, context, ceilings, budget)
+    finally:
+        for shared in group.shared:
+            shared.drop()
+        release_memory()
+
+
+def _run_group(group: Group, context: Context, ceilings: Ceilings, budget: Budget) -> list[dict]:
+    outcomes: dict[str, Outcome] = {}
+    timed: dict[str, list[float]] = {}
+    weights: dict[str, dict[str, int]] = {}
+    graph = group.clock == "graph" and context.cuda
+    repeats = group.repeats if graph else 1
+
+    failures, outcome = attempt(lambda: [failure for gate in group.gates for failure in gate()])
+    if outcome.status != "ok" or failures:
+        status, message = ("failed", "gate: " + "; ".join(failures)) if failures else outcome
+        return _rows(group, context, ceilings, {name: Outcome(status, message) for name in group.variants}, {}, {})
+
+    torch._dynamo.reset()
+    ready: dict[str, Made] = {}
+    calls: dict[str, Call] = {}
+    for name in sorted(group.variants, key=lambda name: group.variants[name].compiled):
+        variant = group.variants[name]
+        limit = min(context.compile_s, budget.left()) if variant.compiled else budget.left()
+        if limit <= 0:
+            outcomes[name] = Outcome("left out", "the time budget was gone")
+            continue
+        made, outcomes[name] = attempt(lambda variant=variant, limit=limit: _ready(variant, context, limit))
+        if made is None:
+            continue
+        call, outcomes[name] = attempt(lambda made=made: captured(made.call, repeats) if graph else made.call)
+        if call is not None:
+            ready[name], calls[name] = made, call
+
+    while calls and not timed:
+        try:
+            timed = interleaved(
+                calls, context.device, rounds=context.rounds, seconds=context.group_seconds,
+                warmup_s=context.warmup_s, budget=budget,
+            )  # fmt: skip
+        except CallFailed as failed:  # the others are measured without it
+            outcomes[failed.name] = failed.outcome
+            del calls[failed.name], ready[failed.name]
+            release_memory()
+        except LeftOut as error:
+            outcomes.update({name: Outcome("left out", str(error)) for name in calls})
+            calls.clear()
+    for name, made in ready.items() if group.weigh else ():
+        if outcomes[name].status == "ok" and budget.left() > 0:
+            weights[name] = _weigh(made, context)
+    timed = {name: [s / repeats for s in seconds] for name, seconds in timed.items()}
+    return _rows(group, context, ceilings, outcomes, timed, weights)
+
+
+def _ready(variant: Variant, context: Context, limit: float) -> Made:
+    """The variant, built and run twice: what compiles has compiled."""
+    with time_limit(limit):
+        made = variant.make()
+        for _ in range(1 if context.tiny else 2):
+            made.call()
+        synchronize(context.device)
+    return made
+
+
+def _weigh(made: Made, context: Context) -> dict[str, int]:
+    found = {}
+    peak, outcome = attempt(lambda: peak_bytes(made.call, context.device))
+    if outcome.status == "ok":
+        found["peak_bytes"] = peak
+    if made.forward is not None:
+        saved, outcome = attempt(lambda: saved_bytes(made.forward, made.owned))
+        if outcome.status == "ok":
+            found["saved_bytes"] = saved
+    return found
+
+
+def _rows(group, context, ceilings, outcomes, timed, weights) -> list[dict]:
+    rows = []
+    for name, variant in group.variants.items():
+        row = {
+            "kind": group.kind, "step": variant.step or group.step, "provider": name, "base": group.base, **group.shape,
+            "dtype": str(context.dtype).removeprefix("torch."),
+            "clock": group.clock if context.cuda else "wall",
+            "status": outcomes[name].status, "message": outcomes[name].message,
+            "bytes": variant.moved, "flop": variant.flop, **weights.get(name, {}),
+        }  # fmt: skip
+        if timed.get(name):
+            row.update(quantiles(timed[name]), seconds=[float(f"{s:.5g}") for s in timed[name]])
+            floor = ceilings.floor_s(variant.moved, variant.flop)
+            if floor:
+                row["share_of_ceiling"] = floor / row["median_s"]
+                row["ceiling"] = ceilings.binding(variant.moved, variant.flop)
+        rows.append(row)
+    return rows
+
+
+def left_out(group: Group, context: Context, reason: str) -> list[dict]:
+    """The rows of a group that was not begun."""
+    none = Ceilings(1.0, 1.0)
+    return _rows(group, context, none, {name: Outcome("left out", reason) for name in group.variants}, {}, {})
+
+
+def run(
+    groups: Iterable[Group], context: Context, ceilings: Ceilings, budget: Budget, reserve_s: float = 10
+) -> Iterator[tuple[Group, list[dict], float]]:
+    """The groups in their order of importance, each with its rows and its seconds, while the budget lasts."""
+    for group in groups:
+        start = time.time()
+        if budget.left() < reserve_s:
+            yield group, left_out(group, context, "the time budget was gone"), 0.0
+        else:
+            yield group, run_group(group, context, ceilings, budget), time.time() - start
