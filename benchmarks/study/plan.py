@@ -70,40 +70,50 @@ def _geometry(domain: str, unit: str, curvature: str, importance: int) -> Entry:
 
 
 STABLE = (10, 3, 1, 30)
-BASE = Entry("head alone", ("--method", "frozen"), 0, STABLE)
+BASE = Entry("head alone", ("--method", "frozen"), 3, STABLE)
 LORA = Entry("LoRA r=8", ("--method", "lora"), 0, STABLE)
 # r=40 trains 921,600 parameters on MiniLM, MoS 921,696; alpha keeps the scaling alpha/r of r=8
 LORA_MATCHED = Entry("LoRA r=40 (matched)", ("--method", "lora", "--r", "40", "--lora-alpha", "80"), 0, STABLE)
-DORA = Entry("DoRA r=8", ("--method", "dora"), 2, STABLE)
-ADALORA = Entry("AdaLoRA r=8", ("--method", "adalora"), 2, STABLE)
-MELORA = Entry("MELoRA 4x8", ("--method", "melora"), 2, STABLE)
+DORA = Entry("DoRA r=8", ("--method", "dora"), 1, STABLE)
+ADALORA = Entry("AdaLoRA r=8", ("--method", "adalora"), 1, STABLE)
+MELORA = Entry("MELoRA 4x8", ("--method", "melora"), 1, STABLE)
 HYDRALORA = Entry("HydraLoRA", ("--method", "hydralora"), 1, STABLE)
 MIXTURE_OF_LORA = Entry("mixture of LoRA", ("--method", "mixture_of_lora"), 1, STABLE)
 MOS = _mos("MoS", 0, rates=STABLE)
 PAPER = _mos("MoS as printed", 0, "--preset", "paper", rates=STABLE)
-RAW_UNITS = _mos("MoS ball, unit 1, κ̂ 1", 1, "--length-unit", "1", "--curvature-init", "1", rates=STABLE)
+RAW_UNITS = _mos("MoS ball, unit 1, κ̂ 1", 0, "--length-unit", "1", "--curvature-init", "1", rates=STABLE)
 
 _TABLE_2 = tuple(
     _mos(f"MoS, curvature rate x{ratio}", importance, "--curvature-lr-ratio", str(ratio))
-    for ratio, importance in ((1, 2), (10, 3), (100, 3))
+    for ratio, importance in ((1, 1), (10, 3), (100, 2))
 )
 FIXED = _mos("MoS, curvature not learned", 3, "--no-learn-curvature")
-_TABLE_3 = tuple(_mos(f"MoS, 8 {space}", 2, "--spaces", f"{space}=8") for space in ("hyperbolic", "spherical"))
+_TABLE_3 = tuple(_mos(f"MoS, 8 {space}", 1, "--spaces", f"{space}=8") for space in ("hyperbolic", "spherical"))
 # all that acts on curvature is without effect here
-EUCLIDEAN = _mos("MoS, 8 euclidean", 1, "--spaces", "euclidean=8")
+EUCLIDEAN = _mos("MoS, 8 euclidean", 0, "--spaces", "euclidean=8")
 
 _GRID = {  # (domain, unit, |κ̂|): importance; the default, the printed setting and raw units under a ball are above
     ("raw", "sqrt_dim", "0.3"): 2,
-    ("ball", "sqrt_dim", "0.1"): 3, ("ball", "sqrt_dim", "1"): 3,
+    ("ball", "sqrt_dim", "0.1"): 3, ("ball", "sqrt_dim", "1"): 2,
     ("raw", "sqrt_dim", "0.1"): 4, ("raw", "sqrt_dim", "1"): 4,
     ("ball", "1", "0.1"): 4, ("ball", "1", "0.3"): 4, ("raw", "1", "0.1"): 4, ("raw", "1", "0.3"): 4,
 }  # fmt: skip
 GRID = tuple(_geometry(*choice, importance) for choice, importance in _GRID.items())
-PER_LINEAR = _mos("MoS, a router a linear", 4, "--router-scope", "linear")
-NOT_RENORMALISED = _mos("MoS, gates not renormalised", 3, "--no-norm-topk-prob")
+# on MiniLM the same layers as the default: BERT's FFN is two modules, so each linear has its own router either way
+PER_LINEAR = _mos("MoS, a router a linear", 9, "--router-scope", "linear", rates=(10,))
+NOT_RENORMALISED = _mos("MoS, gates not renormalised", 2, "--no-norm-topk-prob")
 BOUNDARY = tuple(
-    _mos(f"MoS ball, unit 1, κ̂ 1, ε {eps}", 3, "--length-unit", "1", "--curvature-init", "1", "--boundary-eps", eps)
-    for eps in ("0.04", "0.4")
+    _mos(
+        f"MoS ball, unit 1, κ̂ 1, ε {eps}",
+        importance,
+        "--length-unit",
+        "1",
+        "--curvature-init",
+        "1",
+        "--boundary-eps",
+        eps,
+    )
+    for eps, importance in (("0.04", 3), ("0.4", 2))
 )
 
 TABLES: dict[str, tuple[Entry, ...]] = {
@@ -161,10 +171,10 @@ def entries(tables: Iterable[str] = TABLES) -> list[Entry]:
 def cells(datasets: Iterable[str] = DATASETS, tables: Iterable[str] = TABLES, seeds=SEEDS) -> list[Cell]:
     """Every run of these tables, once each, the most important first: data set by data set, seeds together."""
     listed = [
-        (position, entry.importance + _DELAY[rate], rank, Cell(dataset, entry, rate, seed))
+        (position, entry.importance + _DELAY[rate], entry.importance, rank, Cell(dataset, entry, rate, seed))
         for position, dataset in enumerate(datasets)
         for rank, entry in enumerate(entries(tables))
         for rate in entry.rates
         for seed in seeds
     ]
-    return [cell for *_, cell in sorted(listed, key=lambda item: item[:3])]
+    return [cell for *_, cell in sorted(listed, key=lambda item: item[:-1])]
