@@ -26,7 +26,8 @@ def expert_norms(layer: MoSLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gram = torch.einsum("oer,oes->ers", layer.mos_lora_B, layer.mos_lora_B).float()
     q = torch.einsum("ter,ers,tes->te", low, gram, low).clamp(min=0)
     back = projection_scale(q, kappa, layer.config)[0]
-    base = nn.functional.linear(x, layer.weight.float(), layer.bias)
+    bias = None if layer.bias is None else layer.bias.float()
+    base = nn.functional.linear(x, layer.weight.float(), bias)
     return layer.config.scaling * back * q.sqrt(), into * back, base.norm(dim=-1)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,14 +38,16 @@ def append(path: Path, row: dict) -> None:
 
 @contextlib.contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Hold the file of rows; RuntimeError where another runner holds it."""
+    """Hold the folder of the rows; RuntimeError where another runner holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RuntimeError(f"another runner writes {path}: wait for it, or name another file with --rows") from None
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise RuntimeError(f"another runner writes into {path.parent}: wait for it, or name another --rows") from None
+    finally:
+        os.close(folder)
 
 
 def row_of(cell: Cell, output: Path, failure: str | None, commit: str) -> dict:
@@ -58,8 +61,9 @@ def row_of(cell: Cell, output: Path, failure: str | None, commit: str) -> dict:
         "key": cell.key, "dataset": cell.dataset, "options": list(cell.entry.options), "rate": cell.rate,
         "seed": cell.seed, "failure": failure,
         "nan": failure is not None or len(finite) < len(gradients),
-        "largest_grad_norm": max(finite, default=None), "first_grad_norm": gradients[0] if gradients else None,
-        "curvature": _curvatures(log, settings), "norms": _json(output / NORMS),
+        "largest_grad_norm": max(finite, default=None), "first_grad_norm": next(iter(finite), None),
+        "curvature": None if failure else _curvatures(log, settings),
+        "norms": None if failure else _json(output / NORMS),
         "learning_rate": settings["learning_rate"], "epochs": settings["epochs"],
         "batch_size": settings["batch_size"], "group_by_length": settings["group_by_length"],
         "adapter": settings["adapter"], "data_sha256": list(settings["data_files"].values()),
