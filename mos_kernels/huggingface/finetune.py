@@ -9,13 +9,17 @@ the head's start, the order of the data, the optimizer and every seed.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
 from mos_kernels.config import MoSConfig
+from mos_kernels.huggingface import finetune_adalora as adalora
 from mos_kernels.huggingface import finetune_folder as folders
 from mos_kernels.huggingface import finetune_inputs as inputs
 from mos_kernels.huggingface import finetune_model as models
@@ -23,14 +27,14 @@ from mos_kernels.huggingface import finetune_results as results
 from mos_kernels.huggingface import finetune_trainer as trainers
 from mos_kernels.huggingface.data import DataError
 from mos_kernels.huggingface.finetune_folder import FolderError
-from mos_kernels.huggingface.finetune_model import ModelError
+from mos_kernels.huggingface.finetune_model import Method, ModelError
 from mos_kernels.huggingface.finetune_options import OptionError, adapter_config, add_adapter_arguments, given_options
 from mos_kernels.huggingface.training import mos_param_groups
 from mos_kernels.run_report.log import TRAINER_STATE
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command to `parser`."""
+def add_arguments(parser: argparse.ArgumentParser, more_methods: Sequence[str] = ()) -> None:
+    """Add the options of the command to `parser`. more_methods: names that --method takes besides its own."""
     parser.description = "Fine-tune a transformers model on text, with a Mixture-of-Space adapter or a baseline."
     what = parser.add_argument_group("model and task")
     what.add_argument("--model", required=True, help="a local folder, or a model id on the Hugging Face hub")
@@ -67,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--warmup-ratio", type=float, default=0.1, help="share of the steps (default 0.1)")
     training.add_argument("--lr-scheduler", choices=("linear", "cosine", "constant_with_warmup"), default="linear")
     training.add_argument("--batch-size", type=int, default=32, help="default 32")
+    training.add_argument("--group-by-length", action="store_true", help="batches of like lengths: less padding")
     training.add_argument("--eval-batch-size", type=int, default=64, help="default 64")
     training.add_argument("--gradient-accumulation", type=int, default=1, help="batches a step (default 1)")
     training.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations, to save memory")
@@ -81,14 +86,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     running.add_argument("--save-total-limit", type=int, default=2, help="checkpoints to keep (default 2)")
     running.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in --output")
     running.add_argument("--overwrite", action="store_true", help="replace an earlier run in --output")
+    running.add_argument("--no-plots", action="store_true", help="leave the plots out; log.jsonl holds what they show")
     running.add_argument("--quiet", action="store_true", help="no progress bar (as where stderr is no terminal)")
-    add_adapter_arguments(parser)
+    add_adapter_arguments(parser, more_methods)
 
 
-def run(args: argparse.Namespace) -> int:
-    """The command. Returns 0, 2 after an error of the user's (said on stderr), or 130 when interrupted."""
+def run(
+    args: argparse.Namespace,
+    more_methods: Mapping[str, Method] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> int:
+    """The command. Returns 0, 2 after an error of the user's (said on stderr), or 130 when interrupted.
+
+    more_methods: what --method takes besides its own, by name. callbacks: more of them for the Trainer.
+    """
     try:
-        _finetune(args)
+        _finetune(args, more_methods or {}, callbacks)
     except (OptionError, DataError, FolderError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -98,9 +111,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _finetune(args: argparse.Namespace) -> None:
+def _finetune(
+    args: argparse.Namespace, more_methods: Mapping[str, Method], callbacks: Sequence[TrainerCallback]
+) -> None:
     given = given_options(args)
-    config = adapter_config(args.method, args.preset, args.num_experts, given)
+    config = adapter_config(args.method, args.preset, args.num_experts, given, more_methods)
     _check_arguments(args)
     device = _device(args.device, args.dtype)
     train, evaluation, summary = inputs.read_data(args)
@@ -118,19 +133,21 @@ def _finetune(args: argparse.Namespace) -> None:
     model, head = models.load_model(
         args.model, summary.get("classes"), tokenizer, getattr(torch, args.dtype), args.seed
     )
+    if args.method == "adalora":
+        config = _with_rank_schedule(config, args, len(encoded["train"]))
     targets_given = "target_modules" in given
-    model, names, config = models.add_adapter(model, args.method, config, targets_given, head, args.seed)
+    model, names, config = models.add_adapter(model, args.method, config, targets_given, head, args.seed, more_methods)
     print(models.description(model, args.method, names))
 
     folders.open_output(args, settings, checkpoint)
-    trainer = _trainer(args, device, model, config, encoded, collator, tokenizer, checkpoint)
+    trainer = _trainer(args, device, model, config, encoded, collator, tokenizer, checkpoint, callbacks)
     if not trainer.run_log.entries:
         trainer.run_log.write({"step": 0, **_curvature_at_start(config, names)})
     _run_training(trainer, checkpoint)
     if trainer.outputs is None or "eval_loss" not in trainer.run_log.entries[-1]:  # not evaluated after the last step
         trainer.evaluate()
 
-    models.save_trained_model(model, args.method, tokenizer, args.output / "adapter")
+    models.save_trained_model(model, tokenizer, args.output / "adapter")
     results.write_results(args, trainer, config, names, settings, summary, evaluation)
 
 
@@ -196,7 +213,7 @@ def _device(name: str, dtype: str) -> str:
     return device
 
 
-def _trainer(args, device: str, model, config, encoded: dict, collator, tokenizer, checkpoint: Path | None):
+def _trainer(args, device: str, model, config, encoded: dict, collator, tokenizer, checkpoint: Path | None, callbacks):
     arguments = _training_arguments(args, device)
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # Trainer would wrap the model in DataParallel
@@ -217,8 +234,10 @@ def _trainer(args, device: str, model, config, encoded: dict, collator, tokenize
         compute_metrics=trainers.scorer(score, {name: len(part) for name, part in encoded["evaluation"].items()}),
         preprocess_logits_for_metrics=trainers.first_logits if is_classifier else trainers.causal_sums,
         optimizers=(torch.optim.AdamW(mos_param_groups(model, args.learning_rate, args.weight_decay)), None),
+        callbacks=list(callbacks),
         is_mos=isinstance(config, MoSConfig),
         is_classifier=is_classifier,
+        rank_allocation=adalora.RankAllocation(model) if args.method == "adalora" else None,
     )
 
 
@@ -233,6 +252,7 @@ def _training_arguments(args: argparse.Namespace, device: str):
         warmup_ratio=args.warmup_ratio,
         lr_scheduler_type=args.lr_scheduler,
         per_device_train_batch_size=args.batch_size,
+        group_by_length=args.group_by_length,
         per_device_eval_batch_size=args.eval_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation,
         max_grad_norm=args.max_grad_norm,
@@ -253,6 +273,15 @@ def _training_arguments(args: argparse.Namespace, device: str):
         disable_tqdm=args.quiet or not sys.stderr.isatty(),
         report_to="none",
     )
+
+
+def _with_rank_schedule(config: dict, args: argparse.Namespace, rows: int) -> dict:
+    batches = math.ceil(rows / args.batch_size)
+    steps = args.max_steps or math.ceil(args.epochs * math.ceil(batches / args.gradient_accumulation))
+    try:
+        return config | adalora.schedule(config["r"], steps)
+    except ValueError as error:
+        raise OptionError(error) from None
 
 
 def _run_training(trainer, checkpoint: Path | None) -> None:

@@ -24,7 +24,7 @@ OWN_FILES = (
 )
 """What a run writes into its folder, besides adapter/ and checkpoint-*/: what --overwrite may remove."""
 
-NOT_RESUMED = ("output", "resume", "overwrite", "quiet", "device", "save_total_limit")
+NOT_RESUMED = ("output", "resume", "overwrite", "quiet", "device", "save_total_limit", "no_plots")
 """Settings that may differ between a run and its resumption."""
 
 

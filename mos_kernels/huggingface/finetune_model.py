@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -23,6 +24,17 @@ from mos_kernels.layer import ADAPTER_PARAMETERS
 
 class ModelError(ValueError):
     """The model cannot be used as asked."""
+
+
+class Method(NamedTuple):
+    """A method of the caller's own, beside those of the command.
+
+    fields: the fields of `MoSConfig` that it takes, target_modules among them. add: (model, config of these fields) ->
+    names of the linears adapted, in place. Its parameters have "lora_" in their names.
+    """
+
+    fields: tuple[str, ...]
+    add: Callable[[nn.Module, dict], list[str]]
 
 
 def check_model_source(source: str) -> None:
@@ -108,7 +120,13 @@ def _from_hub_or_folder(source: str, load, *args, **kwargs):
 
 
 def add_adapter(
-    model: nn.Module, method: str, config: MoSConfig | dict | None, targets_given: bool, head: Sequence[str], seed: int
+    model: nn.Module,
+    method: str,
+    config: MoSConfig | dict | None,
+    targets_given: bool,
+    head: Sequence[str],
+    seed: int,
+    more_methods: Mapping[str, Method] | None = None,
 ):
     """(model, names, config): the model with its adapter, everything but adapter and head frozen.
 
@@ -116,12 +134,12 @@ def add_adapter(
     were given. Trained parameters are float32, whatever the base is. What the model does not have raises `ModelError`.
     """
     try:
-        return _add_adapter(model, method, config, targets_given, head, seed)
+        return _add_adapter(model, method, config, targets_given, head, seed, more_methods or {})
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, ModelError) else ModelError(error) from error
 
 
-def _add_adapter(model, method, config, targets_given, head, seed):
+def _add_adapter(model, method, config, targets_given, head, seed, more_methods):
     set_seed(seed)  # the adapter's start does not depend on what the head drew
     if isinstance(config, MoSConfig):
         config = config if targets_given else dataclasses.replace(config, target_modules=ffn_target_modules(model))
@@ -133,7 +151,12 @@ def _add_adapter(model, method, config, targets_given, head, seed):
         _train(model, head)
     else:
         config = config if targets_given else {**config, "target_modules": ffn_target_modules(model)}
-        model, names = _add_lora(model, method, config, head)
+        if method in more_methods:
+            model.requires_grad_(False)
+            names = more_methods[method].add(model, config)
+            _train(model, head)
+        else:
+            model, names = _add_lora(model, method, config, head)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
@@ -147,15 +170,16 @@ def _train(model: nn.Module, head: Sequence[str]) -> None:
 
 def _add_lora(model: nn.Module, method: str, config: dict, head: Sequence[str]):
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import AdaLoraConfig, LoraConfig, get_peft_model
     except ImportError:
         raise ModelError(f'--method {method} needs peft: pip install "mos_kernels[peft]"') from None
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
-    patterns = {name: settings.pop(name) or {} for name in ("rank_pattern", "alpha_pattern")}
-    task = "SEQ_CLS" if head else "CAUSAL_LM"
-    lora = LoraConfig(
-        **settings, **patterns, use_dora=method == "dora", modules_to_save=list(head) or None, task_type=task
-    )
+    settings |= {"modules_to_save": list(head) or None, "task_type": "SEQ_CLS" if head else "CAUSAL_LM"}
+    if method == "adalora":
+        lora = AdaLoraConfig(**{name: value for name, value in settings.items() if name != "r"})
+    else:
+        patterns = {name: settings.pop(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+        lora = LoraConfig(**settings, **patterns, use_dora=method == "dora")
     model = get_peft_model(model, lora)
     return model, list(model.base_model.targeted_module_names)
 
@@ -187,13 +211,13 @@ def description(model: nn.Module, method: str, names: Sequence[str]) -> str:
     return f"model: {type(base).__name__}, {counts['total']:,} parameters; {adapter} ({share:.2f}%){head}"
 
 
-def save_trained_model(model: nn.Module, method: str, tokenizer, folder: Path) -> None:
+def save_trained_model(model: nn.Module, tokenizer, folder: Path) -> None:
     """The adapter with its head, and the tokenizer, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    if method in ("lora", "dora"):
-        model.save_pretrained(folder)
-    elif method == "frozen":
-        save_file(trained_parameters(model), folder / TRAINED)
-    else:
+    if adapter_state(model):
         save_adapter(model, folder)
+    elif hasattr(model, "peft_config"):
+        model.save_pretrained(folder)
+    else:
+        save_file(trained_parameters(model), folder / TRAINED)
     tokenizer.save_pretrained(folder)

@@ -8,11 +8,12 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from mos_kernels.config import MoSConfig
+from mos_kernels.huggingface.finetune_adalora import ADALORA_FIELDS
 
-METHODS = ("mos", "hydralora", "mixture_of_lora", "lora", "dora", "frozen")
+METHODS = ("mos", "hydralora", "mixture_of_lora", "lora", "dora", "adalora", "frozen")
 PRESETS = ("default", "paper", "hydralora", "mixture_of_lora")
 
 LORA_FIELDS = (
@@ -20,6 +21,8 @@ LORA_FIELDS = (
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
 )  # fmt: skip
 """The fields of MoSConfig that peft's LoraConfig has too, with the same meaning."""
+
+PEFT_FIELDS = {"lora": LORA_FIELDS, "dora": LORA_FIELDS, "adalora": ADALORA_FIELDS}
 
 _CURVED_ONLY = (
     "curvature_init", "length_unit", "learn_curvature", "curvature_lr_ratio", "curvature_max_grad_norm", "mapping",
@@ -41,13 +44,15 @@ class OptionError(ValueError):
     """An option with a bad value, without effect here, or that does not fit the others."""
 
 
-def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+def add_adapter_arguments(parser: argparse.ArgumentParser, more_methods: Iterable[str] = ()) -> None:
     """Add --method, --preset, --num-experts and an option for every field of `MoSConfig`."""
     group = parser.add_argument_group("adapter")
-    group.add_argument("--method", choices=METHODS, default="mos", help="default mos; frozen trains the head alone")
+    group.add_argument(
+        "--method", choices=(*METHODS, *more_methods), default="mos", help="default mos; frozen: head alone"
+    )
     group.add_argument("--preset", choices=PRESETS, help="MoSConfig's preset for --method mos (default: default)")
     group.add_argument("--num-experts", type=int, help="experts of hydralora and mixture_of_lora (default 8)")
-    config = parser.add_argument_group("MoSConfig", "for lora and dora, the options that peft's LoraConfig has too")
+    config = parser.add_argument_group("MoSConfig", "for lora, dora and adalora, the options that peft has too")
     hints, helps, defaults = typing.get_type_hints(MoSConfig), _docstring_helps(), MoSConfig()
     for field in dataclasses.fields(MoSConfig):
         default = "the model's FFN linears" if field.name == "target_modules" else _shown(getattr(defaults, field.name))
@@ -61,15 +66,17 @@ def given_options(args: argparse.Namespace) -> dict:
     return {name: _value(name, getattr(args, name)) for name in names}
 
 
-def adapter_config(method: str, preset: str | None, num_experts: int | None, given: Mapping) -> MoSConfig | dict | None:
+def adapter_config(
+    method: str, preset: str | None, num_experts: int | None, given: Mapping, more_methods: Mapping | None = None
+) -> MoSConfig | dict | None:
     """What --method, --preset, --num-experts and the options given make together.
 
-    Returns a `MoSConfig`, a dict of LoraConfig's fields for lora and dora, or None for frozen. `target_modules` is left
-    at its default (MoSConfig) or out (dict) where it was not given. Bad values, and options without effect, raise
-    `OptionError`.
+    Returns a `MoSConfig`, a dict of the fields that apply for peft's methods and for `more_methods` (`Method` by name),
+    or None for frozen. `target_modules` is left at its default (MoSConfig) or out (dict) where it was not given. Bad
+    values, and options without effect, raise `OptionError`.
     """
     try:
-        return _adapter_config(method, preset, num_experts, given)
+        return _adapter_config(method, preset, num_experts, given, more_methods or {})
     except OptionError:
         raise
     except ValueError as error:  # MoSConfig's own checks
@@ -77,7 +84,7 @@ def adapter_config(method: str, preset: str | None, num_experts: int | None, giv
 
 
 def _adapter_config(
-    method: str, preset: str | None, num_experts: int | None, given: Mapping
+    method: str, preset: str | None, num_experts: int | None, given: Mapping, more_methods: Mapping
 ) -> MoSConfig | dict | None:
     if preset is not None and method != "mos":
         raise OptionError(f"--preset {preset} is for --method mos, and the method is {method}: drop it")
@@ -91,10 +98,11 @@ def _adapter_config(
     if method == "frozen":
         _refuse(given, "trains no adapter", method)
         return None
-    if method in ("lora", "dora"):
-        _refuse([name for name in given if name not in LORA_FIELDS], "is peft's LoRA", method)
+    if method in ("lora", "dora", "adalora", *more_methods):
+        fields = more_methods[method].fields if method in more_methods else PEFT_FIELDS[method]
+        _refuse([name for name in given if name not in fields], f"takes {_flags(fields)} alone", method)
         config = MoSConfig(**given)  # for its checks
-        return {name: getattr(config, name) for name in LORA_FIELDS if name != "target_modules" or name in given}
+        return {name: getattr(config, name) for name in fields if name != "target_modules" or name in given}
     if builder in ("hydralora", "mixture_of_lora"):
         make = getattr(MoSConfig, builder)
         config = make(**given) if num_experts is None else make(num_experts, **given)

@@ -67,6 +67,8 @@ def _versions() -> dict[str, str]:
 
 
 def _plot(args, entries: list[dict], config, routing: dict) -> list[Path]:
+    if args.no_plots:
+        return []
     if importlib.util.find_spec("matplotlib") is None:
         print("note: no plots without matplotlib: pip install matplotlib; log.jsonl holds what they show")
         return []

@@ -16,7 +16,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
+from mos_kernels.huggingface.finetune_adalora import RankAllocation
 from mos_kernels.huggingface.report import measured_routing
 from mos_kernels.huggingface.training import MoSCallback
 from mos_kernels.run_report.log import append_line, complete_lines, write_lines
@@ -31,8 +33,19 @@ class FinetuneTrainer(Trainer):
     router to its `RouterStatistics.summary`. With `is_mos`, the log has each expert's curvature and share too.
     """
 
-    def __init__(self, *args, run_log: RunLog, is_mos: bool, is_classifier: bool, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        run_log: RunLog,
+        is_mos: bool,
+        is_classifier: bool,
+        rank_allocation: RankAllocation | None = None,
+        **kwargs,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.rank_allocation = rank_allocation
+        if rank_allocation is not None:
+            self.add_callback(rank_allocation)
         if is_classifier:
             # Classifiers take num_items_in_batch and drop it: Trainer must divide by the accumulation steps itself
             self.model_accepts_loss_kwargs = False
@@ -46,9 +59,19 @@ class FinetuneTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         os.makedirs(output_dir, exist_ok=True)
         save_file(trained_parameters(self.model), os.path.join(output_dir, TRAINED))
+        if self.rank_allocation is not None:
+            self.rank_allocation.save(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_trained_parameters(self.model, os.path.join(resume_from_checkpoint, TRAINED))
+        if self.rank_allocation is not None:
+            self.rank_allocation.load(resume_from_checkpoint)
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        return _LengthGrouped(sampler.batch_size, lengths=sampler.lengths, seed=self.args.data_seed)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         super().log(logs, *args, **kwargs)
@@ -76,6 +99,21 @@ class FinetuneTrainer(Trainer):
         if exact in output.metrics:
             output.metrics[f"{prefix}_loss"] = output.metrics.pop(exact)
         return output
+
+
+class _LengthGrouped(LengthGroupedSampler):
+    """transformers' sampler draws from the global generator: here an epoch's order depends on seed and epoch alone."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self._seed, self._epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 # checkpoints
@@ -221,9 +259,11 @@ def scorer(score: Callable, parts: Mapping[str, int]) -> Callable:
 
 
 def training_arguments(**settings) -> transformers.TrainingArguments:
-    """TrainingArguments; `warmup_ratio` also where transformers has folded it into warmup_steps."""
+    """TrainingArguments; with `warmup_ratio` and `group_by_length` also where transformers has renamed them."""
     if "warmup_ratio" in settings and not hasattr(transformers.TrainingArguments, "warmup_ratio"):
         settings["warmup_steps"] = settings.pop("warmup_ratio")
+    if "group_by_length" in settings and not hasattr(transformers.TrainingArguments, "group_by_length"):
+        settings["train_sampling_strategy"] = "group_by_length" if settings.pop("group_by_length") else "random"
     return transformers.TrainingArguments(**settings)
 
 

