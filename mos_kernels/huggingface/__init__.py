@@ -15,6 +15,7 @@ from mos_kernels.huggingface.files import load_adapter, save_adapter
 from mos_kernels.huggingface.report import routing_report
 from mos_kernels.huggingface.targets import ffn_target_modules
 from mos_kernels.huggingface.training import MoSCallback, mos_param_groups
+from mos_kernels.huggingface.warm_start import start_from_lora
 
 __all__ = [
     "MoSCallback",
@@ -26,6 +27,7 @@ __all__ = [
     "remove_mos",
     "routing_report",
     "save_adapter",
+    "start_from_lora",
 ]
 
 if importlib.util.find_spec("peft") is not None:
