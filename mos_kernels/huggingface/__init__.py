@@ -16,6 +16,7 @@ from mos_kernels.huggingface.report import routing_report
 from mos_kernels.huggingface.targets import ffn_target_modules
 from mos_kernels.huggingface.token_masks import follow_attention_mask
 from mos_kernels.huggingface.training import MoSCallback, mos_param_groups
+from mos_kernels.huggingface.warm_start import start_from_lora
 from mos_kernels.run_report.log import last_complete_checkpoint
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "remove_mos",
     "routing_report",
     "save_adapter",
+    "start_from_lora",
 ]
 
 if importlib.util.find_spec("peft") is not None:

@@ -52,7 +52,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     if state is None:
         raise ValueError(f"{type(model).__name__} has no MoS adapter: call apply_mos(model, config) first")
     modules = _modules_to_save(model)
-    parameters = {**adapter_parameters(model), **_tensors_of(model, modules)}
+    parameters = {**adapter_parameters(model), **tensors_of(model, modules)}
     offloaded = [name for name, tensor in parameters.items() if tensor.is_meta]
     if offloaded:
         raise ValueError(f"{offloaded[0]!r} is on the meta device (offloaded?): bring its values back before saving")
@@ -102,20 +102,20 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
     model = _unwrap(model)
     folder = Path(folder)
     config, modules = _read_config(folder)
-    tensors = _read_tensors(folder / WEIGHTS_NAME)
+    tensors = read_tensors(folder / WEIGHTS_NAME)
 
     applied = adapter_state(model)
     if applied is None:
         plan = make_plan(model, config)
         shapes = adapter_shapes(plan)
-        on_meta = [linear.name for linear in plan.linears if _is_meta(linear.target.module)]
+        on_meta = [linear.name for linear in plan.linears if is_meta(linear.target.module)]
     else:
         _require_equal(applied.config, config)
         shapes = {name: whole_shape(parameter) for name, parameter in adapter_parameters(model).items()}
         on_meta = [name for name, parameter in adapter_parameters(model).items() if parameter.is_meta]
     if on_meta:
         raise ValueError(f"{on_meta[0]!r} is on the meta device: load the base model's weights before the adapter")
-    extra = _tensors_of(model, modules)
+    extra = tensors_of(model, modules)
     shapes |= {name: whole_shape(tensor) for name, tensor in extra.items()}
     _require_shapes(folder, tensors, shapes)
     dtypes = _require_floating(folder, tensors, extra)
@@ -127,7 +127,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
         install(model, plan)
     try:
         own = adapter_parameters(model)
-        targets = {**own, **_tensors_of(model, modules)}
+        targets = {**own, **tensors_of(model, modules)}
         values = {name: spread_like(tensors[name], target) for name, target in targets.items()}
     except BaseException:
         if applied is None:
@@ -151,7 +151,7 @@ def refuse_damaged(folder: Path) -> None:
     config, _ = _read_config(folder)
     if not (folder / WEIGHTS_NAME).is_file() and not (folder / PICKLE_NAME).is_file():
         return
-    tensors = {name: tensor for name, tensor in _read_tensors(folder / WEIGHTS_NAME).items() if _is_adapter(name)}
+    tensors = {name: tensor for name, tensor in read_tensors(folder / WEIGHTS_NAME).items() if _is_adapter(name)}
     _require_floating(folder, tensors, {})
     require_finite(folder, tensors)
     E = config.num_experts
@@ -172,7 +172,8 @@ def _is_adapter(name: str) -> bool:
     return name.endswith((*(f".{parameter}" for parameter in ADAPTER_PARAMETERS), ".mos_router.weight"))
 
 
-def _is_meta(module: nn.Module) -> bool:
+def is_meta(module: nn.Module) -> bool:
+    """Whether any of its tensors is on the meta device."""
     return any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()])
 
 
@@ -204,7 +205,7 @@ def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
     return config, modules
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         pickled = path.with_name(PICKLE_NAME)
         why = f"; {pickled.name} is there, but pickles are never loaded: save it again as safetensors"
@@ -292,7 +293,7 @@ def _modules_to_save(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] for name in trainable))
 
 
-def _tensors_of(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
     """The parameters and persistent buffers of the named modules (peft's rule for names), without the adapter's.
 
     peft names the heads of every classifier; what the model does not have is nothing.

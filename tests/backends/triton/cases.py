@@ -97,6 +97,8 @@ class Trial:
         }  # fmt: skip
         if rng.random() < 0.3:
             drawn["frozen"] |= {"base_output"}
+        if drawn["base_dtype"] is not None and config.num_experts_per_tok == experts:
+            drawn["aux_weight"] = None  # a gradient that cancels to zero, and no dy·W to measure its rounding against
         return cls(**{**drawn, **fixed})
 
     def __str__(self) -> str:
