@@ -213,3 +213,13 @@ def test_a_call_that_fails_among_others_is_dropped_and_they_are_measured():
 
     rows = suite.run_group(group(good=lambda: made(lambda: None), later=lambda: made(later)), CONTEXT, TOP, Budget(60))
     assert [row["status"] for row in rows] == ["ok", "out of memory"] and "median_s" in rows[0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="counts launches of the Triton backend")
+def test_launches_are_counted_and_the_launcher_is_put_back():
+    from mos_kernels.backends.triton import launch
+
+    before = launch.launch
+    with pytest.raises(RuntimeError):
+        measure.launches(lambda: (_ for _ in ()).throw(RuntimeError))
+    assert measure.launches(lambda: None) == 0 and launch.launch is before
