@@ -89,13 +89,21 @@ def time_limit(seconds: float) -> Iterator[None]:
         yield
         return
 
+    late = LeftOut(f"not ready within {seconds:.0f} s")
+    stopped = []
+
     def stop(*_) -> None:
-        raise LeftOut(f"not ready within {seconds:.0f} s")
+        stopped.append(True)
+        raise late
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
     try:
         yield
+    except Exception:  # torch.compile wraps whatever it meets
+        if stopped:
+            raise late from None
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
