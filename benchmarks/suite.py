@@ -25,6 +25,7 @@ from benchmarks.measure import (
     attempt,
     captured,
     interleaved,
+    launches,
     peak_bytes,
     quantiles,
     release_memory,
@@ -199,7 +200,8 @@ def _run_group(group: Group, context: Context, ceilings: Ceilings, budget: Budge
         except LeftOut as error:
             outcomes.update({name: Outcome("left out", str(error)) for name in calls})
             calls.clear()
-    for name, made in ready.items() if group.weigh else ():
+    weigh = group.weigh and not (context.tiny and group.kind != "layer")
+    for name, made in ready.items() if weigh else ():
         if outcomes[name].status == "ok" and budget.left() > 0:
             weights[name] = _weigh(made, context)
     timed = {name: [s / repeats for s in seconds] for name, seconds in timed.items()}
@@ -221,6 +223,10 @@ def _weigh(made: Made, context: Context) -> dict[str, int]:
     peak, outcome = attempt(lambda: peak_bytes(made.call, context.device))
     if outcome.status == "ok":
         found["peak_bytes"] = peak
+    if context.cuda:
+        count, outcome = attempt(lambda: launches(made.call))
+        if count:
+            found["launches"] = count
     if made.forward is not None:
         saved, outcome = attempt(lambda: saved_bytes(made.forward, made.owned))
         if outcome.status == "ok":

@@ -123,6 +123,12 @@ def memory(rows: list[dict], kind: str = "layer") -> str:
     return table(head, lines)
 
 
+def launches(rows: list[dict]) -> str:
+    """Our own kernels' launches in forward and backward, by provider, where there are any."""
+    found = {r["provider"]: r["launches"] for r in store.measured(rows) if r["kind"] == "layer" and r.get("launches")}
+    return "Launches of our kernels, forward and backward: " + ", ".join(f"{n} {c}" for n, c in found.items()) + "."
+
+
 def shares(rows: list[dict], kind: str = "steps") -> str:
     """Every step with its bytes, FLOP, share of the ceiling, and on a GPU its time."""
     groups, gpu = groups_of(rows, kind), is_gpu(rows)

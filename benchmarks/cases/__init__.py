@@ -2,6 +2,7 @@
 
 layer       a whole adapted linear, forward and backward, with its memory: every provider but the compiled
 compiled    what torch.compile makes of three forms of it, which takes a minute a form
+graph       the layer in a CUDA graph: what is left of its time without Python's share (GPU alone)
 steps       shrink, bridge, expand and so on alone, in each direction, beside the base products
 branch      the adapter without its base product: the algebra against the kernels
 order       the base product before or after the adapter
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 
 from benchmarks import qwen2
 from benchmarks.cases.figure3 import depth, dimension
-from benchmarks.cases.linear import branch, compiled, growth, layer
+from benchmarks.cases.linear import branch, compiled, graph, growth, layer
 from benchmarks.cases.steps import order, steps
 from benchmarks.cases.whole import decode, decoding, ffn, training
 from benchmarks.suite import Context, Group
@@ -47,6 +48,7 @@ def _tiny_plan(context: Context) -> Iterator[Group]:
     yield layer(context, *TINY, 20)
     yield compiled(context, *TINY, 20)
     yield steps(context, *TINY, 20)
+    yield graph(context, *TINY, 20)
     yield branch(context, *TINY, 20)
     yield order(context, *TINY, 20)
     shape = qwen2.Shape(hidden=40, intermediate=56, layers=1, heads=4, kv_heads=2, vocabulary=64)
@@ -69,6 +71,8 @@ def _gpu_plan(context: Context) -> Iterator[Group]:
     for widths in (*QWEN2, *LLAMA3):
         yield steps(context, *widths, T)
     yield branch(context, *QWEN2[0], T)
+    for widths in (*QWEN2, *LLAMA3):
+        yield graph(context, *widths, T)
     for tokens in (1, 4, 16, 64) if full else (1, 16, 64):
         yield decode(context, 1536, 8960, tokens)
     yield training(context, qwen2.Shape(), batch=4, length=2048)

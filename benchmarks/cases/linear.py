@@ -128,6 +128,15 @@ def compiled(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
     return linear_group(context, "compiled", FORWARD_BACKWARD, setting, COMPILED_LAYERS, weigh=True)
 
 
+def graph(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
+    setting = setting_of(context, d_in, d_out, tokens)
+    group = linear_group(
+        context, "graph", FORWARD_BACKWARD, setting, (providers.FROZEN, *PEFT, providers.FUSED_8, *OURS)
+    )
+    group.clock, group.repeats = "graph", 2
+    return group
+
+
 def branch(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
     setting = setting_of(context, d_in, d_out, tokens)
     group = linear_group(context, "branch", FORWARD_BACKWARD, setting, EVERY_BRANCH, BRANCHES, weigh=True)

@@ -75,9 +75,17 @@ def test_groups_after_the_budget_are_named_as_left_out():
 
 
 def test_what_takes_too_long_to_prepare_is_stopped():
+    def slow() -> None:
+        try:
+            while True:
+                time.sleep(0.01)
+        except LeftOut as error:  # as torch.compile does
+            raise RuntimeError("wrapped") from error
+
     with pytest.raises(LeftOut, match="not ready"), measure.time_limit(0.2):
-        while True:
-            time.sleep(0.01)
+        slow()
+    with pytest.raises(ValueError, match="of its own"), measure.time_limit(60):
+        raise ValueError("of its own")
 
 
 def test_rounds_are_interleaved_in_a_rotating_order():
@@ -213,3 +221,13 @@ def test_a_call_that_fails_among_others_is_dropped_and_they_are_measured():
 
     rows = suite.run_group(group(good=lambda: made(lambda: None), later=lambda: made(later)), CONTEXT, TOP, Budget(60))
     assert [row["status"] for row in rows] == ["ok", "out of memory"] and "median_s" in rows[0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="counts launches of the Triton backend")
+def test_launches_are_counted_and_the_launcher_is_put_back():
+    from mos_kernels.backends.triton import launch
+
+    before = launch.launch
+    with pytest.raises(RuntimeError):
+        measure.launches(lambda: (_ for _ in ()).throw(RuntimeError))
+    assert measure.launches(lambda: None) == 0 and launch.launch is before
