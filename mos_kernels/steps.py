@@ -50,7 +50,7 @@ def linear_forward(
         y = steps.bridge_expand(p, n, routed, own_router, curvature, prepared, addend, dtype, config)
     if weight is not None:
         y.addmm_(tokens, weight.t())
-    return y.view(*x.shape[:-1], B.shape[0]), p, n, logits, None if dropout is None else dropout[0]
+    return _shaped(y, x), p, n, logits, None if dropout is None else dropout[0]
 
 
 def linear_backward(
@@ -116,6 +116,11 @@ def linear_backward(
     )
 
 
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """y (T, ·) in x's shape; no view, which autograd would not let anyone change in place."""
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+
 def _routed(gates: Tensor | None, logits: Tensor | None, compute: torch.dtype) -> tuple[Tensor, bool]:
     """What the bridge routes by, (T, E), and whether that is the logits of the linear's own router."""
     if gates is None:
@@ -127,7 +132,7 @@ def route_forward(x: Tensor, router: Tensor, config, backend: str) -> tuple[Tens
     """The gates of a router of its own, and its logits."""
     steps = load_backend(backend)
     logits = steps.routing_logits(x.reshape(-1, x.shape[-1]), router)
-    return steps.route(logits, config).view(*x.shape[:-1], router.shape[0]), logits
+    return _shaped(steps.route(logits, config), x), logits
 
 
 def route_backward(
