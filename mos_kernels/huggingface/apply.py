@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.blocks import add_router, remove_router
-from mos_kernels.huggingface.plan import Plan, adapter_parameters, make_plan, router_owners
+from mos_kernels.huggingface.plan import Plan, adapter_parameters, make_plan, own_adapter_parameters, router_owners
 from mos_kernels.huggingface.targets import refuse_offloaded
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSRouter, MoSWrapped
+from mos_kernels.sharded import refuse_sharded, refuse_zero3
 
 _STATE = "_mos_adapter"
 
@@ -102,6 +103,8 @@ def remove_mos(model: nn.Module) -> list[str]:
     places: dict[MoSLayer, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, MoSLayer):
+            refuse_sharded(name, module)
+            refuse_zero3(own_adapter_parameters(module).values())
             refuse_offloaded(name, module)
             places.setdefault(module, []).append(name)
     if not places:

@@ -22,6 +22,7 @@ from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.apply import adapter_state, install, remove_mos
 from mos_kernels.huggingface.plan import adapter_parameters, adapter_shapes, make_plan
 from mos_kernels.layer import MoSLayer
+from mos_kernels.sharded import gathered, refuse_fsdp1, refuse_zero3, spread_like, whole_shape, write_once
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -39,7 +40,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write the adapter of `model`, and every other module that has trainable parameters, to `folder`.
 
     Files are replaced whole, the configuration last: an interrupted save leaves the old files or a folder without
-    adapter_config.json, never a mixture. Raises ValueError without an adapter, or with weights on the meta device.
+    adapter_config.json, never a mixture. Where parameters are spread over processes (FSDP2, ZeRO-3) every process must
+    call this: it gathers them, the first process writes, and all return when it has. Raises ValueError without an
+    adapter, or with weights on the meta device.
     """
     model = _unwrap(model)
     state = adapter_state(model)
@@ -50,7 +53,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     offloaded = [name for name, tensor in parameters.items() if tensor.is_meta]
     if offloaded:
         raise ValueError(f"{offloaded[0]!r} is on the meta device (offloaded?): bring its values back before saving")
-    tensors = {PREFIX + name: tensor.detach().cpu().contiguous().clone() for name, tensor in parameters.items()}
+    tensors = {PREFIX + name: tensor for name, tensor in gathered(parameters).items()}
 
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     config = {
@@ -62,17 +65,21 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         "modules_to_save": modules or None,
         "mos_kernels_version": getattr(mos_kernels, "__version__", None),
     }
-    folder = Path(folder)
+    card = _card(base, state.config)
+    write_once(parameters.values(), lambda: _write(Path(folder), tensors, config, card))
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], config: dict, card: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         weights = _staged(stack, folder / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
         description = _staged(stack, folder / CONFIG_NAME, json.dumps(config, indent=2).encode() + b"\n")
-        card = _staged(stack, folder / CARD_NAME, _card(base, state.config).encode())
+        readme = _staged(stack, folder / CARD_NAME, card.encode())
         (folder / CONFIG_NAME).unlink(missing_ok=True)
         _sync_folder(folder)
         os.replace(weights, folder / WEIGHTS_NAME)
         if not (folder / CARD_NAME).exists():
-            os.replace(card, folder / CARD_NAME)
+            os.replace(readme, folder / CARD_NAME)
         _sync_folder(folder)
         os.replace(description, folder / CONFIG_NAME)
         _sync_folder(folder)
@@ -82,8 +89,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
     """Put the adapter saved in `folder` on `model`; or only load its tensors where an equal adapter is applied.
 
     Values are copied into parameters on the model's device, whatever device or dtype they were saved from. With
-    `is_trainable` the adapter and the modules saved with it train on; otherwise they are frozen. Returns the names of
-    the adapted linears.
+    `is_trainable` the adapter and the modules saved with it train on; otherwise they are frozen. With FSDP2, apply the
+    adapter (or load it) before fully_shard; then every process can load another one. Returns the names of the adapted
+    linears.
 
     Everything is checked before the model is touched: FileNotFoundError for a missing folder or file, ValueError for
     files that are damaged, of another method, of another architecture, or not finite. Never unpickles anything.
@@ -100,22 +108,24 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
         on_meta = [linear.name for linear in plan.linears if _is_meta(linear.target.module)]
     else:
         _require_equal(applied.config, config)
-        shapes = {name: tuple(parameter.shape) for name, parameter in adapter_parameters(model).items()}
+        shapes = {name: whole_shape(parameter) for name, parameter in adapter_parameters(model).items()}
         on_meta = [name for name, parameter in adapter_parameters(model).items() if parameter.is_meta]
     if on_meta:
         raise ValueError(f"{on_meta[0]!r} is on the meta device: load the base model's weights before the adapter")
     extra = _tensors_of(model, modules)
-    shapes |= {name: tuple(tensor.shape) for name, tensor in extra.items()}
+    shapes |= {name: whole_shape(tensor) for name, tensor in extra.items()}
     _require_shapes(folder, tensors, shapes)
     dtypes = _require_floating(folder, tensors, extra)
     _require_finite(folder, tensors, dtypes)
+    if applied is not None:
+        refuse_zero3(adapter_parameters(model).values())
 
     if applied is None:
         install(model, plan)
     try:
         own = adapter_parameters(model)
         targets = {**own, **_tensors_of(model, modules)}
-        values = {name: tensors[name].to(target.device, target.dtype) for name, target in targets.items()}
+        values = {name: spread_like(tensors[name], target) for name, target in targets.items()}
     except BaseException:
         if applied is None:
             remove_mos(model)
@@ -266,13 +276,16 @@ def _tensors_of(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and the data-parallel wrappers."""
+    """The model inside torch.compile's, the data-parallel and DeepSpeed's wrappers."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod
+        elif type(model).__name__ == "DeepSpeedEngine":
+            model = model.module
         else:
+            refuse_fsdp1(model)
             return model
 
 

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSLinear, MoSRouter, MoSWrapped, is_dense
+from mos_kernels.sharded import refuse_fsdp1, refuse_sharded
 
 ALL_LINEAR = "all-linear"
 HEADS = ("score", "classifier", "qa_outputs")
@@ -177,6 +178,7 @@ def _heads(model: nn.Module) -> list[nn.Module]:
 
 
 def _refuse_adapted(model: nn.Module) -> None:
+    refuse_fsdp1(model)
     for name, module in model.named_modules():
         if isinstance(module, (MoSLayer, MoSRouter)):
             raise ValueError(f"the model has a MoS adapter already, at {name!r}: call remove_mos(model) first")
@@ -237,6 +239,7 @@ def _require_plain_linear(name: str, module: nn.Module, model: nn.Module, config
         )
     if not name:
         raise ValueError("the model is itself a linear: use MoSLinear.from_linear(linear, config)")
+    refuse_sharded(name, module)
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks) and layer_kind(module) is not MoSWrapped:
         raise ValueError(f"{name!r} has hooks, which its replacement would lose: remove them, or add them afterwards")
