@@ -1,0 +1,43 @@
+"""Two processes on the CPU: the checks of this folder, run by pytest in each process that a launcher starts.
+
+The checks are ordinary tests in files that pytest does not collect by itself, several files in a launch, since starting
+one takes longer than they do. By hand, one of them is
+
+    torchrun --standalone --nproc-per-node 2 -m pytest tests/distributed/checks_fsdp.py -k meta
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = ("accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0", "--config_file")
+
+
+def passes_in_each_process(launcher: tuple[str, ...], *checks: str, **environment: str) -> None:
+    tests = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore")
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *tests, *(str(HERE / name) for name in checks)], cwd=HERE.parents[1],
+        env={**os.environ, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-20000:]
+    assert done.stdout.count(" passed") == 2 and " skipped" not in done.stdout, done.stdout[-20000:]
+
+
+def test_torchrun():
+    passes_in_each_process(TORCHRUN, "checks_fsdp.py", "checks_tensor_parallel.py", "checks_ddp.py")
+
+
+@pytest.mark.parametrize("settings", ["accelerate_ddp.yaml", "accelerate_fsdp2.yaml"])
+def test_accelerate(settings):
+    passes_in_each_process((*ACCELERATE, str(HERE / settings)), "checks_accelerate.py")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_deepspeed():
+    passes_in_each_process(TORCHRUN, "checks_deepspeed.py", DS_ACCELERATOR="cpu")
