@@ -66,48 +66,36 @@ class _Float32State(nn.Module):
         raise NotImplementedError
 
 
-class MoSLayer(_Float32State):
-    """What the adapted linears share. A subclass has the base's `weight` and `bias` and says how wide it is.
+def adapter_tensors(
+    config: MoSConfig, d_in: int, d_out: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, nn.Parameter | None]:
+    """The parameters of an adapter by name (see `MoSLayer`), unset; A, B and router in float64 on a float64 base."""
+    E, r = config.num_experts, config.r
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
 
-    Parameters: mos_lora_A (r, d_in), or (E, r, d_in) with share_a=False; mos_lora_B (d_out, E, r); mos_curvature (E,),
-    the trained offset θ, always float32; mos_router (E, d_in) with router_scope="linear", else None. A, B and router
-    start in float32, and in float64 on a float64 base.
-    """
+    def empty(*shape, dtype=wide):
+        return torch.empty(*shape, device=device, dtype=dtype)
+
+    return {
+        "mos_lora_A": nn.Parameter(empty(r, d_in) if config.share_a else empty(E, r, d_in)),
+        "mos_lora_B": nn.Parameter(empty(d_out, E, r)),
+        "mos_curvature": nn.Parameter(empty(E, dtype=torch.float32), requires_grad=config.learn_curvature),
+        "mos_router": nn.Parameter(empty(E, d_in)) if config.router_scope == "linear" else None,
+    }
+
+
+class MoSAdapter(_Float32State):
+    """What a linear is adapted with. A subclass has `config`, `in_features` and the parameters (see `MoSLayer`)."""
 
     _float32_state = ("mos_curvature", "mos_curvature_map", "mos_aux_weight")
 
-    def _add_adapter(self, config: MoSConfig) -> None:
-        if not isinstance(config, MoSConfig):
-            raise TypeError(f"config is a {type(config).__name__}: pass a mos_kernels.MoSConfig")
-        E, r, d_in, d_out = config.num_experts, config.r, self.in_features, self.out_features
+    def _add_constants(self, config: MoSConfig) -> None:
         self.config = config
         self.aux_coefficient = config.router_aux_loss_coef
         self._frozen: Frozen | None = None
-        device, base_dtype = self._base_device_and_dtype()
-        wide = torch.float64 if base_dtype == torch.float64 else torch.float32
-
-        def empty(*shape, dtype=wide):
-            return torch.empty(*shape, device=device, dtype=dtype)
-
-        self.mos_lora_A = nn.Parameter(empty(r, d_in) if config.share_a else empty(E, r, d_in))
-        self.mos_lora_B = nn.Parameter(empty(d_out, E, r))
-        self.mos_curvature = nn.Parameter(empty(E, dtype=torch.float32), requires_grad=config.learn_curvature)
         # κ = offset + gain·θ, a row each; the gain of a Euclidean expert is 0
-        self.register_buffer("mos_curvature_map", empty(2, E, dtype=torch.float32), persistent=False)
-        own_router = config.router_scope == "linear"
-        self.register_parameter("mos_router", nn.Parameter(empty(E, d_in)) if own_router else None)
-        self.register_buffer("mos_aux_weight", empty(1, dtype=torch.float32) if own_router else None, persistent=False)
-        self.reset_adapter_parameters()
-        self._freeze_base()
-
-    def _base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Where the base is, and the dtype of its input (a guess where the base is quantised)."""
-        return self.weight.device, self.weight.dtype
-
-    def _freeze_base(self) -> None:
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        self.register_buffer("mos_curvature_map", None, persistent=False)
+        self.register_buffer("mos_aux_weight", None, persistent=False)
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
@@ -130,13 +118,16 @@ class MoSLayer(_Float32State):
         self._frozen = None
 
     def _refill_constants(self) -> None:
-        config, device = self.config, self.mos_curvature.device
+        config, device = self.config, self._constants_device()
         unit = config.squared_length_unit(self.in_features)
         signs = torch.tensor(config.curvature_signs, dtype=torch.float64, device="cpu")
         rows = [signs * config.curvature_init / unit, signs.abs() * config.curvature_lr_ratio / unit]
         self.mos_curvature_map = torch.stack(rows).to(device, torch.float32)
         if self.mos_router is not None:
             self.mos_aux_weight = torch.full((1,), self.aux_coefficient, device=device, dtype=torch.float32)
+
+    def _constants_device(self) -> torch.device:
+        return self.mos_curvature.device
 
     @property
     def curvature(self) -> Tensor:
@@ -147,26 +138,21 @@ class MoSLayer(_Float32State):
         theta = whole(self.mos_curvature)
         return _Curvature.apply(theta, self.mos_curvature_map, self.config.curvature_max_grad_norm)
 
-    @property
-    def _dense_weight(self) -> Tensor:
-        """The base's weight as (d_out, d_in)."""
-        return self.weight
-
-    def _base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """weight and bias of a dense base, or the output on x of one that runs by itself."""
-        return self._dense_weight, self.bias, None
-
-    def forward(self, x: Tensor, gates: Tensor | None = None, backend: str = "auto") -> Tensor:
-        """y = base(x) + adapter(x). x (..., d_in), gates (..., E) or None for the layer's own router -> (..., d_out).
-
-        Raises ValueError for a width, dtype, gates or backend that do not fit; the message names the remedy.
-        """
+    def _adapt(
+        self,
+        x: Tensor,
+        gates: Tensor | None,
+        backend: str,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        base_output: Tensor | None,
+    ) -> Tensor:
+        """The base, given as in `mos_linear`, plus the adapter. gates: None for the adapter's own router."""
         if is_dtensor(self.mos_lora_B):
             raise ValueError(
                 "the layer's parameters are DTensors in forward: a linear with an adapter cannot be tensor-parallel, "
                 "leave it out of the plan; with FSDP2, call the module that fully_shard was called on"
             )
-        weight, bias, base_output = self._base(x)
         dtype = x.dtype if base_output is None else base_output.dtype
         frozen = self._frozen if self._frozen is not None and self._may_use_frozen(x, dtype, backend) else None
         kappa, A, prepared = frozen[2:] if frozen else (self.curvature, self.mos_lora_A, None)
@@ -183,20 +169,13 @@ class MoSLayer(_Float32State):
             raise ValueError("this layer has no router of its own (router_scope='ffn'): ask the FFN block's mos_router")
         return _routing_logits(x, self.mos_router)
 
-    def freeze_for_inference(self):
-        """Switch to eval mode and compute once what only training changes: κ, G and the factors in the base's dtype.
-
-        Used while gradients are off. `train()`, moving, casting or loading the layer undo it; changing a parameter in
-        place does not, so freeze after that. Returns the layer.
-        """
-        self.eval()
-        device, dtype = self._base_device_and_dtype()
+    def _freeze(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Compute once what only training changes, for a base on `device` whose input and output have `dtype`."""
         name = resolve_backend("auto", torch.empty(0, device=device, dtype=dtype))
         backend = load_backend(name)
         with torch.no_grad():
             A = backend.operand(self.mos_lora_A, dtype)
             self._frozen = Frozen(name, dtype, self.curvature, A, backend.prepare(self.mos_lora_B, dtype, self.config))
-        return self
 
     def _may_use_frozen(self, x: Tensor, dtype: torch.dtype, backend: str) -> bool:
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
@@ -208,6 +187,8 @@ class MoSLayer(_Float32State):
     def train(self, mode: bool = True):
         if mode:
             self._frozen = None
+            if self.mos_curvature.dtype in (torch.bfloat16, torch.float16):  # cast by assigning to .data, as TRL does
+                self.mos_curvature.data = self.mos_curvature.data.float()
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
@@ -217,6 +198,60 @@ class MoSLayer(_Float32State):
     def _load_from_state_dict(self, *args, **kwargs):
         self._frozen = None
         super()._load_from_state_dict(*args, **kwargs)
+
+
+class MoSLayer(MoSAdapter):
+    """What the adapted linears share. A subclass has the base's `weight` and `bias` and says how wide it is.
+
+    Parameters: mos_lora_A (r, d_in), or (E, r, d_in) with share_a=False; mos_lora_B (d_out, E, r); mos_curvature (E,),
+    the trained offset θ, always float32; mos_router (E, d_in) with router_scope="linear", else None. A, B and router
+    start in float32, and in float64 on a float64 base.
+    """
+
+    def _add_adapter(self, config: MoSConfig) -> None:
+        if not isinstance(config, MoSConfig):
+            raise TypeError(f"config is a {type(config).__name__}: pass a mos_kernels.MoSConfig")
+        self._add_constants(config)
+        parameters = adapter_tensors(config, self.in_features, self.out_features, *self._base_device_and_dtype())
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+        self.reset_adapter_parameters()
+        self._freeze_base()
+
+    def _base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """Where the base is, and the dtype of its input (a guess where the base is quantised)."""
+        return self.weight.device, self.weight.dtype
+
+    def _freeze_base(self) -> None:
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    @property
+    def _dense_weight(self) -> Tensor:
+        """The base's weight as (d_out, d_in)."""
+        return self.weight
+
+    def _base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """weight and bias of a dense base, or the output on x of one that runs by itself."""
+        return self._dense_weight, self.bias, None
+
+    def forward(self, x: Tensor, gates: Tensor | None = None, backend: str = "auto") -> Tensor:
+        """y = base(x) + adapter(x). x (..., d_in), gates (..., E) or None for the layer's own router -> (..., d_out).
+
+        Raises ValueError for a width, dtype, gates or backend that do not fit; the message names the remedy.
+        """
+        return self._adapt(x, gates, backend, *self._base(x))
+
+    def freeze_for_inference(self):
+        """Switch to eval mode and compute once what only training changes: κ, G and the factors in the base's dtype.
+
+        Used while gradients are off. `train()`, moving, casting or loading the layer undo it; changing a parameter in
+        place does not, so freeze after that. Returns the layer.
+        """
+        self.eval()
+        self._freeze(*self._base_device_and_dtype())
+        return self
 
     def extra_repr(self) -> str:
         spaces = ", ".join(f"{count} {name}" for name, count in self.config.spaces.items())
@@ -333,12 +368,7 @@ class MoSWrapped(MoSLayer):
         return None, None, self.base_layer(x)
 
     def _base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        tensors = [*self.base_layer.parameters(), *self.base_layer.buffers()]
-        floats = [t.dtype for t in tensors if t.dtype in _DENSE_DTYPES]
-        dtype = getattr(self.base_layer, "compute_dtype", None)
-        if not isinstance(dtype, torch.dtype):
-            dtype = floats[0] if floats else torch.get_default_dtype()
-        return (tensors[0].device if tensors else torch.get_default_device()), dtype
+        return device_and_dtype(self.base_layer)
 
     def _freeze_base(self) -> None:
         for parameter in self.base_layer.parameters():
@@ -427,6 +457,16 @@ class _Curvature(torch.autograd.Function):
             norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
             gradient = gradient * (ctx.bound / norm.clamp(min=ctx.bound)).to(gradient.dtype)
         return gradient.to(ctx.dtype), None, None
+
+
+def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where any base is, and the dtype of its input: a guess where it is quantised."""
+    tensors = [*base.parameters(), *base.buffers()]
+    floats = [t.dtype for t in tensors if t.dtype in _DENSE_DTYPES]
+    dtype = getattr(base, "compute_dtype", None)
+    if not isinstance(dtype, torch.dtype):
+        dtype = floats[0] if floats else torch.get_default_dtype()
+    return (tensors[0].device if tensors else torch.get_default_device()), dtype
 
 
 def is_dense(linear: nn.Module) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from mos_kernels.adapter import mos_linear, mos_route
 from mos_kernels.backends import resolve_backend
-from mos_kernels.layer import MoSLayer, MoSRouter
+from mos_kernels.layer import MoSAdapter, MoSLayer, MoSRouter, device_and_dtype
 
 
 def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
@@ -18,25 +20,33 @@ def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     the backend has nothing to compile.
     """
     seen = set()
-    for module in model.modules():
-        if not isinstance(module, (MoSLayer, MoSRouter)):
-            continue
-        if isinstance(module, MoSLayer):
-            device, x_dtype = module._base_device_and_dtype()
-            shape, bias = tuple(module.mos_lora_B.shape), getattr(module, "bias", None) is not None
+    for module, base in _adapted(model):
+        if isinstance(module, MoSAdapter):
+            device, x_dtype = device_and_dtype(base)
+            shape, bias = tuple(module.mos_lora_B.shape), getattr(base, "bias", None) is not None
         else:
             device, x_dtype, shape, bias = module.weight.device, torch.get_default_dtype(), module.weight.shape, False
         x_dtype = dtype or x_dtype
         if resolve_backend("auto", torch.empty(0, dtype=x_dtype, device=device)) != "triton":
             continue
-        key = (type(module), module.config.json, shape, module.in_features, x_dtype, device, bias, module.training)
+        key = (type(base), module.config.json, shape, module.in_features, x_dtype, device, bias, module.training)
         if key not in seen:
             seen.add(key)
-            _run(module, x_dtype, device)
+            _run(module, base, x_dtype, device)
     return len(seen)
 
 
-def _run(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Adapters with the layer that has their base, and routers."""
+    for module in model.modules():
+        several = module._modules.get("mos_adapter")
+        if isinstance(module, (MoSLayer, MoSRouter)):
+            yield module, module
+        elif isinstance(several, nn.ModuleDict):
+            yield from ((adapter, module) for adapter in several.values())
+
+
+def _run(module: nn.Module, base: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     from mos_kernels.backends.triton.launch import DECODE_TOKENS
 
     devices = [device] if device.type == "cuda" else []
@@ -44,14 +54,13 @@ def _run(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         for tokens in (DECODE_TOKENS, DECODE_TOKENS + 1):
             for differentiable in (True, False):
                 with torch.set_grad_enabled(differentiable):
-                    y = _forward(
-                        module, torch.zeros(tokens, module.in_features, dtype=dtype, device=device), differentiable
-                    )
+                    x = torch.zeros(tokens, module.in_features, dtype=dtype, device=device)
+                    y = _forward(module, base, x, differentiable)
                 if differentiable:
                     y.sum().backward()
 
 
-def _forward(module: nn.Module, x: Tensor, differentiable: bool) -> Tensor:
+def _forward(module: nn.Module, base: nn.Module, x: Tensor, differentiable: bool) -> Tensor:
     def stand_in(t: Tensor | None, needs_grad: bool = True) -> Tensor | None:
         return None if t is None else t.detach().requires_grad_(differentiable and needs_grad)
 
@@ -61,7 +70,7 @@ def _forward(module: nn.Module, x: Tensor, differentiable: bool) -> Tensor:
         return mos_route(x, stand_in(module.weight), config=config, aux_weight=aux)
     own = module.mos_router is not None
     gates = None if own else stand_in(torch.zeros(x.shape[0], config.num_experts, device=x.device))
-    weight, bias, base_output = module._base(x)
+    weight, bias, base_output = base._base(x)
     weight = None if weight is None else stand_in(weight, False).to(x.dtype)
     return mos_linear(
         x, weight, stand_in(bias, False), stand_in(module.mos_lora_A), stand_in(module.mos_lora_B),

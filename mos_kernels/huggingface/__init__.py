@@ -1,4 +1,9 @@
-"""Mixture-of-Space adapters on transformers' models: apply, save and load, training helpers."""
+"""Mixture-of-Space adapters on transformers' models: apply, save and load, training helpers.
+
+Where peft is installed, importing this registers the method MOSELORA with it.
+"""
+
+import importlib.util
 
 try:
     import transformers  # noqa: F401
@@ -22,3 +27,15 @@ __all__ = [
     "routing_report",
     "save_adapter",
 ]
+
+if importlib.util.find_spec("peft") is not None:
+    from mos_kernels.huggingface.peft_config import MoSPeftConfig
+    from mos_kernels.huggingface.peft_tuner import MoSPeftModel
+
+    __all__ += ["MoSPeftConfig", "MoSPeftModel"]
+else:
+
+    def __getattr__(name: str):
+        if name in ("MoSPeftConfig", "MoSPeftModel"):
+            raise ImportError(f'{name} needs peft: pip install "mos_kernels[peft]"')
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

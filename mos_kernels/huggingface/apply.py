@@ -13,7 +13,15 @@ from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.blocks import add_router, remove_router
-from mos_kernels.huggingface.plan import Plan, adapter_parameters, make_plan, own_adapter_parameters, router_owners
+from mos_kernels.huggingface.plan import (
+    Plan,
+    adapter_parameters,
+    make_plan,
+    mos_adapters,
+    mos_modules,
+    own_adapter_parameters,
+    router_owners,
+)
 from mos_kernels.huggingface.targets import refuse_offloaded
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSRouter, MoSWrapped
 from mos_kernels.sharded import refuse_sharded, refuse_zero3
@@ -137,10 +145,11 @@ def activated_parameters(model: nn.Module) -> ParameterCount:
     used; shared A and the routers always are.
     """
     adapter = adapter_parameters(model)
-    own = {id(parameter) for parameter in adapter.values()}
+    every = mos_modules(model, inactive=True).values()
+    own = {id(parameter) for module in every for parameter in own_adapter_parameters(module).values()}
     base = sum(_numel(p) for p in model.parameters() if id(p) not in own)
     activated = sum(owner.weight.numel() for owner in router_owners(model).values() if isinstance(owner, MoSRouter))
-    for layer in (module for module in model.modules() if isinstance(module, MoSLayer)):
+    for layer in mos_adapters(model).values():
         config = layer.config
         per_expert = layer.mos_lora_B.numel() + layer.mos_curvature.numel()
         always = 0 if layer.mos_router is None else layer.mos_router.numel()

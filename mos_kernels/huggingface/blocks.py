@@ -107,7 +107,13 @@ def _replicate(block: nn.Module, form: FFNForm) -> nn.Module:
 
 
 def recognise(block: nn.Module, routed: tuple[str, ...] = ()) -> FFNForm | None:
-    """The form of the block, or None where its forward is not provably one of them. Runs no tensor operation."""
+    """The form of the block, or None where its forward is not provably one of them. Runs no tensor operation.
+
+    A block whose forward has been bound already has the form that was bound.
+    """
+    bound = vars(block).get("_old_forward" if hasattr(block, "_hf_hook") else "forward")
+    if isinstance(bound, functools.partial) and bound.func is ffn_forward:
+        return replace(bound.args[1], routed=routed)
     if not _has_class_forward(block):
         return None
     traces = {_trace(block, training) for training in (True, False)}

@@ -21,11 +21,12 @@ import mos_kernels
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.apply import adapter_state, install, remove_mos
 from mos_kernels.huggingface.plan import adapter_parameters, adapter_shapes, make_plan
-from mos_kernels.layer import MoSLayer
+from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer
 from mos_kernels.sharded import gathered, refuse_fsdp1, refuse_zero3, spread_like, whole_shape, write_once
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
 CARD_NAME = "README.md"
 PEFT_TYPE = "MOSELORA"
 PREFIX = "base_model.model."
@@ -46,6 +47,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     """
     model = _unwrap(model)
     state = adapter_state(model)
+    if state is None and hasattr(model, "peft_config"):
+        raise ValueError("the adapter was put on by peft: call model.save_pretrained(folder), whose files are the same")
     if state is None:
         raise ValueError(f"{type(model).__name__} has no MoS adapter: call apply_mos(model, config) first")
     modules = _modules_to_save(model)
@@ -116,7 +119,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
     shapes |= {name: whole_shape(tensor) for name, tensor in extra.items()}
     _require_shapes(folder, tensors, shapes)
     dtypes = _require_floating(folder, tensors, extra)
-    _require_finite(folder, tensors, dtypes)
+    require_finite(folder, tensors, dtypes)
     if applied is not None:
         refuse_zero3(adapter_parameters(model).values())
 
@@ -141,6 +144,32 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
             fixed = name.endswith("mos_curvature") and not config.learn_curvature
             target.requires_grad_(is_trainable and not fixed)
     return list(layers)
+
+
+def refuse_damaged(folder: Path) -> None:
+    """Raise as `load_adapter` does for what is wrong with the files, whatever the model. Weights may be missing."""
+    config, _ = _read_config(folder)
+    if not (folder / WEIGHTS_NAME).is_file() and not (folder / PICKLE_NAME).is_file():
+        return
+    tensors = {name: tensor for name, tensor in _read_tensors(folder / WEIGHTS_NAME).items() if _is_adapter(name)}
+    _require_floating(folder, tensors, {})
+    require_finite(folder, tensors)
+    E = config.num_experts
+    for name, tensor in tensors.items():
+        module, _, kind = name.removesuffix(".weight").rpartition(".")
+        r, shape = config.for_module(module).r, tuple(tensor.shape)
+        fits = {
+            "mos_lora_A": shape[:-1] == ((r,) if config.share_a else (E, r)),
+            "mos_lora_B": shape[1:] == (E, r),
+            "mos_curvature": shape == (E,),
+            "mos_router": len(shape) == 2 and shape[0] == E,
+        }
+        if not fits[kind]:
+            raise ValueError(f"{folder}: {name} has shape {shape}, which r={r} and {E} experts do not have")
+
+
+def _is_adapter(name: str) -> bool:
+    return name.endswith((*(f".{parameter}" for parameter in ADAPTER_PARAMETERS), ".mos_router.weight"))
 
 
 def _is_meta(module: nn.Module) -> bool:
@@ -177,7 +206,7 @@ def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        pickled = path.with_name("adapter_model.bin")
+        pickled = path.with_name(PICKLE_NAME)
         why = f"; {pickled.name} is there, but pickles are never loaded: save it again as safetensors"
         raise FileNotFoundError(f"{path} is missing{why if pickled.is_file() else ': the adapter has no weights'}")
     try:
@@ -236,7 +265,10 @@ def _require_floating(folder: Path, tensors: dict[str, Tensor], extra: dict[str,
     return {name: tensor.dtype for name, tensor in extra.items()}
 
 
-def _require_finite(folder: Path, tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> None:
+def require_finite(where, tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype] | None = None) -> None:
+    """ValueError for values that are not finite in the dtype they go to, by default float32."""
+    dtypes = dtypes or {}
+
     def finite(name: str, tensor: Tensor) -> bool:
         # a float64 adapter may be finite as it lies and not where it goes; curvature goes to float32 always
         wanted = dtypes.get(name, torch.float32)
@@ -244,7 +276,7 @@ def _require_finite(folder: Path, tensors: dict[str, Tensor], dtypes: dict[str, 
 
     bad = [name for name, tensor in tensors.items() if not finite(name, tensor)]
     if bad:
-        raise ValueError(f"{folder}: {len(bad)} tensors have values that are not finite, such as {bad[0]}")
+        raise ValueError(f"{where}: {len(bad)} tensors have values that are not finite, such as {bad[0]}")
 
 
 def _modules_to_save(model: nn.Module) -> list[str]:
@@ -261,15 +293,16 @@ def _modules_to_save(model: nn.Module) -> list[str]:
 
 
 def _tensors_of(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of the named modules (peft's rule for names), without the adapter's."""
+    """The parameters and persistent buffers of the named modules (peft's rule for names), without the adapter's.
+
+    peft names the heads of every classifier; what the model does not have is nothing.
+    """
     adapter = adapter_parameters(model)
     found = {}
     for entry in modules:
         matches = [
             (name, module) for name, module in model.named_modules() if name == entry or name.endswith("." + entry)
         ]
-        if not matches:
-            raise ValueError(f"modules_to_save names {entry!r}, which {type(model).__name__} does not have")
         for name, module in matches:
             found |= {f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
     return {name: tensor for name, tensor in found.items() if name not in adapter}
@@ -307,6 +340,29 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def with_import_note(card: str) -> str:
+    """A model card, with what a process must import before it loads the adapter."""
+    if "mos_kernels.huggingface" in card:
+        return card
+    note = [
+        "## Loading",
+        "",
+        "This is a Mixture-of-Space adapter: MOSELORA, a peft method of the package `mos_kernels`, which must be",
+        "imported first:",
+        "",
+        "```python",
+        "import mos_kernels.huggingface  # first",
+        "from peft import AutoPeftModelForCausalLM  # or PeftModel.from_pretrained(base, ...)",
+        "",
+        'model = AutoPeftModelForCausalLM.from_pretrained("this folder")',
+        "```",
+        "",
+        "It cannot be merged into the base model, since what it adds depends on the data.",
+        "",
+    ]
+    return "\n".join([*([card.rstrip(), ""] if card.strip() else []), *note])
 
 
 def _card(base: str | None, config: MoSConfig) -> str:

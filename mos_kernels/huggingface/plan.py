@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.blocks import FFNForm, recognise
-from mos_kernels.huggingface.targets import Target, find_targets, in_features, layer_kind
-from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, MoSLinear, MoSRouter
+from mos_kernels.huggingface.targets import Target, base_of, find_targets, in_features, layer_kind, out_features
+from mos_kernels.layer import ADAPTER_PARAMETERS, MoSAdapter, MoSLayer, MoSLinear, MoSRouter
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,13 @@ class PlannedBlock:
     form: FFNForm
     config: MoSConfig
 
+    @property
+    def reads_input(self) -> nn.Module:
+        """A linear that reads what the router reads."""
+        return base_of(getattr(self.block, self.form.inputs[0]))
+
     def build(self) -> MoSRouter:
-        reads_input = getattr(self.block, self.form.inputs[0])
+        reads_input = self.reads_input
         tensor = next(iter([*reads_input.parameters(), *reads_input.buffers()]))
         dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
         return MoSRouter(in_features(reads_input), self.config, device=tensor.device, dtype=dtype).train(
@@ -76,11 +80,11 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(model: nn.Module, config: MoSConfig) -> Plan:
-    """Where `config` puts adapters on `model`. Changes nothing; raises as `find_targets` does."""
+def make_plan(model: nn.Module, config: MoSConfig, modules: list[tuple[str, nn.Module]] | None = None) -> Plan:
+    """Where `config` puts adapters on `model`. Changes nothing; modules, and what it raises, as for `find_targets`."""
     if not isinstance(config, MoSConfig):
         raise TypeError(f"config is a {type(config).__name__}: pass a mos_kernels.MoSConfig")
-    targets = find_targets(model, config)
+    targets = find_targets(model, config, modules)
     blocks, why_own = [], {}
     if config.router_scope == "linear":
         why_own = {target.name: "router_scope='linear'" for target in targets}
@@ -116,8 +120,7 @@ def adapter_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for linear in plan.linears:
         base = linear.target.module
-        d_out = base.nf if isinstance(base, Conv1D) else base.out_features
-        layer = MoSLinear(in_features(base), d_out, config=linear.config, device="meta")
+        layer = MoSLinear(in_features(base), out_features(base), config=linear.config, device="meta")
         shapes |= {f"{linear.name}.{name}": tuple(p.shape) for name, p in own_adapter_parameters(layer).items()}
     for block in plan.blocks:
         width = in_features(getattr(block.block, block.form.inputs[0]))
@@ -129,26 +132,44 @@ def own_adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's parameters that this very module owns, by their names in it."""
     if isinstance(module, MoSRouter):
         return {"weight": module.weight}
-    if isinstance(module, MoSLayer):
+    if isinstance(module, MoSAdapter):
         return {name: p for name in ADAPTER_PARAMETERS if (p := getattr(module, name)) is not None}
     return {}
 
 
+def mos_modules(model: nn.Module, inactive: bool = False) -> dict[str, MoSAdapter | MoSRouter]:
+    """The adapters and routers of a model, by name; of peft's several, those that are active, or all."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, (MoSAdapter, MoSRouter))}
+    idle = set() if inactive else _inactive(model)
+    return {name: module for name, module in found.items() if module not in idle}
+
+
+def _inactive(model: nn.Module) -> set[nn.Module]:
+    idle = set()
+    for module in model.modules():
+        active, named = vars(module).get("_active_adapter"), module._modules.get("mos_adapter", module)
+        if active is not None and isinstance(named, nn.ModuleDict):
+            idle |= {named[name] for name in named if name not in ([active] if isinstance(active, str) else active)}
+    return idle
+
+
+def mos_adapters(model: nn.Module) -> dict[str, MoSAdapter]:
+    """The adapters of the linears among `mos_modules`."""
+    return {name: module for name, module in mos_modules(model).items() if isinstance(module, MoSAdapter)}
+
+
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter of the adapter on `model`, by name; empty without one."""
-    return {
-        f"{name}.{parameter}" if name else parameter: tensor
-        for name, module in model.named_modules()
-        for parameter, tensor in own_adapter_parameters(module).items()
-    }
+    """Every parameter of the adapter on `model` (with peft: of those that are active), by name; empty without one."""
+    own = {id(p) for module in mos_modules(model).values() for p in own_adapter_parameters(module).values()}
+    return {name: p for name, p in model.named_parameters() if id(p) in own}
 
 
 def router_owners(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that route, by name: MoSRouters and linears with a router of their own."""
     return {
         name: module
-        for name, module in model.named_modules()
-        if isinstance(module, MoSRouter) or (isinstance(module, MoSLayer) and module.mos_router is not None)
+        for name, module in mos_modules(model).items()
+        if isinstance(module, MoSRouter) or module.mos_router is not None
     }
 
 

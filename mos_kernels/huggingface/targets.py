@@ -52,11 +52,17 @@ class Target:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, Conv1D, or a leaf with their widths, as quantisers put in their place."""
+    """nn.Linear, Conv1D, or a leaf with their widths, as quantisers put in their place; adapted by peft or not."""
+    module = base_of(module)
     if isinstance(module, (nn.Linear, Conv1D)):
         return True
     widths = (getattr(module, name, None) for name in ("in_features", "out_features"))
     return all(isinstance(width, int) for width in widths) and next(module.children(), None) is None
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The linear in a layer of the peft method; any other module as it is."""
+    return module.base_layer if isinstance(module._modules.get("mos_adapter"), nn.ModuleDict) else module
 
 
 def layer_kind(linear: nn.Module) -> type[MoSLayer]:
@@ -68,7 +74,14 @@ def layer_kind(linear: nn.Module) -> type[MoSLayer]:
 
 def in_features(linear: nn.Module) -> int:
     """The width of a linear's input."""
+    linear = base_of(linear)
     return linear.nx if isinstance(linear, Conv1D) else linear.in_features
+
+
+def out_features(linear: nn.Module) -> int:
+    """The width of a linear's output."""
+    linear = base_of(linear)
+    return linear.nf if isinstance(linear, Conv1D) else linear.out_features
 
 
 def ffn_target_modules(model: nn.Module) -> list[str] | str:
@@ -85,19 +98,23 @@ def ffn_target_modules(model: nn.Module) -> list[str] | str:
     return known if isinstance(known, str) else list(known)
 
 
-def find_targets(model: nn.Module, config: MoSConfig) -> list[Target]:
+def find_targets(
+    model: nn.Module, config: MoSConfig, modules: list[tuple[str, nn.Module]] | None = None
+) -> list[Target]:
     """The linears that `config` names, in the model's order; nothing is changed.
 
+    modules: those of the model to choose from, with every name of each; None: all, on a model without an adapter.
     ValueError or TypeError where it asks for what the model does not have: every entry of a target list, and every
     index in layers_to_transform, must match something.
     """
-    _refuse_adapted(model)
+    if modules is None:
+        _refuse_adapted(model)
+        modules = list(model.named_modules(remove_duplicate=False))
     if config.layers_to_transform is not None and isinstance(config.target_modules, str):
         raise ValueError(
             f"layers_to_transform={config.layers_to_transform} has no effect when target_modules is the string "
             f"{config.target_modules!r}: give a list of name endings"
         )
-    modules = list(model.named_modules(remove_duplicate=False))
     if _is_all_linear(config):
         heads = _heads(model)
         matched = [
@@ -188,7 +205,7 @@ def _refuse_adapted(model: nn.Module) -> None:
 
 def _refuse_3d_parameters(model: nn.Module, config: MoSConfig) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 3 and is_target(config, name):
+        if parameter.dim() == 3 and "mos_" not in name and is_target(config, name):
             raise ValueError(
                 f"target_modules={_shown(config.target_modules)} matches {name!r}, a 3-D parameter of shape "
                 f"{tuple(parameter.shape)} (the experts of a mixture-of-experts block in one tensor), which MoS does "

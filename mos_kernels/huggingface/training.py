@@ -11,9 +11,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, has_length
 
 from mos_kernels.config import SPACES
-from mos_kernels.huggingface.plan import router_owners
+from mos_kernels.huggingface.plan import mos_adapters, router_owners
 from mos_kernels.huggingface.report import measured_routing
-from mos_kernels.layer import MoSLayer
 
 
 def mos_param_groups(
@@ -96,7 +95,7 @@ class MoSCallback(TrainerCallback):
         self._stop_measuring()
         self._statistics = None
         self._step_in_epoch = None
-        for layer in _layers(model).values():
+        for layer in mos_adapters(model).values():
             if layer.mos_curvature.dtype != torch.float32:
                 layer.mos_curvature.data = layer.mos_curvature.data.float()
 
@@ -150,10 +149,6 @@ class MoSCallback(TrainerCallback):
             self._measuring = None
 
 
-def _layers(model: nn.Module) -> dict[str, MoSLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, MoSLayer)}
-
-
 def _set_aux_weights(model: nn.Module, factor: float) -> None:
     for owner in router_owners(model).values():
         owner.mos_aux_weight.fill_(owner.aux_coefficient * factor)
@@ -168,7 +163,7 @@ def _steps_per_epoch(args, train_dataloader) -> int | None:
 
 def _dimensionless_curvature(model: nn.Module) -> dict[str, list[float]]:
     """κ̂ of every expert, by layer."""
-    layers = _layers(model)
+    layers = mos_adapters(model)
     if not layers:
         return {}
     with torch.no_grad():

@@ -1,0 +1,120 @@
+"""`MoSPeftConfig`: MoSConfig's options beside peft's own, and MOSELORA among peft's types."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import PeftConfig, PeftType
+
+import mos_kernels
+from mos_kernels.config import MoSConfig, _default_spaces
+from mos_kernels.huggingface.files import CARD_NAME, CONFIG_NAME, PEFT_TYPE, refuse_damaged, with_import_note
+
+
+def _add_peft_type(name: str) -> PeftType:
+    """A member of peft's enumeration, which has no way to add one: peft's registry takes only its members."""
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    member._sort_order_ = len(PeftType._member_names_)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)  # since Python 3.12 members are attributes
+    return member
+
+
+MOSELORA = _add_peft_type(PEFT_TYPE)
+
+
+@dataclass
+class MoSPeftConfig(PeftConfig):
+    """`MoSConfig`'s options (see there), with the same defaults and checks, and peft's own.
+
+    target_modules: None for the FFN linears of the model, by its type. modules_to_save: modules that are trained and
+    saved whole, as in peft. Bad values and unknown options raise ValueError.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    spaces: dict[str, int] = field(default_factory=_default_spaces)
+    num_experts_per_tok: int = 4
+    norm_topk_prob: bool = True
+    router_scope: str = "ffn"
+    router_aux_loss_coef: float = 0.01
+    curvature_init: float = 0.3
+    length_unit: str | float = "sqrt_dim"
+    learn_curvature: bool = True
+    curvature_lr_ratio: float = 30.0
+    curvature_max_grad_norm: float | None = None
+    share_a: bool = True
+    activation: str = "identity"
+    mapping: str = "stereographic"
+    domain: str = "ball"
+    boundary_eps: float = 4e-3
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    modules_to_save: list[str] | None = None
+    mos_kernels_version: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MOSELORA
+        self.mos_kernels_version = mos_kernels.__version__
+        for name, value in self.to_mos_config().to_dict().items():
+            if name != "target_modules" or self.target_modules is not None:
+                setattr(self, name, value)
+
+    def to_mos_config(self) -> MoSConfig:
+        """The configuration of the adapter itself. Raises ValueError as MoSConfig does."""
+        names = (f.name for f in dataclasses.fields(MoSConfig))
+        values = {name: getattr(self, name) for name in names}
+        if self.target_modules is None:
+            del values["target_modules"]
+        # what is empty names nothing, as in peft
+        for name in ("exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+            values[name] = values[name] or None
+        return MoSConfig(**values)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **kwargs) -> MoSPeftConfig:
+        """As peft's. ValueError for damaged adapter files in a folder, before a model is touched."""
+        folder = Path(os.fspath(pretrained_model_name_or_path), subfolder or "")
+        if (folder / CONFIG_NAME).is_file():
+            refuse_damaged(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """As peft's; and the model card beside it says what to import before loading."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / CARD_NAME
+        card.write_text(with_import_note(card.read_text(encoding="utf-8") if card.is_file() else ""), encoding="utf-8")
+
+
+def _without_unknown(init):
+    """peft drops options that a configuration does not have, with a warning; an option here is never dropped."""
+
+    @functools.wraps(init)
+    def checked(self, *args, **kwargs):
+        known = {f.name for f in dataclasses.fields(self)}
+        unknown = {name: value for name, value in kwargs.items() if name not in known}
+        wanted = sorted(name for name, value in unknown.items() if value not in (None, False, [], {}))
+        if wanted:
+            raise ValueError(f"unknown options {wanted}: MoSPeftConfig has {sorted(known)}")
+        init(self, *args, **{name: value for name, value in kwargs.items() if name in known})
+
+    return checked
+
+
+MoSPeftConfig.__init__ = _without_unknown(MoSPeftConfig.__init__)

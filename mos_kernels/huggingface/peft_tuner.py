@@ -1,0 +1,233 @@
+"""The peft method MOSELORA: registration, and the tuner that puts `MoSPeftLayer`s and routers on a model.
+
+Where adapters go, and which FFN blocks get a router, is planned as by apply_mos, before the model is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import register_peft_method
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from mos_kernels.huggingface.blocks import add_router, remove_router
+from mos_kernels.huggingface.files import PREFIX as FILE_PREFIX
+from mos_kernels.huggingface.files import require_finite
+from mos_kernels.huggingface.peft_config import MOSELORA, MoSPeftConfig
+from mos_kernels.huggingface.peft_layer import WHY_NO_MERGE, MoSPeftLayer, MoSPeftRouter, MoSTunerLayer
+from mos_kernels.huggingface.plan import Plan, PlannedBlock, make_plan
+from mos_kernels.huggingface.targets import ALL_LINEAR, ffn_target_modules, is_target
+from mos_kernels.layer import MoSLayer, MoSRouter
+
+PREFIX = "mos_"
+
+
+class MoSPeftModel(BaseTuner):
+    """The tuner of `MoSPeftConfig`; see peft's documentation of `BaseTuner` for its methods."""
+
+    prefix = PREFIX
+    tuner_layer_cls = MoSTunerLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """As peft's; an error leaves the model without the adapter."""
+        config = self.peft_config[adapter_name]
+        modules = _modules_to_adapt(model, config)
+        if config.target_modules is None:
+            config.target_modules = _default_targets(model, config, modules)
+        plan = make_plan(model, config.to_mos_config(), modules)
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+            config.target_modules = [name for linear in plan.linears for name in linear.target.names]
+        if state_dict is not None:  # whose names say which linears to adapt: a block's router belongs to none
+            named = {name.removeprefix(FILE_PREFIX): value for name, value in state_dict.items()}
+            state_dict = {name: value for name, value in named.items() if not name.endswith(".mos_router.weight")}
+        self._plan = plan
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            for block in plan.blocks:
+                self._add_router(block, adapter_name, config, low_cpu_mem_usage)
+            _share_balance(model, adapter_name, plan)
+        except BaseException:
+            _withdraw(model, adapter_name)
+            raise
+        finally:
+            del self._plan
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
+    ) -> None:
+        planned = next((linear for linear in self._plan.linears if current_key in linear.target.names), None)
+        if planned is None:
+            if isinstance(target, MoSPeftRouter):  # of another adapter, matched by a regular expression
+                return
+            raise ValueError(
+                f"{current_key!r} is adapted in the state dict but not by target_modules={peft_config.target_modules}"
+            )
+        if isinstance(target, MoSPeftLayer):
+            target.update_layer(adapter_name, planned.config, peft_config.inference_mode)
+            return
+        layer = MoSPeftLayer(target, adapter_name, planned.config, peft_config.inference_mode)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        for name in planned.target.names:
+            _put(self.model, name, layer)
+
+    def _add_router(self, planned: PlannedBlock, adapter_name: str, config: PeftConfig, on_meta: bool) -> None:
+        from accelerate import init_empty_weights
+
+        with init_empty_weights() if on_meta else contextlib.nullcontext():
+            router = planned.build()
+        block, form = planned.block, planned.form
+        routers = block._modules.get("mos_router")
+        if routers is None:
+            routers = MoSPeftRouter(planned.reads_input, adapter_name)
+        # every adapted linear of the block takes the gates of all adapters, and each adapter its own
+        routed = tuple(name for name in form.linears if isinstance(getattr(block, name), MoSPeftLayer))
+        form = dataclasses.replace(form, routed=routed)
+        add_router(block, form, routers)
+        routers.update_layer(adapter_name, router, self.active_adapters, config.inference_mode)
+        if on_meta:
+            router._refill_constants()
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        setattr(parent, child_name, new_module)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)  # which passes over what is named after the prefix
+        for router in _routers(self.model):
+            router.delete_adapter(adapter_name)
+            router.set_adapter(self.active_adapters)
+
+    def unload(self) -> nn.Module:
+        """The base model: plain linears, the blocks' own forwards, no routers."""
+        for block in _routed_blocks(self.model):
+            remove_router(block)
+        for name, layer in _named_layers(self.model):
+            _put(self.model, name, layer.base_layer)
+        return super().unload()
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(WHY_NO_MERGE)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "a Mixture-of-Space adapter is one for the whole batch: call set_adapter, and run a batch by adapter, "
+                "instead of passing adapter_names"
+            )
+        yield
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict[str, Tensor]:
+        """As peft's. ValueError, before a value is loaded, for tensors missing, foreign, misshapen or not finite."""
+        found = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        adapter = (f".{adapter_name}", f".mos_router.{adapter_name}.weight")
+        own = {name: p for name, p in model.named_parameters() if ".mos_" in name and name.endswith(adapter)}
+        named = {name if name in own else name.removeprefix(FILE_PREFIX): tensor for name, tensor in found.items()}
+        missing = [name for name in own if name not in named]
+        foreign = [name for name in named if name not in own and ".mos_" in name]
+        reshaped = [name for name in own if name in named and named[name].shape != own[name].shape]
+        for problem, tensors in (("missing", missing), ("unexpected", foreign), ("of another shape", reshaped)):
+            if tensors:
+                raise ValueError(
+                    f"the adapter for {adapter_name!r} is of another architecture than this model's: {len(tensors)} "
+                    f"tensors are {problem}, such as {tensors[0]}. Load the base model that it was trained on"
+                )
+        require_finite(f"the adapter for {adapter_name!r}", {name: named[name] for name in own})
+        return found
+
+
+def _modules_to_adapt(model: nn.Module, config: MoSPeftConfig) -> list[tuple[str, nn.Module]]:
+    """What an adapter may go to, by every name: an adapted linear counts as its base, peft's own parts are left out."""
+    found, skipped = [], []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(name.startswith(inner) for inner in skipped):
+            continue
+        if isinstance(module, (MoSLayer, MoSRouter)):
+            raise ValueError(f"the model has an adapter of apply_mos, at {name!r}: call remove_mos(model) first")
+        is_ours = isinstance(module, MoSTunerLayer)
+        if isinstance(module, BaseTunerLayer) and not is_ours:
+            raise ValueError(
+                f"the model has another peft method's adapter, at {name!r} ({type(module).__name__}): unload it first"
+            )
+        if is_ours or isinstance(module, AuxiliaryTrainingWrapper):
+            skipped.append(name + ".")
+        if isinstance(module, (MoSPeftRouter, AuxiliaryTrainingWrapper)):
+            continue
+        if any(f".{saved}." in f".{name}." for saved in config.modules_to_save or []):
+            continue
+        found.append((name, module.base_layer if isinstance(module, MoSPeftLayer) else module))
+    return found
+
+
+def _default_targets(model: nn.Module, config: MoSPeftConfig, modules: list[tuple[str, nn.Module]]) -> list[str] | str:
+    """The FFN linears of the model; of a list, the entries that the other options leave something of."""
+    known = ffn_target_modules(model)
+    if isinstance(known, str):
+        return known
+    chosen = {entry: dataclasses.replace(config.to_mos_config(), target_modules=[entry]) for entry in known}
+    left = [entry for entry, own in chosen.items() if any(is_target(own, name) for name, _ in modules)]
+    return left or known
+
+
+def _share_balance(model: nn.Module, adapter_name: str, plan: Plan) -> None:
+    """Divide the load-balancing coefficient by the number of the adapter's routers."""
+    coefficient = plan.config.router_aux_loss_coef / max(plan.num_routers, 1)
+    owners = [router[adapter_name] for router in _routers(model) if adapter_name in router]
+    owners += [layer.mos_adapter[adapter_name] for _, layer in _named_layers(model) if adapter_name in layer.mos_router]
+    for owner in owners:
+        owner.aux_coefficient = coefficient
+        owner.mos_aux_weight.fill_(coefficient)
+
+
+def _named_layers(model: nn.Module) -> list[tuple[str, MoSPeftLayer]]:
+    modules = model.named_modules(remove_duplicate=False)
+    return [(name, module) for name, module in modules if isinstance(module, MoSPeftLayer)]
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _routers(model: nn.Module) -> list[MoSPeftRouter]:
+    return [module for module in model.modules() if isinstance(module, MoSPeftRouter)]
+
+
+def _routed_blocks(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module._modules.get("mos_router"), MoSPeftRouter)]
+
+
+def _withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter that could not be put on the whole model off again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about which adapter is active next: the one that was
+        for block in _routed_blocks(model):
+            if adapter_name in block.mos_router:
+                block.mos_router.delete_adapter(adapter_name)
+            if not len(block.mos_router):
+                remove_router(block)
+        for name, layer in _named_layers(model):
+            if adapter_name in layer.mos_adapter:
+                layer.delete_adapter(adapter_name)
+            if not len(layer.mos_adapter):
+                _put(model, name, layer.base_layer)
+
+
+if MOSELORA not in PEFT_TYPE_TO_TUNER_MAPPING:
+    register_peft_method(name="moselora", config_cls=MoSPeftConfig, model_cls=MoSPeftModel, prefix=PREFIX)

@@ -1,0 +1,31 @@
+"""What the tests of the peft method share: tiny models with an adapter by peft, and their outputs."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel, get_peft_model
+from tiny_models import ids, tiny
+from torch import nn
+
+from mos_kernels.huggingface import MoSPeftConfig
+
+TASKS = {"bert": "SEQ_CLS"}
+FAMILIES = ("llama", "qwen2", "gemma", "bert")
+SCOPES = ("ffn", "linear")
+
+
+def config(family: str = "llama", **options) -> MoSPeftConfig:
+    """A configuration for the FFN linears, whose adapter has an effect from the start."""
+    return MoSPeftConfig(**{"r": 4, "init_lora_weights": False, "task_type": TASKS.get(family, "CAUSAL_LM"), **options})
+
+
+def peft_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> PeftModel:
+    """A tiny model with an adapter that was drawn from `seed`, in eval mode."""
+    model = tiny(family, dtype)
+    torch.manual_seed(seed)
+    return get_peft_model(model, config(family, **options)).eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids()).logits

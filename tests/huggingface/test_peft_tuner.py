@@ -1,0 +1,650 @@
+"""The peft method on whole models: what peft promises of a tuner, and that its files and apply_mos's are the same."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from peft_setup import FAMILIES, SCOPES, config, logits, peft_model
+from tiny_models import ids, snapshot, tiny
+from torch import nn
+
+from mos_kernels import MoSConfig, MoSRouter
+from mos_kernels.huggingface import (
+    MoSPeftConfig,
+    activated_parameters,
+    apply_mos,
+    load_adapter,
+    mos_param_groups,
+    remove_mos,
+    routing_report,
+    save_adapter,
+)
+from mos_kernels.huggingface.peft_layer import MoSPeftLayer, MoSPeftRouter
+from mos_kernels.huggingface.plan import mos_adapters, router_owners
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+both_scopes = pytest.mark.parametrize("scope", SCOPES)
+
+
+def layers(model: nn.Module) -> dict[str, MoSPeftLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoSPeftLayer)}
+
+
+def randomise(model: nn.Module, seed: int = 7) -> None:
+    """Values that no start has, in every adapter parameter."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mos_" in name:
+                parameter.copy_(torch.randn(parameter.shape) * (0.01 if "curvature" in name else 0.3))
+
+
+# the two doors
+
+
+@every_family
+@both_scopes
+def test_files_of_either_door_open_in_the_other(family, scope, tmp_path):
+    by_peft = peft_model(family, router_scope=scope)
+    randomise(by_peft)
+    expected = logits(by_peft)
+    assert (expected - logits(tiny(family))).abs().max() > 1e-3
+    by_peft.save_pretrained(tmp_path / "peft")
+    plain = tiny(family)
+    load_adapter(plain, tmp_path / "peft")
+    assert torch.equal(logits(plain), expected)
+
+    save_adapter(plain, tmp_path / "own")
+    for low_cpu_mem_usage in (False, True):
+        again = PeftModel.from_pretrained(tiny(family), tmp_path / "own", low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(logits(again), expected)
+        assert not any(tensor.is_meta for tensor in [*again.parameters(), *again.buffers()])
+
+
+@every_family
+@both_scopes
+def test_gradients_are_those_of_apply_mos(family, scope, tmp_path):
+    """Load balancing included, whose coefficient is divided by the number of routers in both."""
+    by_peft = peft_model(family, router_scope=scope, router_aux_loss_coef=0.5, curvature_lr_ratio=1.0)
+    by_peft.save_pretrained(tmp_path)
+    own = tiny(family)
+    load_adapter(own, tmp_path, is_trainable=True)
+    assert len(router_owners(own)) == len(router_owners(by_peft)) > 0
+    found = []
+    for model in (by_peft, own):
+        model.train()
+        model(ids()).logits.square().mean().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and "mos_" in n}
+        found.append({n.removeprefix("base_model.model.").replace(".default", ""): grad for n, grad in grads.items()})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "all-linear"}, {"layers_to_transform": [1]}, {"exclude_modules": ["layers.0.mlp.down_proj"]},
+        {"target_modules": ["down_proj"]}, {"target_modules": r".*layers\.0\.mlp\.(up|gate)_proj"},
+        {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"layers.0.mlp.down_proj": 3.0}}, {"share_a": False},
+        {"target_modules": ["q_proj", "up_proj", "gate_proj"], "activation": "silu"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_of_where_choose_what_apply_mos_does(options, tmp_path):
+    by_peft = peft_model(**options)
+    own = tiny()
+    wanted = MoSConfig(**{"r": 4, "init_lora_weights": False, **options})
+    assert sorted(layers(by_peft.base_model.model)) == sorted(apply_mos(own, wanted))
+    owners = {name.replace(".default", "").replace(".mos_adapter", "") for name in router_owners(by_peft)}
+    assert {name.removeprefix("base_model.model.") for name in owners} == set(router_owners(own))
+    remove_mos(own)
+    by_peft.save_pretrained(tmp_path)
+    load_adapter(own, tmp_path)
+    assert torch.equal(logits(own), logits(by_peft))
+    again = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert torch.equal(logits(again), logits(by_peft))
+
+
+def test_modules_to_save_go_through_both_doors(tmp_path):
+    model = peft_model("bert", modules_to_save=["pooler"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.1)
+    model.save_pretrained(tmp_path)
+    own = tiny("bert")
+    load_adapter(own, tmp_path)
+    assert torch.equal(logits(own), logits(model)) and not torch.equal(logits(own), logits(tiny("bert")))
+    save_adapter(own.train(), tmp_path / "again")
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny("bert"), tmp_path)), logits(model))
+
+
+def test_auto_classes_and_the_card(tmp_path):
+    base = tiny()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoPeftModelForCausalLM._target_class.from_pretrained(tmp_path / "base"), config())
+    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert card.count("import mos_kernels.huggingface  # first") == 1 and "cannot be merged" in card
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model.eval()))
+
+
+# several adapters
+
+
+def two_adapters(**options) -> PeftModel:
+    """`default` on the FFN and `other`, of another rank, on two of its linears and an attention projection."""
+    model = peft_model(**options)
+    torch.manual_seed(1)
+    model.add_adapter("other", config(r=2, target_modules=["q_proj", "up_proj", "gate_proj"], num_experts_per_tok=2))
+    randomise(model)
+    return model.eval()
+
+
+def test_adapters_are_added_set_disabled_and_deleted(tmp_path):
+    base, model = logits(tiny()), two_adapters()
+    first = logits(model)
+    model.set_adapter("other")
+    second = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), second) and not torch.equal(first, second)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable and all(".other" in name for name in trainable)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.save_pretrained(tmp_path)
+    for folder, expected in ((tmp_path, first), (tmp_path / "other", second)):
+        own = tiny()
+        load_adapter(own, folder)
+        assert torch.equal(logits(own), expected)
+    assert "mos_kernels" in (tmp_path / "other" / "README.md").read_text()
+
+    with pytest.warns(UserWarning, match="active which is now deleted"):
+        model.delete_adapter("default")
+    assert model.active_adapters == ["other"] and torch.equal(logits(model), second)
+    assert not any("default" in name for name, _ in model.named_parameters())
+    model.delete_adapter("other")
+    assert torch.equal(logits(model.base_model.model), base) and not any(
+        "mos_" in name for name, _ in model.named_parameters()
+    )
+    model.add_adapter("default", config())
+    model.set_adapter("default")
+    assert not torch.equal(logits(model), base)
+
+
+def test_two_active_adapters_are_both_added():
+    model = two_adapters()
+    block = model.base_model.model.model.layers[0].mlp
+    layer, x = block.up_proj, torch.randn(3, 32, dtype=torch.float64)
+
+    def adapted(names):
+        model.base_model.set_adapter(names)
+        return layer(x, block.mos_router(x)) - layer.base_layer(x)
+
+    both = adapted(["default", "other"])
+    torch.testing.assert_close(both, adapted("default") + adapted("other"))
+    assert len(router_owners(model)) == 2 + 2, "those of the active one: two blocks, two q_proj"
+    model.base_model.set_adapter(["default", "other"])
+    assert len(router_owners(model)) == 6 and len(mos_adapters(model)) == 12
+    logits(model)
+
+
+def test_a_dense_base_and_one_adapter_are_one_operation():
+    model = peft_model()
+    up = model.base_model.model.model.layers[0].mlp.up_proj
+    up.base_layer.forward = None  # never called
+    del up.base_layer.forward
+    calls = []
+    type(up.base_layer).forward, forward = lambda *_: calls.append(1), type(up.base_layer).forward
+    try:
+        up(torch.randn(2, 32, dtype=torch.float64), {"default": torch.rand(2, 8)})
+    finally:
+        type(up.base_layer).forward = forward
+    assert not calls
+    y = up(torch.randn(2, 32, dtype=torch.float64), {"default": torch.rand(2, 8)})
+    assert type(y.grad_fn).__name__ == "_MoSLinearBackward"
+
+
+def test_the_second_adapter_leaves_the_first_ones_router_trainable_or_not():
+    model = peft_model()
+    model.add_adapter("other", config())
+    by_name = dict(model.named_parameters())
+    assert all(p.requires_grad == name.replace(".weight", "").endswith(".default") or "mos_" not in name
+               for name, p in by_name.items())  # fmt: skip
+    model.set_adapter("other")
+    assert by_name["base_model.model.model.layers.0.mlp.mos_router.other.weight"].requires_grad
+    assert not by_name["base_model.model.model.layers.0.mlp.mos_router.default.weight"].requires_grad
+
+
+@pytest.mark.parametrize("learn_curvature", [True, False])
+def test_fixed_curvature_takes_no_gradient(learn_curvature):
+    model = peft_model(learn_curvature=learn_curvature)
+    model.base_model.set_adapter("default")
+    model.base_model.disable_adapter_layers()
+    model.base_model.enable_adapter_layers()
+    flags = {p.requires_grad for name, p in model.named_parameters() if "mos_curvature" in name}
+    assert flags == {learn_curvature}
+    assert all(p.requires_grad for name, p in model.named_parameters() if "mos_lora" in name or "mos_router" in name)
+
+
+def test_the_default_targets_are_what_the_options_leave():
+    assert config().target_modules is None
+    assert len(layers(peft_model(exclude_modules=["down_proj"]))) == 4
+    assert len(layers(peft_model(layers_to_transform=[1]))) == 3
+
+
+# transformers' own doors
+
+
+@pytest.fixture
+def any_peft_version(monkeypatch):
+    """transformers 5.24 asks for a later peft than there is; for what it then does, this one will do."""
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda min_version: None)
+
+
+@both_scopes
+def test_transformers_own_methods(scope, tmp_path, any_peft_version):
+    saved = peft_model(router_scope=scope)
+    randomise(saved)
+    saved.save_pretrained(tmp_path)
+    expected = logits(saved)
+    model = tiny()
+    model.load_adapter(tmp_path)
+    assert torch.equal(logits(model), expected)
+    model.add_adapter(config(router_scope=scope), "second")
+    model.set_adapter("second")
+    assert not torch.equal(logits(model), expected)
+    model.disable_adapters()
+    assert torch.equal(logits(model), logits(tiny()))
+    model.enable_adapters()
+    model.set_adapter("default")
+    assert torch.equal(logits(model), expected)
+    model.delete_adapter("second")
+    assert not any("second" in name for name, _ in model.named_parameters())
+    names = {name.removeprefix("base_model.model.") for name in saved.state_dict() if "mos_" in name}
+    assert {name for name in model.state_dict() if "mos_" in name} == names
+
+
+def test_an_adapter_from_transformers_is_saved_and_comes_back(tmp_path, any_peft_version):
+    model = tiny()
+    model.add_adapter(config())
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    own = tiny()
+    load_adapter(own, tmp_path)
+    assert torch.equal(logits(own), logits(model))
+
+
+def test_injected_by_the_names_in_a_state_dict(tmp_path):
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    saved = peft_model()
+    state = get_peft_model_state_dict(saved)
+    model = inject_adapter_in_model(config(), tiny(), state_dict=state)
+    set_peft_model_state_dict(model, state)
+    assert torch.equal(logits(model), logits(saved))
+    partial = {name: tensor for name, tensor in state.items() if "layers.0" in name}
+    with pytest.warns(RuntimeWarning, match="inconsistency"):
+        inject_adapter_in_model(config(), tiny(), state_dict=partial)
+
+
+# dtypes
+
+
+def curvatures(model: nn.Module) -> list[torch.Tensor]:
+    return [p for name, p in model.named_parameters() if "mos_curvature" in name]
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_curvature_stays_float32_on_a_bfloat16_base(autocast, low_cpu_mem_usage, tmp_path):
+    model = get_peft_model(tiny(dtype=torch.bfloat16), config(), autocast_adapter_dtype=autocast)
+    randomise(model)
+    values = [c.detach().clone() for c in curvatures(model)]
+    wide = {p.dtype for n, p in model.named_parameters() if "mos_lora" in n or "mos_router" in n}
+    assert wide == {torch.float32 if autocast else torch.bfloat16}
+    model.half().bfloat16()
+    assert all(c.dtype == torch.float32 and torch.equal(c, v) for c, v in zip(curvatures(model), values, strict=True))
+    assert logits(model).dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(
+        tiny(dtype=torch.bfloat16), tmp_path, autocast_adapter_dtype=autocast, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert all(c.dtype == torch.float32 and torch.equal(c, v) for c, v in zip(curvatures(again), values, strict=True))
+    by_transformers = tiny(dtype=torch.bfloat16)
+    by_transformers.load_adapter(tmp_path)
+    loaded = curvatures(by_transformers)
+    assert all(c.dtype == torch.float32 and torch.equal(c, v) for c, v in zip(loaded, values, strict=True))
+
+
+@pytest.mark.parametrize("door", ["peft", "own"])
+def test_trls_cast_of_everything_trainable_is_undone_before_training(door):
+    """TRL assigns to .data, under QLoRA, past every hook; the trainer's model.train() comes after it."""
+    if door == "peft":
+        model = peft_model(dtype=torch.float32)
+    else:
+        model = tiny(dtype=torch.float32)
+        apply_mos(model, MoSConfig(r=4))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(mos_param_groups(model, lr=1e-3))
+    model.train()
+    assert all(c.dtype == torch.float32 for c in curvatures(model))
+    model(ids(), labels=ids()).loss.backward()
+    optimizer.step()
+    assert all(c.grad.dtype == torch.float32 for c in curvatures(model))
+
+
+def test_casts_of_one_dictionary_alone():
+    model = peft_model(dtype=torch.float32)
+    layer = next(iter(layers(model).values()))
+    layer.mos_curvature.half()
+    assert layer.mos_curvature["default"].dtype == torch.float32
+    layer.mos_curvature["default"] = nn.Parameter(torch.zeros(8, dtype=torch.float16))
+    assert layer.mos_curvature["default"].dtype == torch.float32
+
+
+# what cannot be
+
+
+def test_merging_is_refused_with_the_reason_and_unloading_works():
+    model = peft_model()
+    before = logits(model)
+    layer = next(iter(layers(model).values()))
+    for merge in (model.merge_and_unload, model.merge_adapter, layer.merge, layer.unmerge):
+        with pytest.raises(NotImplementedError, match="cannot be merged.*depends on the token"):
+            merge()
+    assert torch.equal(logits(model), before)
+    base = model.unload()
+    assert torch.equal(logits(base), logits(tiny())) and snapshot(base)["types"] == snapshot(tiny())["types"]
+    assert all(vars(module).get("forward") is None for module in base.modules())
+    assert torch.equal(logits(get_peft_model(base, config())), logits(base))
+
+
+def test_mixed_batches_are_refused():
+    model = two_adapters()
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(ids(), adapter_names=["default", "other"])
+    with pytest.raises(ValueError, match="adapter_names"):
+        model.generate(input_ids=ids(), adapter_names=["default", "other"], max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["nothing"]}, "match nothing"),
+        ({"target_modules": ["up_proj", "nothing"]}, "nothing.*match nothing"),
+        ({"layers_to_transform": [5]}, "layers_to_transform"),
+        ({"target_modules": ["embed_tokens"]}, "no linear"),
+        ({"rank_pattern": {"nothing": 2}}, "rank_pattern"),
+    ],
+)
+def test_what_the_model_does_not_have_is_refused_before_it_changes(options, message):
+    model = tiny()
+    before = snapshot(model)
+    with pytest.raises((ValueError, TypeError), match=message):
+        get_peft_model(model, config(**options))
+    assert snapshot(model) == before
+    adapted = peft_model()
+    expected, before = logits(adapted), snapshot(adapted)
+    with pytest.raises((ValueError, TypeError), match=message):
+        adapted.add_adapter("other", config(**options))
+    assert snapshot(adapted) == before and list(adapted.peft_config) == ["default"]
+    assert torch.equal(logits(adapted), expected)
+
+
+def test_an_error_on_the_way_takes_the_adapter_off(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("on the way")
+
+    model = tiny()
+    types = snapshot(model)["types"]
+    monkeypatch.setattr("mos_kernels.huggingface.peft_tuner._share_balance", fail)
+    with pytest.raises(RuntimeError, match="on the way"):
+        get_peft_model(model, config())
+    assert snapshot(model)["types"] == types and torch.equal(logits(model), logits(tiny()))
+
+
+def test_adapters_of_other_doors_and_methods_are_refused():
+    from peft import LoraConfig
+
+    own = tiny()
+    apply_mos(own, MoSConfig())
+    with pytest.raises(ValueError, match="remove_mos"):
+        get_peft_model(own, config())
+    with pytest.raises(ValueError, match="another peft method"):
+        inject_adapter_in_model(config(), inject_adapter_in_model(LoraConfig(target_modules=["up_proj"]), tiny()))
+    with pytest.raises(ValueError, match="peft"):
+        apply_mos(peft_model(), MoSConfig())
+    with pytest.raises(ValueError, match="save_pretrained"):
+        save_adapter(peft_model(), "nowhere")
+
+
+# what looks at a model
+
+
+def test_reports_counts_and_groups():
+    model, own = peft_model(), tiny()
+    apply_mos(own, MoSConfig(r=4))
+    assert activated_parameters(model) == activated_parameters(own)
+    report = routing_report(model, ids())
+    assert [entry["tokens"] for entry in report] == [14, 14]
+    groups = {group["name"]: len(group["params"]) for group in mos_param_groups(model, lr=1e-3)}
+    assert groups == {"lora": 12, "router": 2, "curvature": 6}
+    model.add_adapter("other", config(r=16))
+    assert activated_parameters(model) == activated_parameters(own), "those of the active adapter"
+    status = model.get_model_status()
+    assert status.active_adapters == ["default"] and status.available_adapters == ["default", "other"]
+    model.print_trainable_parameters()
+
+
+def test_the_callback_in_a_trainer(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    from mos_kernels.huggingface import MoSCallback
+
+    model = peft_model(dtype=torch.float32, router_aux_loss_coef=0.5)
+    data = [{"input_ids": row, "labels": row} for row in ids(0, 8)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
+        report_to=[], use_cpu=True, save_steps=2, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=data)
+    callback = MoSCallback.add_to(trainer)
+    weights = []
+    owner = next(iter(router_owners(model).values()))
+    owner.register_forward_pre_hook(lambda module, _: weights.append(module.mos_aux_weight.item()))
+    trainer.train()
+    assert set(weights) == {0.5 / 2 / 2} and owner.mos_aux_weight.item() == 0.25
+    logged = trainer.state.log_history[0]
+    assert {"mos/curvature/hyperbolic_mean", "mos/share/euclidean", "mos/entropy"} <= logged.keys()
+    assert len(callback.history[0]["curvature"]) == 6 and len(callback.history[0]["share"]) == 2
+    again = PeftModel.from_pretrained(tiny(dtype=torch.float32), tmp_path / "checkpoint-2")
+    torch.testing.assert_close(logits(again), logits(model.eval()))
+
+
+# torch's ways
+
+
+def test_copies_and_pickles():
+    model = two_adapters()
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert torch.equal(logits(other), logits(model))
+        with torch.no_grad():
+            for layer in layers(other).values():
+                for parameters in (layer.mos_lora_B, layer.mos_router):
+                    for parameter in parameters.values():
+                        parameter.zero_()
+        assert torch.equal(logits(other), logits(tiny())) and not torch.equal(logits(other), logits(model))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_changes_no_gradient(use_reentrant):
+    found = []
+    for checkpointing in (False, True):
+        model = peft_model(router_aux_loss_coef=0.5).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model(ids(), labels=ids()).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(g is not None for g in found[1].values())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_block_compiles_in_one_graph():
+    torch._dynamo.reset()
+    block = two_adapters(dtype=torch.float32).base_model.model.model.layers[0].mlp
+    x = torch.randn(3, 32)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), block(x))
+
+
+def test_frozen_for_inference_and_thawed():
+    model = peft_model()
+    expected = logits(model)
+    for layer in layers(model).values():
+        layer.freeze_for_inference()
+    assert all(adapter._frozen is not None for adapter in mos_adapters(model).values())
+    assert torch.equal(logits(model), expected)
+    model.load_state_dict(model.state_dict())
+    assert all(adapter._frozen is None for adapter in mos_adapters(model).values())
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes 4-bit", "parametrised", "custom", "torchao int8"])
+def test_bases_that_are_no_dense_parameter(kind, tmp_path):
+    from test_bases import model_on
+
+    model = get_peft_model(model_on(kind), config(init_lora_weights=True)).eval()
+    up = model.base_model.model.model.layers[0].mlp.up_proj
+    model.train()  # first: bitsandbytes on a CPU packs 4-bit weights in eval mode, and is not differentiable after it
+    model(ids(), labels=ids()).loss.backward()
+    assert up.mos_lora_B["default"].grad.abs().max() > 0
+    torch.testing.assert_close(logits(model.eval()), logits(model_on(kind)))
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(model_on(kind), tmp_path)
+    own = model_on(kind)
+    load_adapter(own, tmp_path)
+    assert torch.equal(logits(again), logits(own))
+    if "4-bit" in kind:  # saving made bitsandbytes pack the weights anew, which rounds
+        torch.testing.assert_close(logits(own), logits(model), rtol=0.02, atol=0.005)
+    else:
+        assert torch.equal(logits(own), logits(model))
+    base = model.unload()
+    assert base.model.layers[0].mlp.up_proj is up.base_layer
+
+
+def test_conv1d(tmp_path):
+    model = peft_model("gpt2")
+    model.save_pretrained(tmp_path)
+    own = tiny("gpt2")
+    load_adapter(own, tmp_path)
+    assert torch.equal(logits(own), logits(model)) and len(layers(model)) == 4
+
+
+def test_a_base_with_accelerates_hook_runs_through_it():
+    from accelerate import dispatch_model
+
+    model = peft_model()
+    expected = logits(model)
+    dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    assert torch.equal(logits(model), expected)
+
+
+# registration
+
+
+def test_the_type_is_registered_once():
+    from mos_kernels.huggingface.peft_config import MOSELORA, _add_peft_type
+
+    assert PeftType("MOSELORA") is PeftType.MOSELORA is PeftType["MOSELORA"] is MOSELORA is _add_peft_type("MOSELORA")
+    assert list(PeftType).count(MOSELORA) == 1 and MOSELORA == "MOSELORA"
+    assert isinstance(MoSRouter(4, MoSConfig()), MoSRouter) and issubclass(MoSPeftRouter, nn.ModuleDict)
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_peft_and_in_a_process_that_loads(tmp_path):
+    tiny(dtype=torch.float32).save_pretrained(tmp_path / "base")
+    base = AutoPeftModelForCausalLM._target_class.from_pretrained(tmp_path / "base")
+    get_peft_model(base, config()).save_pretrained(tmp_path / "adapter")
+    code = f"""
+import importlib.util, sys
+import mos_kernels
+assert not {{'peft', 'transformers'}} & sys.modules.keys()
+find, importlib.util.find_spec = importlib.util.find_spec, lambda name, *a: None if name == 'peft' else find(name, *a)
+import mos_kernels.huggingface as hf
+assert hf.apply_mos and 'peft' not in sys.modules
+for name in ('MoSPeftConfig', 'MoSPeftModel'):
+    try:
+        getattr(hf, name)
+    except ImportError as error:
+        print(error)
+importlib.util.find_spec = find
+from peft import AutoPeftModelForCausalLM
+try:
+    AutoPeftModelForCausalLM.from_pretrained({str(tmp_path / "adapter")!r})
+except (ValueError, KeyError) as error:
+    print('MOSELORA' in str(error))
+del sys.modules['mos_kernels.huggingface']
+import mos_kernels.huggingface
+AutoPeftModelForCausalLM.from_pretrained({str(tmp_path / "adapter")!r})
+print('loaded')
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    needs = 'needs peft: pip install "mos_kernels[peft]"'
+    assert done.stdout.splitlines() == [f"MoSPeftConfig {needs}", f"MoSPeftModel {needs}", "True", "loaded"]
+
+
+# configuration
+
+
+def test_its_fields_are_those_of_mos_config():
+    ours = {name: value for name, value in MoSPeftConfig().to_dict().items()}
+    for name, value in MoSConfig().to_dict().items():
+        if name != "target_modules":
+            assert ours[name] == value, name
+    assert ours["target_modules"] is None
+    assert MoSPeftConfig(target_modules=["a"], r=3).to_mos_config() == MoSConfig(target_modules=["a"], r=3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"r": 0}, {"num_experts_per_tok": 9}, {"spaces": {"flat": 1}}, {"mapping": "none"}, {"unheard_of": 1}]
+)
+def test_bad_values_and_unknown_options(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        MoSPeftConfig(**options)
+    assert MoSPeftConfig(unheard_of=None).r == 8
+
+
+def test_a_configuration_goes_through_its_file(tmp_path):
+    before = config(target_modules={"b", "a"}, spaces={"spherical": 2, "hyperbolic": 1}, num_experts_per_tok=2)
+    before.save_pretrained(tmp_path)
+    after = MoSPeftConfig.from_pretrained(tmp_path)
+    assert after.to_mos_config() == before.to_mos_config() and after.spaces == {"hyperbolic": 1, "spherical": 2}
