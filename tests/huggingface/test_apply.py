@@ -205,6 +205,7 @@ def test_qwen2_1_5b_activates_1_3088_percent():
     )  # fmt: skip
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
+    model.tie_weights()
     apply_mos(model, MoSConfig())
     count = activated_parameters(model)
     assert count.base == 1_543_714_304

@@ -198,7 +198,10 @@ def test_names_are_matched_as_peft_does(name, targets, exclude, layers, pattern)
         layers = pattern = None
     if layers is None:
         pattern = None
-    options = {"target_modules": targets, "exclude_modules": exclude, "layers_to_transform": layers}
-    theirs = tuners_utils.check_target_module_exists(LoraConfig(**options, layers_pattern=pattern), name)
+    options = {"target_modules": targets, "exclude_modules": exclude}
+    listed = [layers] if isinstance(layers, int) else layers  # peft 0.20 takes a bare 0 for none
+    lora = LoraConfig(**options, layers_to_transform=listed, layers_pattern=pattern)
+    theirs = tuners_utils.check_target_module_exists(lora, name)
     theirs = bool(theirs) and not isinstance(theirs, tuners_utils._ExcludedModule)
-    assert is_target(MoSConfig(**options, layers_pattern=pattern), name) == theirs
+    ours = MoSConfig(**options, layers_to_transform=layers, layers_pattern=pattern)
+    assert is_target(ours, name) == theirs
