@@ -23,6 +23,7 @@ from mos_kernels.huggingface.peft_config import MOSELORA, MoSPeftConfig
 from mos_kernels.huggingface.peft_layer import WHY_NO_MERGE, MoSPeftLayer, MoSPeftRouter, MoSTunerLayer
 from mos_kernels.huggingface.plan import Plan, PlannedBlock, make_plan
 from mos_kernels.huggingface.targets import ALL_LINEAR, ffn_target_modules, is_target
+from mos_kernels.huggingface.token_masks import follow_attention_mask, forget_attention_mask
 from mos_kernels.layer import MoSLayer, MoSRouter
 
 PREFIX = "mos_"
@@ -60,6 +61,7 @@ class MoSPeftModel(BaseTuner):
             for block in plan.blocks:
                 self._add_router(block, adapter_name, config, low_cpu_mem_usage)
             _share_balance(model, adapter_name, plan)
+            follow_attention_mask(model)
         except BaseException:
             _withdraw(model, adapter_name)
             raise
@@ -116,6 +118,7 @@ class MoSPeftModel(BaseTuner):
             remove_router(block)
         for name, layer in _named_layers(self.model):
             _put(self.model, name, layer.base_layer)
+        forget_attention_mask(self.model)
         return super().unload()
 
     def _check_merge_allowed(self) -> None:

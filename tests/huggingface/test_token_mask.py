@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from mos_kernels.huggingface import apply_mos, remove_mos
+from mos_kernels.huggingface import apply_mos, load_adapter, remove_mos
 from mos_kernels.huggingface.plan import adapter_parameters, router_owners
 from mos_kernels.routing import load_balancing_loss
 
@@ -101,6 +101,28 @@ def test_padded_equals_each_sequence_alone(family, scope, side, use_reentrant):
     tokens, mask = padded(side)
     model = checkpointed(adapted(family, router_scope=scope), use_reentrant)
     assert_near(gradients(model, tokens, mask), by_hand(family, scope, tokens, mask))
+
+
+@pytest.mark.parametrize("use_reentrant", CHECKPOINTING)
+@pytest.mark.parametrize("scope", ["ffn", "linear"])
+def test_with_peft(scope, use_reentrant, tmp_path):
+    from peft import get_peft_model
+
+    from mos_kernels.huggingface import MoSPeftConfig
+
+    tokens, mask = padded("left")
+    base = tiny("llama")
+    options = {"router_aux_loss_coef": COEFFICIENT, "router_scope": scope, "task_type": "CAUSAL_LM"}
+    torch.manual_seed(0)
+    model = get_peft_model(base, MoSPeftConfig(**options), autocast_adapter_dtype=False).train()
+    found = gradients(checkpointed(model, use_reentrant), tokens, mask)
+    model.save_pretrained(tmp_path)
+    equal = tiny("llama")
+    load_adapter(equal, tmp_path, is_trainable=True)
+    expected = gradients(equal.train(), tokens, mask)
+    assert_near(
+        {name.removeprefix("base_model.model.").replace(".default", ""): g for name, g in found.items()}, expected
+    )
 
 
 @pytest.mark.parametrize("family, side", [("bert", "right"), ("qwen2", "left"), ("gemma", "right"), ("gpt2", "right")])
