@@ -149,6 +149,7 @@ def test_more_than_two_to_the_31_elements(widths, device):
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
     made = layer(d_in, d_out, device)
+    made.weight.data.zero_()  # a library's product rounds as its own tiles do, which the number of tokens chooses
     x = torch.zeros(tokens, d_in, device=device, dtype=torch.bfloat16)
     dy = torch.zeros(tokens, d_out, device=device, dtype=torch.bfloat16)
     tail = torch.randn(3, d_in, device=device, dtype=torch.bfloat16)

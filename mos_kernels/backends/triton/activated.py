@@ -304,7 +304,8 @@ def _norms(h: Tensor, B: Tensor, dy: Tensor | None, config) -> Tensor:
     launch.launch(
         activated_norm_kernel, (triton.cdiv(T, settings["BLOCK_T"]), E, splits), h,
         (h, B, h if dy is None else dy, planes, T, N, 0 if dy is None else dy.stride(0)),
-        E=E, r=r, BLOCK_R=launch.block(r, 16, 128), ACTIVATION=CODES[config.activation], BACKWARD=dy is not None, **settings,
+        E=E, r=r, BLOCK_R=launch.block(r, 16, 128), ACTIVATION=CODES[config.activation], BACKWARD=dy is not None,
+        **settings,
     )  # fmt: skip
     return planes
 
@@ -342,7 +343,8 @@ def activated_launch(p, n, routed, own_router: bool, kappa, B: Tensor, bias: Ten
     launch.launch(
         activated_expand_kernel, (triton.cdiv(T, settings["BLOCK_T"]), triton.cdiv(N, settings["BLOCK_N"])), h,
         (h, B, h if bias is None else bias, through_dy, y, T, N),
-        E=E, r=r, BLOCK_R=launch.block(r, 16, 128), ACTIVATION=CODES[config.activation], BIAS=bias is not None, **settings,
+        E=E, r=r, BLOCK_R=launch.block(r, 16, 128), ACTIVATION=CODES[config.activation], BIAS=bias is not None,
+        **settings,
     )  # fmt: skip
     return y
 

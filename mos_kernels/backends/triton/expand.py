@@ -44,10 +44,11 @@ def gram_launch(B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """B in dtype (B itself where it is that), and G (E, r, r) in float32."""
     N, E, r = B.shape
     settings = launch.settings("gram", B.device, N)
-    wide = B if B.dtype == dtype else torch.empty_like(B, dtype=dtype)
-    planes = torch.empty(settings["SPLITS"], E, r, r, device=B.device, dtype=torch.float32)
     if r > 64:  # the accumulator alone would fill a thread's registers
         settings.update(num_warps=8, BLOCK_N=16)
+    settings["SPLITS"] = min(settings["SPLITS"], triton.next_power_of_2(triton.cdiv(N, settings["BLOCK_N"])))
+    wide = B if B.dtype == dtype else torch.empty_like(B, dtype=dtype)
+    planes = torch.empty(settings["SPLITS"], E, r, r, device=B.device, dtype=torch.float32)
     launch.launch(
         gram_kernel, (E, settings["SPLITS"]), B, (B, wide, planes, N),
         E=E, r=r, BLOCK_R=launch.block(r, 16, 128), WIDE=wide is not B, **settings,

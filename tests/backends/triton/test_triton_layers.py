@@ -44,6 +44,7 @@ def test_the_seeds_reach_every_kind_of_layer():
     assert reached(DTYPES, (0.0, 0.3), of=lambda t: (t.dtype, t.dropout_p))
 
 
+@pytest.mark.shipped_settings
 @pytest.mark.parametrize(
     ("dtype", "activation"), [(torch.float32, "identity"), (torch.bfloat16, "identity"), (torch.float16, "gelu")]
 )
