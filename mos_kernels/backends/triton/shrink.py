@@ -98,7 +98,9 @@ def shrink_launch(
     split_router = E > 0 and x.dtype != torch.float32
     columns = R + (2 * E if split_router else E)
     block_c = launch.block(columns, 16, 64)
-    most = (64 if block_c <= 32 else 32) if x.dtype == torch.float32 else 256 if block_c <= 16 else 64
+    most = 256 if block_c <= 16 else 64
+    if x.dtype == torch.float32 or seed is not None:
+        most = 64 if block_c <= 32 else 32
     settings = launch.wide_settings("shrink", device, T, x.dtype, BLOCK_D=most)
     splits = settings.pop("SPLITS") if splits_allowed else settings.pop("SPLITS") and 1
     p = torch.empty(splits, T, R, device=device, dtype=torch.float32)
@@ -215,13 +217,13 @@ def shrink_backward_launch(
     (T, D), device = x.shape, x.device
     R, E = (0 if A is None else A.shape[0]), (0 if dlogits is None else dlogits.shape[1])
     dropping, wide = seed is not None, x.dtype == torch.float32
-    block_c = launch.block(R + E, 16, 32 if dropping else 64)
+    block_c = launch.block(R + E, 16, 32 if dropping or wide else 64)
     settings = launch.wide_settings(
         "shrink_backward", device, T, x.dtype,
         BLOCK_T=32 if dropping or wide or block_c > 16 else 128,
-        BLOCK_D=32 if block_c > 32 or dropping and wide else 256,
+        BLOCK_D=32 if block_c > 32 or (dropping or wide) and R + E > 32 or dropping and wide else 256,
     )  # fmt: skip
-    if block_c > 32:  # the stacked rows of the tile take the shared memory of a stage
+    if R + E > 32:  # the stacked rows of a tile take the shared memory, or the registers, of a stage
         settings["num_stages"] = min(settings["num_stages"], 2)
     splits = settings.pop("SPLITS")
     blocks = triton.cdiv(R + E, block_c)
