@@ -93,6 +93,7 @@ def linear_backward(
         z, bridged = steps.bridge(p, n, routed, own_router, curvature, prepared, config)
         dz, dB = steps.expand_backward(dy, z, prepared, needs_B)
         d = steps.bridge_backward(dz, bridged, p, n, routed, own_router, curvature, prepared, aux_weight, mask, config)
+        del z, dz, bridged  # before dx is allocated
         dB = steps.add_norm_gradient(dB, B, d.M) if needs_B else None
     else:
         d = steps.bridge_expand_backward(dy, p, n, routed, own_router, curvature, prepared, aux_weight, mask, config)

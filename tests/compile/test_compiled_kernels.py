@@ -121,6 +121,15 @@ def test_numbers_of_experts_without_spills(experts, T):
     assert_fits("sm_90", launches(T, linear(**options), curved, linear(**options, activation="silu")))
 
 
+def test_sizes_of_one_compile():
+    """Triton makes a constant of an argument that is 1, which is then no tensor."""
+    one = {"r": 1, "spaces": {"euclidean": 1}, "num_experts_per_tok": 1}
+    for config in (linear(**one), MoSConfig(**one, lora_dropout=0.1), MoSConfig(**one, activation="gelu")):
+        found = [one for T in (1, 100) for one in compiled.layer_launches("sm_90", config, T, 1, 1, torch.bfloat16)]
+        assert any(dict(launch.constants).get("N") == 1 for launch in found)
+        assert_fits("sm_90", list(dict.fromkeys(found)))
+
+
 # instructions
 
 
@@ -164,6 +173,23 @@ def test_float32_is_never_multiplied_in_tf32(architecture):
 
 
 SIXTEEN_BYTES = re.compile(r"ld\.global[.\w]*\.v4\.b32|cp\.async\.cg\.shared\.global [^;]*, 0x10,")
+
+
+@pytest.mark.parametrize("T", [TRAIN, DECODE])
+@pytest.mark.parametrize("architecture", NVIDIA)
+def test_narrow_numbers_are_loaded_sixteen_bytes_at_a_time(architecture, T):
+    """p, dz, B and the gates, in the kernels that make no wide product."""
+    reading = ("gram", "bridge", "bridge_backward", "bridge_reduce", "norm_gradient", "route", "route_backward")
+    for launch in named(compiled.default_launches(architecture, T), *reading):
+        assert SIXTEEN_BYTES.search(compiled_for(architecture, launch).asm["ptx"]), (launch.name, launch.constants)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_loads_run_ahead_of_the_wide_products(dtype):
+    names = ("shrink", "shrink_backward", "expand_backward")  # expand has one step where E·r fits its tile
+    for launch in named(launches(TRAIN, linear(), MoSConfig(), dtype=dtype), *names):
+        ptx = compiled_for("sm_90", launch).asm["ptx"]
+        assert re.search(r"cp\.async\.wait_group \s*[1-9]", ptx), (launch.name, launch.constants)
 
 
 @pytest.mark.parametrize("T", [TRAIN, DECODE])

@@ -132,16 +132,18 @@ def load_n(n, o_t, m_t, T, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _gram_times(p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED: tl.constexpr, SPLITS: tl.constexpr):
-    """G h / trace [tokens, experts, rank] with h = scale·p."""
+def _gram_times(p, b_p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED: tl.constexpr, SPLITS: tl.constexpr):
+    """G h / trace [tokens, experts, rank] with h = scale·p; b_p is the tile of p."""
     total = tl.zeros([row.shape[0], o_e.shape[0], o_r.shape[0]], tl.float32)
     inverse = tl.div_rn(1.0 + 0.0 * trace, tl.maximum(trace, 1e-37))
     m_g = (o_e[:, None] < E) & (o_r[None, :] < r)
     for j in range(r):
         b_g = tl.load(gram + (o_e[:, None] * r + j) * r + o_r[None, :], mask=m_g, other=0.0) * inverse[:, None]
-        o_j = j + tl.arange(0, 1)
-        b_h = scale[:, :, None] * load_p(p, row, m_t, o_e, o_j, T, E, r, SHARED, SPLITS)
-        total += b_h * b_g[None, :, :]
+        if SPLITS == 1:
+            column = load_p(p, row, m_t, o_e, j + tl.arange(0, 1), T, E, r, SHARED, 1)
+        else:  # out of the tile, which costs less than adding up its planes again
+            column = tl.sum(tl.where(o_r[None, None, :] == j, b_p, 0.0), 2)[:, :, None]
+        total += scale[:, :, None] * column * b_g[None, :, :]
     return total
 
 
@@ -177,9 +179,10 @@ def bridge_kernel(
     b_kappa = tl.load(kappa + o_e, mask=o_e < E, other=0.0)
     gates = _load_gates(routed, row, m_t, o_e, T, E, BLOCK_E, ALL_E, K, SPLITS, ROUTE_PARTS, NORMALISE)
     scale, _, _ = inverse_projection_scale(load_n(n, o_t, m_t, T, SPLITS)[:, None], b_kappa[None, :], eps, MAPPING)
-    h = scale[:, :, None] * load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
+    b_p = load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
+    h = scale[:, :, None] * b_p
     trace = load_trace(gram, o_e, o_r, E, r)
-    unit_gh = _gram_times(p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
+    unit_gh = _gram_times(p, b_p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
     q = _squared_output_norm(h, unit_gh, trace)
     e, _, _ = projection_scale(q, b_kappa[None, :], eps, MAPPING)
     offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
@@ -239,7 +242,7 @@ def bridge_backward_kernel(
         b_p = load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, 1)
         h = scale[:, :, None] * b_p
         trace = load_trace(gram, o_e, o_r, E, r)
-        unit_gh = _gram_times(p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED, 1)
+        unit_gh = _gram_times(p, b_p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED, 1)
         q = _squared_output_norm(h, unit_gh, trace)
         e, e_dq, e_dkappa = projection_scale(q, b_kappa, eps, MAPPING)
 
@@ -382,8 +385,7 @@ def bridge_launch(p, n, routed, own_router: bool, kappa, gram, dtype: torch.dtyp
         bridge_kernel, (triton.cdiv(T, tile["BLOCK_T"]), tile["ALL_E"] // tile["BLOCK_E"]), p,
         (p, n, routed, kappa, gram, z, T, config.scaling, config.boundary_eps),
         E=E, r=r, SPLITS=n.shape[0], ROUTE_PARTS=route_parts(routed, own_router, config),
-        NORMALISE=config.norm_topk_prob,
-        SHARED=config.share_a, MAPPING=mapping_code(config), **tile,
+        NORMALISE=config.norm_topk_prob, SHARED=config.share_a, MAPPING=mapping_code(config), **tile,
     )  # fmt: skip
     return z
 

@@ -89,6 +89,8 @@ def _describe(kernel, arguments, constants: dict) -> Launch:
         if isinstance(value, torch.Tensor):
             signature.append((name, _POINTERS[value.dtype]))
             aligned.append(name)
+        elif value == 1 and not isinstance(value, float) and name not in unspecialised:
+            constants[name] = 1  # as Triton does
         else:
             signature.append((name, "fp32" if isinstance(value, float) else "i32"))
             if not isinstance(value, float) and value % 16 == 0 and name not in unspecialised:

@@ -46,10 +46,11 @@ def gram_launch(B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """B in dtype (B itself where it is that), and G (E, r, r) in float32."""
     N, E, r = B.shape
     settings = launch.settings("gram", B.device, N)
-    wide = B if B.dtype == dtype else torch.empty_like(B, dtype=dtype)
-    planes = torch.empty(settings["SPLITS"], E, r, r, device=B.device, dtype=torch.float32)
     if r > 64:  # the accumulator alone would fill a thread's registers
         settings.update(num_warps=8, BLOCK_N=16)
+    settings["SPLITS"] = min(settings["SPLITS"], triton.next_power_of_2(triton.cdiv(N, settings["BLOCK_N"])))
+    wide = B if B.dtype == dtype else torch.empty_like(B, dtype=dtype)
+    planes = torch.empty(settings["SPLITS"], E, r, r, device=B.device, dtype=torch.float32)
     launch.launch(
         gram_kernel, (E, settings["SPLITS"]), B, (B, wide, planes, N),
         E=E, r=r, BLOCK_R=launch.block(r, 16, 128), WIDE=wide is not B, **settings,
@@ -170,11 +171,11 @@ def expand_backward_kernel(
 def expand_backward_launch(dy: Tensor, z: Tensor, B: Tensor, needs_dB: bool) -> tuple[Tensor, Tensor | None]:
     """dz in planes (S, T, E·r) and dyᵀz in planes (chunks, d_out, E·r), float32. dy (T, d_out), rows dense."""
     (T, N), C, device = dy.shape, z.shape[1], dy.device
-    most = 64 if dy.dtype == torch.float32 else 128
+    block_c = launch.block(C, 16, 64 if dy.dtype == torch.float32 else 128)
+    most = 64 if dy.dtype == torch.float32 else 256 if block_c <= 64 else 128
     settings = launch.wide_settings("expand_backward", device, T, dy.dtype, BLOCK_T=most, WEIGHT_N=most)
     rows = _chunk_rows(T, N * dy.element_size(), settings.pop("CHUNK_BYTES"), settings.pop("CHUNK_ROWS"), settings)
     chunks = triton.cdiv(T, rows)
-    block_c = launch.block(C, 16, most)
     dz = torch.empty(settings["SPLITS"], T, C, device=device, dtype=torch.float32)
     dB = torch.empty(max(chunks, 1), N, C, device=device, dtype=torch.float32) if needs_dB else None
     if T == 0 and needs_dB:

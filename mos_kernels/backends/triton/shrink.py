@@ -67,7 +67,7 @@ def shrink_kernel(
             wide = b_x.to(tl.float32)
             norm += tl.sum(wide * wide, 1)
         if DROPOUT:
-            kept = keep(tl.load(seed), o_t, o_d, D, dropout_p)
+            kept = keep(seed, o_t, start, dropout_p, BLOCK_D)
             dropped = cast(tl.where(kept, b_x.to(tl.float32) * (1.0 / (1.0 - dropout_p)), 0.0), dtype)
             total = dot(dropped, tl.trans(tl.where(o_c[:, None] < R, b_w, 0.0)), total)
             if E > 0:
@@ -98,10 +98,9 @@ def shrink_launch(
     split_router = E > 0 and x.dtype != torch.float32
     columns = R + (2 * E if split_router else E)
     block_c = launch.block(columns, 16, 64)
-    if x.dtype == torch.float32:
+    most = 256 if block_c <= 16 else 64
+    if x.dtype == torch.float32 or seed is not None:
         most = 64 if block_c <= 32 else 32
-    else:
-        most = 256 if block_c <= (16 if launch.bucket(T) == "train" else 32) else 64
     settings = launch.wide_settings("shrink", device, T, x.dtype, BLOCK_D=most)
     splits = settings.pop("SPLITS") if splits_allowed else settings.pop("SPLITS") and 1
     p = torch.empty(splits, T, R, device=device, dtype=torch.float32)
@@ -144,7 +143,7 @@ def shrink_backward_kernel(
         b_x = tl.load(x + row[:, None] * stride_x + o_d[None, :], mask=mask, other=0.0)
         factor = 1.0
         if DROPOUT:
-            factor = tl.where(keep(tl.load(seed), o_t, o_d, D, dropout_p), 1.0 / (1.0 - dropout_p), 0.0)
+            factor = tl.where(keep(seed, o_t, i_d * BLOCK_D, dropout_p, BLOCK_D), 1.0 / (1.0 - dropout_p), 0.0)
         b_d = _stacked_gradients(dp, dlogits, row, m_t, o_c, R, E, dtype)
         if NEEDS_DW:
             if DROPOUT:
@@ -218,12 +217,14 @@ def shrink_backward_launch(
     (T, D), device = x.shape, x.device
     R, E = (0 if A is None else A.shape[0]), (0 if dlogits is None else dlogits.shape[1])
     dropping, wide = seed is not None, x.dtype == torch.float32
-    block_c = launch.block(R + E, 16, 32 if dropping else 64)
+    block_c = launch.block(R + E, 16, 32 if dropping or wide else 64)
     settings = launch.wide_settings(
         "shrink_backward", device, T, x.dtype,
         BLOCK_T=32 if dropping or wide or block_c > 16 else 128,
-        BLOCK_D=32 if block_c > 32 or dropping and wide else 256,
+        BLOCK_D=32 if block_c > 32 or (dropping or wide) and R + E > 32 or dropping and wide else 256,
     )  # fmt: skip
+    if R + E > 32:  # the stacked rows of a tile take the shared memory, or the registers, of a stage
+        settings["num_stages"] = min(settings["num_stages"], 2)
     splits = settings.pop("SPLITS")
     blocks = triton.cdiv(R + E, block_c)
     dx = torch.empty(T, D, device=device, dtype=x.dtype) if needs_dx else None

@@ -18,7 +18,7 @@ from mos_kernels.backends.triton import launch
 from mos_kernels.config import MoSConfig
 
 CANDIDATES = {
-    "BLOCK_T": (16, 32, 64, 128),
+    "BLOCK_T": (16, 32, 64, 128, 256),
     "BLOCK_D": (32, 64, 128, 256),
     "BLOCK_N": (32, 64, 128, 256),
     "BLOCK_C": (16, 32, 64, 128),

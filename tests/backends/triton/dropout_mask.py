@@ -16,7 +16,8 @@ def keep_kernel(seed, kept, T, D, p, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexp
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = (o_t[:, None] < T) & (o_d[None, :] < D)
-    tl.store(kept + o_t[:, None] * D + o_d[None, :], keep(tl.load(seed), o_t, o_d, D, p).to(tl.int8), mask=mask)
+    found = keep(seed, o_t, tl.program_id(1) * BLOCK_D, p, BLOCK_D)
+    tl.store(kept + o_t[:, None] * D + o_d[None, :], found.to(tl.int8), mask=mask)
 
 
 def keep_mask(x: Tensor, p: float, seed: int) -> Tensor:

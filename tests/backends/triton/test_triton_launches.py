@@ -122,6 +122,7 @@ def test_a_frozen_layer_decodes_in_three_launches_and_the_base_product(monkeypat
 CASES = [("identity", "linear"), ("identity", "ffn"), ("gelu", "linear")]
 
 
+@pytest.mark.shipped_settings
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("activation", "scope"), CASES)
 @pytest.mark.parametrize("T", [1, 33, 65])

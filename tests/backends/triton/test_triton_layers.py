@@ -45,6 +45,7 @@ def test_the_seeds_reach_every_kind_of_layer():
     assert reached((None, *DTYPES), ("identity", "silu"), of=lambda t: (t.base_dtype, t.config.activation))
 
 
+@pytest.mark.shipped_settings
 @pytest.mark.parametrize(
     ("dtype", "activation"), [(torch.float32, "identity"), (torch.bfloat16, "identity"), (torch.float16, "gelu")]
 )
