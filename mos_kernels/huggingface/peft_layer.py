@@ -76,6 +76,11 @@ class MoSPeftAdapter(MoSAdapter):
         base_output: Tensor | None = None,
     ) -> Tensor:
         """The base, given as in `mos_linear`, plus this adapter."""
+        if self.mos_lora_A.is_meta:
+            raise RuntimeError(
+                f"the parameters of the adapter {self.name!r} are on the meta device: load them, or, where accelerate "
+                "offloads them, pass it preload_module_classes=['MoSPeftLayer']"
+            )
         return self._adapt(x, gates, backend, weight, bias, base_output)
 
     def extra_repr(self) -> str:

@@ -512,12 +512,15 @@ def test_checkpointing_changes_no_gradient(use_reentrant):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_a_block_compiles_in_one_graph():
+def test_a_block_compiles_in_one_graph_for_any_length():
     torch._dynamo.reset()
     block = two_adapters(dtype=torch.float32).base_model.model.model.layers[0].mlp
-    x = torch.randn(3, 32)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), block(x))
+    graphs = []
+    compiled = torch.compile(block, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for length in (3, 5, 9, 17, 33):
+        x = torch.randn(2, length, 32)
+        torch.testing.assert_close(compiled(x), block(x))
+    assert len(graphs) == 2, "one for the first length, and one for any"
 
 
 def test_frozen_for_inference_and_thawed():
@@ -531,7 +534,7 @@ def test_frozen_for_inference_and_thawed():
     assert all(adapter._frozen is None for adapter in mos_adapters(model).values())
 
 
-@pytest.mark.parametrize("kind", ["bitsandbytes 4-bit", "parametrised", "custom", "torchao int8"])
+@pytest.mark.parametrize("kind", ["bitsandbytes 4-bit", "parametrised", "packed", "torchao int8"])
 def test_bases_that_are_no_dense_parameter(kind, tmp_path):
     from test_bases import model_on
 
@@ -561,6 +564,39 @@ def test_conv1d(tmp_path):
     own = tiny("gpt2")
     load_adapter(own, tmp_path)
     assert torch.equal(logits(own), logits(model)) and len(layers(model)) == 4
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_offloaded_parameters_are_there_or_asked_for(offload):
+    from accelerate import cpu_offload
+
+    model = peft_model()
+    expected = logits(model)
+    cpu_offload(model, torch.device("cpu"), preload_module_classes=["MoSPeftLayer"] if offload else None)
+    if offload:
+        assert torch.equal(logits(model), expected)
+    else:
+        with pytest.raises(RuntimeError, match="preload_module_classes"):
+            logits(model)
+
+
+def test_nothing_of_the_size_of_x_is_kept_but_x_itself():
+    """peft's own layers cast x to the adapter's float32: a copy of the largest tensor."""
+    model = get_peft_model(tiny(dtype=torch.bfloat16), config(router_scope="linear"))
+    layer = next(iter(layers(model).values()))
+    x = torch.randn(11, 32, dtype=torch.bfloat16, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert all(t is x or t.shape[-1] != 32 or t.shape[0] != 11 for t in kept) and any(t is x for t in kept)
+
+
+def test_every_trained_parameter_gets_a_gradient_at_every_step():
+    """DDP waits for one of each."""
+    model = peft_model().train()
+    model(ids()[:1, :1]).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_a_base_with_accelerates_hook_runs_through_it():
