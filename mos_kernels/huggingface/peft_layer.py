@@ -161,7 +161,10 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
         gates = {} if gates is None else gates
         base = self._base(x)
         for name in active:
-            y = self.mos_adapter[name](x, gates.get(name), backend, *base)
+            adapter = self.mos_adapter[name]
+            if adapter._layer[0] is not self:  # DataParallel's copies of the two
+                adapter._layer = (self,)
+            y = adapter(x, gates.get(name), backend, *base)
             base = (None, None, y)
         return y
 

@@ -433,6 +433,8 @@ def test_adapters_of_other_doors_and_methods_are_refused():
         inject_adapter_in_model(config(), inject_adapter_in_model(LoraConfig(target_modules=["up_proj"]), tiny()))
     with pytest.raises(ValueError, match="peft"):
         apply_mos(peft_model(), MoSConfig())
+    with pytest.raises(ValueError, match="unload"):
+        remove_mos(peft_model())
     with pytest.raises(ValueError, match="save_pretrained"):
         save_adapter(peft_model(), "nowhere")
 
@@ -510,6 +512,31 @@ def test_checkpointing_changes_no_gradient(use_reentrant):
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert all(g is not None for g in found[1].values())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def replica(module: nn.Module) -> nn.Module:
+    """As DataParallel's on another device: new modules throughout, here with every parameter doubled."""
+    copied = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        copied._modules[name] = replica(child)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            copied.__dict__[name] = 2 * parameter.detach()
+    copied._parameters = {name: None for name, parameter in module._parameters.items() if parameter is None}
+    return copied
+
+
+def test_a_data_parallel_replica_uses_its_own_parameters():
+    model = peft_model(dtype=torch.float64, learn_curvature=False, router_scope="linear")
+    layer = next(iter(layers(model).values()))
+    x = torch.randn(3, 32, dtype=torch.float64)
+    expected = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter.mul_(2)
+        before = layer(x)
+        torch.testing.assert_close(replica(layer)(x), expected(x))
+        assert torch.equal(layer(x), before)
 
 
 def test_a_block_compiles_in_one_graph_for_any_length():
@@ -630,18 +657,18 @@ def test_without_peft_and_in_a_process_that_loads(tmp_path):
     base = AutoPeftModelForCausalLM._target_class.from_pretrained(tmp_path / "base")
     get_peft_model(base, config()).save_pretrained(tmp_path / "adapter")
     code = f"""
-import importlib.util, sys
+import sys
 import mos_kernels
 assert not {{'peft', 'transformers'}} & sys.modules.keys()
-find, importlib.util.find_spec = importlib.util.find_spec, lambda name, *a: None if name == 'peft' else find(name, *a)
+sys.modules['peft'] = None
 import mos_kernels.huggingface as hf
-assert hf.apply_mos and 'peft' not in sys.modules
+assert hf.apply_mos and hf.load_adapter
 for name in ('MoSPeftConfig', 'MoSPeftModel'):
     try:
         getattr(hf, name)
     except ImportError as error:
         print(error)
-importlib.util.find_spec = find
+del sys.modules['peft']
 from peft import AutoPeftModelForCausalLM
 try:
     AutoPeftModelForCausalLM.from_pretrained({str(tmp_path / "adapter")!r})
@@ -654,7 +681,7 @@ print('loaded')
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    needs = 'needs peft: pip install "mos_kernels[peft]"'
+    needs = 'needs peft 0.21 or later: pip install "mos_kernels[peft]"'
     assert done.stdout.splitlines() == [f"MoSPeftConfig {needs}", f"MoSPeftModel {needs}", "True", "loaded"]
 
 
