@@ -327,6 +327,8 @@ def test_curvature_stays_float32_on_a_bfloat16_base(autocast, low_cpu_mem_usage,
         tiny(dtype=torch.bfloat16), tmp_path, autocast_adapter_dtype=autocast, low_cpu_mem_usage=low_cpu_mem_usage
     )
     assert all(c.dtype == torch.float32 and torch.equal(c, v) for c, v in zip(curvatures(again), values, strict=True))
+    saved, loaded = dict(model.named_parameters()), dict(again.named_parameters())
+    assert all(torch.equal(loaded[name], p) for name, p in saved.items() if "mos_" in name)
     by_transformers = tiny(dtype=torch.bfloat16)
     by_transformers.load_adapter(tmp_path)
     loaded = curvatures(by_transformers)
@@ -420,6 +422,13 @@ def test_an_error_on_the_way_takes_the_adapter_off(monkeypatch):
     with pytest.raises(RuntimeError, match="on the way"):
         get_peft_model(model, config())
     assert snapshot(model)["types"] == types and torch.equal(logits(model), logits(tiny()))
+    monkeypatch.undo()
+    adapted = peft_model(target_modules=["gate_proj", "down_proj"])
+    expected, types = logits(adapted), snapshot(adapted)["types"]
+    monkeypatch.setattr("mos_kernels.huggingface.peft_tuner._share_balance", fail)
+    with pytest.raises(RuntimeError, match="on the way"):
+        adapted.add_adapter("other", config(target_modules=["gate_proj", "up_proj", "q_proj"]))
+    assert snapshot(adapted)["types"] == types and torch.equal(logits(adapted), expected)
 
 
 def test_adapters_of_other_doors_and_methods_are_refused():
