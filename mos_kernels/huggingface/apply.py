@@ -117,6 +117,8 @@ def remove_mos(model: nn.Module) -> list[str]:
             refuse_zero3(own_adapter_parameters(module).values())
             refuse_offloaded(name, module)
             places.setdefault(module, []).append(name)
+    if not places and hasattr(model, "peft_config"):
+        raise ValueError("the adapter was put on by peft: call model.unload(), or delete_adapter")
     if not places:
         raise ValueError(f"{type(model).__name__} has no MoS adapter: there is nothing to remove")
     blocks = [module for module in model.modules() if isinstance(module._modules.get("mos_router"), MoSRouter)]

@@ -76,6 +76,11 @@ class MoSPeftAdapter(MoSAdapter):
         base_output: Tensor | None = None,
     ) -> Tensor:
         """The base, given as in `mos_linear`, plus this adapter."""
+        if self.mos_lora_A.is_meta:
+            raise RuntimeError(
+                f"the parameters of the adapter {self.name!r} are on the meta device: load them, or, where accelerate "
+                "offloads them, pass it preload_module_classes=['MoSPeftLayer']"
+            )
         return self._adapt(x, gates, backend, weight, bias, base_output)
 
     def extra_repr(self) -> str:
@@ -117,26 +122,23 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MoSConfig, inference_mode: bool = False) -> None:
         """Add an adapter at its start. config: with this linear's rank, alpha and router_scope."""
-        base = self.get_base_layer()
-        tensors = adapter_tensors(config, self.in_features, self.out_features, *device_and_dtype(base))
+        device, dtype = device_and_dtype(self.get_base_layer())
+        tensors = adapter_tensors(config, self.in_features, self.out_features, device, dtype)
         for name, tensor in tensors.items():
-            if tensor is not None:
-                getattr(self, name)[adapter_name] = tensor
+            if tensor is not None:  # in the base's dtype, as peft's, which then casts to float32 unless told not to
+                getattr(self, name)[adapter_name] = nn.Parameter(tensor.data.to(dtype))
         adapter = MoSPeftAdapter(self, adapter_name, config).train(self.training)
         self.mos_adapter[adapter_name] = adapter
         adapter.reset_adapter_parameters()
-        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """To the base's device and, but for the curvature, its dtype: as peft's, before it casts to float32 or not."""
-        base_device, dtype = device_and_dtype(self.get_base_layer())
-        device = base_device if device is None else device
+        """As peft's, but that values which were loaded are not rounded to the base's dtype."""
+        device = device_and_dtype(self.get_base_layer())[0] if device is None else device
         for name in ADAPTER_PARAMETERS:
             parameters = getattr(self, name)
             if adapter_name in parameters and not parameters[adapter_name].is_meta:
-                wanted = torch.float32 if name == "mos_curvature" else dtype
-                parameters[adapter_name].data = parameters[adapter_name].data.to(device, wanted)
+                parameters[adapter_name].data = parameters[adapter_name].data.to(device)
         if adapter_name in self.mos_adapter and not self.mos_curvature[adapter_name].is_meta:
             self.mos_adapter[adapter_name].to(device)
 
@@ -156,7 +158,10 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
         gates = {} if gates is None else gates
         base = self._base(x)
         for name in active:
-            y = self.mos_adapter[name](x, gates.get(name), backend, *base)
+            adapter = self.mos_adapter[name]
+            if adapter._layer[0] is not self:  # DataParallel's copies of the two
+                adapter._layer = (self,)
+            y = adapter(x, gates.get(name), backend, *base)
             base = (None, None, y)
         return y
 
@@ -201,14 +206,12 @@ class MoSPeftRouter(nn.ModuleDict, MoSTunerLayer):
 
     def update_layer(self, adapter_name: str, router: MoSRouter, active_adapters, inference_mode: bool = False) -> None:
         """Add the router of an adapter."""
-        self[adapter_name] = router
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self[adapter_name] = router.to(device_and_dtype(self._reads[0])[1])
         self.set_adapter(active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        base_device, dtype = device_and_dtype(self._reads[0])
         if adapter_name in self and not self[adapter_name].weight.is_meta:
-            self[adapter_name].to(base_device if device is None else device, dtype)
+            self[adapter_name].to(device_and_dtype(self._reads[0])[0] if device is None else device)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """The gates (..., E) of the active adapters, by name."""

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import warnings
 
+from accelerate import init_empty_weights
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -16,7 +17,7 @@ from peft.utils import register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from mos_kernels.huggingface.blocks import add_router, remove_router
+from mos_kernels.huggingface.blocks import FFNForm, add_router, recognise, remove_router
 from mos_kernels.huggingface.files import PREFIX as FILE_PREFIX
 from mos_kernels.huggingface.files import require_finite
 from mos_kernels.huggingface.peft_config import MOSELORA, MoSPeftConfig
@@ -87,21 +88,13 @@ class MoSPeftModel(BaseTuner):
             _put(self.model, name, layer)
 
     def _add_router(self, planned: PlannedBlock, adapter_name: str, config: PeftConfig, on_meta: bool) -> None:
-        from accelerate import init_empty_weights
-
         with init_empty_weights() if on_meta else contextlib.nullcontext():
             router = planned.build()
-        block, form = planned.block, planned.form
-        routers = block._modules.get("mos_router")
+        routers = planned.block._modules.get("mos_router")
         if routers is None:
             routers = MoSPeftRouter(planned.reads_input, adapter_name)
-        # every adapted linear of the block takes the gates of all adapters, and each adapter its own
-        routed = tuple(name for name in form.linears if isinstance(getattr(block, name), MoSPeftLayer))
-        form = dataclasses.replace(form, routed=routed)
-        add_router(block, form, routers)
+        _bind(planned.block, planned.form, routers)
         routers.update_layer(adapter_name, router, self.active_adapters, config.inference_mode)
-        if on_meta:
-            router._refill_constants()
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         setattr(parent, child_name, new_module)
@@ -216,6 +209,12 @@ def _routed_blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module._modules.get("mos_router"), MoSPeftRouter)]
 
 
+def _bind(block: nn.Module, form: FFNForm, routers: MoSPeftRouter) -> None:
+    """Every adapted linear of the block takes the gates of all adapters, of which each adapter uses its own."""
+    routed = tuple(name for name in form.linears if isinstance(getattr(block, name), MoSPeftLayer))
+    add_router(block, dataclasses.replace(form, routed=routed), routers)
+
+
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter that could not be put on the whole model off again."""
     with warnings.catch_warnings():
@@ -230,6 +229,8 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
                 layer.delete_adapter(adapter_name)
             if not len(layer.mos_adapter):
                 _put(model, name, layer.base_layer)
+        for block in _routed_blocks(model):
+            _bind(block, recognise(block), block.mos_router)
 
 
 if MOSELORA not in PEFT_TYPE_TO_TUNER_MAPPING:

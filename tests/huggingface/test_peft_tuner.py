@@ -327,6 +327,8 @@ def test_curvature_stays_float32_on_a_bfloat16_base(autocast, low_cpu_mem_usage,
         tiny(dtype=torch.bfloat16), tmp_path, autocast_adapter_dtype=autocast, low_cpu_mem_usage=low_cpu_mem_usage
     )
     assert all(c.dtype == torch.float32 and torch.equal(c, v) for c, v in zip(curvatures(again), values, strict=True))
+    saved, loaded = dict(model.named_parameters()), dict(again.named_parameters())
+    assert all(torch.equal(loaded[name], p) for name, p in saved.items() if "mos_" in name)
     by_transformers = tiny(dtype=torch.bfloat16)
     by_transformers.load_adapter(tmp_path)
     loaded = curvatures(by_transformers)
@@ -420,6 +422,13 @@ def test_an_error_on_the_way_takes_the_adapter_off(monkeypatch):
     with pytest.raises(RuntimeError, match="on the way"):
         get_peft_model(model, config())
     assert snapshot(model)["types"] == types and torch.equal(logits(model), logits(tiny()))
+    monkeypatch.undo()
+    adapted = peft_model(target_modules=["gate_proj", "down_proj"])
+    expected, types = logits(adapted), snapshot(adapted)["types"]
+    monkeypatch.setattr("mos_kernels.huggingface.peft_tuner._share_balance", fail)
+    with pytest.raises(RuntimeError, match="on the way"):
+        adapted.add_adapter("other", config(target_modules=["gate_proj", "up_proj", "q_proj"]))
+    assert snapshot(adapted)["types"] == types and torch.equal(logits(adapted), expected)
 
 
 def test_adapters_of_other_doors_and_methods_are_refused():
@@ -433,6 +442,8 @@ def test_adapters_of_other_doors_and_methods_are_refused():
         inject_adapter_in_model(config(), inject_adapter_in_model(LoraConfig(target_modules=["up_proj"]), tiny()))
     with pytest.raises(ValueError, match="peft"):
         apply_mos(peft_model(), MoSConfig())
+    with pytest.raises(ValueError, match="unload"):
+        remove_mos(peft_model())
     with pytest.raises(ValueError, match="save_pretrained"):
         save_adapter(peft_model(), "nowhere")
 
@@ -512,12 +523,40 @@ def test_checkpointing_changes_no_gradient(use_reentrant):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_a_block_compiles_in_one_graph():
+def replica(module: nn.Module) -> nn.Module:
+    """As DataParallel's on another device: new modules throughout, here with every parameter doubled."""
+    copied = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        copied._modules[name] = replica(child)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            copied.__dict__[name] = 2 * parameter.detach()
+    copied._parameters = {name: None for name, parameter in module._parameters.items() if parameter is None}
+    return copied
+
+
+def test_a_data_parallel_replica_uses_its_own_parameters():
+    model = peft_model(dtype=torch.float64, learn_curvature=False, router_scope="linear")
+    layer = next(iter(layers(model).values()))
+    x = torch.randn(3, 32, dtype=torch.float64)
+    expected = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter.mul_(2)
+        before = layer(x)
+        torch.testing.assert_close(replica(layer)(x), expected(x))
+        assert torch.equal(layer(x), before)
+
+
+def test_a_block_compiles_in_one_graph_for_any_length():
     torch._dynamo.reset()
     block = two_adapters(dtype=torch.float32).base_model.model.model.layers[0].mlp
-    x = torch.randn(3, 32)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), block(x))
+    graphs = []
+    compiled = torch.compile(block, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for length in (3, 5, 9, 17, 33):
+        x = torch.randn(2, length, 32)
+        torch.testing.assert_close(compiled(x), block(x))
+    assert len(graphs) == 2, "one for the first length, and one for any"
 
 
 def test_frozen_for_inference_and_thawed():
@@ -531,7 +570,7 @@ def test_frozen_for_inference_and_thawed():
     assert all(adapter._frozen is None for adapter in mos_adapters(model).values())
 
 
-@pytest.mark.parametrize("kind", ["bitsandbytes 4-bit", "parametrised", "custom", "torchao int8"])
+@pytest.mark.parametrize("kind", ["bitsandbytes 4-bit", "parametrised", "packed", "torchao int8"])
 def test_bases_that_are_no_dense_parameter(kind, tmp_path):
     from test_bases import model_on
 
@@ -561,6 +600,39 @@ def test_conv1d(tmp_path):
     own = tiny("gpt2")
     load_adapter(own, tmp_path)
     assert torch.equal(logits(own), logits(model)) and len(layers(model)) == 4
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_offloaded_parameters_are_there_or_asked_for(offload):
+    from accelerate import cpu_offload
+
+    model = peft_model()
+    expected = logits(model)
+    cpu_offload(model, torch.device("cpu"), preload_module_classes=["MoSPeftLayer"] if offload else None)
+    if offload:
+        assert torch.equal(logits(model), expected)
+    else:
+        with pytest.raises(RuntimeError, match="preload_module_classes"):
+            logits(model)
+
+
+def test_nothing_of_the_size_of_x_is_kept_but_x_itself():
+    """peft's own layers cast x to the adapter's float32: a copy of the largest tensor."""
+    model = get_peft_model(tiny(dtype=torch.bfloat16), config(router_scope="linear"))
+    layer = next(iter(layers(model).values()))
+    x = torch.randn(11, 32, dtype=torch.bfloat16, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert all(t is x or t.shape[-1] != 32 or t.shape[0] != 11 for t in kept) and any(t is x for t in kept)
+
+
+def test_every_trained_parameter_gets_a_gradient_at_every_step():
+    """DDP waits for one of each."""
+    model = peft_model().train()
+    model(ids()[:1, :1]).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_a_base_with_accelerates_hook_runs_through_it():
@@ -594,18 +666,18 @@ def test_without_peft_and_in_a_process_that_loads(tmp_path):
     base = AutoPeftModelForCausalLM._target_class.from_pretrained(tmp_path / "base")
     get_peft_model(base, config()).save_pretrained(tmp_path / "adapter")
     code = f"""
-import importlib.util, sys
+import sys
 import mos_kernels
 assert not {{'peft', 'transformers'}} & sys.modules.keys()
-find, importlib.util.find_spec = importlib.util.find_spec, lambda name, *a: None if name == 'peft' else find(name, *a)
+sys.modules['peft'] = None
 import mos_kernels.huggingface as hf
-assert hf.apply_mos and 'peft' not in sys.modules
+assert hf.apply_mos and hf.load_adapter
 for name in ('MoSPeftConfig', 'MoSPeftModel'):
     try:
         getattr(hf, name)
     except ImportError as error:
         print(error)
-importlib.util.find_spec = find
+del sys.modules['peft']
 from peft import AutoPeftModelForCausalLM
 try:
     AutoPeftModelForCausalLM.from_pretrained({str(tmp_path / "adapter")!r})
@@ -618,7 +690,7 @@ print('loaded')
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    needs = 'needs peft: pip install "mos_kernels[peft]"'
+    needs = 'needs peft 0.21 or later: pip install "mos_kernels[peft]"'
     assert done.stdout.splitlines() == [f"MoSPeftConfig {needs}", f"MoSPeftModel {needs}", "True", "loaded"]
 
 
