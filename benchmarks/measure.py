@@ -24,6 +24,7 @@ Call = Callable[[], object]
 
 MIN_ROUNDS = 3
 """Fewer rounds than this are no measurement: a group that the budget stops before is left out."""
+MAX_ROUNDS = 100
 CPU_CACHE_BYTES = 32 << 20
 MAX_ROTATED = 64
 
@@ -188,11 +189,19 @@ def _named(name: str, call: Call) -> None:
 
 
 def interleaved(
-    calls: dict[str, Call], device: torch.device, *, rounds: int, seconds: float, warmup_s: float | None, budget: Budget
+    calls: dict[str, Call],
+    device: torch.device,
+    *,
+    rounds: int,
+    seconds: float,
+    warmup_s: float | None,
+    budget: Budget,
+    least_s: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds of each call, round by round, after a warm-up of at least one round and `warmup_s`; None: no warm-up.
 
-    Ends after `rounds`, or once `seconds` are gone and MIN_ROUNDS are done. LeftOut where the budget ends before that.
+    Ends after `rounds` (of short calls after as many, to MAX_ROUNDS, as `least_s` hold), or once `seconds` are gone and
+    MIN_ROUNDS are done. LeftOut where the budget ends before that.
     """
     names, start = list(calls), time.time()
     while warmup_s is not None and budget.left() > 0:
@@ -200,7 +209,10 @@ def interleaved(
         if time.time() - start >= warmup_s:
             break
     found: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(rounds):
+    begun = time.time()
+    for round_ in range(max(rounds, MAX_ROUNDS if least_s else 0)):
+        if round_ >= rounds and time.time() - begun > least_s:
+            break
         if round_ >= MIN_ROUNDS and time.time() - start > seconds:
             break
         first = round_ % len(names)

@@ -7,6 +7,7 @@ the targets and the most telling table of each machine.
 from __future__ import annotations
 
 import os
+import textwrap
 from pathlib import Path
 
 from benchmarks import plots, providers, store, tables
@@ -99,11 +100,11 @@ def readme_section(found: dict[str, list[dict]], results: Path, root: Path) -> s
         over = ("time / " if name in gpus else "") + "over the frozen linear / over peft LoRA r=8"
         shape = tables.first(tables.groups_of(rows, "layer")[0]) if tables.groups_of(rows, "layer") else None
         what = f"One linear, {shape['dtype']}, {shape['tokens']} tokens, forward and backward: {over}." if shape else ""
-        parts += [
-            f"**{title}** ({tables.made_with(rows)}). {what}{note} Everything: "
-            f"[{folder}/report.md]({folder}/report.md).",
-            tables.layers(rows, without=NOT_IN_README), tables.targets(rows, ("gpu",) if name in gpus else ("cpu",)),
-        ]  # fmt: skip
+        everything = f"Everything: [{folder}/report.md]({folder}/report.md)."
+        about = f"**{title}** ({tables.made_with(rows)}). {what}{note} {everything}"
+        measured = tables.layers(rows, without=NOT_IN_README)
+        targets = tables.targets(rows, ("gpu",) if name in gpus else ("cpu",))
+        parts += [textwrap.fill(about, 120, break_long_words=False, break_on_hyphens=False), measured, targets]
         picture = results / name / "plots" / "figure3_dimension.png"
         if picture.exists():
             parts.append(f"![conversion over the embedding dimension]({folder}/plots/figure3_dimension.png)")

@@ -75,6 +75,11 @@ class Context:
         return (3.0 if self.full else 1.0) if self.cuda else 0
 
     @property
+    def least_s(self) -> float:
+        """How long the rounds of one group take at least, where calls are short."""
+        return 0.0 if self.tiny else 1.0
+
+    @property
     def compile_s(self) -> float:
         """How long the compilation of one variant may take."""
         return (180 if self.full else 45) if self.cuda else 120
@@ -191,7 +196,7 @@ def _run_group(group: Group, context: Context, ceilings: Ceilings, budget: Budge
         try:
             timed = interleaved(
                 calls, context.device, rounds=context.rounds, seconds=context.group_seconds,
-                warmup_s=context.warmup_s, budget=budget,
+                warmup_s=context.warmup_s, budget=budget, least_s=context.least_s,
             )  # fmt: skip
         except CallFailed as failed:  # the others are measured without it
             outcomes[failed.name] = failed.outcome

@@ -47,7 +47,7 @@ def targets(rows: list[dict], devices: tuple[str, ...] = ("gpu", "cpu")) -> str:
             continue
         found = values(target, rows)
         shown = ", ".join(f"{_number(target, value)} ({shape})" for shape, value in found)
-        verdict = NOT_MEASURED
+        verdict = ""
         if found:
             verdict = "met" if all(target.met(value) for _, value in found) else "**missed**"
         lines.append([target.what, target.wanted, shown or NOT_MEASURED, verdict])

@@ -76,7 +76,7 @@ def test_targets_are_filled_from_rows_or_not_at_all():
     (memory,) = targets.values(target("peak memory"), rows)
     assert memory[1] == pytest.approx(5e6 / (2 * 8192 * (1536 + 8960)))
     table = tables.targets(rows)
-    assert "**missed**" in table and table.count("| not measured |") >= 10
+    assert "**missed**" in table and table.count("| not measured |") >= 8
     assert targets.missed(rows, "gpu") == [f"{qwen.what}, 1536→8960: 1.3, target ≤ 1.20×"]
     assert targets.missed(rows, "cpu") == []
 

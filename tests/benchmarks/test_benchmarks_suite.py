@@ -208,6 +208,10 @@ def test_the_budget_ends_rounds_and_no_row_comes_of_too_few():
     calls = {"slow": lambda: time.sleep(0.05)}
     with pytest.raises(LeftOut, match="after"):
         measure.interleaved(calls, CPU, rounds=9, seconds=60, warmup_s=None, budget=Budget(0.07))
+    quick = measure.interleaved(
+        {"quick": lambda: None}, CPU, rounds=3, seconds=60, warmup_s=0, budget=Budget(60), least_s=9
+    )
+    assert len(quick["quick"]) == measure.MAX_ROUNDS
     found = measure.interleaved(calls, CPU, rounds=99, seconds=60, warmup_s=None, budget=Budget(0.4))
     assert measure.MIN_ROUNDS <= len(found["slow"]) < 99
 
