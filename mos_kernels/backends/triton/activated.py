@@ -120,7 +120,7 @@ def activated_norm_kernel(
 def _load_planes(planes, row, m_t, o_e, T, E, SPLITS: tl.constexpr):
     mask = m_t[:, None] & (o_e[None, :] < E)
     total = tl.zeros([row.shape[0], o_e.shape[0]], tl.float32)
-    for s in tl.static_range(SPLITS):
+    for s in range(SPLITS):
         total += tl.load(planes + (s * T + row[:, None]) * E + o_e[None, :], mask=mask, other=0.0)
     return total
 
