@@ -28,7 +28,8 @@ class Summary(NamedTuple):
 class Difference(NamedTuple):
     """Paired by seed. seeds: half width of the 95% t interval over seeds. rows: the same over evaluation rows.
 
-    The first says what another seed would change, the second what other evaluation data would. NaN for one seed.
+    The first says what another seed would change, and is NaN for one; the second what other evaluation data would, and
+    is NaN for a metric that rows do not keep for each of them.
     """
 
     n: int
@@ -53,8 +54,8 @@ def summary(found: Mapping[int, dict], metric: str = "accuracy") -> Summary | No
     return Summary(len(values), failed, mean, statistics.stdev(values) if len(values) > 1 else math.nan)
 
 
-def difference(found: Mapping[int, dict], reference: Mapping[int, dict]) -> Difference | None:
-    """Accuracy minus the reference's, over the seeds that both have finished; None without one."""
+def difference(found: Mapping[int, dict], reference: Mapping[int, dict], metric: str = "accuracy") -> Difference | None:
+    """The metric minus the reference's, over the seeds that both have finished; None without one."""
     pairs = [
         (row, reference[seed])
         for seed, row in found.items()
@@ -62,9 +63,11 @@ def difference(found: Mapping[int, dict], reference: Mapping[int, dict]) -> Diff
     ]
     if not pairs:
         return None
-    differences = [ours["accuracy"] - theirs["accuracy"] for ours, theirs in pairs]
+    differences = [ours[metric] - theirs[metric] for ours, theirs in pairs]
     mean, n = statistics.mean(differences), len(pairs)
     seeds = t_975(n - 1) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
+    if metric != "accuracy":
+        return Difference(n, mean, seeds, math.nan)
     by_row = [
         statistics.mean(ours - theirs for ours, theirs in column)
         for column in zip(*(tuple(zip(correct(a), correct(b), strict=True)) for a, b in pairs), strict=True)

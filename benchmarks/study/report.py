@@ -37,8 +37,9 @@ def page(rows: compare.Rows, output: Path | None = None) -> str:
         f"Made by `python -m benchmarks.study report` from {len(rows)} rows, of {len(planned)} planned runs. Commits: "
         f"{', '.join(commits)}. What was found is told in [study.md](../study.md).",
         "Accuracy is the mean ± standard deviation over seeds, with their number in brackets where it is not "
-        f"{len(SEEDS)}. A difference is to {LORA.name} at the same seeds; its two 95% half widths are over seeds "
-        "(Student's t, another seed) and over evaluation rows (other data), and it is marked * where it exceeds both. "
+        f"{len(SEEDS)}. A difference is to {LORA.name} at the same seeds; the 95% half widths behind it are over "
+        "seeds (Student's t: another seed) and, for accuracy, over evaluation rows (other data), and it is marked * "
+        "where it exceeds them. "
         "A learning rate xN is N·3e-4. “Best” is the best of x1, x3 and x10 that were run, picked on the evaluation "
         "data itself: optimistic, for every method alike.",
     ]
@@ -66,7 +67,8 @@ def _dataset(rows, dataset: str, seeds: Sequence[int], output: Path | None) -> l
         if table == "stability":
             continue
         parts += [f"### {TITLES[table]}", _accuracies(rows, dataset, listed, seeds)]
-        parts += [f"Minus {LORA.name}:", _differences(rows, dataset, listed, seeds)]
+        parts += [f"Accuracy minus that of {LORA.name}:", _differences(rows, dataset, listed, seeds)]
+        parts += ["Evaluation loss in nats, and minus that of LoRA:", _losses(rows, dataset, listed, seeds)]
     parts += [f"### {TITLES['stability']}: largest norm of the gradient", _stability(rows, dataset, seeds)]
     parts += ["### Norms by space", _norms(rows, dataset, seeds)]
     parts += ["### Figure 2: how the curvature moved", _movements(rows, dataset, seeds)]
@@ -116,6 +118,19 @@ def _differences(rows, dataset: str, listed: Iterable[Entry], seeds) -> str:
             line.append(_signed(compare.difference(ours, theirs)))
         lines.append(line)
     return table(("method", "x1", "x3", "x10", "each at its best"), lines)
+
+
+def _losses(rows, dataset: str, listed: Iterable[Entry], seeds) -> str:
+    lines = []
+    for entry in listed:
+        found = {rate: compare.runs(rows, dataset, entry, rate, seeds) for rate in (1, 3, 10)}
+        line = [entry.name, *(_mean(found[rate], "loss") if rate in entry.rates else "" for rate in found)]
+        for rate in found:
+            reference = compare.runs(rows, dataset, LORA, rate, seeds)
+            one = compare.difference(found[rate], reference, "loss")
+            line.append(_signed(one) if entry != LORA and rate in entry.rates else "")
+        lines.append(line)
+    return table(("method", "x1", "x3", "x10", "difference at x1", "at x3", "at x10"), lines)
 
 
 def _stability(rows, dataset: str, seeds) -> str:
@@ -198,8 +213,9 @@ def _signed(found: compare.Difference | None) -> str:
         return NOT_RUN
     if math.isnan(found.seeds):
         return f"{found.mean:+.3f} (1)"
-    clear = "*" if abs(found.mean) > max(found.seeds, found.rows) else ""
-    return f"{found.mean:+.3f}{clear} (± {found.seeds:.3f} seeds, ± {found.rows:.3f} rows)"
+    widths = [width for width in (found.seeds, found.rows) if not math.isnan(width)]
+    clear = "*" if abs(found.mean) > max(widths) else ""
+    return f"{found.mean:+.3f}{clear} (± {' / '.join(f'{width:.3f}' for width in widths)})"
 
 
 def _arrow(first: float, last: float) -> str:

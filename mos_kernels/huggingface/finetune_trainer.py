@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
@@ -72,6 +73,9 @@ class FinetuneTrainer(Trainer):
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         return _LengthGrouped(sampler.batch_size, lengths=sampler.lengths, seed=self.args.data_seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        return SequentialSampler(eval_dataset)  # each file's metrics and predictions.jsonl count on the data's order
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         super().log(logs, *args, **kwargs)

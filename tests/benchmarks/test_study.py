@@ -270,6 +270,8 @@ def test_differences_are_paired_by_seed_with_both_intervals():
     by_row[59], by_row[60:64] = 0.5, 0.5
     assert difference.rows == pytest.approx(1.96 * by_row.std().item() / 10, rel=1e-5)
     assert compare.difference(found, {}) is None
+    losses = compare.difference(found, reference, "loss")
+    assert losses.mean == 0 and math.isnan(losses.rows)
     failed = {0: {**reference[0], "failure": "nan"}, 1: reference[1]}
     assert compare.difference(found, failed).n == 1 and math.isnan(compare.difference(found, failed).seeds)
     assert compare.summary({0: {**found[0], "failure": "nan"}, 1: found[1]})[:2] == (1, 1)
@@ -302,7 +304,7 @@ def test_the_report_shows_what_was_run_and_says_what_was_not(tmp_path, capsys):
     text = (output / "tables.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| MoS |"))
     assert line == "| MoS | 1,234 | not run yet | 0.500 (1) | 0.660 ± 0.010 | x10 | 0.500 ± 0.000 | 1.000 ± 0.000 |"
-    assert "| MoS | not run yet | not run yet | +0.050* (± 0.000 seeds, ± 0.039 rows) |" in text
+    assert "| MoS | not run yet | not run yet | +0.050* (± 0.000 / 0.039) |" in text
     assert "1 of 1 failed" in text and "## cola\n\nNot run yet: 0 of" in text
     assert "1 of them failed, 1 saw a NaN or an infinity" in text
     assert "DoRA r=8 (3 at x1, 3 at x3, 3 at x10, 3 at x30)" in text and "LoRA r=8 (3 at x1, 3 at x3, 3 at x30)" in text

@@ -149,6 +149,22 @@ def test_a_run_with_like_lengths_resumes_in_the_middle_of_an_epoch(base, tmp_pat
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+def test_evaluation_keeps_the_order_of_the_data(base, tmp_path):
+    arguments = (*base, "--method", "frozen", "--group-by-length", "--no-plots")
+    assert run(*arguments, "--eval-batch-size", 3, "--output", tmp_path / "run") == 0
+    assert run(*arguments, "--eval-batch-size", 1, "--output", tmp_path / "one") == 0
+    rows = [[json.loads(line) for line in (tmp_path / name / "predictions.jsonl").open()] for name in ("run", "one")]
+    model = AutoModelForSequenceClassification.from_pretrained(base[1], num_labels=2)
+    trained = load_file(tmp_path / "run" / "adapter" / "trained.safetensors")
+    model.load_state_dict(trained, strict=False)
+    tokenizer = AutoTokenizer.from_pretrained(base[1])
+    with torch.no_grad():
+        logits = model.eval()(**tokenizer([r["text"] for r in rows[0]], padding=True, return_tensors="pt")).logits
+    assert logits.std(0).min() > 1e-6  # the rows can be told apart
+    for found in rows:
+        np.testing.assert_allclose([row["logits"] for row in found], logits.numpy(), rtol=1e-4, atol=1e-6)
+
+
 def test_a_method_of_the_callers_own(base, tmp_path, capsys):
     def add(model, config):
         model.bert.encoder.layer[0].lora_shift = torch.nn.Parameter(torch.full((config["r"],), 0.5))
