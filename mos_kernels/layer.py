@@ -467,12 +467,20 @@ class _Curvature(torch.autograd.Function):
 
 def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where any base is, and the dtype of its input: a guess where it is quantised."""
-    tensors = [*base.parameters(), *base.buffers()]
+    tensors, offloads = [*base.parameters(), *base.buffers()], offload_hook(base)
     floats = [t.dtype for t in tensors if t.dtype in _DENSE_DTYPES]
     dtype = getattr(base, "compute_dtype", None)
     if not isinstance(dtype, torch.dtype):
         dtype = floats[0] if floats else torch.get_default_dtype()
+    if offloads is not None and offloads.execution_device is not None:
+        return torch.device(offloads.execution_device), dtype
     return (tensors[0].device if tensors else torch.get_default_device()), dtype
+
+
+def offload_hook(module: nn.Module):
+    """The hook by which accelerate brings the module's weights for the time of its forward, or None."""
+    hook = getattr(module, "_hf_hook", None)
+    return next((part for part in getattr(hook, "hooks", [hook]) if getattr(part, "offload", False)), None)
 
 
 def is_dense(linear: nn.Module) -> bool:

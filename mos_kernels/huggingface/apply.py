@@ -24,7 +24,7 @@ from mos_kernels.huggingface.plan import (
 )
 from mos_kernels.huggingface.targets import refuse_offloaded
 from mos_kernels.huggingface.token_masks import follow_attention_mask, forget_attention_mask
-from mos_kernels.layer import MoSConv1D, MoSLayer, MoSRouter, MoSWrapped
+from mos_kernels.layer import MoSConv1D, MoSLayer, MoSRouter, MoSWrapped, offload_hook
 from mos_kernels.sharded import refuse_sharded, refuse_zero3
 
 _STATE = "_mos_adapter"
@@ -182,7 +182,8 @@ def _replace(model: nn.Module, names: Iterable[str], old: nn.Module, new: nn.Mod
         from accelerate.hooks import add_hook_to_module
 
         # a base that goes on running keeps its own: a hook remembers where one input came from
-        add_hook_to_module(new, copy.copy(old._hf_hook) if isinstance(new, MoSWrapped) else old._hf_hook)
+        if offload_hook(old) is None:
+            add_hook_to_module(new, copy.copy(old._hf_hook) if isinstance(new, MoSWrapped) else old._hf_hook)
 
 
 def _plain(layer: MoSLayer) -> nn.Module:

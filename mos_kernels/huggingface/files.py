@@ -21,7 +21,7 @@ import mos_kernels
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.apply import adapter_state, install, remove_mos
 from mos_kernels.huggingface.plan import adapter_parameters, adapter_shapes, make_plan
-from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer
+from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, offload_hook
 from mos_kernels.sharded import gathered, refuse_fsdp1, refuse_zero3, spread_like, whole_shape, write_once
 
 CONFIG_NAME = "adapter_config.json"
@@ -173,8 +173,8 @@ def _is_adapter(name: str) -> bool:
 
 
 def is_meta(module: nn.Module) -> bool:
-    """Whether any of its tensors is on the meta device."""
-    return any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()])
+    """Whether any of its tensors is on the meta device, and no offloading hook brings it from elsewhere."""
+    return offload_hook(module) is None and any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()])
 
 
 def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:

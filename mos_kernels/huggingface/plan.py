@@ -13,7 +13,7 @@ from torch import nn
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.blocks import FFNForm, recognise
 from mos_kernels.huggingface.targets import Target, base_of, find_targets, in_features, layer_kind, out_features
-from mos_kernels.layer import ADAPTER_PARAMETERS, MoSAdapter, MoSLayer, MoSLinear, MoSRouter
+from mos_kernels.layer import ADAPTER_PARAMETERS, MoSAdapter, MoSLayer, MoSLinear, MoSRouter, device_and_dtype
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,9 @@ class PlannedBlock:
 
     def build(self) -> MoSRouter:
         reads_input = self.reads_input
-        tensor = next(iter([*reads_input.parameters(), *reads_input.buffers()]))
-        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        return MoSRouter(in_features(reads_input), self.config, device=tensor.device, dtype=dtype).train(
-            self.block.training
-        )
+        device, base_dtype = device_and_dtype(reads_input)
+        dtype = torch.float64 if base_dtype == torch.float64 else torch.float32
+        return MoSRouter(in_features(reads_input), self.config, device=device, dtype=dtype).train(self.block.training)
 
 
 @dataclass(frozen=True)

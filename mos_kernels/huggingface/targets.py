@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
-from mos_kernels.layer import MoSConv1D, MoSLayer, MoSLinear, MoSRouter, MoSWrapped, is_dense
+from mos_kernels.layer import MoSConv1D, MoSLayer, MoSLinear, MoSRouter, MoSWrapped, is_dense, offload_hook
 from mos_kernels.sharded import refuse_fsdp1, refuse_sharded
 
 ALL_LINEAR = "all-linear"
@@ -66,7 +66,9 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 def layer_kind(linear: nn.Module) -> type[MoSLayer]:
-    """The layer that adapts this linear: a dense one in a single operation, any other as it runs."""
+    """The layer that adapts this linear: a dense one in a single operation, any other (or offloaded) as it runs."""
+    if offload_hook(linear) is not None:
+        return MoSWrapped
     if is_dense(linear) and type(linear) is nn.Linear:
         return MoSLinear
     return MoSConv1D if is_dense(linear) and type(linear) is Conv1D else MoSWrapped
@@ -260,16 +262,15 @@ def _require_plain_linear(name: str, module: nn.Module, model: nn.Module, config
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks) and layer_kind(module) is not MoSWrapped:
         raise ValueError(f"{name!r} has hooks, which its replacement would lose: remove them, or add them afterwards")
-    refuse_offloaded(name, module)
 
 
 def refuse_offloaded(name: str, module: nn.Module) -> None:
-    """ValueError where accelerate keeps the module's weights elsewhere."""
-    hook = getattr(module, "_hf_hook", None)
-    if any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook])):
+    """ValueError where accelerate keeps the adapter's own weights elsewhere."""
+    if offload_hook(module) is not None:
         raise ValueError(
-            f"accelerate offloads the weights of {name!r}: do this before cpu_offload or dispatch_model, or call "
-            "accelerate.hooks.remove_hook_from_submodules(model) first"
+            f"accelerate offloads the weights of {name!r}, the adapter's included: call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first; an adapter that comes after cpu_offload or "
+            "dispatch_model is not offloaded"
         )
 
 

@@ -1,0 +1,167 @@
+"""Bases as transformers and accelerate load them: quantised, in bfloat16, offloaded, split by a device_map."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import FAMILIES, ids, mos
+from torch import nn
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+from mos_kernels import MoSWrapped
+from mos_kernels.huggingface import (
+    apply_mos,
+    load_adapter,
+    mos_param_groups,
+    remove_mos,
+    routing_report,
+    save_adapter,
+)
+from mos_kernels.huggingface.plan import adapter_parameters
+from mos_kernels.layer import MoSLayer
+
+SPLIT = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
+
+
+def _torchao_int8() -> TorchAoConfig:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+LOADS = {
+    "float32": lambda folder: {"dtype": torch.float32},
+    "bfloat16": lambda folder: {"dtype": torch.bfloat16},
+    "bitsandbytes nf4": lambda folder: {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ),
+        "dtype": torch.bfloat16,
+    },
+    "bitsandbytes int8": lambda folder: {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+    "torchao int8": lambda folder: {"quantization_config": _torchao_int8(), "dtype": torch.bfloat16},
+    "disk": lambda folder: {"device_map": SPLIT, "offload_folder": folder / "offload", "dtype": torch.float32},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    kind, config, options = FAMILIES["llama"]
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    widths = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # whole blocks of 64 for bitsandbytes
+    kind(config(**{**options, **widths})).save_pretrained(folder)
+    return folder
+
+
+def loaded(how: str, folder) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, **LOADS[how](folder))
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(ids()).logits
+
+
+@pytest.mark.parametrize("how", LOADS)
+def test_it_trains_and_its_files_go_around(how, checkpoint, tmp_path):
+    model = loaded(how, checkpoint)
+    untouched = logits(model)
+    apply_mos(model, mos(model, init_lora_weights=True))
+    assert torch.equal(logits(model), untouched)
+    adapter = adapter_parameters(model)
+    assert len(adapter) == 20 and {(p.dtype, p.device.type) for p in adapter.values()} == {(torch.float32, "cpu")}
+
+    optimizer, losses = torch.optim.AdamW(mos_param_groups(model, 2e-2)), []
+    model.train()
+    for _ in range(6):
+        loss = model(ids(), labels=ids()).loss
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter.values())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+
+    expected = logits(model)
+    assert not torch.equal(expected, untouched) and len(routing_report(model, ids())) == 2
+    save_adapter(model, tmp_path)
+    other = loaded(how, checkpoint)
+    load_adapter(other, tmp_path)
+    assert torch.equal(logits(other), expected)
+    remove_mos(other)
+    assert torch.equal(logits(other), untouched)
+
+
+@pytest.mark.parametrize("how", LOADS)
+def test_gradients_are_those_of_base_plus_adapter(how, checkpoint):
+    """Autograd through base(x) + adapter(x), the adapter alone in float32; within the base's own rounding."""
+    model = loaded(how, checkpoint)
+    bases = {name: module for name, module in model.named_modules() if name.endswith(("gate_proj", "down_proj"))}
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    runs = {name: (base, torch.randn(5, base.in_features, dtype=dtype)) for name, base in bases.items()}
+    outputs = {name: base.train()(x).detach().float() for name, (base, x) in runs.items()}
+    apply_mos(model, mos(model))
+    tolerance = 1e-5 if dtype == torch.float32 and "int8" not in how else 2e-2
+    for name, (_, x) in runs.items():
+        layer, gates = model.get_submodule(name).train(), torch.rand(5, 8)
+        assert isinstance(layer, MoSLayer)
+        x = x.requires_grad_()
+        y = layer(x, gates)
+        upstream = torch.randn_like(y)
+        y.backward(upstream)
+
+        A, B = (p.detach().clone().requires_grad_() for p in (layer.mos_lora_A, layer.mos_lora_B))
+        kappa, wide = layer.curvature.detach().requires_grad_(), x.detach().float()
+        h = 2 / (1 + kappa[:, None] * wide.square().sum(-1)).clamp(min=1e-3).t()[..., None] * (wide @ A.t())[:, None]
+        u = torch.einsum("oer,ter->teo", B, h)
+        e = 1 / (1 + (1 - kappa * u.square().sum(-1)).clamp(min=1e-3).sqrt())
+        adapter = layer.config.scaling * torch.einsum("te,te,teo->to", gates, e, u)
+        assert_close(y.detach().float(), outputs[name] + adapter.detach(), rtol=tolerance, atol=tolerance)
+        adapter.backward(upstream.float())
+        theta = kappa.grad * layer.mos_curvature_map[1]
+        for found, expected in ((layer.mos_lora_A, A.grad), (layer.mos_lora_B, B.grad), (layer.mos_curvature, theta)):
+            error = (found.grad - expected).abs().max()
+            assert error <= tolerance * expected.abs().max(), (name, error, expected.abs().max())
+
+
+def test_an_offloaded_linear_stays_offloaded_beneath_its_adapter(checkpoint):
+    model = loaded("disk", checkpoint)
+    plain = loaded("float32", checkpoint)
+    for each in (model, plain):
+        torch.manual_seed(1)
+        apply_mos(each, mos(each))
+    split, resident = model.model.layers[1].mlp.up_proj, model.model.layers[0].mlp.up_proj
+    assert isinstance(split, MoSWrapped) and not isinstance(resident, MoSWrapped)
+    assert_close(logits(model), logits(plain), rtol=1e-5, atol=1e-6)
+    assert split.base_layer.weight.is_meta and not split.mos_lora_A.is_meta
+    for each in (model, plain):
+        each.train()(ids(), labels=ids()).loss.backward()
+    for (name, found), expected in zip(
+        adapter_parameters(model).items(), adapter_parameters(plain).values(), strict=True
+    ):
+        assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_an_adapter_after_cpu_offload(checkpoint):
+    from accelerate import cpu_offload
+
+    plain, model = loaded("float32", checkpoint), loaded("float32", checkpoint)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    for each in (model, plain):
+        torch.manual_seed(1)
+        apply_mos(each, mos(each))
+    assert all(not p.is_meta for p in adapter_parameters(model).values())
+    assert all(p.is_meta for name, p in model.named_parameters() if "mos_" not in name)
+    assert_close(logits(model), logits(plain), rtol=1e-5, atol=1e-6)
