@@ -9,7 +9,7 @@ TORCH ?= $(if $(shell command -v nvidia-smi rocm-smi),torch,torch==2.13.0)
 RUN = OMP_NUM_THREADS=1 $(VENV)/bin/python
 APART = --ignore=tests/backends/triton --ignore=tests/compile --ignore=tests/gpu
 
-.PHONY: demo test bench gpu fuzz kernels clean
+.PHONY: demo test test-oldest bench gpu fuzz kernels clean
 
 $(VENV)/.%: setup.py
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ test: $(VENV)/.test
 	TRITON_INTERPRET=1 $(RUN) -m pytest -n 2 tests/backends/triton
 	$(RUN) -m pytest -n 2 tests/compile
 
+# The same tests with the oldest releases that setup.py admits, in a folder of its own.
+test-oldest:
+	PIP_CONSTRAINT=$(CURDIR)/tests/oldest.txt $(MAKE) test VENV=.venv-oldest TORCH=torch TRITON=triton
+
 bench: $(VENV)/.bench
 	$(VENV)/bin/python -m benchmarks.layer_cpu
 
@@ -41,4 +45,4 @@ kernels:
 	$(PRESENT) -m mos_kernels kernels
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info
