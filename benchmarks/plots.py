@@ -125,7 +125,11 @@ def growth_plot(rows: list[dict]):
         _draw_lines(axes, groups_of(rows, kind), axis, lambda row, base: row["median_s"] / base["median_s"])
         axes.set(xscale="log", xlabel=label, ylabel="time over the frozen linear")
         axes.set_xscale("log", base=2)
+        drawn = [y for line in axes.get_lines() for y in line.get_ydata()]
+        if max(drawn) > 8 * min(drawn):
+            axes.set_yscale("log")
         _plain_ticks(axes, sorted({first(group)[axis] for group in groups_of(rows, kind)}))
+        _label_ends(axes)
     if widths:
         _width_panel(grid.flat[panels - 1], widths)
     figure.suptitle("growth, forward + backward", fontsize=11)

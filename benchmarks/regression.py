@@ -37,7 +37,7 @@ def slower(stored: Iterable[dict], new: Iterable[dict]) -> list[Slower]:
     for group, rows in after.items():
         for provider, row in rows.items():
             old = before.get(group, {}).get(provider)
-            if old is None or old.get("threads") != row.get("threads"):
+            if old is None or any(old.get(name) != row.get(name) for name in ("cpu", "threads")):
                 continue
             if "gpu" not in row and row.get("base") == provider:
                 continue

@@ -26,7 +26,8 @@ def duration(seconds: float) -> str:
 def made_with(rows: list[dict]) -> str:
     """The machine, versions, commits and dates of the rows, in a line."""
     last = max(rows, key=lambda row: row["run"])
-    where = last.get("gpu") or f"{last['cpu']}, {last['threads']} threads"
+    machines = [row.get("gpu") or f"{row['cpu']}, {row['threads']} threads" for row in store.measured(rows)]
+    where = " and ".join(dict.fromkeys(machines))
     packages = ", ".join(f"{name} {last[name]}" for name in ("torch", "triton", "peft", "geoopt") if last.get(name))
     commits = ", ".join(
         f"`{commit[:12]}{'-dirty' if commit.endswith('-dirty') else ''}`" for commit in commits_of(rows)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import providers
-from benchmarks.gate import DRAWS, TOKENS, check_layer
+from benchmarks.gate import check_layer, tokens_of
 from benchmarks.measure import rotated, rotation
 from benchmarks.providers import BRANCHES, LAYERS, Arm, Base, Setting
 from benchmarks.suite import Context, Group, Made, Shared, Variant, checked_once
@@ -92,8 +92,8 @@ def gates_of(
     for backend in ("eager", "triton") if triton else ("eager",):
         for mapping in mappings:
             for own in (False, True) if own_router else (False,):
-                check = functools.partial(check_layer, setting, backend, mapping, own, 1 if context.tiny else DRAWS)
-                narrow = (setting.d_in, setting.d_out, setting.experts, setting.rank, min(setting.tokens, TOKENS))
+                check = functools.partial(check_layer, setting, backend, mapping, own, 1 if context.tiny else None)
+                narrow = (setting.d_in, setting.d_out, setting.experts, setting.rank, tokens_of(setting))
                 found.append(checked_once((*narrow, setting.dtype, backend, mapping, own), check))
     return found
 
