@@ -175,6 +175,7 @@ class MoSCallback(TrainerCallback):
     def _open_history(self, args, state, model) -> None:
         """Start the file with the settings, or cut it off after the step from which training is resumed."""
         self._path = None
+        curvature = _dimensionless_curvature(model)  # where parameters are sharded, all processes ask
         if self.history_file is None or not state.is_world_process_zero:
             return
         self._path = Path(args.output_dir) / self.history_file
@@ -186,7 +187,6 @@ class MoSCallback(TrainerCallback):
         if not entries:
             adapter = next((layer.config.to_dict() for layer in mos_adapters(model).values()), None)
             settings = {"model": type(model).__name__, **{name: getattr(args, name, None) for name in _SETTINGS}}
-            curvature = _dimensionless_curvature(model)
             first = {"step": state.global_step, "adapter": adapter, "settings": settings, "curvature": curvature}
             entries = [json.loads(json.dumps(first, default=str))]
         write_lines(self._path, entries)
