@@ -8,10 +8,11 @@ from tiny_models import tiny
 
 pytest.importorskip("trl")
 from datasets import Dataset
+from peft import PeftModel
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from mos_kernels.huggingface import MoSCallback, last_complete_checkpoint
+from mos_kernels.huggingface import MoSCallback, MoSPeftConfig, last_complete_checkpoint, load_adapter, save_adapter
 from mos_kernels.huggingface.plan import adapter_parameters, router_owners
 
 LR = 0.5
@@ -33,22 +34,23 @@ def sentence(i, words):
     return " ".join(WORDS[(7 * i + 3 * j) % len(WORDS)] for j in range(words))
 
 
-def sft(folder, tokenizer, model, rows, callback=True, **options):
+def sft(folder, tokenizer, model, rows, peft_config=None, **options):
     data = Dataset.from_dict({"prompt": [sentence(i, 2 + i % 3) for i in range(rows)],
                               "completion": [" " + sentence(i + 50, 1 + i % 5) for i in range(rows)]})  # fmt: skip
     config = SFTConfig(output_dir=str(folder), max_length=32, **{**COMMON, **options})
-    trainer = SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
-    if callback:
-        MoSCallback.add_to(trainer)
+    trainer = SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=peft_config)
+    MoSCallback.add_to(trainer)
     return trainer
 
 
-def dpo(folder, tokenizer, model, reference, rows, **options):
+def dpo(folder, tokenizer, model, reference, rows, peft_config=None, **options):
     data = Dataset.from_dict({"prompt": [sentence(i, 2 + i % 3) for i in range(rows)],
                               "chosen": [" " + sentence(i + 50, 1 + i % 5) for i in range(rows)],
                               "rejected": [" " + sentence(i + 90, 1 + i % 3) for i in range(rows)]})  # fmt: skip
     config = DPOConfig(output_dir=str(folder), max_length=32, **{**COMMON, **options})
-    trainer = DPOTrainer(model, reference, args=config, train_dataset=data, processing_class=tokenizer)
+    trainer = DPOTrainer(
+        model, reference, args=config, train_dataset=data, processing_class=tokenizer, peft_config=peft_config
+    )
     MoSCallback.add_to(trainer)
     return trainer
 
@@ -107,6 +109,43 @@ def test_dpo_against_the_frozen_base(tmp_path, tokenizer):
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 2 and all("mos/entropy" in entry and entry["loss"] > 0 for entry in logs)
+
+
+@pytest.mark.parametrize(("make", "accumulation"), [(sft, 2), (lambda *a, **o: dpo(*a[:3], None, *a[3:], **o), 4)])
+def test_with_peft_the_same_is_injected(tmp_path, tokenizer, make, accumulation):
+    """For DPO the reference is the model with its adapter disabled."""
+    after = []
+    for coefficient in (5.0, 0.0):
+        save_adapter(adapted(coefficient), tmp_path / "start")
+        model = PeftModel.from_pretrained(tiny("llama", torch.float32), tmp_path / "start", is_trainable=True)
+        seen = batches_seen(model.get_base_model())
+        options = options_of(accumulation, None, False)
+        trainer = make(tmp_path / "run", tokenizer, model, 2 * accumulation, **options)
+        trainer.train()
+        trainer.model.save_pretrained(tmp_path / "end")
+        end = tiny("llama", torch.float32)
+        load_adapter(end, tmp_path / "end")
+        after.append(values(end))
+    policy = [batch for batch in seen if "attention_mask" in batch]
+    expected = balance_gradients([{k: b[k] for k in ("input_ids", "attention_mask")} for b in policy])
+    assert len(policy) == accumulation
+    assert_injected(*after, expected, LR, False)
+
+
+@pytest.mark.parametrize("make", [sft, lambda *a, **o: dpo(*a[:3], None, *a[3:], **o)], ids=["sft", "dpo"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
+def test_peft_config_is_the_one_line(tmp_path, tokenizer, make, family):
+    config = MoSPeftConfig(r=4, task_type="CAUSAL_LM")
+    options = {"optim": "adamw_torch", "learning_rate": 1e-2, "bf16": True, "max_steps": 2}
+    trainer = make(tmp_path / "run", tokenizer, tiny(family, torch.float32), 4, peft_config=config, **options)
+    trainer.train()
+    assert isinstance(trainer.model, PeftModel)
+    curvature = [p for name, p in trainer.model.named_parameters() if "mos_curvature" in name]
+    assert curvature and all(p.dtype == torch.float32 and p.isfinite().all() for p in curvature)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2 and all("mos/share/max" in entry for entry in logs)
+    trainer.save_model(tmp_path / "adapter")
+    load_adapter(tiny(family, torch.float32), tmp_path / "adapter")
 
 
 def test_packed_sequences_count_every_token(tmp_path, tokenizer):
