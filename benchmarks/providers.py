@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks import maps
 from mos_kernels import MoSConfig, MoSLinear
-from mos_kernels.backends import has_triton_kernels, load_backend, why_not_triton
+from mos_kernels.backends import has_triton, load_backend, why_not_triton
 from reference.baselines import hydralora_linear, mixture_of_lora_linear
 from reference.manifold import signed_inverse_projection, signed_lift, signed_projection, squared_norm
 from reference.per_expert import mos_linear_as_printed, mos_linear_per_expert, scale_back, scale_into
@@ -129,7 +129,7 @@ def _provides(table: dict[str, Provider], name: str, **options):
 def why_no_triton(device: torch.device) -> str | None:
     """Why the Triton backend cannot run on a device, or None if it can. Touches no GPU."""
     if device.type == "cuda":
-        return None if has_triton_kernels() else "triton is not installed"
+        return None if has_triton() else "triton is not installed"
     return why_not_triton(torch.empty(0, device=device))
 
 

@@ -22,7 +22,7 @@ _CHOICES = {
 }
 
 
-def _default_spaces() -> dict[str, int]:
+def default_spaces() -> dict[str, int]:
     return {"hyperbolic": 3, "spherical": 3, "euclidean": 2}
 
 
@@ -68,7 +68,7 @@ class MoSConfig:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     init_lora_weights: bool | str = True
-    spaces: Mapping[str, int] = field(default_factory=_default_spaces)
+    spaces: Mapping[str, int] = field(default_factory=default_spaces)
     num_experts_per_tok: int = 4
     norm_topk_prob: bool = True
     router_scope: str = "ffn"

@@ -35,7 +35,7 @@ class Frozen(NamedTuple):
     prepared: tuple  # the backend's, from B
 
 
-class _Float32State(nn.Module):
+class Float32State(nn.Module):
     """Keeps the tensors named in `_float32_state` in float32, value for value, through `.to`, `.half` and the like."""
 
     _float32_state: tuple[str, ...] = ()
@@ -72,7 +72,7 @@ def adapter_tensors(
 ) -> dict[str, nn.Parameter | None]:
     """The parameters of an adapter by name (see `MoSLayer`), unset; A, B and router in float64 on a float64 base."""
     E, r = config.num_experts, config.r
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = eager.compute_dtype(dtype)
 
     def empty(*shape, dtype=wide):
         return torch.empty(*shape, device=device, dtype=dtype)
@@ -85,7 +85,7 @@ def adapter_tensors(
     }
 
 
-class MoSAdapter(_Float32State):
+class MoSAdapter(Float32State):
     """What a linear is adapted with. A subclass has `config`, `in_features` and the parameters (see `MoSLayer`)."""
 
     _float32_state = ("mos_curvature", "mos_curvature_map", "mos_aux_weight")
@@ -392,7 +392,7 @@ class MoSWrapped(MoSLayer):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class MoSRouter(_Float32State):
+class MoSRouter(Float32State):
     """The router of an FFN block: x (..., d_in) -> gates (..., E), used by every adapted linear of the block.
 
     weight (E, d_in) starts normal(0, 0.02) in float32; logits are computed in float32 (float64 for float64 input). In

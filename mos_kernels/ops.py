@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mos_kernels import steps
+from mos_kernels.backends.eager import compute_dtype
 from mos_kernels.config import MoSConfig
 
 
@@ -64,7 +65,7 @@ def _(x, weight, added, A, B, kappa, gates, router, aux_weight, token_mask, drop
     if not differentiable:
         return y, *(_absent(x) for _ in range(4))
     tokens = x.reshape(-1, x.shape[-1])
-    (T, d_in), wide = tokens.shape, torch.float64 if x.dtype == torch.float64 else torch.float32
+    (T, d_in), wide = tokens.shape, compute_dtype(x.dtype)
     if backend == "triton":
         parts = 1 if x.dtype == torch.float32 else 2
         p, n = x.new_empty(1, T, A.shape[:-1].numel(), dtype=wide), x.new_empty(1, T, dtype=wide)
@@ -154,7 +155,7 @@ def route(
 @route.register_fake
 def _(x, router, aux_weight, token_mask, config, backend):
     T, E = x.reshape(-1, x.shape[-1]).shape[0], router.shape[0]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = compute_dtype(x.dtype)
     parts = 1 if x.dtype == torch.float32 else 2
     logits = (1, T, parts * E) if backend == "triton" else (T, E)
     return x.new_empty(*x.shape[:-1], E, dtype=wide), x.new_empty(logits, dtype=wide)

@@ -46,7 +46,7 @@ def resolve_backend(requested: str, x: Tensor) -> str:
     if name == "auto":
         name = selected_backend()
     if name == "auto":
-        name = "triton" if x.is_cuda and x.dtype != torch.float64 and has_triton_kernels() else "eager"
+        name = "triton" if x.is_cuda and x.dtype != torch.float64 and has_triton() else "eager"
     if name == "triton":
         reason = why_not_triton(x)
         if reason:
@@ -69,20 +69,15 @@ def why_not_triton(x: Tensor) -> str | None:
         return "it is float64, and the kernels compute in float32"
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it is on {x.device}, and TRITON_INTERPRET=1 (Triton's interpreter on the CPU) is not set"
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "the package triton is not installed (pip install triton)"
-    if not has_triton_kernels():
-        return "this version of mos_kernels has no Triton kernels yet"
     return None
 
 
 @constant_under_compile
-def has_triton_kernels() -> bool:
-    """Whether this installation carries the Triton backend."""
-    return (
-        importlib.util.find_spec("mos_kernels.backends.triton") is not None
-        and importlib.util.find_spec("triton") is not None
-    )
+def has_triton() -> bool:
+    """Whether the package triton is installed."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def _checked(name: str, source: str) -> str:

@@ -298,7 +298,7 @@ def bridge_backward(
     de = config.scaling * gates * dz_h
     dq = de * e_dq
     dh = weight * dz + (2 * dq * prepared.trace).unsqueeze(-1) * unit_gh
-    dkappa, dn, dp = _into_space_backward(dh, n, curved, p.dim() == 2)
+    dkappa, dn, dp = _into_space_backward(dh, curved, p.dim() == 2)
     M = exact_matmul((dq.unsqueeze(-1) * h).transpose(0, 1).mT, h.transpose(0, 1))
     drouted = config.scaling * e * dz_h
     if own_router:
@@ -312,7 +312,7 @@ def _bounded(terms: Tensor) -> Tensor:
     return terms.clamp(-limit, limit)
 
 
-def _into_space_backward(dh: Tensor, n: Tensor, curved: Curved, shared_p: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _into_space_backward(dh: Tensor, curved: Curved, shared_p: bool) -> tuple[Tensor, Tensor, Tensor]:
     dscale = (dh * curved.p).sum(-1)
     dp = curved.scale.unsqueeze(-1) * dh
     return (
@@ -444,7 +444,7 @@ def bridge_expand_backward(
             dv = du.mul_(_activation_slope(v, config.activation))
             dB[:, expert] += narrow_matmul(dv.t(), h[chunk, expert], dy.dtype)
             dh[chunk, expert] = narrow_matmul(dv, B[:, expert], dy.dtype)
-    dkappa, dn, dp = _into_space_backward(dh, n, curved, p.dim() == 2)
+    dkappa, dn, dp = _into_space_backward(dh, curved, p.dim() == 2)
     if own_router:
         dgates = _route_backward(dgates, gates, routed, aux_weight, token_mask, config)
     return BridgeExpandGradients(dgates, dkappa + e_dkappa, dn, dp, dB)

@@ -11,7 +11,7 @@ from pathlib import Path
 from peft import PeftConfig, PeftType
 
 import mos_kernels
-from mos_kernels.config import MoSConfig, _default_spaces
+from mos_kernels.config import MoSConfig, default_spaces
 from mos_kernels.huggingface.files import CARD_NAME, CONFIG_NAME, PEFT_TYPE, refuse_damaged, with_import_note
 
 
@@ -44,7 +44,7 @@ class MoSPeftConfig(PeftConfig):
     lora_dropout: float = 0.0
     use_rslora: bool = False
     init_lora_weights: bool | str = True
-    spaces: dict[str, int] = field(default_factory=_default_spaces)
+    spaces: dict[str, int] = field(default_factory=default_spaces)
     num_experts_per_tok: int = 4
     norm_topk_prob: bool = True
     router_scope: str = "ffn"

@@ -15,10 +15,10 @@ from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.targets import in_features, layer_kind, out_features
 from mos_kernels.layer import (
     ADAPTER_PARAMETERS,
+    Float32State,
     MoSAdapter,
     MoSRouter,
     MoSWrapped,
-    _Float32State,
     adapter_tensors,
     device_and_dtype,
 )
@@ -29,7 +29,7 @@ WHY_NO_MERGE = (
 )
 
 
-class Float32Parameters(_Float32State, nn.ParameterDict):
+class Float32Parameters(Float32State, nn.ParameterDict):
     """Parameters that stay float32, whatever the layer, a loader or a caster does."""
 
     @property

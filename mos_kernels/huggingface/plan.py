@@ -7,9 +7,9 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
+from mos_kernels.backends.eager import compute_dtype
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.blocks import FFNForm, recognise
 from mos_kernels.huggingface.targets import Target, base_of, find_targets, in_features, layer_kind, out_features
@@ -50,8 +50,8 @@ class PlannedBlock:
     def build(self) -> MoSRouter:
         reads_input = self.reads_input
         device, base_dtype = device_and_dtype(reads_input)
-        dtype = torch.float64 if base_dtype == torch.float64 else torch.float32
-        return MoSRouter(in_features(reads_input), self.config, device=device, dtype=dtype).train(self.block.training)
+        router = MoSRouter(in_features(reads_input), self.config, device=device, dtype=compute_dtype(base_dtype))
+        return router.train(self.block.training)
 
 
 @dataclass(frozen=True)

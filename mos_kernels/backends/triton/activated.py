@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mos_kernels.backends.triton import launch
 from mos_kernels.backends.triton.bridge import (
-    _tile,
     balance,
     balance_gradient,
     gates_backward,
@@ -24,6 +23,7 @@ from mos_kernels.backends.triton.bridge import (
     load_n,
     load_p,
     route_parts,
+    tile_settings,
     top_k_gates,
 )
 from mos_kernels.backends.triton.expand import plus_added
@@ -286,7 +286,7 @@ def _settings(kernel: str, h: Tensor, T: int) -> dict:
 def _curve(p, n, kappa, dtype: torch.dtype, config) -> Tensor:
     T, E, r = n.shape[1], config.num_experts, config.r
     h = torch.empty(T, E, r, device=p.device, dtype=dtype)
-    tile = _tile(config, T, p.device, "curve")
+    tile = tile_settings(config, T, p.device, "curve")
     grid = (triton.cdiv(T, tile["BLOCK_T"]), tile.pop("ALL_E") // tile["BLOCK_E"])
     tile.pop("K")
     launch.launch(
@@ -376,7 +376,7 @@ def activated_backward_launch(
     )
     dp = torch.empty(p.shape[1:], device=device, dtype=torch.float32)
     dn = torch.empty(T, device=device, dtype=torch.float32)
-    tile = _tile(config, T, device, "curve")
+    tile = tile_settings(config, T, device, "curve")
     tile.pop("K")
     launch.launch(
         uncurve_kernel, (triton.cdiv(T, tile["BLOCK_T"]),), h,

@@ -359,7 +359,7 @@ def load_kernel(
     tl.store(planes + i_s * (E + 1) + E, tl.sum(tokens, 0))
 
 
-def _tile(config, T: int, device, kernel: str) -> dict:
+def tile_settings(config, T: int, device, kernel: str) -> dict:
     """Tile shapes: as many experts at a time as keep a token's part of the tile within TOKEN_TILE numbers."""
     settings = launch.settings(kernel, device, T)
     block_r, all_e = triton.next_power_of_2(config.r), triton.next_power_of_2(config.num_experts)
@@ -380,7 +380,7 @@ def bridge_launch(p, n, routed, own_router: bool, kappa, gram, dtype: torch.dtyp
     """z (T, E·r) in dtype, from planes p (S, T, …), n (S, T) and logits (S, T, …), or gates (T, E)."""
     T, E, r = n.shape[1], config.num_experts, config.r
     z = torch.empty(T, E * r, device=p.device, dtype=dtype)
-    tile = _tile(config, T, p.device, "bridge")
+    tile = tile_settings(config, T, p.device, "bridge")
     launch.launch(
         bridge_kernel, (triton.cdiv(T, tile["BLOCK_T"]), tile["ALL_E"] // tile["BLOCK_E"]), p,
         (p, n, routed, kappa, gram, z, T, config.scaling, config.boundary_eps),
@@ -410,7 +410,7 @@ def bridge_backward_launch(
 
     dp, dn, drouted, dq_scale, dkappa = empty(p.shape[1:]), empty(T), empty(T, E), empty(T, E), empty(T, E)
     share, weight, mask, constants = balance(routed, aux_weight, token_mask, config)
-    tile = _tile(config, T, device, "bridge_backward")
+    tile = tile_settings(config, T, device, "bridge_backward")
     launch.launch(
         bridge_backward_kernel, (triton.cdiv(T, tile["BLOCK_T"]),), p,
         (dz, p, n, routed, kappa, gram, share, weight, mask, dp, dn, drouted, dq_scale, dkappa, T, config.scaling,

@@ -68,9 +68,7 @@ def recorded(architecture: str):
         launches.append(_describe(kernel, arguments, constants))
 
     def settings(kernel: str, device: torch.device, T: int) -> dict:
-        stored = launch.table()
-        chosen = stored.get(architecture, {}).get(kernel) or stored["default"][kernel]
-        return dict(chosen.get(launch.bucket(T)) or chosen["train"])
+        return launch.architecture_settings(kernel, architecture, T)
 
     before = launch.launch, launch.settings
     launch.launch, launch.settings = record, settings

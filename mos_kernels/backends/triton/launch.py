@@ -45,8 +45,13 @@ _architecture = functools.cache(architecture)
 
 def stored_settings(kernel: str, device: torch.device, T: int) -> dict:
     """A fresh copy of the constants of `kernel` for T tokens on `device`, from the table."""
+    return architecture_settings(kernel, _architecture(device), T)
+
+
+def architecture_settings(kernel: str, name: str, T: int) -> dict:
+    """As `stored_settings`, by the architecture's name."""
     stored = table()
-    chosen = stored.get(_architecture(device), {}).get(kernel) or stored["default"][kernel]
+    chosen = stored.get(name, {}).get(kernel) or stored["default"][kernel]
     return dict(chosen.get(bucket(T)) or chosen["train"])
 
 

@@ -102,7 +102,8 @@ def shrink_launch(
     if x.dtype == torch.float32 or seed is not None:
         most = 64 if block_c <= 32 else 32
     settings = launch.wide_settings("shrink", device, T, x.dtype, BLOCK_D=most)
-    splits = settings.pop("SPLITS") if splits_allowed else settings.pop("SPLITS") and 1
+    splits = settings.pop("SPLITS")
+    splits = splits if splits_allowed else 1
     p = torch.empty(splits, T, R, device=device, dtype=torch.float32)
     n = torch.empty(splits, T, device=device, dtype=torch.float32)
     logits = torch.empty(splits, T, columns - R, device=device, dtype=torch.float32)
