@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from mos_kernels.geometry import inverse_projection_scale, projection_scale
-from mos_kernels.huggingface.finetune_trainer import write_text
 from mos_kernels.layer import MoSLayer
+from mos_kernels.run_report.log import write_text
 
 FILE = "norms.json"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.study import compare, figures
 from benchmarks.study import rows as stored
 from benchmarks.study.plan import DATASETS, LORA, SEEDS, TABLES, TITLES, Entry, cells, entries
-from mos_kernels.huggingface.finetune_trainer import write_text
+from mos_kernels.run_report.log import write_text
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "study"
 NOT_RUN = "not run yet"

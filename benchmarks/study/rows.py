@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.study.norms import FILE as NORMS
 from benchmarks.study.plan import Cell
-from mos_kernels.huggingface.finetune_trainer import write_text
+from mos_kernels.run_report.log import write_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "cpu-2core" / "study.jsonl"
 CURVATURES = 20
