@@ -44,8 +44,8 @@ def version(package: str) -> str | None:
         return None
 
 
-def commit() -> str | None:
-    """The commit of this tree, "-dirty" where tracked files differ from it; None outside of git."""
+def commit(*paths: str) -> str | None:
+    """The commit of this tree, "-dirty" where tracked files (git's `paths`, or all) differ; None outside of git."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -54,4 +54,5 @@ def commit() -> str | None:
         head = git("rev-parse", "HEAD")
     except FileNotFoundError:
         return None
-    return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "") if head else None
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *paths)
+    return head + ("-dirty" if changed else "") if head else None

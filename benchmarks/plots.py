@@ -205,12 +205,13 @@ def _bars(
             axes.barh(i, values[name] - left, left=left, color=colour, alpha=0.55 if dashes != "-" else 1,
                       hatch={"--": "///", ":": "..."}.get(dashes), edgecolor="white", lw=0.5)  # fmt: skip
             axes.text(max(values[name], left), i, " " + form.format(values[name]), va="center", ha="left", fontsize=7.5)
+        most = max(values.values())
         if wide:
             axes.set_xscale("log")
-            axes.set_xlim(left, max(values.values()) ** 1.0 * (max(values.values()) / left) ** 0.18)
+            axes.set_xlim(left, most * (most / left) ** 0.18)
         else:
             low = min(start, min(values.values()))
-            axes.set_xlim(low, max(values.values()) + 0.16 * (max(values.values()) - low))
+            axes.set_xlim(low, most + 0.16 * (most - low))
             if low < start:
                 axes.axvline(start, color=BLACK, lw=0.8)
         axes.set_yticks(range(len(names)), names, fontsize=7.5)

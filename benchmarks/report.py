@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks import plots, providers, store, tables
 from benchmarks.machine import RESULTS, ROOT
+from mos_kernels.run_report.log import write_text
 
 BEGIN, END = "<!-- performance: written by python -m benchmarks report -->", "<!-- end of performance -->"
 CPU_NOTE = "Ratios within one run: absolute times of a CPU depend on what else it does, and are not given."
@@ -41,21 +42,15 @@ def write_all(results: Path = RESULTS, readme: Path | None = None) -> list[Path]
     for name, rows in found.items():
         pictures = plots.all_plots(rows, results / name / "plots")
         report = results / name / "report.md"
-        _write(report, machine_report(name, rows, [p.relative_to(results / name) for p in pictures]))
+        write_text(report, machine_report(name, rows, [p.relative_to(results / name) for p in pictures]))
         written += [*pictures, report]
     text = "" if readme is None else readme.read_text()
     if BEGIN in text and END in text:
         head, rest = text.split(BEGIN, 1)
         _, tail = rest.split(END, 1)
-        _write(readme, f"{head}{BEGIN}\n{readme_section(found, results, readme.parent)}\n{END}{tail}")
+        write_text(readme, f"{head}{BEGIN}\n{readme_section(found, results, readme.parent)}\n{END}{tail}")
         written.append(readme)
     return written
-
-
-def _write(file: Path, text: str) -> None:
-    beside = file.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(text)
-    os.replace(beside, file)
 
 
 def machine_report(name: str, rows: list[dict], pictures: list[Path]) -> str:

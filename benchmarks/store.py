@@ -7,9 +7,10 @@ what is compared within a group always comes from one run. Nothing else than the
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
+
+from mos_kernels.run_report.log import write_lines
 
 FILE = "suite.jsonl"
 SHAPE = ("d_in", "d_out", "tokens", "experts", "rank", "layers", "batch", "length")
@@ -34,9 +35,7 @@ def load(folder: Path) -> list[dict]:
 def save(folder: Path, rows: Iterable[dict]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / FILE
-    beside = file.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(beside, file)
+    write_lines(file, list(rows))
     return file
 
 

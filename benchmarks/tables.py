@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from benchmarks import providers, store
 from benchmarks.targets import TARGETS, values
@@ -10,7 +10,8 @@ from benchmarks.targets import TARGETS, values
 NOT_MEASURED = "not measured"
 
 
-def table(head: list[str], lines: Iterable[list[str]]) -> str:
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
     rows = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)]
     return "\n".join(rows)
 

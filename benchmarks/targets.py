@@ -10,7 +10,6 @@ from benchmarks import store
 
 QWEN2, LLAMA3 = ((1536, 8960), (8960, 1536)), ((4096, 14336), (14336, 4096))
 FOUR = (*QWEN2, *LLAMA3)
-STEP = "{step}, triton"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def mos_linear(
     prepared=None,
     backend: str = "auto",
 ) -> Tensor:
-    """y = x·Wᵀ + b + (α/r) Σ_e g_e o_e (MATH.md, from the paper's eqs 5 to 8).
+    """y = x·Wᵀ + b + (α/r) Σ_e g_e o_e, with o_e = e(q_e; κ_e) B_e h_e, h_e = λ(n; κ_e) A x (the paper's eqs 5 to 8).
 
     Args:
         x: (..., d_in), of the weight's dtype, or any under autocast.

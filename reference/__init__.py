@@ -7,5 +7,5 @@ This is the oracle that every backend of mos_kernels is tested against, so it sh
     routing.py     gates and load-balancing loss
     layer.py       the layer, token by token and expert by expert
     per_expert.py  the layer expert by expert, vectorised over tokens, as one would write it in eager PyTorch
-    baselines.py   LoRA, HydraLoRA and mixture of LoRA, and all of them as modules for benchmarks
+    baselines.py   LoRA, HydraLoRA and mixture of LoRA
 """

@@ -1,4 +1,4 @@
-"""Facts that follow from the mathematics alone (MATH.md, "Facts to test against"), on the eager backend."""
+"""Facts that follow from the mathematics alone, on the eager backend."""
 
 from __future__ import annotations
 

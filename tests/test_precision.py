@@ -86,7 +86,7 @@ def test_accuracy_at_the_start_of_training():
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_what_is_exact_ignores_the_precision_the_user_allows(precision):
-    """MATH: logits, norms, G and q are IEEE float32 also where float32 products may be reduced."""
+    """Logits, norms, G and q are IEEE float32 also where float32 products may be reduced."""
     a, b = normal(0, 64, 64).float(), normal(1, 64, 64).float()
     before = torch.backends.mkldnn.matmul.fp32_precision
     try:

@@ -24,9 +24,8 @@ from benchmarks.cases.linear import branch, compiled, graph, growth, layer
 from benchmarks.cases.steps import order, steps
 from benchmarks.cases.whole import decode, decoding, ffn, training
 from benchmarks.suite import Context, Group
+from benchmarks.targets import LLAMA3, QWEN2
 
-QWEN2 = ((1536, 8960), (8960, 1536))
-LLAMA3 = ((4096, 14336), (14336, 4096))
 TINY = (40, 56)
 DIMENSIONS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks import providers
 from benchmarks.gate import check_layer, tokens_of
 from benchmarks.measure import rotated, rotation
-from benchmarks.providers import BRANCHES, LAYERS, Arm, Base, Setting
+from benchmarks.providers import BRANCHES, LAYERS, Arm, Base, Provider, Setting
 from benchmarks.suite import Context, Group, Made, Shared, Variant, checked_once
 
 FORWARD_BACKWARD, FORWARD = "forward+backward", "forward"
@@ -98,7 +98,11 @@ def gates_of(
     return found
 
 
-def linear_group(context, kind, step, setting, names, table=LAYERS, weigh=False, gates=None, **shape) -> Group:
+def linear_group(
+    context: Context, kind: str, step: str, setting: Setting, names: Sequence[str], *,
+    table: dict[str, Provider] = LAYERS, weigh: bool = False, gates: list[Callable] | None = None,
+) -> Group:  # fmt: skip
+    """A variant for each provider of `names` in `table` that can run here. The first is the base, if frozen or LoRA."""
     inputs, backward = Shared(lambda: Inputs(setting)), step == FORWARD_BACKWARD
     moved, flop = frozen_work(setting, backward)
     variants = {}
@@ -114,7 +118,7 @@ def linear_group(context, kind, step, setting, names, table=LAYERS, weigh=False,
         variants[name] = Variant(make, moved, flop, provider.compiled)
     base = names[0] if names[0] in (providers.FROZEN, providers.LORA_BRANCH) else None
     gates = gates_of(context, setting) if gates is None else gates
-    return Group(kind, step, {**shape_of(setting), **shape}, variants, base, weigh=weigh, gates=gates, shared=[inputs])
+    return Group(kind, step, shape_of(setting), variants, base, weigh=weigh, gates=gates, shared=[inputs])
 
 
 def layer(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
@@ -139,7 +143,7 @@ def graph(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
 
 def branch(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
     setting = setting_of(context, d_in, d_out, tokens)
-    group = linear_group(context, "branch", FORWARD_BACKWARD, setting, EVERY_BRANCH, BRANCHES, weigh=True)
+    group = linear_group(context, "branch", FORWARD_BACKWARD, setting, EVERY_BRANCH, table=BRANCHES, weigh=True)
     size, rank = setting.dtype.itemsize, setting.experts * setting.rank
     for variant in group.variants.values():  # read x twice, write dx; write y, read dy
         variant.moved = (3 * tokens * d_in + 2 * tokens * d_out) * size

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from benchmarks.study import compare
 from benchmarks.study.plan import FIXED, MOS, PAPER, RAW_UNITS, TABLES, Entry
-from mos_kernels.huggingface.plots import COLORS, plot_curvature
+from mos_kernels.huggingface.plots import new_figure, plot_curvature
+from mos_kernels.run_report.charts import COLORS
 
 CURVATURE = (MOS, PAPER, RAW_UNITS, *(entry for entry in TABLES["table2"] if entry not in (MOS, FIXED)))
 _STYLES = ("-o", "--s", "-^", "--D", "-v", "--x", "-P", "--*", "-<", "-->", "-h")
@@ -43,7 +44,7 @@ def draw(rows: compare.Rows, dataset: str, seeds: Sequence[int], folder: Path) -
 
 
 def _rates(rows, dataset: str, seeds, path: Path) -> bool:
-    figure, axes = _figure(9.5, 5)
+    figure, axes = new_figure(9.5, 5)
     found = {}
     for entry in (*TABLES["table1"], RAW_UNITS):
         points = [
@@ -78,7 +79,7 @@ def _norms(rows, dataset: str, seeds, path: Path) -> bool:
         for name, entry in entries.items()
         if (measured := mean_norms(list(compare.runs(rows, dataset, entry, 10, seeds).values())))
     ]
-    figure, axes = _figure(9, 1.2 + 0.42 * max(len(found), 2))
+    figure, axes = new_figure(9, 1.2 + 0.42 * max(len(found), 2))
     for position, (_, measured) in enumerate(found):
         for space, colors in COLORS.items():
             for when, marker in (("first", "o"), ("last", "D")):
@@ -109,12 +110,3 @@ def mean_norms(found: Sequence[dict]) -> dict[str, dict[str, float]]:
         if values:
             means[when] = {name: sum(value[name] for value in values) / len(values) for name in values[0]}
     return means
-
-
-def _figure(width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()

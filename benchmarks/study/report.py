@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.study import compare, figures
 from benchmarks.study import rows as stored
 from benchmarks.study.plan import DATASETS, LORA, SEEDS, TABLES, TITLES, Entry, cells, entries
+from benchmarks.tables import table
 from mos_kernels.run_report.log import write_text
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "study"
@@ -63,10 +64,10 @@ def _dataset(rows, dataset: str, seeds: Sequence[int], output: Path | None) -> l
         facts += f"evaluate on, the majority class {one['majority']:.3f}"
         facts += ", batches of like lengths." if one["group_by_length"] else "."
     parts = [f"## {dataset}", facts]
-    for table, listed in TABLES.items():
-        if table == "stability":
+    for name, listed in TABLES.items():
+        if name == "stability":
             continue
-        parts += [f"### {TITLES[table]}", _accuracies(rows, dataset, listed, seeds)]
+        parts += [f"### {TITLES[name]}", _accuracies(rows, dataset, listed, seeds)]
         parts += [f"Accuracy minus that of {LORA.name}:", _differences(rows, dataset, listed, seeds)]
         parts += ["Evaluation loss in nats, and minus that of LoRA:", _losses(rows, dataset, listed, seeds)]
     parts += [f"### {TITLES['stability']}: largest norm of the gradient", _stability(rows, dataset, seeds)]
@@ -220,8 +221,3 @@ def _signed(found: compare.Difference | None) -> str:
 
 def _arrow(first: float, last: float) -> str:
     return f"{first:.3g} → {last:.3g}"
-
-
-def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines))

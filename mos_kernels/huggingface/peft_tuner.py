@@ -23,7 +23,7 @@ from mos_kernels.huggingface.files import require_finite
 from mos_kernels.huggingface.peft_config import MOSELORA, MoSPeftConfig
 from mos_kernels.huggingface.peft_layer import WHY_NO_MERGE, MoSPeftLayer, MoSPeftRouter, MoSTunerLayer
 from mos_kernels.huggingface.plan import Plan, PlannedBlock, make_plan
-from mos_kernels.huggingface.targets import ALL_LINEAR, ffn_target_modules, is_target
+from mos_kernels.huggingface.targets import ffn_target_modules, is_all_linear, is_target
 from mos_kernels.huggingface.token_masks import follow_attention_mask, forget_attention_mask
 from mos_kernels.layer import MoSLayer, MoSRouter
 
@@ -51,7 +51,7 @@ class MoSPeftModel(BaseTuner):
         if config.target_modules is None:
             config.target_modules = _default_targets(model, config, modules)
         plan = make_plan(model, config.to_mos_config(), modules)
-        if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+        if is_all_linear(config.target_modules):
             config.target_modules = [name for linear in plan.linears for name in linear.target.names]
         if state_dict is not None:  # whose names say which linears to adapt: a block's router belongs to none
             named = {name.removeprefix(FILE_PREFIX): value for name, value in state_dict.items()}
@@ -182,13 +182,10 @@ def _default_targets(model: nn.Module, config: MoSPeftConfig, modules: list[tupl
 
 
 def _share_balance(model: nn.Module, adapter_name: str, plan: Plan) -> None:
-    """Divide the load-balancing coefficient by the number of the adapter's routers."""
-    coefficient = plan.config.router_aux_loss_coef / max(plan.num_routers, 1)
+    """Give each of the adapter's routers its part of the load-balancing coefficient."""
     owners = [router[adapter_name] for router in _routers(model) if adapter_name in router]
     owners += [layer.mos_adapter[adapter_name] for _, layer in _named_layers(model) if adapter_name in layer.mos_router]
-    for owner in owners:
-        owner.aux_coefficient = coefficient
-        owner.mos_aux_weight.fill_(coefficient)
+    plan.share_balance(owners)
 
 
 def _named_layers(model: nn.Module) -> list[tuple[str, MoSPeftLayer]]:

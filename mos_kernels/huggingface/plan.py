@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -56,6 +57,8 @@ class PlannedBlock:
 
 @dataclass(frozen=True)
 class Plan:
+    """All that an adapter puts on a model."""
+
     config: MoSConfig
     linears: list[PlannedLinear] = field(default_factory=list)
     blocks: list[PlannedBlock] = field(default_factory=list)
@@ -63,6 +66,12 @@ class Plan:
     @property
     def num_routers(self) -> int:
         return len(self.blocks) + sum(linear.config.router_scope == "linear" for linear in self.linears)
+
+    def share_balance(self, owners: Iterable[nn.Module]) -> None:
+        """Give what routes its part of the load-balancing coefficient, which is averaged over the routers."""
+        for owner in owners:
+            owner.aux_coefficient = self.config.router_aux_loss_coef / self.num_routers
+            owner.mos_aux_weight.fill_(owner.aux_coefficient)
 
     def report(self) -> str:
         """Which linears are adapted, and who routes them, one line for layers that are alike."""

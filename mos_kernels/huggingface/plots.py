@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mos_kernels.run_report.charts import COLORS, layer_of, projection_of
+from mos_kernels.run_report.charts import COLORS, layer_of, projection_of, smooth
 
 MAX_LAYERS = 8
 """Curvature panels a row: of a deeper model, layers at even distances are drawn."""
@@ -13,19 +13,13 @@ MAX_LAYERS = 8
 
 def plot_loss(log: Sequence[Mapping], path: str | Path, title: str = "") -> None:
     """Training and evaluation loss over the steps. log: entries with "step" and "loss" or "eval_loss"."""
-    figure, axes = _figure(7.5, 4.2)
+    figure, axes = new_figure(7.5, 4.2)
     train = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
     evaluation = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
     if train:
         axes.plot(*zip(*train, strict=True), color="#4292c6", lw=1, alpha=0.45, label="train")
         if len(train) >= 10:
-            axes.plot(
-                [step for step, _ in train],
-                _smooth([loss for _, loss in train]),
-                color="#08519c",
-                lw=1.8,
-                label="train, smoothed",
-            )
+            axes.plot(*zip(*smooth(train), strict=True), color="#08519c", lw=1.8, label="train, smoothed")
     if evaluation:
         axes.plot(*zip(*evaluation, strict=True), color="#d94801", marker="o", lw=1.8, label="evaluation")
     axes.set(xlabel="step", ylabel="loss (nats)", title=title)
@@ -51,7 +45,7 @@ def plot_curvature(log: Sequence[Mapping], expert_spaces: Sequence[str], path: s
     columns = min(len(shown), 6 if len(shown) <= 6 else 4) or 1
     bands = [shown[start : start + columns] for start in range(0, len(shown), columns)] or [[]]
     rows = max(len(bands) * len(projections), 1)
-    figure, grid = _figure(1.2 + 1.9 * max(columns, 3), 1.1 + 1.55 * rows, rows, columns, sharex=True, sharey=True)
+    figure, grid = new_figure(1.2 + 1.9 * max(columns, 3), 1.1 + 1.55 * rows, rows, columns, sharex=True, sharey=True)
     for axes in grid.flat:
         axes.set_visible(False)
     for band, members in enumerate(bands):
@@ -86,7 +80,7 @@ def plot_routing(
     shares: from the router's name to E numbers in [0, 1], whose sum is k. expert_spaces: the E geometries.
     """
     rows, experts = max(len(shares), 1), len(expert_spaces)
-    figure, axes = _figure(2.6 + 0.75 * experts, 1.6 + 0.34 * min(rows, 60))
+    figure, axes = new_figure(2.6 + 0.75 * experts, 1.6 + 0.34 * min(rows, 60))
     values = [list(share) for share in shares.values()]
     image = axes.imshow(values or [[0] * experts], cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for row, share in enumerate(values if rows <= 60 else []):
@@ -115,7 +109,8 @@ def plot_routing(
     figure.savefig(path, dpi=130)
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+    """A figure of this size in inches, and its axes: one, or with more rows, columns or options an array of them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state
     from matplotlib.figure import Figure
 
@@ -142,10 +137,3 @@ def _space_legend(figure, expert_spaces: Sequence[str]) -> None:
 
 def _wrapped(name: str) -> str:
     return name if len(name) <= 18 else name.replace(".", ".\n")
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """The mean over a centred window of a tenth of the points."""
-    half = max(len(values) // 20, 1)
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -117,7 +117,7 @@ def find_targets(
             f"layers_to_transform={config.layers_to_transform} has no effect when target_modules is the string "
             f"{config.target_modules!r}: give a list of name endings"
         )
-    if _is_all_linear(config):
+    if is_all_linear(config.target_modules):
         heads = _heads(model)
         matched = [
             (name, module)
@@ -183,8 +183,9 @@ def _ends_with_any(name: str, endings) -> bool:
     return any(_ends_with(name, ending) for ending in endings)
 
 
-def _is_all_linear(config: MoSConfig) -> bool:
-    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+def is_all_linear(target_modules: str | Sequence[str]) -> bool:
+    """Whether it is "all-linear", in whatever case (as peft reads it)."""
+    return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
 
 
 def _heads(model: nn.Module) -> list[nn.Module]:
@@ -217,7 +218,7 @@ def _refuse_3d_parameters(model: nn.Module, config: MoSConfig) -> None:
 
 
 def _require_matches(model: nn.Module, config: MoSConfig, matched: list[str], names: list[str]) -> None:
-    if _is_all_linear(config) or isinstance(config.target_modules, str):
+    if isinstance(config.target_modules, str):
         missing = [] if matched else [config.target_modules]
     else:
         missing = [entry for entry in config.target_modules if not any(_ends_with(name, entry) for name in matched)]
@@ -274,11 +275,11 @@ def refuse_offloaded(name: str, module: nn.Module) -> None:
         )
 
 
-def _require_patterns(config: MoSConfig, targets: Iterable[Target]) -> None:
+def _require_patterns(config: MoSConfig, targets: list[Target]) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field) or {}:
             if not any(re.match(rf"(.*\.)?({key})$", target.name) for target in targets):
-                raise ValueError(f"{field} has the key {key!r}, which matches none of the {len(list(targets))} targets")
+                raise ValueError(f"{field} has the key {key!r}, which matches none of the {len(targets)} targets")
 
 
 def _linear_endings(model: nn.Module) -> list[str]:

@@ -16,6 +16,9 @@ HISTORY = "mos_history.jsonl"
 FINETUNE_LOG, FINETUNE_SETTINGS = "log.jsonl", "settings.json"
 TRAINER_STATE = "trainer_state.json"
 
+TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+"""What Trainer puts beside the metrics of an evaluation."""
+
 
 class RunError(ValueError):
     """A folder that holds no run, or one that cannot be read."""
@@ -55,7 +58,7 @@ def read_run(folder: Path) -> Run:
         settings = _json(folder / FINETUNE_SETTINGS)
         adapter = settings.pop("adapter", None)
         return Run(name, complete_lines(folder / FINETUNE_LOG), _config(adapter), {**settings, **_flat(adapter)})
-    checkpoint = _step_of_checkpoint(folder)
+    checkpoint = checkpoint_step(folder)
     history = next((f / HISTORY for f in _places(folder, checkpoint) if (f / HISTORY).is_file()), None)
     if history is not None:
         lines = complete_lines(history)
@@ -116,6 +119,13 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> Path | None:
     return max(complete)[1] if complete else None
 
 
+def checkpoint_step(folder: Path) -> int | None:
+    """The number in checkpoint-NUMBER; None for a folder of another name."""
+    name = folder.resolve().name
+    number = name.removeprefix("checkpoint-")
+    return int(number) if name.startswith("checkpoint-") and number.isdecimal() else None
+
+
 def checkpoint_state(checkpoint: Path) -> dict | None:
     """What Trainer wrote last into a checkpoint; None where that is missing or cut off."""
     try:
@@ -128,11 +138,6 @@ def _trainer_state(folder: Path) -> dict | None:
     last = last_complete_checkpoint(folder)
     states = [state for place in (folder, last) if place is not None and (state := checkpoint_state(place))]
     return max(states, key=lambda state: state.get("global_step", 0), default=None)
-
-
-def _step_of_checkpoint(folder: Path) -> int | None:
-    number = folder.resolve().name.removeprefix("checkpoint-")
-    return int(number) if folder.resolve().name.startswith("checkpoint-") and number.isdecimal() else None
 
 
 def _places(folder: Path, checkpoint: int | None) -> list[Path]:

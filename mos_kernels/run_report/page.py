@@ -22,9 +22,8 @@ from mos_kernels.run_report.charts import (
     shade,
     smooth,
 )
-from mos_kernels.run_report.log import Run
+from mos_kernels.run_report.log import TIMINGS, Run
 
-_TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "loss")
 _SPELLED = {"hyperbolic": "hyperbolic", "spherical": "spherical", "euclidean": "Euclidean"}
 
 
@@ -85,7 +84,7 @@ def _training(run: Run) -> str:
     small += [
         (key, f"evaluation: {name.replace('_', ' ')}")
         for name, key in found.items()
-        if name not in _TIMINGS and "/" not in name
+        if name not in ("loss", *TIMINGS) and "/" not in name
     ]
     for key, name in small:
         points = run.curve(key)

@@ -9,9 +9,8 @@ import math
 
 import pytest
 import torch
-from finetune_setup import colours, save_bert, sentences, write_tsv
+from finetune_setup import KillAt, Killed, colours, save_bert, sentences, write_tsv
 from torch import nn
-from transformers import TrainerCallback
 
 from benchmarks.study import __main__ as study
 from benchmarks.study import compare, melora, norms, plan, rows, runner
@@ -82,19 +81,6 @@ def test_each_run_is_planned_once_whatever_tables_name_it():
 
 
 # runs
-
-
-class Killed(BaseException):
-    """What no handler in the program catches."""
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Killed
 
 
 TINY_MOS = Entry("tiny", ("--method", "mos", "--r", "2"), 0)

@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    TrainerCallback,
 )
 
 from mos_kernels.huggingface import finetune
@@ -104,6 +105,21 @@ def parse(*arguments) -> argparse.Namespace:
 def run(*arguments) -> int:
     """The exit status of the command. Training is on the CPU."""
     return finetune.run(parse("--device", "cpu", *arguments))
+
+
+class Killed(BaseException):
+    """What no handler in the program catches."""
+
+
+class KillAt(TrainerCallback):
+    """Raises `Killed` after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
 
 
 def colours(path: Path) -> int:

@@ -8,28 +8,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from finetune_setup import parse, run, save_bert, sentences, write_tsv
+from finetune_setup import KillAt, Killed, parse, run, save_bert, sentences, write_tsv
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from mos_kernels.huggingface import finetune, finetune_adalora
 from mos_kernels.huggingface.finetune_model import Method
 from mos_kernels.huggingface.finetune_trainer import FinetuneTrainer
 
 pytest.importorskip("peft")
-
-
-class Killed(BaseException):
-    """What no handler in the program catches."""
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Killed
 
 
 @pytest.fixture(scope="module")

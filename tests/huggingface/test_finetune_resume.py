@@ -6,15 +6,11 @@ import json
 
 import pytest
 import torch
-from finetune_setup import run, save_bert, sentences, write_tsv
+from finetune_setup import Killed, run, save_bert, sentences, write_tsv
 from safetensors.torch import load_file
 
 from mos_kernels.huggingface import finetune_results, finetune_trainer
 from mos_kernels.run_report.log import TRAINER_STATE
-
-
-class Killed(BaseException):
-    """What no handler in the program catches."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The layer of reference/: the facts that MATH.md states, the loop against the per-expert form, gradients at guards."""
+"""The layer of reference/: facts of the mathematics, the loop against the per-expert form, gradients at guards."""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
     gates = top-k softmax(logits)    h_e = λ(n; κ_e) p    q_e = h_eᵀ G_e h_e    z_e = (α/r) g_e e(q_e; κ_e) h_e
 
-and its backward (MATH: "Backward in rank space"). A tile is [BLOCK_T tokens, BLOCK_E experts, BLOCK_R of rank]. A
-product with G is a sum over one index of rank at a time: at these sizes nearly free, exact in float32, no padding.
+and its backward (the equations stand at `eager.bridge_backward`). A tile is [BLOCK_T tokens, BLOCK_E experts, BLOCK_R
+of rank]. A product with G is a sum over one index of rank at a time: at these sizes nearly free, exact in float32, no
+padding.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
 
 
 def in_two_parts(router: Tensor, dtype: torch.dtype) -> Tensor:
-    """The router that the kernels see beside an x of dtype: the sum of two numbers of that dtype (MATH: Precision)."""
+    """The router that the kernels see beside an x of dtype: the sum of two numbers of that dtype."""
     if dtype == torch.float32:
         return router
     high = router.to(dtype).float()
@@ -254,7 +254,7 @@ def largest_errors(runs: list[dict[str, Tensor]], truth: dict[str, Tensor]) -> d
 
 
 def compare(kernels: dict[str, Tensor], by_torch: dict[str, Tensor], truth: dict[str, Tensor]) -> list[str]:
-    """STYLE.md's criterion: error(kernels) <= 2·error(torch) + 1e-6·max|truth|, for the output and every gradient."""
+    """The criterion: error(kernels) <= 2·error(torch) + 1e-6·max|truth|, for the output and every gradient."""
     failed = []
     if kernels.keys() != truth.keys():
         failed.append(f"results {sorted(kernels)} instead of {sorted(truth)}")

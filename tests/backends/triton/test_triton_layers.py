@@ -1,4 +1,4 @@
-"""Layers of every kind, drawn from seeds, by STYLE.md's criterion; and the kinds that the seeds reach."""
+"""Layers of every kind, drawn from seeds, by the criterion of cases.py; and the kinds that the seeds reach."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_logits_as_low_as_they_come_select_existing_experts():
 
 
 def test_a_wide_router_beside_half_precision_keeps_two_parts():
-    """The logits of a float32 router beside a bfloat16 x are right to what two parts hold (MATH: Precision)."""
+    """The logits of a float32 router beside a bfloat16 x are right to what two parts hold."""
     from mos_kernels.backends import triton as backend
 
     for dtype, bits in ((torch.bfloat16, 16), (torch.float16, 22)):
