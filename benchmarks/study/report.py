@@ -108,7 +108,8 @@ def _differences(rows, dataset: str, listed: Iterable[Entry], seeds) -> str:
         line = [entry.name]
         for rate in (1, 3, 10):
             reference = compare.runs(rows, dataset, LORA, rate, seeds)
-            line.append(_signed(compare.difference(compare.runs(rows, dataset, entry, rate, seeds), reference)))
+            one = compare.difference(compare.runs(rows, dataset, entry, rate, seeds), reference)
+            line.append(_signed(one) if rate in entry.rates else "")
         rates = [compare.best_rate(rows, dataset, one, seeds) for one in (entry, LORA)]
         if None in rates:
             line.append(NOT_RUN)
