@@ -321,7 +321,8 @@ def _coefficients(planes, routed, own_router: bool, kappa, aux_weight, token_mas
     share, weight, mask, constants = balance(routed, aux_weight, token_mask, config)
     parts = route_parts(routed, own_router, config)
     settings, all_e = launch.settings("route", planes.device, T), triton.next_power_of_2(E)
-    settings["BLOCK_T"] = min(settings["BLOCK_T"], max(2048 // all_e, 1))
+    tile = 2048 if splits == 1 else 256  # each plane of q and t holds a tile in registers at once
+    settings["BLOCK_T"] = min(settings["BLOCK_T"], max(tile // all_e, 1))
     launch.launch(
         coefficients_kernel, (triton.cdiv(T, settings["BLOCK_T"]),), planes,
         (planes, routed, kappa, share, weight, mask, through_dy, through_u, drouted, dkappa, T, config.scaling,
