@@ -40,9 +40,9 @@ def _devices() -> list[torch.device]:
 def _report(device: torch.device) -> int:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     probe = torch.empty(1, device=device)
-    source = "set_backend or MOS_BACKEND" if selected_backend() != "auto" else "the default"
     reason = why_not_triton(probe)
     try:
+        source = "set_backend or MOS_BACKEND" if selected_backend() != "auto" else "the default"
         chosen = resolve_backend("auto", probe)
     except ValueError as error:
         print(f"{device} ({name}): {error}")

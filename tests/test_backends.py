@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mos_kernels
-from mos_kernels import MoSConfig, MoSLinear, MoSRouter
+from mos_kernels import MoSConfig, MoSLinear, MoSRouter, doctor
 from mos_kernels.backends import BACKENDS, load_backend, resolve_backend, selected_backend, why_not_triton
 
 X = torch.ones(2, 4)
@@ -110,3 +110,9 @@ def test_importing_the_package_needs_torch_alone():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_doctor_names_a_backend_that_does_not_exist(monkeypatch, capsys):
+    monkeypatch.setenv("MOS_BACKEND", "cuda")
+    assert doctor.run() == 1
+    assert "MOS_BACKEND: 'cuda' is no backend" in capsys.readouterr().out

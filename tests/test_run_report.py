@@ -225,3 +225,20 @@ def test_labels_keep_apart_and_points_are_thinned():
     points = [(i, float(i)) for i in range(1000)]
     assert len(thinned(points)) == 160 and thinned(points)[0] == points[0] and thinned(points)[-1] == points[-1]
     assert smooth([(0, 1.0), (1, math.nan), (2, 3.0)]) == [(0, 2.0), (2, 2.0)]
+
+
+@pytest.mark.parametrize("state", ["[]", "{}", '{"global_step": null}', '{"global_step": "5", "log_history": 3}', "3"])
+def test_json_that_is_no_trainer_state_is_no_run(state, tmp_path, capsys):
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "trainer_state.json").write_text(state)
+    (tmp_path / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(tmp_path) is None
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("logged", [3, [{"step": 1, "loss": 2.0}, {"step": None}, 3, {"step": 4, "loss": "x"}]])
+def test_entries_of_a_trainer_state_that_are_none_are_left_out(logged, tmp_path):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 5, "log_history": logged}))
+    assert len(read_run(tmp_path).entries) == (0 if logged == 3 else 2)
+    drawn(tmp_path)

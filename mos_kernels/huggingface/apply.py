@@ -90,15 +90,33 @@ def install(model: nn.Module, plan: Plan) -> None:
         for parameter in trainable.values():
             parameter.requires_grad_(True)
         raise
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for linear, layer in zip(plan.linears, layers, strict=True):
-        _replace(model, linear.target.names, linear.target.module, layer)
-    for block, router in zip(plan.blocks, routers, strict=True):
-        add_router(block.block, block.form, router)
-    plan.share_balance(owner for owner in (*routers, *layers) if owner.mos_aux_weight is not None)
-    follow_attention_mask(model)
-    setattr(model, _STATE, AdapterState(plan.config, frozenset(trainable)))
+    try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for linear, layer in zip(plan.linears, layers, strict=True):
+            _replace(model, linear.target.names, linear.target.module, layer)
+        for block, router in zip(plan.blocks, routers, strict=True):
+            add_router(block.block, block.form, router)
+        plan.share_balance(owner for owner in (*routers, *layers) if owner.mos_aux_weight is not None)
+        follow_attention_mask(model)
+        setattr(model, _STATE, AdapterState(plan.config, frozenset(trainable)))
+    except BaseException:  # such as an interrupt
+        _uninstall(model, plan)
+        for parameter in trainable.values():
+            parameter.requires_grad_(True)
+        raise
+
+
+def _uninstall(model: nn.Module, plan: Plan) -> None:
+    """Put back the modules that a plan replaces, however many of them it has replaced."""
+    forget_attention_mask(model)
+    for block in plan.blocks:
+        if "mos_router" in block.block._modules:
+            remove_router(block.block)
+    for linear in plan.linears:
+        for name in linear.target.names:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear.target.module)
 
 
 def remove_mos(model: nn.Module) -> list[str]:

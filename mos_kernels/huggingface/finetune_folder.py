@@ -80,7 +80,10 @@ def check_output(args: argparse.Namespace, settings: dict) -> Path | None:
 def open_output(args: argparse.Namespace, settings: dict, checkpoint: Path | None) -> None:
     """Make the folder ready for training: an earlier run removed (--overwrite), or what is after its checkpoint."""
     folder = args.output
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"--output {folder} cannot be made ({error}): name a folder that you may write") from None
     if args.resume:
         remove_checkpoints_after(folder, checkpoint_step(checkpoint) if checkpoint else 0)
     else:

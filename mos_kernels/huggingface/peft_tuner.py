@@ -57,6 +57,7 @@ class MoSPeftModel(BaseTuner):
             named = {name.removeprefix(FILE_PREFIX): value for name, value in state_dict.items()}
             state_dict = {name: value for name, value in named.items() if not name.endswith(".mos_router.weight")}
         self._plan = plan
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             for block in plan.blocks:
@@ -65,6 +66,8 @@ class MoSPeftModel(BaseTuner):
             follow_attention_mask(model)
         except BaseException:
             _withdraw(model, adapter_name)
+            for parameter in trainable:
+                parameter.requires_grad_(True)
             raise
         finally:
             del self._plan

@@ -200,10 +200,11 @@ def _heads(model: nn.Module) -> list[nn.Module]:
 def _refuse_adapted(model: nn.Module) -> None:
     refuse_fsdp1(model)
     for name, module in model.named_modules():
+        # the tuner layers of methods outside of peft, such as our own, have this attribute too
+        if type(module).__module__.split(".")[0] == "peft" or hasattr(type(module), "adapter_layer_names"):
+            raise ValueError(f"the model has a peft adapter, at {name!r} ({type(module).__name__}): unload it first")
         if isinstance(module, (MoSLayer, MoSRouter)):
             raise ValueError(f"the model has a MoS adapter already, at {name!r}: call remove_mos(model) first")
-        if type(module).__module__.split(".")[0] == "peft":
-            raise ValueError(f"the model has a peft adapter, at {name!r} ({type(module).__name__}): unload it first")
 
 
 def _refuse_3d_parameters(model: nn.Module, config: MoSConfig) -> None:

@@ -73,7 +73,8 @@ def read_run(folder: Path) -> Run:
             f"{TRAINER_STATE} (Trainer) are all missing"
         )
     values = {k: v for k in ("max_steps", "num_train_epochs", "train_batch_size") if (v := state.get(k)) is not None}
-    return Run(name, [e for e in state.get("log_history", []) if isinstance(e, dict) and "step" in e], None, values)
+    logged = state.get("log_history")
+    return Run(name, [e for e in logged if _has_step(e)] if isinstance(logged, list) else [], None, values)
 
 
 def complete_lines(path: Path) -> list[dict]:
@@ -84,10 +85,14 @@ def complete_lines(path: Path) -> list[dict]:
             entry = json.loads(line)
         except json.JSONDecodeError:
             break
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), (int, float)):
+        if not _has_step(entry):
             break
         entries.append(entry)
     return entries
+
+
+def _has_step(entry) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("step"), (int, float))
 
 
 def write_lines(path: Path, entries: Sequence[Mapping]) -> None:
@@ -127,11 +132,12 @@ def checkpoint_step(folder: Path) -> int | None:
 
 
 def checkpoint_state(checkpoint: Path) -> dict | None:
-    """What Trainer wrote last into a checkpoint; None where that is missing or cut off."""
+    """What Trainer wrote last into a checkpoint; None where that is missing, cut off or no such thing."""
     try:
-        return json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return state if isinstance(state, dict) and isinstance(state.get("global_step"), int) else None
 
 
 def _trainer_state(folder: Path) -> dict | None:

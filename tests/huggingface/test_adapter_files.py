@@ -14,6 +14,7 @@ from tiny_models import FAMILIES, ids, mos, snapshot, tiny
 from torch.testing import assert_close
 
 from mos_kernels import MoSConfig
+from mos_kernels.huggingface import apply as apply_module
 from mos_kernels.huggingface import apply_mos, files, load_adapter, remove_mos, save_adapter
 
 CONFIG, WEIGHTS = files.CONFIG_NAME, files.WEIGHTS_NAME
@@ -326,6 +327,24 @@ def test_a_failure_while_installing_leaves_the_model_as_it_was(tmp_path, monkeyp
     assert {key: after[key] for key in after if key != "modules"} == {
         key: before[key] for key in before if key != "modules"
     }
+
+
+@pytest.mark.parametrize("stop_at", ["_replace", "add_router", "follow_attention_mask"])
+def test_an_interrupt_while_installing_leaves_the_model_as_it_was(stop_at, monkeypatch):
+    model = tiny()
+    before, calls = snapshot(model), []
+    original = getattr(apply_module, stop_at)
+
+    def interrupted(*args):
+        original(*args)
+        calls.append(args)
+        if len(calls) == 2 or stop_at == "follow_attention_mask":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(apply_module, stop_at, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        apply_mos(model, mos(model))
+    assert snapshot(model) == before
 
 
 def test_saving_without_an_adapter(tmp_path):

@@ -429,3 +429,9 @@ def test_causal_sums_against_one_row_at_a_time():
         torch.testing.assert_close(sums[row, 0].float(), loss)
         assert sums[row, 1] == (labels[row, 1:] != -100).sum()
     assert sums[1, 2] == 1
+
+
+def test_an_output_folder_that_cannot_be_made(bert, files, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert classify(bert, files, tmp_path / "file" / "out") == 2
+    assert "cannot be made" in capsys.readouterr().err

@@ -720,3 +720,20 @@ def test_a_configuration_goes_through_its_file(tmp_path):
     before.save_pretrained(tmp_path)
     after = MoSPeftConfig.from_pretrained(tmp_path)
     assert after.to_mos_config() == before.to_mos_config() and after.spaces == {"hyperbolic": 1, "spherical": 2}
+
+
+def test_an_adapter_that_cannot_be_put_on_leaves_parameters_trainable(monkeypatch):
+    model = tiny()
+    before = snapshot(model)
+    monkeypatch.setattr("mos_kernels.huggingface.peft_tuner.follow_attention_mask", lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        inject_adapter_in_model(config(), model)
+    assert snapshot(model)["requires_grad"] == before["requires_grad"]
+
+
+def test_apply_mos_inside_a_peft_model_says_to_unload():
+    base = peft_model().base_model.model
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="has a peft adapter, at .*unload it first"):
+        apply_mos(base, MoSConfig(target_modules=["q_proj"]))
+    assert snapshot(base) == before
