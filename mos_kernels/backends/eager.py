@@ -293,8 +293,8 @@ def bridge_backward(
 ) -> BridgeGradients:
     """Gradients of `bridge`, in rank space. dz (T, E·r); aux_weight, token_mask as in `route_backward`.
 
-        dg = (α/r) e (dz·h)    dq = (α/r) g (dz·h) ∂e/∂q    dh = (α/r) g e dz + 2 dq G h    dp = Σ_e λ_e dh_e
-        dn = Σ_e (dh_e·p) ∂λ_e/∂n    dκ = Σ_T [(α/r) g (dz·h) ∂e/∂κ + (dh·p) ∂λ/∂κ]    M_e = Σ_T dq h hᵀ
+    dg = (α/r) e (dz·h)    dq = (α/r) g (dz·h) ∂e/∂q    dh = (α/r) g e dz + 2 dq G h    dp = Σ_e λ_e dh_e
+    dn = Σ_e (dh_e·p) ∂λ_e/∂n    dκ = Σ_T [(α/r) g (dz·h) ∂e/∂κ + (dh·p) ∂λ/∂κ]    M_e = Σ_T dq h hᵀ
     """
     curved, gates, unit_gh, e, e_dq, e_dkappa, weight = bridged
     h, dz = curved.h, dz.unflatten(-1, curved.h.shape[1:])
