@@ -15,7 +15,9 @@ matplotlib.rcParams["font.family"] = "sans-serif"
 
 
 def box(ax, x, y, width, height, colour, title, *lines):
-    ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.04", facecolor=colour, edgecolor="#555555"))
+    ax.add_patch(
+        FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.04", facecolor=colour, edgecolor="#555555")
+    )
     middle = x + width / 2
     ax.text(middle, y + height - 0.2, title, ha="center", va="center", fontsize=12, weight="bold", color=TEXT)
     for i, line in enumerate(lines):
