@@ -6,8 +6,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "mos_kernels/__init__.py").read_text(), re.MULTILINE).group(1)
 
-# The lower bounds are those of tests/oldest.txt. transformers 5.0 itself says accelerate 1.1, and fails to import before
-# 1.2 and to train before 1.3; TRL wants 1.4.
+# The lower bounds are those of tests/oldest.txt. transformers 5.0 itself says accelerate 1.1, but fails to import
+# before 1.2, and to train before 1.3; TRL wants 1.4.
 HF = ["transformers>=5.0", "safetensors>=0.4.3", "accelerate>=1.4"]
 PEFT = [*HF, "peft>=0.21"]
 TRL = [*HF, "trl>=1.2"]

@@ -6,7 +6,9 @@ Where peft is installed, importing this registers the method MOSELORA with it.
 try:
     import transformers  # noqa: F401
 except ImportError as error:
-    raise ImportError('mos_kernels.huggingface needs transformers: pip install "mos_kernels[hf]"') from error
+    raise ImportError(
+        "mos_kernels.huggingface needs transformers: pip install transformers accelerate safetensors"
+    ) from error
 
 from mos_kernels.huggingface.apply import activated_parameters, apply_mos, remove_mos
 from mos_kernels.huggingface.files import load_adapter, save_adapter
@@ -42,5 +44,5 @@ except ImportError as error:
 
     def __getattr__(name: str):
         if name in ("MoSPeftConfig", "MoSPeftModel"):
-            raise ImportError(f'{name} needs peft 0.21 or later: pip install "mos_kernels[peft]"') from _why_no_peft
+            raise ImportError(f'{name} needs peft 0.21 or later: pip install "peft>=0.21"') from _why_no_peft
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

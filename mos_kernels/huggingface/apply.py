@@ -22,7 +22,7 @@ from mos_kernels.huggingface.plan import (
     own_adapter_parameters,
     router_owners,
 )
-from mos_kernels.huggingface.targets import refuse_offloaded
+from mos_kernels.huggingface.targets import frozen_heads, refuse_offloaded
 from mos_kernels.huggingface.token_masks import follow_attention_mask, forget_attention_mask
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSRouter, MoSWrapped, offload_hook
 from mos_kernels.sharded import refuse_sharded, refuse_zero3
@@ -77,7 +77,11 @@ def apply_mos(model: nn.Module, config: MoSConfig) -> AppliedMoS:
     """
     plan = make_plan(model, config)
     install(model, plan)
-    return AppliedMoS([linear.name for linear in plan.linears], plan.report())
+    heads = [
+        f"  {name} is frozen: {name}.requires_grad_(True) trains it, and save_adapter then keeps it with the adapter"
+        for name in frozen_heads(model)
+    ]
+    return AppliedMoS([linear.name for linear in plan.linears], "\n".join([plan.report(), *heads]))
 
 
 def install(model: nn.Module, plan: Plan) -> None:

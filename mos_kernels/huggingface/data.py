@@ -198,10 +198,16 @@ def class_names(train: Sequence[str], evaluations: Mapping[str, Sequence[str]]) 
         unseen = sorted(set(found) - set(names))
         if unseen:
             raise DataError(
-                f"{source}: the labels {unseen} do not occur in the training data, which has {names}: if they are "
-                "other spellings of these, merge them with --rename-label OLD=NEW"
+                f"{source}: the labels {_some(unseen)} do not occur in the training data, which has {_some(names)}: if "
+                "they are other spellings of these, merge them with --rename-label OLD=NEW"
             )
     return names
+
+
+def _some(names: Sequence[str]) -> str:
+    """A list that fits into an error, however wrong the column is."""
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"{[name[:40] for name in names[:8]]}{more}"
 
 
 def _is_int(name: str) -> bool:

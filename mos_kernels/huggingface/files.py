@@ -68,7 +68,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         "modules_to_save": modules or None,
         "mos_kernels_version": mos_kernels.__version__,
     }
-    card = _card(base, state.config)
+    card = _card(base, type(model), state.config)
     write_once(parameters.values(), lambda: _write(Path(folder), tensors, config, card))
 
 
@@ -367,16 +367,18 @@ def with_import_note(card: str) -> str:
     return "\n".join([*([card.rstrip(), ""] if card.strip() else []), *note])
 
 
-def _card(base: str | None, config: MoSConfig) -> str:
+def _card(base: str | None, kind: type[nn.Module], config: MoSConfig) -> str:
     is_hub_id = base is not None and not os.path.exists(base)
     header = ["---", *([f"base_model: {base}"] if is_hub_id else []), "tags:", "- mos-kernels", "- lora", "---"]
     spaces = ", ".join(f"{count} {name}" for name, count in config.spaces.items())
+    own = ["", f"model = ...  # the {kind.__name__} that the adapter was trained on"]
+    if kind.__module__.startswith("transformers."):
+        load_base = f"model = {kind.__name__}.from_pretrained({base or 'the base model'!r})"
+        own = [f"from transformers import {kind.__name__}", "", load_base]
     load = [
         "import mos_kernels.huggingface  # first",
         "from mos_kernels.huggingface import load_adapter",
-        "from transformers import AutoModel  # or the class that the adapter was trained with",
-        "",
-        f"model = AutoModel.from_pretrained({base or 'the base model'!r})",
+        *own,
         'load_adapter(model, "this folder")',
     ]
     return "\n".join(

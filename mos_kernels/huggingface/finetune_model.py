@@ -172,7 +172,7 @@ def _add_lora(model: nn.Module, method: str, config: dict, head: Sequence[str]):
     try:
         from peft import AdaLoraConfig, LoraConfig, get_peft_model
     except ImportError:
-        raise ModelError(f'--method {method} needs peft: pip install "mos_kernels[peft]"') from None
+        raise ModelError(f"--method {method} needs peft: pip install peft") from None
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
     settings |= {"modules_to_save": list(head) or None, "task_type": "SEQ_CLS" if head else "CAUSAL_LM"}
     if method == "adalora":

@@ -197,6 +197,16 @@ def _heads(model: nn.Module) -> list[nn.Module]:
     return [module for head in heads for module in head.modules()]
 
 
+def frozen_heads(model: nn.Module) -> list[str]:
+    """The names of a classifier's heads that take no gradient: from_pretrained draws what a checkpoint lacks anew."""
+    found = [(name, getattr(model, name, None)) for name in HEADS]
+    return [
+        name
+        for name, head in found
+        if isinstance(head, nn.Module) and not any(parameter.requires_grad for parameter in head.parameters())
+    ]
+
+
 def _refuse_adapted(model: nn.Module) -> None:
     refuse_fsdp1(model)
     for name, module in model.named_modules():

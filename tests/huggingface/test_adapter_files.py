@@ -87,7 +87,8 @@ def test_the_files_follow_pefts_convention(tmp_path):
         assert file.get_slice(f"{block}.up_proj.mos_lora_A").get_shape() == [2, 32]
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\nbase_model: someone/tiny-llama\n")
-    assert card.index("import mos_kernels.huggingface") < card.index("from transformers")
+    assert card.index("import mos_kernels.huggingface") < card.index("from transformers import LlamaForCausalLM")
+    assert "model = LlamaForCausalLM.from_pretrained('someone/tiny-llama')" in card
 
 
 def test_a_card_that_someone_wrote_is_kept(tmp_path):

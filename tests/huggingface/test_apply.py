@@ -84,6 +84,15 @@ def test_bert_has_no_block_and_the_report_says_so():
         assert text in applied.report() and text in str(applied)
 
 
+def test_the_report_names_a_head_that_stays_frozen():
+    model = tiny("bert")
+    says = "classifier is frozen: classifier.requires_grad_(True) trains it"
+    assert says in apply_mos(model, mos(model)).report()
+    assert not any(p.requires_grad for p in model.classifier.parameters())
+    llama = tiny()
+    assert "is frozen" not in apply_mos(llama, mos(llama)).report()
+
+
 def test_reports_of_blocks_and_of_linears_outside_of_them():
     model = tiny()
     report = apply_mos(model, mos(model, target_modules=["q_proj", "up_proj", "down_proj"])).report()

@@ -133,6 +133,9 @@ def test_labels_are_text_and_only_renamed_when_asked():
 def test_class_names():
     assert data.class_names(["10", "2", "2"], {}) == ["2", "10"]
     assert data.class_names(["b", "a", "10"], {"e": ["a"]}) == ["10", "a", "b"]
+    with pytest.raises(DataError, match="and 492 more") as refused:
+        data.class_names(["a", "b"], {"e": [f"sentence {i} " * 50 for i in range(500)]})
+    assert len(str(refused.value)) < 1000
     with pytest.raises(DataError, match=r"e: the labels \['c'\] do not occur in the training data"):
         data.class_names(["a", "b"], {"e": ["a", "c"]})
     with pytest.raises(DataError, match="every training row has the label 'a'"):

@@ -690,7 +690,7 @@ print('loaded')
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    needs = 'needs peft 0.21 or later: pip install "mos_kernels[peft]"'
+    needs = 'needs peft 0.21 or later: pip install "peft>=0.21"'
     assert done.stdout.splitlines() == [f"MoSPeftConfig {needs}", f"MoSPeftModel {needs}", "True", "loaded"]
 
 
