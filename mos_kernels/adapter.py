@@ -163,20 +163,9 @@ class _MoSLinear(torch.autograd.Function):
         ctx, x, weight, added, A, B, kappa, gates, router, aux_weight, token_mask, dropout_p, prepared, config, backend
     ):
         y, *saved = linear_forward(
-            x,
-            weight,
-            added,
-            A,
-            B,
-            kappa,
-            gates,
-            router,
-            dropout_p,
-            prepared,
-            config,
-            backend,
+            x, weight, added, A, B, kappa, gates, router, dropout_p, prepared, config, backend,
             any(ctx.needs_input_grad),
-        )
+        )  # fmt: skip
         added = added if weight is not None else None  # backward has no use for the base's output
         ctx.save_for_backward(x, weight, added, A, B, kappa, gates, router, aux_weight, *saved)
         ctx.token_mask = token_mask
