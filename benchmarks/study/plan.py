@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PAPER_RATE = 3e-4
+DTYPE = "bfloat16"
+"""Of the frozen model, under autocast, as most fine-tuning is done; what is trained stays in float32."""
 SEEDS = (0, 1, 2)
 
 
@@ -169,9 +171,9 @@ def entries(tables: Iterable[str] = TABLES) -> list[Entry]:
 
 
 def cells(datasets: Iterable[str] = DATASETS, tables: Iterable[str] = TABLES, seeds=SEEDS) -> list[Cell]:
-    """Every run of these tables, once each, the most important first: data set by data set, seeds together."""
+    """Every run of these tables, once each, the most important first: of each data set in turn, seeds together."""
     listed = [
-        (position, entry.importance + _DELAY[rate], entry.importance, rank, Cell(dataset, entry, rate, seed))
+        (entry.importance + _DELAY[rate], entry.importance, position, rank, Cell(dataset, entry, rate, seed))
         for position, dataset in enumerate(datasets)
         for rank, entry in enumerate(entries(tables))
         for rate in entry.rates

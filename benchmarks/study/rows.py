@@ -64,7 +64,7 @@ def row_of(cell: Cell, output: Path, failure: str | None, commit: str) -> dict:
         "largest_grad_norm": max(finite, default=None), "first_grad_norm": next(iter(finite), None),
         "curvature": None if failure else _curvatures(log, settings),
         "norms": None if failure else _json(output / NORMS),
-        "learning_rate": settings["learning_rate"], "epochs": settings["epochs"],
+        "learning_rate": settings["learning_rate"], "dtype": settings["dtype"], "epochs": settings["epochs"],
         "batch_size": settings["batch_size"], "group_by_length": settings["group_by_length"],
         "adapter": settings["adapter"], "data_sha256": list(settings["data_files"].values()),
         "commit": commit, "date": time.strftime("%Y-%m-%d"),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.study import rows
-from benchmarks.study.plan import DATASETS, PAPER_RATE, TABLES, Cell, cells
+from benchmarks.study.plan import DATASETS, DTYPE, PAPER_RATE, TABLES, Cell, cells
 
 CODE = (".", ":!benchmarks/results", ":!docs")
 """What of the tree a run depends on, as git's paths: its commit is not dirty for results and pages that changed."""
@@ -48,7 +48,7 @@ def arguments_of(cell: Cell, place: Place) -> list[str]:
         "--model", str(place.model), "--output", str(place.outputs / cell.folder), "--resume",
         *DATASETS[cell.dataset].options(place.data), *cell.entry.options,
         "--learning-rate", repr(round(PAPER_RATE * cell.rate, 10)), "--seed", str(cell.seed), "--device", "cpu",
-        "--logging-steps", "1", "--save-total-limit", "1", "--no-plots", "--quiet", *place.more,
+        "--dtype", DTYPE, "--logging-steps", "1", "--save-total-limit", "1", "--no-plots", "--quiet", *place.more,
     ]  # fmt: skip
 
 

@@ -75,9 +75,11 @@ def test_each_run_is_planned_once_whatever_tables_name_it():
     named = {entry.options for table in TABLES.values() for entry in table}
     assert {cell.entry.options for cell in cells} == named
     assert {cell.seed for cell in cells} == {0, 1, 2} and {cell.dataset for cell in cells} == {"svamp", "cola"}
-    first = [cell for cell in cells if cell.dataset == "svamp"][:6]
-    assert [(cell.entry, cell.rate, cell.seed) for cell in first[:3]] == [(LORA, 10, seed) for seed in (0, 1, 2)]
-    assert cells[: len(cells) // 2] == plan.cells(["svamp"])
+    for dataset in ("svamp", "cola"):
+        of_one = [cell for cell in cells if cell.dataset == dataset]
+        assert of_one == plan.cells([dataset])
+        assert [(cell.entry, cell.rate, cell.seed) for cell in of_one[:3]] == [(LORA, 10, seed) for seed in (0, 1, 2)]
+    assert {cell.dataset for cell in cells[:36]} == {"svamp", "cola"}  # neither waits for the other to be finished
 
 
 # runs
