@@ -75,10 +75,10 @@ def test_each_run_is_planned_once_whatever_tables_name_it():
     named = {entry.options for table in TABLES.values() for entry in table}
     assert {cell.entry.options for cell in cells} == named
     assert {cell.seed for cell in cells} == {0, 1, 2} and {cell.dataset for cell in cells} == {"svamp", "cola"}
-    for dataset in ("svamp", "cola"):
+    for dataset, rate in (("svamp", 10), ("cola", 3)):
         of_one = [cell for cell in cells if cell.dataset == dataset]
         assert of_one == plan.cells([dataset])
-        assert [(cell.entry, cell.rate, cell.seed) for cell in of_one[:3]] == [(LORA, 10, seed) for seed in (0, 1, 2)]
+        assert [(cell.entry, cell.rate, cell.seed) for cell in of_one[:3]] == [(LORA, rate, seed) for seed in (0, 1, 2)]
     assert {cell.dataset for cell in cells[:36]} == {"svamp", "cola"}  # neither waits for the other to be finished
 
 
