@@ -248,6 +248,7 @@ def test_adapter_files_are_those_of_one_process(shared_folder):
     save_adapter(model, shared_folder / "sharded")
     files = sorted(path.name for path in (shared_folder / "sharded").iterdir())
     assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert "Qwen2ForCausalLM.from_pretrained" in (shared_folder / "sharded" / "README.md").read_text()
     tensors = load_file(shared_folder / "sharded" / "adapter_model.safetensors")
     assert set(tensors) == names
     for name, tensor in tensors.items():

@@ -14,12 +14,18 @@ from functools import partial
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    PeftModel,
+    get_peft_model,
+)
 from peft_setup import FAMILIES, SCOPES, config, logits, peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import snapshot, tiny
+from tiny_models import mos, snapshot, tiny
 
-from mos_kernels.huggingface import load_adapter
+from mos_kernels.huggingface import apply_mos, load_adapter, save_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 UP = "base_model.model.model.layers.0.mlp.up_proj."
@@ -240,3 +246,19 @@ def test_a_checkpoint_that_is_not_finite_does_not_reach_the_adapter_in_training(
     with pytest.raises(ValueError, match="not finite"):
         adapted.load_adapter(folder, "default", is_trainable=True)
     assert torch.equal(logits(adapted), expected)
+
+
+AUTO = {"bert": (AutoPeftModelForSequenceClassification, AutoPeftModel)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_classes_open_what_save_adapter_wrote(tmp_path, family):
+    tiny(family).save_pretrained(tmp_path / "base")
+    model = type(tiny(family)).from_pretrained(tmp_path / "base").eval()
+    apply_mos(model, mos(model))
+    if family == "bert":
+        model.classifier.requires_grad_(True)  # for a class of a task peft wants the head in the file
+    expected = logits(model)
+    save_adapter(model, tmp_path / "adapter")
+    for auto in AUTO.get(family, (AutoPeftModelForCausalLM, AutoPeftModel)):
+        assert torch.equal(logits(auto.from_pretrained(tmp_path / "adapter").eval()), expected)
