@@ -67,6 +67,13 @@ def test_every_kernel_of_the_package_is_compiled_here():
     assert defined == {launch.name for launch in compiled.default_launches("sm_90", TRAIN)}
 
 
+@pytest.mark.parametrize("T", [TRAIN, DECODE])
+def test_the_table_tells_the_variants_of_a_kernel_apart(T):
+    launches = compiled.default_launches("sm_90", T)
+    lines = {(launch.name, variant) for launch, variant in zip(launches, compiled.distinctions(launches), strict=True)}
+    assert len(lines) == len(launches)
+
+
 def test_spills_are_seen():
     """A kernel held to far too few registers: what the other tests assert to be 0 is not 0 by construction."""
     launch = [one for one in compiled.default_launches("sm_90", TRAIN) if one.name == "bridge_backward"][0]

@@ -205,17 +205,42 @@ def default_launches(architecture: str, T: int) -> list[Launch]:
     return list(dict.fromkeys(launches))
 
 
+def distinctions(launches: list[Launch]) -> list[str]:
+    """For each launch, the constants that set it apart from the others of its kernel; and where none does, the types."""
+    texts = []
+    for described in launches:
+        others = [other for other in launches if other.kernel is described.kernel]
+        for traits in (_constants, _constants_and_types):
+            own, all_traits = traits(described), [traits(other) for other in others]
+            if all_traits.count(own) == 1:
+                break
+        varying = sorted(name for name in own if any(t.get(name) != own[name] for t in all_traits))
+        texts.append(" ".join(f"{name}={own[name]}" for name in varying))
+    return texts
+
+
+def _constants(described: Launch) -> dict[str, object]:
+    return dict(described.constants)
+
+
+def _constants_and_types(described: Launch) -> dict[str, object]:
+    aligned = {f"{name}%16": 0 for name in described.aligned}
+    return {**dict(described.constants), **dict(described.signature), **aligned}
+
+
 def table(architectures, token_counts=(8192, 16)) -> str:
-    """One line a kernel, architecture and bucket, as text."""
-    lines = [f"{'kernel':22} {'bucket':7} {'arch':7} {'registers':>9} {'spills':>6} {'shared':>7} {'occupancy':>9}"]
+    """One line a kernel, architecture and bucket, as text; the last column tells a kernel's variants apart."""
+    heads = f"{'kernel':22} {'bucket':7} {'arch':7} {'registers':>9} {'spills':>6} {'shared':>7} {'occupancy':>9}"
+    lines = [f"{heads}  variant"]
     for architecture in architectures:
         for T in token_counts:
-            for described in default_launches(architecture, T):
+            launches = default_launches(architecture, T)
+            for described, variant in zip(launches, distinctions(launches), strict=True):
                 warps = dict(described.options)["num_warps"]
                 used = resources(compile_launch(described, architecture), architecture, warps)
                 occupancy = "-" if used.occupancy is None else f"{used.occupancy:.0%}"
                 lines.append(
                     f"{described.name:22} {launch.bucket(T):7} {architecture:7} {used.registers:9} {used.spills:6} "
-                    f"{used.shared:7} {occupancy:>9}"
+                    f"{used.shared:7} {occupancy:>9}  {variant}".rstrip()
                 )
     return "\n".join(lines)
