@@ -206,7 +206,7 @@ def default_launches(architecture: str, T: int) -> list[Launch]:
 
 
 def distinctions(launches: list[Launch]) -> list[str]:
-    """For each launch, the constants that set it apart from the others of its kernel; and where none does, the types."""
+    """For each launch, the constants that set it apart from others of its kernel; where none does, the types too."""
     texts = []
     for described in launches:
         others = [other for other in launches if other.kernel is described.kernel]
