@@ -35,11 +35,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def own_class(model: nn.Module) -> type[nn.Module]:
-    """The class that the model had before FSDP2 put one in its place."""
-    return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed."))
-
-
 def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Whole copies on the CPU, without gradients."""
     with _zero3_gathered(tensors.values()):

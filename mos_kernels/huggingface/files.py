@@ -22,7 +22,7 @@ from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.apply import adapter_state, install, remove_mos
 from mos_kernels.huggingface.plan import adapter_parameters, adapter_shapes, make_plan
 from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, offload_hook
-from mos_kernels.sharded import gathered, own_class, refuse_fsdp1, refuse_zero3, spread_like, whole_shape, write_once
+from mos_kernels.sharded import gathered, refuse_fsdp1, refuse_zero3, spread_like, whole_shape, write_once
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -58,18 +58,17 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         raise ValueError(f"{offloaded[0]!r} is on the meta device (offloaded?): bring its values back before saving")
     tensors = {PREFIX + name: tensor for name, tensor in gathered(parameters).items()}
 
-    base, kind = getattr(getattr(model, "config", None), "_name_or_path", None) or None, own_class(model)
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     config = {
         **state.config.to_dict(),
         "peft_type": PEFT_TYPE,
         "task_type": None,
-        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "inference_mode": True,
         "base_model_name_or_path": base,
         "modules_to_save": modules or None,
         "mos_kernels_version": mos_kernels.__version__,
     }
-    card = _card(base, kind, state.config)
+    card = _card(base, type(model), state.config)
     write_once(parameters.values(), lambda: _write(Path(folder), tensors, config, card))
 
 

@@ -8,21 +8,11 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftType
 
 import mos_kernels
 from mos_kernels.config import MoSConfig, default_spaces
-from mos_kernels.huggingface.files import (
-    CARD_NAME,
-    CONFIG_NAME,
-    PEFT_TYPE,
-    PICKLE_NAME,
-    WEIGHTS_NAME,
-    refuse_damaged,
-    with_import_note,
-)
+from mos_kernels.huggingface.files import CARD_NAME, CONFIG_NAME, PEFT_TYPE, refuse_damaged, with_import_note
 
 
 def _add_peft_type(name: str) -> PeftType:
@@ -78,9 +68,6 @@ class MoSPeftConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     mos_kernels_version: str | None = None
 
-    _awaits_weights = False
-    """Whether the adapter of this configuration was put on for weights that are yet to be read from a file."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MOSELORA
@@ -102,37 +89,17 @@ class MoSPeftConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **kwargs) -> MoSPeftConfig:
-        """As peft's. ValueError for damaged adapter files, in a folder or from the hub, before a model is touched."""
-        folder = _folder_of(pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
-        if folder is not None:
+        """As peft's. ValueError for damaged adapter files in a folder, before a model is touched."""
+        folder = Path(os.fspath(pretrained_model_name_or_path), subfolder or "")
+        if (folder / CONFIG_NAME).is_file():
             refuse_damaged(folder)
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config._awaits_weights = True
-        return config
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As peft's; and the model card beside it says what to import before loading."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / CARD_NAME
         card.write_text(with_import_note(card.read_text(encoding="utf-8") if card.is_file() else ""), encoding="utf-8")
-
-
-def _folder_of(name: str | os.PathLike, subfolder: str | None, options: dict) -> Path | None:
-    """Where an adapter's files are; those on the hub are downloaded first, which peft does afterwards."""
-    folder = Path(os.fspath(name), subfolder or "")
-    if (folder / CONFIG_NAME).is_file():
-        return folder
-    try:
-        config = hf_hub_download(name, CONFIG_NAME, subfolder=subfolder, **options)
-    except Exception:  # peft says what is missing
-        return None
-    for weights in (WEIGHTS_NAME, PICKLE_NAME):
-        try:
-            hf_hub_download(name, weights, subfolder=subfolder, **options)
-            break
-        except EntryNotFoundError:
-            continue
-    return Path(config).parent
 
 
 def _without_unknown(init):

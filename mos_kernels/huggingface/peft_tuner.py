@@ -14,7 +14,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from mos_kernels.huggingface.blocks import FFNForm, add_router, recognise, remove_router
@@ -57,7 +57,7 @@ class MoSPeftModel(BaseTuner):
             named = {name.removeprefix(FILE_PREFIX): value for name, value in state_dict.items()}
             state_dict = {name: value for name, value in named.items() if not name.endswith(".mos_router.weight")}
         self._plan = plan
-        self._trainable_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             for block in plan.blocks:
@@ -65,28 +65,12 @@ class MoSPeftModel(BaseTuner):
             _share_balance(model, adapter_name, plan)
             follow_attention_mask(model)
         except BaseException:
-            self._withdraw(model, adapter_name)
+            _withdraw(model, adapter_name)
+            for parameter in trainable:
+                parameter.requires_grad_(True)
             raise
         finally:
             del self._plan
-            if not config._awaits_weights:
-                del self._trainable_before
-
-    def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
-        """Take an adapter off again that could not be put on the whole model, or whose weights do not fit it."""
-        _take_off(model, adapter_name)
-        for parameter in self._trainable_before:
-            parameter.requires_grad_(True)
-
-    def _settle(self, adapter_name: str, fits: bool) -> None:
-        """After its weights were read: keep the adapter, or leave the model as it was before the adapter was put on."""
-        self.peft_config[adapter_name]._awaits_weights = False
-        if not fits:
-            self._withdraw(self.model, adapter_name)
-            del self.peft_config[adapter_name]
-            if not self.peft_config:
-                del self.model.peft_config
-        del self._trainable_before
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
@@ -143,49 +127,28 @@ class MoSPeftModel(BaseTuner):
                 "a Mixture-of-Space adapter is one for the whole batch: call set_adapter, and run a batch by adapter, "
                 "instead of passing adapter_names"
             )
-        for name, config in self.peft_config.items():
-            if config._awaits_weights:  # it is used as it was drawn, so it is no longer there for the sake of a file
-                self._settle(name, fits=True)
         yield
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict[str, Tensor]:
-        """As peft's. ValueError, before a value is loaded, for tensors missing, foreign, misshapen or not finite.
-
-        An adapter that was put on the model for these tensors is then taken off again.
-        """
+        """As peft's. ValueError, before a value is loaded, for tensors missing, foreign, misshapen or not finite."""
         found = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        tuner = getattr(model, "base_model", None)
-        awaited = config._awaits_weights and isinstance(tuner, MoSPeftModel)
-        try:
-            _require_fitting(model, adapter_name, found)
-        except ValueError:
-            if awaited:
-                tuner._settle(adapter_name, fits=False)
-            raise
-        if awaited:
-            tuner._settle(adapter_name, fits=True)
+        adapter = (f".{adapter_name}", f".mos_router.{adapter_name}.weight")
+        own = {name: p for name, p in model.named_parameters() if ".mos_" in name and name.endswith(adapter)}
+        named = {name if name in own else name.removeprefix(FILE_PREFIX): tensor for name, tensor in found.items()}
+        missing = [name for name in own if name not in named]
+        foreign = [name for name in named if name not in own and ".mos_" in name]
+        reshaped = [name for name in own if name in named and named[name].shape != own[name].shape]
+        for problem, tensors in (("missing", missing), ("unexpected", foreign), ("of another shape", reshaped)):
+            if tensors:
+                raise ValueError(
+                    f"the adapter for {adapter_name!r} is of another architecture than this model's: {len(tensors)} "
+                    f"tensors are {problem}, such as {tensors[0]}. Load the base model that it was trained on"
+                )
+        require_finite(f"the adapter for {adapter_name!r}", {name: named[name] for name in own})
         return found
-
-
-def _require_fitting(model: nn.Module, adapter_name: str, found: dict[str, Tensor]) -> None:
-    """ValueError unless the tensors found for this adapter are those of the model, with values that are finite."""
-    adapter = (f".{adapter_name}", f".mos_router.{adapter_name}.weight")
-    parameters = dict(model.named_parameters())
-    own = [name for name in parameters if ".mos_" in name and name.endswith(adapter)]
-    named = {name if name in parameters else name.removeprefix(FILE_PREFIX): tensor for name, tensor in found.items()}
-    missing = [name for name in own if name not in named]
-    foreign = [name for name in named if name not in own and ".mos_" in name]
-    reshaped = [name for name in named if name in parameters and named[name].shape != parameters[name].shape]
-    for problem, tensors in (("missing", missing), ("unexpected", foreign), ("of another shape", reshaped)):
-        if tensors:
-            raise ValueError(
-                f"the adapter for {adapter_name!r} is of another architecture than this model's: {len(tensors)} "
-                f"tensors are {problem}, such as {tensors[0]}. Load the base model that it was trained on"
-            )
-    require_finite(f"the adapter for {adapter_name!r}", named)
 
 
 def _modules_to_adapt(model: nn.Module, config: MoSPeftConfig) -> list[tuple[str, nn.Module]]:
@@ -252,8 +215,8 @@ def _bind(block: nn.Module, form: FFNForm, routers: MoSPeftRouter) -> None:
     add_router(block, dataclasses.replace(form, routed=routed), routers)
 
 
-def _take_off(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter, wherever it is, and what only it needed."""
+def _withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter that could not be put on the whole model off again."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about which adapter is active next: the one that was
         for block in _routed_blocks(model):
@@ -268,14 +231,6 @@ def _take_off(model: nn.Module, adapter_name: str) -> None:
                 _put(model, name, layer.base_layer)
         for block in _routed_blocks(model):
             _bind(block, recognise(block), block.mos_router)
-        for name, module in list(model.named_modules(remove_duplicate=False)):
-            if isinstance(module, ModulesToSaveWrapper):
-                others = [name for name in module.modules_to_save if name != adapter_name]
-                module.delete_adapter(adapter_name, [a for a in module.active_adapters if a in others] or others[:1])
-                if not len(module.modules_to_save):
-                    _put(model, name, module.original_module)
-    if not _named_layers(model):
-        forget_attention_mask(model)
 
 
 if MOSELORA not in PEFT_TYPE_TO_TUNER_MAPPING:

@@ -114,17 +114,11 @@ class MoSCallback(TrainerCallback):
         return callback
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        adapters = mos_adapters(model)
-        if not adapters:
-            raise ValueError(
-                f"MoSCallback: {type(model).__name__} has no MoS adapter to train: call apply_mos or get_peft_model "
-                "before the Trainer is made, or leave the callback out"
-            )
         self._stop_measuring()
         self._statistics = None
         self._step_in_epoch = None
         self._next_measured = 0
-        for layer in adapters.values():
+        for layer in mos_adapters(model).values():
             if layer.mos_curvature.dtype != torch.float32:
                 layer.mos_curvature.data = layer.mos_curvature.data.float()
         self._open_history(args, state, model)
