@@ -59,16 +59,18 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     tensors = {PREFIX + name: tensor for name, tensor in gathered(parameters).items()}
 
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    kind = _class_of(model)
     config = {
         **state.config.to_dict(),
         "peft_type": PEFT_TYPE,
         "task_type": None,
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "inference_mode": True,
         "base_model_name_or_path": base,
         "modules_to_save": modules or None,
         "mos_kernels_version": mos_kernels.__version__,
     }
-    card = _card(base, type(model), state.config)
+    card = _card(base, kind, state.config)
     write_once(parameters.values(), lambda: _write(Path(folder), tensors, config, card))
 
 
@@ -324,6 +326,12 @@ def _unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def _class_of(model: nn.Module) -> type[nn.Module]:
+    """The model's class, not the one that fully_shard makes on the fly and puts in its place."""
+    kinds = (kind for kind in type(model).__mro__ if issubclass(kind, nn.Module))
+    return next(kind for kind in kinds if not kind.__module__.startswith("torch.distributed."))
+
+
 def _staged(stack: contextlib.ExitStack, path: Path, content: bytes) -> Path:
     """A finished temporary file beside `path`, gone at the end of `stack` unless renamed."""
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -375,6 +383,17 @@ def _card(base: str | None, kind: type[nn.Module], config: MoSConfig) -> str:
     if kind.__module__.startswith("transformers."):
         load_base = f"model = {kind.__name__}.from_pretrained({base or 'the base model'!r})"
         own = [f"from transformers import {kind.__name__}", "", load_base]
+    by_peft = [
+        "",
+        "Or, where peft is installed:",
+        "",
+        "```python",
+        "import mos_kernels.huggingface  # first",
+        "from peft import AutoPeftModel",
+        "",
+        'model = AutoPeftModel.from_pretrained("this folder")',
+        "```",
+    ]
     load = [
         "import mos_kernels.huggingface  # first",
         "from mos_kernels.huggingface import load_adapter",
@@ -395,6 +414,7 @@ def _card(base: str | None, kind: type[nn.Module], config: MoSConfig) -> str:
             "```python",
             *load,
             "```",
+            *(by_peft if base and kind.__module__.startswith("transformers.") else []),
             "",
         ]
     )

@@ -25,6 +25,7 @@ from mos_kernels.huggingface import (
     MoSPeftConfig,
     activated_parameters,
     apply_mos,
+    ffn_target_modules,
     load_adapter,
     mos_param_groups,
     remove_mos,
@@ -142,6 +143,26 @@ def test_auto_classes_and_the_card(tmp_path):
     assert card.count("import mos_kernels.huggingface  # first") == 1 and "cannot be merged" in card
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model.eval()))
+
+
+@pytest.mark.parametrize(
+    "name", ["AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForSequenceClassification"]
+)
+def test_auto_classes_open_what_save_adapter_wrote(name, tmp_path):
+    import peft
+
+    family = "bert" if "Sequence" in name else "llama"
+    tiny(family).save_pretrained(tmp_path / "base")
+    model = type(tiny(family)).from_pretrained(tmp_path / "base").eval()
+    apply_mos(model, MoSConfig(r=4, init_lora_weights=False, target_modules=ffn_target_modules(model)))
+    if family == "bert":
+        model.classifier.requires_grad_(True)
+        with torch.no_grad():
+            model.classifier.weight.add_(0.1)
+    save_adapter(model, tmp_path / "adapter")
+    again = getattr(peft, name).from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(logits(again), logits(model))
+    assert isinstance(again, PeftModel) and type(again.base_model.model) is type(model)
 
 
 # several adapters
