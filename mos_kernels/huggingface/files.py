@@ -117,11 +117,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
         on_meta = [name for name, parameter in adapter_parameters(model).items() if parameter.is_meta]
     if on_meta:
         raise ValueError(f"{on_meta[0]!r} is on the meta device: load the base model's weights before the adapter")
+    modules += _saved_by_ending(model, modules, tensors)
     extra = tensors_of(model, modules)
-    shapes |= {name: whole_shape(tensor) for name, tensor in extra.items()}
-    _require_shapes(folder, tensors, shapes)
-    dtypes = _require_floating(folder, tensors, extra)
-    require_finite(folder, tensors, dtypes)
+    require_fit(folder, tensors, shapes, extra)
     if applied is not None:
         refuse_zero3(adapter_parameters(model).values())
 
@@ -153,9 +151,10 @@ def refuse_damaged(folder: Path) -> None:
     config, _ = _read_config(folder)
     if not (folder / WEIGHTS_NAME).is_file() and not (folder / PICKLE_NAME).is_file():
         return
-    tensors = {name: tensor for name, tensor in read_tensors(folder / WEIGHTS_NAME).items() if _is_adapter(name)}
+    found = read_tensors(folder / WEIGHTS_NAME)
+    tensors = {name: tensor for name, tensor in found.items() if _is_adapter(name)}
     _require_floating(folder, tensors, {})
-    require_finite(folder, tensors)
+    require_finite(folder, found, {name: torch.float64 for name in found if name not in tensors})
     E = config.num_experts
     for name, tensor in tensors.items():
         module, _, kind = name.removesuffix(".weight").rpartition(".")
@@ -168,6 +167,14 @@ def refuse_damaged(folder: Path) -> None:
         }
         if not fits[kind]:
             raise ValueError(f"{folder}: {name} has shape {shape}, which r={r} and {E} experts do not have")
+
+
+def require_fit(
+    folder: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], whole: dict[str, Tensor]
+) -> None:
+    """ValueError unless a file's tensors are an adapter's, of these shapes, and those that are saved whole; finite."""
+    _require_shapes(folder, tensors, shapes | {name: whole_shape(tensor) for name, tensor in whole.items()})
+    require_finite(folder, tensors, _require_floating(folder, tensors, whole))
 
 
 def _is_adapter(name: str) -> bool:
@@ -294,6 +301,16 @@ def _modules_to_save(model: nn.Module) -> list[str]:
             "freeze it, or move it into a module"
         )
     return list(dict.fromkeys(name.rpartition(".")[0] for name in trainable))
+
+
+def _saved_by_ending(model: nn.Module, entries: list[str], tensors: dict[str, Tensor]) -> list[str]:
+    """The modules that peft took for named by the end of a word ("classifier" is that of pre_classifier), and saved."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(name.endswith(entry) and not f".{name}".endswith(f".{entry}") for entry in entries)
+        and any(f"{name}.{key}" in tensors for key in module.state_dict())
+    ]
 
 
 def tensors_of(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:

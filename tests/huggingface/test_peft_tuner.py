@@ -433,22 +433,28 @@ def test_what_the_model_does_not_have_is_refused_before_it_changes(options, mess
     assert torch.equal(logits(adapted), expected)
 
 
-def test_an_error_on_the_way_takes_the_adapter_off(monkeypatch):
+@pytest.mark.parametrize("place", ["_share_balance", "follow_attention_mask"])
+def test_an_error_on_the_way_takes_the_adapter_off(place, monkeypatch):
     def fail(*_):
         raise RuntimeError("on the way")
 
     model = tiny()
-    types = snapshot(model)["types"]
-    monkeypatch.setattr("mos_kernels.huggingface.peft_tuner._share_balance", fail)
+    before = snapshot(model)
+    monkeypatch.setattr(f"mos_kernels.huggingface.peft_tuner.{place}", fail)
     with pytest.raises(RuntimeError, match="on the way"):
-        get_peft_model(model, config())
-    assert snapshot(model)["types"] == types and torch.equal(logits(model), logits(tiny()))
+        get_peft_model(model, config(modules_to_save=["lm_head"]))
+    after = snapshot(model)
+    kept = ("types", "modules", "attributes", "hooks", "state", "requires_grad")
+    assert all(after[key] == before[key] for key in kept)
+    assert torch.equal(logits(model), logits(tiny()))
     monkeypatch.undo()
     adapted = peft_model(target_modules=["gate_proj", "down_proj"])
     expected, types = logits(adapted), snapshot(adapted)["types"]
-    monkeypatch.setattr("mos_kernels.huggingface.peft_tuner._share_balance", fail)
+    monkeypatch.setattr(f"mos_kernels.huggingface.peft_tuner.{place}", fail)
     with pytest.raises(RuntimeError, match="on the way"):
-        adapted.add_adapter("other", config(target_modules=["gate_proj", "up_proj", "q_proj"]))
+        adapted.add_adapter(
+            "other", config(target_modules=["gate_proj", "up_proj", "q_proj"], modules_to_save=["lm_head"])
+        )
     assert snapshot(adapted)["types"] == types and torch.equal(logits(adapted), expected)
 
 
