@@ -59,16 +59,18 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     tensors = {PREFIX + name: tensor for name, tensor in gathered(parameters).items()}
 
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    kind = _class_of(model)
     config = {
         **state.config.to_dict(),
         "peft_type": PEFT_TYPE,
         "task_type": None,
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "inference_mode": True,
         "base_model_name_or_path": base,
         "modules_to_save": modules or None,
         "mos_kernels_version": mos_kernels.__version__,
     }
-    card = _card(base, type(model), state.config)
+    card = _card(base, kind, state.config)
     write_once(parameters.values(), lambda: _write(Path(folder), tensors, config, card))
 
 
@@ -115,11 +117,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
         on_meta = [name for name, parameter in adapter_parameters(model).items() if parameter.is_meta]
     if on_meta:
         raise ValueError(f"{on_meta[0]!r} is on the meta device: load the base model's weights before the adapter")
+    modules += _saved_by_ending(model, modules, tensors)
     extra = tensors_of(model, modules)
-    shapes |= {name: whole_shape(tensor) for name, tensor in extra.items()}
-    _require_shapes(folder, tensors, shapes)
-    dtypes = _require_floating(folder, tensors, extra)
-    require_finite(folder, tensors, dtypes)
+    require_fit(folder, tensors, shapes, extra)
     if applied is not None:
         refuse_zero3(adapter_parameters(model).values())
 
@@ -151,9 +151,10 @@ def refuse_damaged(folder: Path) -> None:
     config, _ = _read_config(folder)
     if not (folder / WEIGHTS_NAME).is_file() and not (folder / PICKLE_NAME).is_file():
         return
-    tensors = {name: tensor for name, tensor in read_tensors(folder / WEIGHTS_NAME).items() if _is_adapter(name)}
+    found = read_tensors(folder / WEIGHTS_NAME)
+    tensors = {name: tensor for name, tensor in found.items() if _is_adapter(name)}
     _require_floating(folder, tensors, {})
-    require_finite(folder, tensors)
+    require_finite(folder, found, {name: torch.float64 for name in found if name not in tensors})
     E = config.num_experts
     for name, tensor in tensors.items():
         module, _, kind = name.removesuffix(".weight").rpartition(".")
@@ -166,6 +167,14 @@ def refuse_damaged(folder: Path) -> None:
         }
         if not fits[kind]:
             raise ValueError(f"{folder}: {name} has shape {shape}, which r={r} and {E} experts do not have")
+
+
+def require_fit(
+    folder: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], whole: dict[str, Tensor]
+) -> None:
+    """ValueError unless a file's tensors are an adapter's, of these shapes, and those that are saved whole; finite."""
+    _require_shapes(folder, tensors, shapes | {name: whole_shape(tensor) for name, tensor in whole.items()})
+    require_finite(folder, tensors, _require_floating(folder, tensors, whole))
 
 
 def _is_adapter(name: str) -> bool:
@@ -294,6 +303,16 @@ def _modules_to_save(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] for name in trainable))
 
 
+def _saved_by_ending(model: nn.Module, entries: list[str], tensors: dict[str, Tensor]) -> list[str]:
+    """The modules that peft took for named by the end of a word ("classifier" is that of pre_classifier), and saved."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(name.endswith(entry) and not f".{name}".endswith(f".{entry}") for entry in entries)
+        and any(f"{name}.{key}" in tensors for key in module.state_dict())
+    ]
+
+
 def tensors_of(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
     """The parameters and persistent buffers of the named modules (peft's rule for names), without the adapter's.
 
@@ -322,6 +341,12 @@ def _unwrap(model: nn.Module) -> nn.Module:
         else:
             refuse_fsdp1(model)
             return model
+
+
+def _class_of(model: nn.Module) -> type[nn.Module]:
+    """The model's class, not the one that fully_shard makes on the fly and puts in its place."""
+    kinds = (kind for kind in type(model).__mro__ if issubclass(kind, nn.Module))
+    return next(kind for kind in kinds if not kind.__module__.startswith("torch.distributed."))
 
 
 def _staged(stack: contextlib.ExitStack, path: Path, content: bytes) -> Path:
@@ -375,6 +400,17 @@ def _card(base: str | None, kind: type[nn.Module], config: MoSConfig) -> str:
     if kind.__module__.startswith("transformers."):
         load_base = f"model = {kind.__name__}.from_pretrained({base or 'the base model'!r})"
         own = [f"from transformers import {kind.__name__}", "", load_base]
+    by_peft = [
+        "",
+        "Or, where peft is installed:",
+        "",
+        "```python",
+        "import mos_kernels.huggingface  # first",
+        "from peft import AutoPeftModel",
+        "",
+        'model = AutoPeftModel.from_pretrained("this folder")',
+        "```",
+    ]
     load = [
         "import mos_kernels.huggingface  # first",
         "from mos_kernels.huggingface import load_adapter",
@@ -395,6 +431,7 @@ def _card(base: str | None, kind: type[nn.Module], config: MoSConfig) -> str:
             "```python",
             *load,
             "```",
+            *(by_peft if base and kind.__module__.startswith("transformers.") else []),
             "",
         ]
     )

@@ -8,11 +8,21 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftType
 
 import mos_kernels
 from mos_kernels.config import MoSConfig, default_spaces
-from mos_kernels.huggingface.files import CARD_NAME, CONFIG_NAME, PEFT_TYPE, refuse_damaged, with_import_note
+from mos_kernels.huggingface.files import (
+    CARD_NAME,
+    CONFIG_NAME,
+    PEFT_TYPE,
+    PICKLE_NAME,
+    WEIGHTS_NAME,
+    refuse_damaged,
+    with_import_note,
+)
 
 
 def _add_peft_type(name: str) -> PeftType:
@@ -87,19 +97,54 @@ class MoSPeftConfig(PeftConfig):
             values[name] = values[name] or None
         return MoSConfig(**values)
 
+    def __setattr__(self, name: str, value) -> None:
+        # what a loader sets leaves it the configuration of its file; changed otherwise (get_peft_model notes the base
+        # model in it), it is one for an adapter of its own
+        if name not in ("inference_mode", "modules_to_save"):
+            vars(self).pop("_read_from", None)
+        super().__setattr__(name, value)
+
+    @property
+    def read_from(self) -> Path | None:
+        """The folder of the adapter that this describes, if it was read from there and not changed since."""
+        return vars(self).get("_read_from")
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **kwargs) -> MoSPeftConfig:
-        """As peft's. ValueError for damaged adapter files in a folder, before a model is touched."""
+        """As peft's. ValueError for damaged adapter files, before a model is touched.
+
+        From the Hub that downloads the weights too. The tuner checks them against the model that they are put on.
+        """
         folder = Path(os.fspath(pretrained_model_name_or_path), subfolder or "")
-        if (folder / CONFIG_NAME).is_file():
+        if not (folder / CONFIG_NAME).is_file():
+            folder = _downloaded(pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
+        if folder is not None:
             refuse_damaged(folder)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not kwargs.get("ignore_mismatched_sizes"):
+            vars(config)["_read_from"] = folder and folder.absolute()
+        return config
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As peft's; and the model card beside it says what to import before loading."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / CARD_NAME
         card.write_text(with_import_note(card.read_text(encoding="utf-8") if card.is_file() else ""), encoding="utf-8")
+
+
+def _downloaded(repository: str, subfolder: str | None, options: dict) -> Path | None:
+    """The folder of an adapter that is on the Hub, its weights included; None where peft will say what is wrong."""
+    try:
+        folder = Path(hf_hub_download(repository, CONFIG_NAME, subfolder=subfolder, **options)).parent
+        for name in (WEIGHTS_NAME, PICKLE_NAME):
+            try:
+                hf_hub_download(repository, name, subfolder=subfolder, **options)
+            except EntryNotFoundError:
+                continue
+            break
+    except Exception:  # as in peft, which asks again
+        return None
+    return folder
 
 
 def _without_unknown(init):

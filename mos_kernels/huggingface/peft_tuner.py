@@ -8,21 +8,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
+from pathlib import Path
 
+import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from mos_kernels.huggingface.blocks import FFNForm, add_router, recognise, remove_router
 from mos_kernels.huggingface.files import PREFIX as FILE_PREFIX
-from mos_kernels.huggingface.files import require_finite
+from mos_kernels.huggingface.files import WEIGHTS_NAME, read_tensors, require_finite, require_fit
 from mos_kernels.huggingface.peft_config import MOSELORA, MoSPeftConfig
 from mos_kernels.huggingface.peft_layer import WHY_NO_MERGE, MoSPeftLayer, MoSPeftRouter, MoSTunerLayer
-from mos_kernels.huggingface.plan import Plan, PlannedBlock, make_plan
+from mos_kernels.huggingface.plan import Plan, PlannedBlock, adapter_shapes, make_plan
 from mos_kernels.huggingface.targets import ffn_target_modules, is_all_linear, is_target
 from mos_kernels.huggingface.token_masks import follow_attention_mask, forget_attention_mask
 from mos_kernels.layer import MoSLayer, MoSRouter
@@ -45,12 +47,17 @@ class MoSPeftModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """As peft's; an error leaves the model without the adapter."""
+        """As peft's; an error leaves the model without the adapter.
+
+        Where `config` was read from a folder and is as it was, the weights there must be those of this adapter.
+        """
         config = self.peft_config[adapter_name]
-        modules = _modules_to_adapt(model, config)
-        if config.target_modules is None:
-            config.target_modules = _default_targets(model, config, modules)
-        plan = make_plan(model, config.to_mos_config(), modules)
+        try:
+            plan = _plan(model, config)
+        except BaseException:
+            if not _has_adapter(model, adapter_name):  # the model's list, where it has one, names the adapter by now
+                del self.peft_config[adapter_name]
+            raise
         if is_all_linear(config.target_modules):
             config.target_modules = [name for linear in plan.linears for name in linear.target.names]
         if state_dict is not None:  # whose names say which linears to adapt: a block's router belongs to none
@@ -65,7 +72,7 @@ class MoSPeftModel(BaseTuner):
             _share_balance(model, adapter_name, plan)
             follow_attention_mask(model)
         except BaseException:
-            _withdraw(model, adapter_name)
+            _withdraw(model, adapter_name, self.active_adapters)
             for parameter in trainable:
                 parameter.requires_grad_(True)
             raise
@@ -139,7 +146,10 @@ class MoSPeftModel(BaseTuner):
         own = {name: p for name, p in model.named_parameters() if ".mos_" in name and name.endswith(adapter)}
         named = {name if name in own else name.removeprefix(FILE_PREFIX): tensor for name, tensor in found.items()}
         missing = [name for name in own if name not in named]
-        foreign = [name for name in named if name not in own and ".mos_" in name]
+        copies = {name for name in named if f".modules_to_save.{adapter_name}." in name}
+        kept = copies.union(name.removeprefix(FILE_PREFIX) for name in _embeddings(model))
+        base = {name.removeprefix(FILE_PREFIX) for name in model.state_dict()} - own.keys() - kept
+        foreign = [name for name in named if name not in own and (".mos_" in name or name in base)]
         reshaped = [name for name in own if name in named and named[name].shape != own[name].shape]
         for problem, tensors in (("missing", missing), ("unexpected", foreign), ("of another shape", reshaped)):
             if tensors:
@@ -147,8 +157,21 @@ class MoSPeftModel(BaseTuner):
                     f"the adapter for {adapter_name!r} is of another architecture than this model's: {len(tensors)} "
                     f"tensors are {problem}, such as {tensors[0]}. Load the base model that it was trained on"
                 )
-        require_finite(f"the adapter for {adapter_name!r}", {name: named[name] for name in own})
+        dtypes = {name: torch.float64 for name in named if name not in own}
+        require_finite(f"the adapter for {adapter_name!r}", named, dtypes)
         return found
+
+
+def _plan(model: nn.Module, config: MoSPeftConfig) -> Plan:
+    """Where the adapter goes; errors where the model, or the file that `config` was read from, has none for it."""
+    folder = config.read_from
+    modules = _modules_to_adapt(model, config)
+    if config.target_modules is None:
+        config.target_modules = _default_targets(model, config, modules)
+    plan = make_plan(model, config.to_mos_config(), modules)
+    if folder is not None:
+        _refuse_misfit(model, config, plan, folder)
+    return plan
 
 
 def _modules_to_adapt(model: nn.Module, config: MoSPeftConfig) -> list[tuple[str, nn.Module]]:
@@ -172,6 +195,42 @@ def _modules_to_adapt(model: nn.Module, config: MoSPeftConfig) -> list[tuple[str
             continue
         found.append((name, module.base_layer if isinstance(module, MoSPeftLayer) else module))
     return found
+
+
+def _refuse_misfit(model: nn.Module, config: MoSPeftConfig, plan: Plan, folder: Path) -> None:
+    """ValueError unless the weights in `folder` are those that peft will load: all of them, and nothing else."""
+    if not (folder / WEIGHTS_NAME).is_file() or getattr(model, "_checkpoint_conversion_mapping", None):
+        return  # they come from elsewhere, or under other names
+    tensors = read_tensors(folder / WEIGHTS_NAME)
+    embeddings = {name: tensor for name, tensor in _embeddings(model).items() if name in tensors}
+    require_fit(folder, tensors, adapter_shapes(plan), embeddings | _saved_whole(model, config.modules_to_save or []))
+
+
+def _saved_whole(model: nn.Module, entries: list[str]) -> dict[str, Tensor]:
+    """The tensors of the modules that peft, by its rule for names, gives an adapter its own copy of."""
+    found, skipped = {}, ()
+    for name, module in model.named_modules():
+        if name.startswith(skipped) or not any(name.endswith(entry) for entry in entries):
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            skipped += (name + ".",)
+            module = module.original_module
+        found |= {f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
+    return found
+
+
+def _embeddings(model: nn.Module) -> dict[str, Tensor]:
+    """What peft saves beside an adapter where the vocabulary was resized."""
+    modules = []
+    for side in ("input", "output"):
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            modules.append(getattr(model, f"get_{side}_embeddings")())
+    return {
+        f"{name}.{key}": tensor
+        for name, module in model.named_modules()
+        if any(module is embedding for embedding in modules)
+        for key, tensor in module.state_dict(keep_vars=True).items()
+    }
 
 
 def _default_targets(model: nn.Module, config: MoSPeftConfig, modules: list[tuple[str, nn.Module]]) -> list[str] | str:
@@ -215,7 +274,11 @@ def _bind(block: nn.Module, form: FFNForm, routers: MoSPeftRouter) -> None:
     add_router(block, dataclasses.replace(form, routed=routed), routers)
 
 
-def _withdraw(model: nn.Module, adapter_name: str) -> None:
+def _has_adapter(model: nn.Module, adapter_name: str) -> bool:
+    return any(adapter_name in layer.mos_adapter for _, layer in _named_layers(model))
+
+
+def _withdraw(model: nn.Module, adapter_name: str, active: list[str]) -> None:
     """Take an adapter that could not be put on the whole model off again."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about which adapter is active next: the one that was
@@ -231,6 +294,13 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
                 _put(model, name, layer.base_layer)
         for block in _routed_blocks(model):
             _bind(block, recognise(block), block.mos_router)
+        for name, wrapper in list(model.named_modules(remove_duplicate=False)):
+            if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+                wrapper.delete_adapter(adapter_name, [other for other in active if other != adapter_name])
+                if not len(wrapper.modules_to_save):
+                    _put(model, name, wrapper.original_module)
+    if not _named_layers(model):
+        forget_attention_mask(model)
 
 
 if MOSELORA not in PEFT_TYPE_TO_TUNER_MAPPING:

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, has_length
 
 from mos_kernels.config import SPACES
-from mos_kernels.huggingface.plan import mos_adapters, router_owners
+from mos_kernels.huggingface.plan import mos_adapters, mos_modules, router_owners
 from mos_kernels.huggingface.report import measured_routing
 from mos_kernels.run_report.log import HISTORY, append_line, complete_lines, write_lines
 
@@ -105,7 +105,12 @@ class MoSCallback(TrainerCallback):
 
     @classmethod
     def add_to(cls, trainer: Trainer, callback: MoSCallback | None = None) -> MoSCallback:
-        """Put `callback` (default: the one that is there, or a new one) in front of the trainer's others; return it."""
+        """Put `callback` (default: the one that is there, or a new one) in front of the trainer's others; return it.
+
+        ValueError where the trainer's model has no adapter.
+        """
+        if trainer.model is not None:
+            _require_adapter(trainer.model)
         there = next((c for c in trainer.callback_handler.callbacks if isinstance(c, cls)), None)
         if there is not None:
             trainer.callback_handler.callbacks.remove(there)
@@ -114,6 +119,7 @@ class MoSCallback(TrainerCallback):
         return callback
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        _require_adapter(model)
         self._stop_measuring()
         self._statistics = None
         self._step_in_epoch = None
@@ -200,6 +206,14 @@ class MoSCallback(TrainerCallback):
         if self._measuring is not None:
             self._measuring.close()
             self._measuring = None
+
+
+def _require_adapter(model: nn.Module) -> None:
+    if not mos_modules(model, inactive=True):
+        raise ValueError(
+            f"MoSCallback: {type(model).__name__} has no MoS adapter: call apply_mos(model, config), load_adapter or "
+            "get_peft_model(model, MoSPeftConfig(...)) before, or train without the callback"
+        )
 
 
 def _is_compiled(args, model: nn.Module) -> bool:

@@ -72,6 +72,8 @@ def test_the_files_follow_pefts_convention(tmp_path):
     assert config["peft_type"] == "MOSELORA" and config["base_model_name_or_path"] == "someone/tiny-llama"
     assert config["task_type"] is None and config["inference_mode"] is True and config["modules_to_save"] is None
     assert config["mos_kernels_version"]
+    where = {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"}
+    assert config["auto_mapping"] == where, "as peft without a task type: every AutoPeftModel opens it"
     fields = {name: config[name] for name in mos(model).to_dict()}
     assert MoSConfig.from_dict(fields) == mos(model, rank_pattern={"up_proj": 2})
     with safe_open(tmp_path / WEIGHTS, "pt") as file:
@@ -89,6 +91,17 @@ def test_the_files_follow_pefts_convention(tmp_path):
     assert card.startswith("---\nbase_model: someone/tiny-llama\n")
     assert card.index("import mos_kernels.huggingface") < card.index("from transformers import LlamaForCausalLM")
     assert "model = LlamaForCausalLM.from_pretrained('someone/tiny-llama')" in card
+    assert card.count("import mos_kernels.huggingface  # first") == 2 and "AutoPeftModel.from_pretrained" in card
+
+
+def test_files_without_an_auto_mapping_and_with_a_task_type_open_too(tmp_path):
+    """Those of the releases before, and peft's."""
+    model = saved(tmp_path)
+    for changes in ({"auto_mapping": None}, {"task_type": "CAUSAL_LM"}):
+        reconfigure(tmp_path, **changes)
+        fresh = tiny()
+        load_adapter(fresh, tmp_path)
+        assert_close(fresh(ids()).logits, model(ids()).logits, rtol=0, atol=0)
 
 
 def test_a_card_that_someone_wrote_is_kept(tmp_path):

@@ -1,22 +1,31 @@
 """Adapter files that are damaged, hostile or foreign, through peft's door: refused, nothing executed, nothing changed.
 
-peft reads the configuration through MoSPeftConfig before it touches the model, and the tensors through the tuner after
-it has put the adapter on; what the files alone show is refused at the first, what the model has to say at the second.
+peft reads the configuration through MoSPeftConfig before it touches the model, and asks the tuner to put the adapter on
+before it reads the tensors: what the files alone show is refused at the first, what the model has to say at the second.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft_setup import config, logits, peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import snapshot, tiny
 
-from mos_kernels.huggingface import load_adapter
+from mos_kernels import MoSConfig
+from mos_kernels.huggingface import MoSPeftConfig, apply_mos, load_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 UP = "base_model.model.model.layers.0.mlp.up_proj."
@@ -32,7 +41,7 @@ def rewrite(folder, **tensors) -> None:
     """Replace tensors of the first up_proj; None takes one out."""
     found = load_file(folder / WEIGHTS)
     for name, tensor in tensors.items():
-        found.pop(UP + name)
+        found.pop(UP + name, None)
         if tensor is not None:
             found[UP + name] = tensor
     save_file(found, folder / WEIGHTS)
@@ -131,39 +140,248 @@ def test_the_weights_may_come_later_and_options_that_are_off_are_nothing(folder)
     assert config().__class__.from_pretrained(folder).r == 4
 
 
-# what only the model shows: nothing is loaded, and the adapter that peft has put on by then can be taken off
+# every kind of damage, through every door
 
 
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"mos_lora_A": torch.zeros(4, 31)}, "of another shape, such as .*up_proj.mos_lora_A.other"),
-        ({"mos_lora_B": torch.zeros(63, 8, 4)}, "of another shape"),
-        ({"mos_lora_A": None}, "missing, such as .*up_proj.mos_lora_A.other"),
-    ],
-    ids=str,
-)
-def test_tensors_that_do_not_fit_the_model(folder, tensors, message):
-    rewrite(folder, **tensors)
-    adapted = peft_model(seed=1)
-    expected, before = logits(adapted), {name: p.clone() for name, p in adapted.named_parameters()}
-    with pytest.raises(ValueError, match=message):
-        adapted.load_adapter(folder, "other")
-    assert torch.equal(logits(adapted), expected)
-    adapted.delete_adapter("other")
-    after = dict(adapted.named_parameters())
-    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
-    with pytest.raises(ValueError, match=message.replace(".other", ".default")):
-        PeftModel.from_pretrained(tiny(), folder)
-    with pytest.raises(ValueError):
-        load_adapter(tiny(), folder)
+def head(folder, tensor) -> None:
+    change(folder, **{HEAD: tensor})
 
 
-def test_a_foreign_tensor_is_refused(folder):
+def change(folder, **tensors) -> None:
+    """Replace or add tensors; None takes one out."""
     found = load_file(folder / WEIGHTS)
-    save_file({**found, UP + "mos_router": torch.zeros(8, 32)}, folder / WEIGHTS)
-    with pytest.raises(ValueError, match="unexpected, such as .*up_proj.mos_router"):
-        PeftModel.from_pretrained(tiny(), folder)
+    found |= {PREFIX + name: tensor for name, tensor in tensors.items()}
+    save_file({name: tensor for name, tensor in found.items() if tensor is not None}, folder / WEIGHTS)
+
+
+def another(folder, **options) -> None:
+    """The files of a model with other numbers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    other = LlamaForCausalLM(LlamaConfig(**{**tiny().config.to_dict(), **options})).double()
+    get_peft_model(other, config(modules_to_save=["lm_head"])).save_pretrained(folder)
+
+
+def truncate(folder, part: float) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: int(part * len(content))])
+
+
+def pickled(folder, name: str) -> None:
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(folder / "executed"), "w"))
+
+    (folder / WEIGHTS).unlink()
+    (folder / name).write_bytes(pickle.dumps(Payload()))
+
+
+PREFIX, HEAD = "base_model.model.", "lm_head.weight"
+DAMAGE = {
+    "cut off at the start": (lambda folder: truncate(folder, 0), "truncated or damaged"),
+    "cut off in the header": (lambda folder: truncate(folder, 0.01), "truncated or damaged"),
+    "cut off at the end": (lambda folder: truncate(folder, 0.999), "truncated or damaged"),
+    "a pickle": (lambda folder: pickled(folder, "adapter_model.bin"), "pickles are never loaded"),
+    "a pickle by the other name": (lambda folder: pickled(folder, WEIGHTS), "truncated or damaged"),
+    "NaN": (lambda folder: rewrite(folder, mos_lora_B=B + torch.nan), "not finite"),
+    "infinite in float32": (
+        lambda folder: change(folder, **{ROUTER: torch.full((8, 32), 1e300, dtype=torch.float64)}),
+        "finite",
+    ),
+    "NaN in the head": (lambda folder: head(folder, torch.full((48, 32), torch.nan)), "not finite"),
+    "integers": (lambda folder: rewrite(folder, mos_lora_B=B.int()), "torch.int32"),
+    "another rank": (lambda folder: reconfigure(folder, r=3), "r=3|of another shape"),
+    "a tensor of another shape": (lambda folder: rewrite(folder, mos_lora_A=torch.zeros(4, 31)), "of another shape"),
+    "a router of another shape": (lambda folder: change(folder, **{ROUTER: torch.zeros(8, 31)}), "of another shape"),
+    "a head of another shape": (lambda folder: head(folder, torch.zeros(47, 32)), "of another shape"),
+    "a tensor too few": (lambda folder: rewrite(folder, mos_lora_A=None), "1 missing"),
+    "a router too few": (lambda folder: change(folder, **{ROUTER: None}), "1 missing"),
+    "no head": (lambda folder: head(folder, None), "1 missing"),
+    "a tensor too many": (lambda folder: rewrite(folder, mos_router=torch.zeros(8, 32)), "1 unexpected"),
+    "a weight of the base": (lambda folder: change(folder, **{BASE: torch.zeros(32, 32)}), "1 unexpected"),
+    "a wider model's": (lambda folder: another(folder, intermediate_size=96), "of another shape"),
+    "a deeper model's": (lambda folder: another(folder, num_hidden_layers=3), "unexpected"),
+    "a shallower model's": (lambda folder: another(folder, num_hidden_layers=1), "missing"),
+    "no JSON": (lambda folder: (folder / CONFIG).write_text('{"peft_type": "MOSELORA", '), ""),
+    "an option of the future": (lambda folder: reconfigure(folder, from_the_future=3), "from_the_future"),
+}
+ROUTER, BASE = "model.layers.0.mlp.mos_router.weight", "model.layers.0.self_attn.q_proj.weight"
+
+
+def on_the_hub(folder) -> dict:
+    """How to open the files as those of a repository that was downloaded."""
+    cache = folder.parent / "cache" / "models--someone--adapter"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, cache / "snapshots" / ("0" * 40))
+    return {"model_id": "someone/adapter", "cache_dir": str(cache.parent)}
+
+
+def with_a_head() -> PeftModel:
+    return peft_model(seed=1, modules_to_save=["lm_head"])
+
+
+def own_adapter(folder):
+    model = tiny()
+    apply_mos(model, MoSConfig(r=4, init_lora_weights=False))
+    return model
+
+
+DOORS = {
+    "load_adapter": (tiny, load_adapter),
+    "load_adapter on one that is there": (lambda: own_adapter(None), load_adapter),
+    "PeftModel.from_pretrained": (tiny, PeftModel.from_pretrained),
+    "in little memory": (tiny, lambda model, folder: PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)),
+    "to train on": (tiny, lambda model, folder: PeftModel.from_pretrained(model, folder, is_trainable=True)),
+    "with its configuration": (
+        tiny,
+        lambda model, folder: PeftModel.from_pretrained(
+            model, folder, config=MoSPeftConfig.from_pretrained(folder)
+        ),
+    ),
+    "from the Hub": (tiny, lambda model, folder: PeftModel.from_pretrained(model, **on_the_hub(folder))),
+    "PeftModel.load_adapter": (peft_model, lambda model, folder: model.load_adapter(folder, "other")),
+    "beside another head": (with_a_head, lambda model, folder: model.load_adapter(folder, "other", is_trainable=True)),
+    "from the Hub, beside": (
+        peft_model,
+        lambda model, folder: model.load_adapter(**on_the_hub(folder), adapter_name="other"),
+    ),
+    "transformers' load_adapter with its configuration": (
+        tiny,
+        lambda model, folder: model.load_adapter(folder, peft_config=MoSPeftConfig.from_pretrained(folder)),
+    ),
+    "into a base that was wrapped before": (
+        lambda: peft_model().base_model.model,
+        lambda model, folder: PeftModel.from_pretrained(model, folder, adapter_name="other"),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def with_head(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    peft_model(modules_to_save=["lm_head"]).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def state_of(model) -> dict:
+    adapters = getattr(model, "peft_config", {})
+    active = getattr(model, "active_adapters", None) if isinstance(model, PeftModel) else None
+    return {**snapshot(model), "adapters": list(adapters), "active": active}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("door", DOORS)
+def test_damaged_files_are_refused_and_the_model_is_what_it_was(with_head, door, damage):
+    build, load = DOORS[door]
+    spoil, message = DAMAGE[damage]
+    spoil(with_head)
+    model = build()
+    expected, before = logits(model), state_of(model)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load(model, with_head)
+    assert state_of(model) == before
+    assert torch.equal(logits(model), expected)
+    assert not (with_head / "executed").exists()
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_the_same_files_undamaged_open(with_head, door):
+    build, load = DOORS[door]
+    model = build()
+    if "one that is there" in door:
+        reconfigure(with_head, target_modules=["gate_proj", "up_proj", "down_proj"])
+    loaded = load(model, with_head)
+    loaded = loaded if isinstance(loaded, PeftModel) else model
+    if isinstance(loaded, PeftModel) and "other" in loaded.peft_config:
+        loaded.set_adapter("other")
+    assert torch.equal(logits(loaded), logits(peft_model(modules_to_save=["lm_head"])))
+
+
+# an adapter that was there before stays on, with its values
+
+
+EXISTING = ("NaN", "NaN in the head", "a tensor of another shape", "a tensor too few", "a tensor too many",
+            "a weight of the base", "a deeper model's")  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", EXISTING)
+@pytest.mark.parametrize("door", ["load_adapter", "set_peft_model_state_dict"])
+def test_an_adapter_that_was_there_stays_on_with_its_values(with_head, door, damage):
+    """As where a Trainer resumes, or loads the best model at the end."""
+    DAMAGE[damage][0](with_head)
+    model = with_a_head()
+    expected, before = logits(model), state_of(model)
+    with pytest.raises(ValueError, match="not finite|of another architecture.*such as"):
+        if door == "load_adapter":
+            model.load_adapter(with_head, "default", is_trainable=True)
+        else:
+            set_peft_model_state_dict(model, load_file(with_head / WEIGHTS))
+    assert state_of(model) == before
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("put_on", ["get_peft_model", "changed"])
+def test_a_configuration_from_a_file_is_good_for_an_adapter_of_its_own(with_head, put_on):
+    """On a model that the file's weights would not fit."""
+    another(with_head, intermediate_size=96)
+    read = MoSPeftConfig.from_pretrained(with_head)
+    if put_on == "get_peft_model":
+        model = get_peft_model(tiny(), read)
+    else:
+        model = inject_adapter_in_model(dataclasses.replace(read, inference_mode=False), tiny())
+    assert model.get_submodule(f"{'base_model.model.' * (put_on == 'get_peft_model')}model.layers.0.mlp.up_proj")
+
+
+def test_a_head_of_another_size_is_left_out_where_that_is_asked_for(with_head):
+    head(with_head, torch.zeros(47, 32))
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        model = PeftModel.from_pretrained(tiny(), with_head, ignore_mismatched_sizes=True)
+    assert torch.equal(model.base_model.model.lm_head.modules_to_save["default"].weight, tiny().lm_head.weight)
+
+
+def test_tensors_may_be_renamed_where_that_is_asked_for(with_head):
+    found = load_file(with_head / WEIGHTS)
+    save_file({name.replace("model.layers", "old.layers"): t for name, t in found.items()}, with_head / WEIGHTS)
+    own = dataclasses.replace(MoSPeftConfig.from_pretrained(with_head))
+    model = PeftModel.from_pretrained(tiny(), with_head, config=own, key_mapping={r"^old\.": "model."})
+    assert torch.equal(logits(model), logits(peft_model(modules_to_save=["lm_head"])))
+
+
+def test_embeddings_beside_the_adapter_of_a_resized_vocabulary(tmp_path):
+    def resized():
+        model = tiny()
+        model.resize_token_embeddings(60)
+        return model
+
+    model = get_peft_model(resized(), config()).eval()
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert torch.equal(logits(PeftModel.from_pretrained(resized(), tmp_path)), logits(model))
+    base = tiny()
+    before = state_of(base)
+    with pytest.raises(ValueError, match="embed_tokens.weight"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert state_of(base) == before
+
+
+def test_a_head_that_peft_names_by_the_end_of_a_word(tmp_path):
+    """`classifier` is the end of DistilBERT's pre_classifier."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    def base():
+        torch.manual_seed(0)
+        options = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 48}
+        return DistilBertForSequenceClassification(DistilBertConfig(**options)).double().eval()
+
+    model = get_peft_model(base(), config("bert")).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.1)
+    model.save_pretrained(tmp_path)
+    own = base()
+    load_adapter(own, tmp_path)
+    assert torch.equal(logits(own), logits(model)) and not torch.equal(logits(own), logits(base()))
 
 
 def test_a_checkpoint_that_is_not_finite_does_not_reach_the_adapter_in_training(folder):

@@ -25,6 +25,7 @@ from mos_kernels.huggingface import (
     MoSPeftConfig,
     activated_parameters,
     apply_mos,
+    ffn_target_modules,
     load_adapter,
     mos_param_groups,
     remove_mos,
@@ -142,6 +143,26 @@ def test_auto_classes_and_the_card(tmp_path):
     assert card.count("import mos_kernels.huggingface  # first") == 1 and "cannot be merged" in card
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model.eval()))
+
+
+@pytest.mark.parametrize(
+    "name", ["AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForSequenceClassification"]
+)
+def test_auto_classes_open_what_save_adapter_wrote(name, tmp_path):
+    import peft
+
+    family = "bert" if "Sequence" in name else "llama"
+    tiny(family).save_pretrained(tmp_path / "base")
+    model = type(tiny(family)).from_pretrained(tmp_path / "base").eval()
+    apply_mos(model, MoSConfig(r=4, init_lora_weights=False, target_modules=ffn_target_modules(model)))
+    if family == "bert":
+        model.classifier.requires_grad_(True)
+        with torch.no_grad():
+            model.classifier.weight.add_(0.1)
+    save_adapter(model, tmp_path / "adapter")
+    again = getattr(peft, name).from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(logits(again), logits(model))
+    assert isinstance(again, PeftModel) and type(again.base_model.model) is type(model)
 
 
 # several adapters
@@ -412,22 +433,28 @@ def test_what_the_model_does_not_have_is_refused_before_it_changes(options, mess
     assert torch.equal(logits(adapted), expected)
 
 
-def test_an_error_on_the_way_takes_the_adapter_off(monkeypatch):
+@pytest.mark.parametrize("place", ["_share_balance", "follow_attention_mask"])
+def test_an_error_on_the_way_takes_the_adapter_off(place, monkeypatch):
     def fail(*_):
         raise RuntimeError("on the way")
 
     model = tiny()
-    types = snapshot(model)["types"]
-    monkeypatch.setattr("mos_kernels.huggingface.peft_tuner._share_balance", fail)
+    before = snapshot(model)
+    monkeypatch.setattr(f"mos_kernels.huggingface.peft_tuner.{place}", fail)
     with pytest.raises(RuntimeError, match="on the way"):
-        get_peft_model(model, config())
-    assert snapshot(model)["types"] == types and torch.equal(logits(model), logits(tiny()))
+        get_peft_model(model, config(modules_to_save=["lm_head"]))
+    after = snapshot(model)
+    kept = ("types", "modules", "attributes", "hooks", "state", "requires_grad")
+    assert all(after[key] == before[key] for key in kept)
+    assert torch.equal(logits(model), logits(tiny()))
     monkeypatch.undo()
     adapted = peft_model(target_modules=["gate_proj", "down_proj"])
     expected, types = logits(adapted), snapshot(adapted)["types"]
-    monkeypatch.setattr("mos_kernels.huggingface.peft_tuner._share_balance", fail)
+    monkeypatch.setattr(f"mos_kernels.huggingface.peft_tuner.{place}", fail)
     with pytest.raises(RuntimeError, match="on the way"):
-        adapted.add_adapter("other", config(target_modules=["gate_proj", "up_proj", "q_proj"]))
+        adapted.add_adapter(
+            "other", config(target_modules=["gate_proj", "up_proj", "q_proj"], modules_to_save=["lm_head"])
+        )
     assert snapshot(adapted)["types"] == types and torch.equal(logits(adapted), expected)
 
 

@@ -229,6 +229,38 @@ def test_logs_and_history(tmp_path):
     assert hooks(model) == before
 
 
+def test_a_model_without_an_adapter_is_refused(tmp_path):
+    message = "LlamaForCausalLM has no MoS adapter: call apply_mos"
+    trainer = trainer_for(tiny(dtype=torch.float32), tmp_path, [SAMPLE], [])
+    with pytest.raises(ValueError, match=message):
+        MoSCallback.add_to(trainer)
+    assert not any(isinstance(callback, MoSCallback) for callback in trainer.callback_handler.callbacks)
+    trainer.add_callback(MoSCallback())
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_an_adapter_may_come_between_the_trainer_and_its_training_or_be_inactive(tmp_path):
+    model = tiny(dtype=torch.float32)
+    trainer = trainer_for(model, tmp_path / "later", [SAMPLE], [MoSCallback()])
+    apply_mos(model, mos(model))
+    trainer.train()
+
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft_setup import config
+
+    model = get_peft_model(tiny(dtype=torch.float32), config())
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter([])
+    model.base_model.model.lm_head.requires_grad_(True)
+    trainer = trainer_for(model, tmp_path / "inactive", [SAMPLE])
+    MoSCallback.add_to(trainer)
+    trainer.train()
+
+
 def test_tensorboard_gets_the_keys(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     trainer = trainer_for(adapted(), tmp_path / "out", [SAMPLE] * 3, report_to_folder=tmp_path / "tensorboard")

@@ -96,6 +96,7 @@ def snapshot(model: nn.Module) -> dict:
         "modules": {name: id(module) for name, module in model.named_modules(remove_duplicate=False)},
         "forwards": {name: vars(module).get("forward") for name, module in model.named_modules()},
         "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+        "hooks": {name: len(module._forward_pre_hooks) for name, module in model.named_modules()},
         "training": {name: module.training for name, module in model.named_modules()},
         "state": {name: (id(t), t._version) for name, t in model.state_dict(keep_vars=True).items()},
         "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
