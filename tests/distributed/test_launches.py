@@ -33,6 +33,11 @@ def test_torchrun():
     passes_in_each_process(TORCHRUN, "checks_fsdp.py", "checks_tensor_parallel.py", "checks_ddp.py")
 
 
+def test_trainer():
+    """In a launch of its own, since accelerate's state is one for a process."""
+    passes_in_each_process(TORCHRUN, "checks_trainer_fsdp.py")
+
+
 @pytest.mark.parametrize("settings", ["accelerate_ddp.yaml", "accelerate_fsdp2.yaml"])
 def test_accelerate(settings):
     passes_in_each_process((*ACCELERATE, str(HERE / settings)), "checks_accelerate.py")
