@@ -18,3 +18,5 @@ def test_the_tests_that_a_page_names_exist(page):
     assert named <= NAMES, named - NAMES
     assert files <= {path.name for path in SOURCES}
     assert len(named) >= 12
+    for file, name in re.findall(r"\b(test_\w+\.py)::(test_\w+)", text):
+        assert any(f"def {name}(" in path.read_text() for path in SOURCES if path.name == file), f"{file}::{name}"

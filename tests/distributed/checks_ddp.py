@@ -5,16 +5,17 @@ as it averages the task's gradient. In float64, where 1e-6 leaves rounding no pa
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_models import MATRIX
+from tiny_models import MATRIX, ids
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
-from two_processes import adapted, assert_equal_gradients, gradients, halves, inputs, own_part, truth
+from two_processes import adapted, assert_equal_gradients, gradients, halves, inputs, own_part, plain, truth, with_peft
 
 from mos_kernels.huggingface import MoSCallback, load_adapter, save_adapter
 from mos_kernels.huggingface.plan import adapter_parameters, router_owners
@@ -133,3 +134,31 @@ def test_trainer_steps_by_the_mean_over_processes_and_accumulated_batches(tmp_pa
     assert trainer.state.global_step == 1 and isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
     expected = {name: -0.5 * gradient for name, gradient in truth(adapted(family), batches, 5.0).items()}
     assert_equal_gradients(moved, expected, 1e-5)
+
+
+@every_family
+@pytest.mark.parametrize("make", [adapted, with_peft])
+def test_trainer_resumes_and_its_adapter_is_saved(shared_folder, make, family):
+    """Four steps with dropout, and the last two again from the checkpoint: the same, bit for bit."""
+    batches = [inputs(batch=1, seed=seed, family=family) for seed in range(8)]
+    samples = [{name: value[0] for name, value in batch.items()} for batch in batches]
+    arguments = TrainingArguments(
+        output_dir=str(shared_folder / "run"), per_device_train_batch_size=1, use_cpu=True, report_to=[],
+        disable_tqdm=True, save_steps=2, num_train_epochs=1, learning_rate=1e-2,
+    )  # fmt: skip
+    ended = []
+    for checkpoint in (None, str(shared_folder / "run" / "checkpoint-2")):
+        model = make(family, lora_dropout=0.2)
+        trainer = Trainer(model, arguments, train_dataset=samples)
+        MoSCallback.add_to(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer.state.global_step == 4
+        ended.append({name: p.detach() for name, p in model.named_parameters() if "mos_" in name})
+    assert ended[0] and all(torch.equal(ended[1][name], value) for name, value in ended[0].items())
+    if dist.get_rank() == 0:
+        (model.save_pretrained if make is with_peft else partial(save_adapter, model))(shared_folder / "adapter")
+    dist.barrier()
+    own = plain(family)
+    load_adapter(own, shared_folder / "adapter")
+    model.eval(), own.eval()
+    assert torch.equal(own(ids()).logits, model(ids()).logits)
