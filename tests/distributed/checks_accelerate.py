@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from tiny_models import MATRIX, layers_of
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -17,6 +18,8 @@ from two_processes import adapted, assert_equal_gradients, gradients, halves, in
 
 from mos_kernels.huggingface import load_adapter, mos_param_groups, save_adapter
 from mos_kernels.huggingface.plan import adapter_parameters, router_owners
+
+every_family = pytest.mark.parametrize("family", MATRIX)
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +33,8 @@ def accelerator():
 
 
 def prepared(accelerator, model):
+    if accelerator.distributed_type == "FSDP":  # of this model, where the configuration file names a Llama's
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [type(layers_of(model)[0]).__name__]
     optimizer = torch.optim.AdamW(mos_param_groups(model, 1e-2, router_lr=1e-3))
     return accelerator.prepare(model, optimizer)
 
@@ -42,8 +47,9 @@ def test_the_wrapper_is_that_of_the_configuration(accelerator):
     assert (accelerator.distributed_type == "FSDP") == all(isinstance(p, DTensor) for p in parameters)
 
 
-def test_gradients_equal_those_of_one_process(accelerator):
-    model, batch = adapted(router_aux_loss_coef=5.0), inputs()
+@every_family
+def test_gradients_equal_those_of_one_process(accelerator, family):
+    model, batch = adapted(family, router_aux_loss_coef=5.0), inputs(family=family)
     expected = truth(model, halves(batch), 5.0)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if "mos_" in name}
     model, _ = prepared(accelerator, model)
@@ -53,16 +59,17 @@ def test_gradients_equal_those_of_one_process(accelerator):
     assert_close({name: model.get_buffer(name) for name in buffers}, buffers, rtol=0, atol=0)
 
 
-def test_training_equals_that_of_one_process(accelerator):
+@every_family
+def test_training_equals_that_of_one_process(accelerator, family):
     """Three steps; load balancing is off, since one process would see it over the whole batch."""
-    alone = adapted(router_aux_loss_coef=0.0)
+    alone = adapted(family, router_aux_loss_coef=0.0)
     model, optimizer = prepared(accelerator, copy.deepcopy(alone))
     own_optimizer = torch.optim.AdamW(mos_param_groups(alone, 1e-2, router_lr=1e-3))
     for seed in range(3):
-        accelerator.backward(model(**own_part(inputs(seed=seed))).loss)
+        accelerator.backward(model(**own_part(inputs(seed=seed, family=family))).loss)
         optimizer.step()
         optimizer.zero_grad()
-        alone(**inputs(seed=seed)).loss.backward()
+        alone(**inputs(seed=seed, family=family)).loss.backward()
         own_optimizer.step()
         own_optimizer.zero_grad()
     found = adapter_parameters(accelerator.unwrap_model(model))
@@ -70,11 +77,12 @@ def test_training_equals_that_of_one_process(accelerator):
         assert_close(whole(found[name]), expected.detach(), rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_a_checkpoint_of_accelerate_resumes(accelerator, shared_folder):
-    model, optimizer = prepared(accelerator, adapted())
+@every_family
+def test_a_checkpoint_of_accelerate_resumes(accelerator, shared_folder, family):
+    model, optimizer = prepared(accelerator, adapted(family))
 
     def step(seed):
-        accelerator.backward(model(**own_part(inputs(seed=seed))).loss)
+        accelerator.backward(model(**own_part(inputs(seed=seed, family=family))).loss)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -89,13 +97,14 @@ def test_a_checkpoint_of_accelerate_resumes(accelerator, shared_folder):
         assert torch.equal(whole(parameter), expected[name]), name
 
 
-def test_adapter_files(accelerator, shared_folder):
-    plain = adapted()
+@every_family
+def test_adapter_files(accelerator, shared_folder, family):
+    plain = adapted(family)
     model, _ = prepared(accelerator, copy.deepcopy(plain))
     if accelerator.distributed_type == "FSDP" or accelerator.is_main_process:
         save_adapter(accelerator.unwrap_model(model), shared_folder)
     accelerator.wait_for_everyone()
-    other = adapted()
+    other = adapted(family)
     with torch.no_grad():
         for parameter in adapter_parameters(other).values():
             parameter.zero_()
@@ -103,9 +112,10 @@ def test_adapter_files(accelerator, shared_folder):
     assert_close(adapter_parameters(other), adapter_parameters(plain), rtol=0, atol=0)
 
 
-def test_accumulation(accelerator):
-    model = adapted(router_aux_loss_coef=5.0)
-    first, second = inputs(seed=1), inputs(seed=2)
+@every_family
+def test_accumulation(accelerator, family):
+    model = adapted(family, router_aux_loss_coef=5.0)
+    first, second = inputs(seed=1, family=family), inputs(seed=2, family=family)
     expected = truth(model, [*halves(first), *halves(second)], 5.0)
     model, _ = prepared(accelerator, model)
     for owner in router_owners(accelerator.unwrap_model(model)).values():

@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from peft import get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_models import ids, mos, tiny
+from tiny_models import MATRIX, ffn_of, ids, layers_of, mos, tiny
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_state_dict,
@@ -25,23 +26,37 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
-from two_processes import adapted, assert_equal_gradients, gradients, halves, inputs, own_part, truth, whole
+from two_processes import (
+    adapted,
+    assert_equal_gradients,
+    gradients,
+    halves,
+    inputs,
+    own_part,
+    truth,
+    whole,
+    with_peft,
+)
 
 from mos_kernels import layer as layer_module
-from mos_kernels.huggingface import MoSPeftConfig, apply_mos, load_adapter, remove_mos, routing_report, save_adapter
+from mos_kernels.huggingface import apply_mos, load_adapter, remove_mos, routing_report, save_adapter
 from mos_kernels.huggingface.plan import adapter_parameters, router_owners
 from mos_kernels.layer import MoSLayer, MoSRouter
 
 pytestmark = pytest.mark.usefixtures("process_group")
+every_family = pytest.mark.parametrize("family", MATRIX)
 
 
 def shard(model: nn.Module, ffn: bool = False, **options) -> nn.Module:
-    """A group for each decoder layer, or (ffn) for each FFN block within, and one for the rest."""
-    for layer in model.model.layers:
-        if ffn:
-            fully_shard(layer.mlp, **options)
+    """A group for each layer, or (ffn) for each FFN block within, and one for the rest."""
+    for layer in layers_of(model.get_base_model() if isinstance(model, PeftModel) else model):
+        for block in dict.fromkeys(module for module, _ in ffn_of(layer)) if ffn else ():
+            fully_shard(block, **options)
         fully_shard(layer, **options)
     return fully_shard(model, **options)
+
+
+every_wrapper = pytest.mark.parametrize("wrap", [shard, DistributedDataParallel])
 
 
 def whole_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -50,12 +65,12 @@ def whole_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("ffn", [False, True], ids=["layers", "layers and FFN blocks"])
 @pytest.mark.parametrize("scope", ["ffn", "linear"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
+@every_family
 def test_gradients_equal_those_of_one_process(family, scope, ffn):
     for coefficient, dtype in ((0.0, torch.float32), (5.0, torch.float32), (5.0, torch.float64)):
         curvature = {"learn_curvature": dtype == torch.float32}
         model = adapted(family, dtype, router_scope=scope, router_aux_loss_coef=coefficient, **curvature)
-        batch = inputs()
+        batch = inputs(family=family)
         expected = truth(model, halves(batch) if coefficient else [batch], coefficient)
         shard(model, ffn)
         model(**own_part(batch)).loss.backward()
@@ -80,9 +95,10 @@ def test_every_adapter_parameter_is_sharded_and_the_forward_of_the_block_is_ours
     assert len(seen) == 1 and seen[0] is not DTensor
 
 
+@every_family
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(use_reentrant):
-    model, batch = adapted(router_aux_loss_coef=5.0), inputs()
+def test_gradient_checkpointing(use_reentrant, family):
+    model, batch = adapted(family, router_aux_loss_coef=5.0), inputs(family=family)
     expected = truth(model, halves(batch), 5.0)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
@@ -213,22 +229,25 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 
-def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds) -> None:
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds, family: str) -> None:
     for seed in seeds:
-        model(**own_part(inputs(seed=seed))).loss.backward()
+        model(**own_part(inputs(seed=seed, family=family))).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
-def test_a_sharded_checkpoint_resumes_to_identical_states(shared_folder):
-    model = shard(adapted())
+@every_family
+@every_wrapper
+@pytest.mark.parametrize("make", [adapted, with_peft])
+def test_a_sharded_checkpoint_resumes_to_identical_states(shared_folder, make, wrap, family):
+    model = wrap(make(family))
     optimizer = optimizer_of(model)
-    steps(model, optimizer, [0, 1])
+    steps(model, optimizer, [0, 1], family)
     weights, moments = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=shared_folder)
-    steps(model, optimizer, [2, 3])
+    steps(model, optimizer, [2, 3], family)
 
-    again = shard(adapted())
+    again = wrap(make(family))
     with torch.no_grad():
         for parameter in again.parameters():
             parameter.zero_()
@@ -236,14 +255,16 @@ def test_a_sharded_checkpoint_resumes_to_identical_states(shared_folder):
     weights, moments = get_state_dict(again, resumed)
     dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=shared_folder)
     set_state_dict(again, resumed, model_state_dict=weights, optim_state_dict=moments)
-    steps(again, resumed, [2, 3])
+    steps(again, resumed, [2, 3], family)
     for (name, found), expected in zip(again.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(whole(found), whole(expected)), name
 
 
-def test_adapter_files_are_those_of_one_process(shared_folder):
-    plain = adapted("qwen2")
-    plain.lm_head.requires_grad_(True)
+@every_family
+def test_adapter_files_are_those_of_one_process(shared_folder, family):
+    plain = adapted(family)
+    head = {"gemma": "model.norm", "bert": "classifier"}.get(family, "lm_head")
+    plain.get_submodule(head).requires_grad_(True)
     names = {f"base_model.model.{name}" for name, p in plain.named_parameters() if p.requires_grad}
     model = shard(copy.deepcopy(plain))
     save_adapter(model, shared_folder / "sharded")
@@ -257,7 +278,7 @@ def test_adapter_files_are_those_of_one_process(shared_folder):
     for name, tensor in tensors.items():
         assert torch.equal(tensor, plain.get_parameter(name.removeprefix("base_model.model."))), name
 
-    alone = tiny("qwen2", torch.float32)  # one process opens it
+    alone = tiny(family, torch.float32)  # one process opens it
     load_adapter(alone, shared_folder / "sharded")
     with torch.no_grad():
         expected = alone(ids()).logits
@@ -289,17 +310,40 @@ def test_fsdp1_is_refused(tmp_path):
         apply_mos(parallel, mos(tiny()))
 
 
-@pytest.mark.parametrize("wrap", [shard, DistributedDataParallel])
-def test_the_peft_method(wrap):
+@every_family
+@every_wrapper
+def test_the_peft_method(wrap, family):
     """With load balancing off, as one process would see it over the whole batch."""
-    options = mos(tiny(), router_aux_loss_coef=0.0).to_dict()
-    model = get_peft_model(tiny(dtype=torch.float32), MoSPeftConfig(**options, task_type="CAUSAL_LM")).train()
+    model, batch = with_peft(family, router_aux_loss_coef=0.0), inputs(family=family)
     alone = copy.deepcopy(model)
-    alone(**inputs()).loss.backward()
+    alone(**batch).loss.backward()
     expected = gradients(alone)
-    if wrap is shard:
-        shard(model.base_model.model)
-    parallel = model if wrap is shard else wrap(model)
-    parallel(**own_part(inputs())).loss.backward()
+    parallel = wrap(model)
+    parallel(**own_part(batch)).loss.backward()
     assert_equal_gradients(gradients(model), expected)
     assert any("mos_curvature" in name for name in expected)
+
+
+@every_family
+@every_wrapper
+def test_files_of_the_peft_method(wrap, family, shared_folder):
+    """peft's save_pretrained is given the tensors whole, and its load_adapter spreads those of a file."""
+    plain = with_peft(family).eval()
+    model = copy.deepcopy(plain)
+    wrap(model)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    model.save_pretrained(shared_folder, state_dict=state, is_main_process=dist.get_rank() == 0)
+    dist.barrier()
+    own = tiny(family, torch.float32)
+    load_adapter(own, shared_folder)
+    again = PeftModel.from_pretrained(tiny(family, torch.float32), shared_folder)
+    with torch.no_grad():
+        expected = plain(ids()).logits
+        assert torch.equal(again(ids()).logits, expected) and torch.equal(own(ids()).logits, expected)
+        for name, parameter in model.named_parameters():
+            if "mos_" in name:
+                parameter.zero_()
+        model.load_adapter(shared_folder, "default", is_trainable=True)
+    for (name, found), before in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(whole(found), before) and found.requires_grad == before.requires_grad, name
+        assert isinstance(found, DTensor) == (wrap is shard)

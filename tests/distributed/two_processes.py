@@ -6,25 +6,42 @@ import copy
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel, get_peft_model
 from tiny_models import ids, mos, tiny
 from torch import Tensor, nn
 
 from mos_kernels import routing
-from mos_kernels.huggingface import apply_mos
+from mos_kernels.huggingface import MoSPeftConfig, apply_mos
 from mos_kernels.huggingface.plan import router_owners
 
 BATCH = 4
 
 
+def plain(family: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = tiny(family, dtype)
+    if family == "bert":  # takes num_items_in_batch and leaves it unused: Trainer must do the dividing
+        model.accepts_loss_kwargs = False
+    return model
+
+
 def adapted(family: str = "llama", dtype: torch.dtype = torch.float32, **options) -> nn.Module:
     """The same model in every process, in training mode."""
-    model = tiny(family, dtype)
+    model = plain(family, dtype)
     apply_mos(model, mos(model, **options))
     return model.train()
 
 
-def inputs(batch: int = BATCH, seed: int = 0) -> dict[str, Tensor]:
+def with_peft(family: str = "llama", **options) -> PeftModel:
+    """As `adapted`, with peft's get_peft_model."""
+    model = plain(family)
+    torch.manual_seed(0)
+    return get_peft_model(model, MoSPeftConfig(**mos(model, **options).to_dict())).train()
+
+
+def inputs(batch: int = BATCH, seed: int = 0, family: str = "llama") -> dict[str, Tensor]:
     tokens = ids(seed, batch=batch)
+    if family == "bert":
+        return {"input_ids": tokens, "labels": (torch.arange(batch) + seed) % 2}
     labels = tokens.clone()
     labels[:, 0] = -100  # never predicted, and the Trainer of transformers 5.0 counts it
     return {"input_ids": tokens, "labels": labels}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from peft import PeftModel, get_peft_model
-from tiny_models import ids, tiny
+from tiny_models import MATRIX, ids, tiny
 from torch import nn
 
 from mos_kernels.huggingface import MoSPeftConfig
 
 TASKS = {"bert": "SEQ_CLS"}
-FAMILIES = ("llama", "qwen2", "gemma", "bert")
+FAMILIES = MATRIX
 SCOPES = ("ffn", "linear")
 
 

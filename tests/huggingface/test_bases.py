@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import FAMILIES, ids, mos
+from tiny_models import FAMILIES, MATRIX, batch, ffn_of, first_linear, ids, layers_of, mos
 from torch import nn
 
 from mos_kernels import MoSLinear, MoSWrapped
@@ -30,7 +30,8 @@ class Doubling(nn.Linear):
 def _four_bit(linear: nn.Linear) -> nn.Module:
     from bitsandbytes.nn import Linear4bit
 
-    base = Linear4bit(linear.in_features, linear.out_features, False, torch.float32, quant_type="nf4")
+    has_bias = linear.bias is not None
+    base = Linear4bit(linear.in_features, linear.out_features, has_bias, torch.float32, quant_type="nf4")
     base.load_state_dict(linear.state_dict())
     return base.to("cpu")
 
@@ -38,7 +39,8 @@ def _four_bit(linear: nn.Linear) -> nn.Module:
 def _eight_bit(linear: nn.Linear) -> nn.Module:
     from bitsandbytes.nn import Linear8bitLt
 
-    base = Linear8bitLt(linear.in_features, linear.out_features, False, has_fp16_weights=False)
+    has_bias = linear.bias is not None
+    base = Linear8bitLt(linear.in_features, linear.out_features, has_bias, has_fp16_weights=False)
     base.load_state_dict(linear.state_dict())
     return base.to("cpu")
 
@@ -51,7 +53,7 @@ def _torchao(linear: nn.Linear) -> nn.Module:
 
 
 def _custom(linear: nn.Linear) -> nn.Module:
-    base = Doubling(linear.in_features, linear.out_features, bias=False)
+    base = Doubling(linear.in_features, linear.out_features, bias=linear.bias is not None)
     base.load_state_dict(linear.state_dict())
     return base
 
@@ -65,9 +67,11 @@ class Packed(nn.Module):
         scale = linear.weight.detach().abs().amax(1) / 127
         self.register_buffer("qweight", (linear.weight.detach() / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scales", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x):
-        return nn.functional.linear(x, self.qweight.to(x.dtype)) * self.scales.to(x.dtype)
+        y = nn.functional.linear(x, self.qweight.to(x.dtype)) * self.scales.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 BASES = {
@@ -79,16 +83,20 @@ BASES = {
     "custom": _custom,
 }
 every_base = pytest.mark.parametrize("kind", BASES)
+every_family = pytest.mark.parametrize("family", MATRIX)
 
 
-def model_on(kind: str, seed: int = 0) -> nn.Module:
-    """A tiny Llama whose FFN linears are of this kind."""
-    cls, config, options = FAMILIES["llama"]
+def model_on(kind: str, family: str = "llama", seed: int = 0) -> nn.Module:
+    """A tiny model without dropout whose FFN linears are of this kind."""
+    cls, config, options = FAMILIES[family]
     torch.manual_seed(seed)
     model = cls(config(**{**options, **WIDTHS}))
-    for layer in model.model.layers:
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(layer.mlp, name, BASES[kind](getattr(layer.mlp, name)))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for layer in layers_of(model):
+        for owner, name in ffn_of(layer):
+            setattr(owner, name, BASES[kind](getattr(owner, name)))
     return model.eval()
 
 
@@ -98,13 +106,16 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 @every_base
-def test_an_adapter_at_its_start_changes_nothing_and_comes_off(kind):
-    model = model_on(kind)
-    before, bases = logits(model), [m for m in model.modules() if type(m) is type(model.model.layers[0].mlp.up_proj)]
-    names, count = list(model_on(kind).state_dict()), sum(p.numel() for p in model_on("custom").parameters())
+@every_family
+def test_an_adapter_at_its_start_changes_nothing_and_comes_off(kind, family):
+    model = model_on(kind, family)
+    before, bases = logits(model), [m for m in model.modules() if type(m) is type(first_linear(model))]
+    names = list(model_on(kind, family).state_dict())
+    count = sum(p.numel() for p in model_on("custom", family).parameters())
     applied = apply_mos(model, mos(model, init_lora_weights=True))
-    assert len(applied) == 6 and "one router per block" in applied.report()
-    assert isinstance(model.model.layers[0].mlp.up_proj, MoSWrapped)
+    assert len(applied) == (4 if family == "bert" else 6)
+    assert ("one router per block" in applied.report()) == (family != "bert")
+    assert isinstance(first_linear(model), MoSWrapped)
     assert torch.equal(logits(model), before)
     assert not any(p.requires_grad for name, p in model.named_parameters() if "mos_" not in name)
     if kind not in ("parametrised", "packed"):
@@ -117,16 +128,18 @@ def test_an_adapter_at_its_start_changes_nothing_and_comes_off(kind):
 
 
 @every_base
-def test_gradients_are_those_of_base_plus_adapter(kind):
+@every_family
+def test_gradients_are_those_of_base_plus_adapter(kind, family):
     """Against the dense layer on the numbers that the base computes with, but for the base's own rounding."""
-    model = model_on(kind)
+    model = model_on(kind, family)
     apply_mos(model, mos(model))
-    layer = model.model.layers[0].mlp.up_proj.train()  # bitsandbytes computes otherwise in eval mode on a CPU
+    layer = first_linear(model).train()  # bitsandbytes computes otherwise in eval mode on a CPU
     x = torch.randn(5, 64, requires_grad=True)
     gates = torch.rand(5, 8)
-    dense = nn.Linear(64, 128, bias=False)
+    dense = nn.Linear(64, 128)
     with torch.no_grad():
-        dense.weight.copy_(layer.base_layer(torch.eye(64)).T)
+        dense.bias.copy_(layer.base_layer(torch.zeros(64)))
+        dense.weight.copy_(layer.base_layer(torch.eye(64)).T - dense.bias[:, None])
     dense = MoSLinear.from_linear(dense, layer.config)
     dense.load_state_dict({n: t for n, t in layer.state_dict().items() if "mos_" in n}, strict=False)
     found = []
@@ -140,11 +153,12 @@ def test_gradients_are_those_of_base_plus_adapter(kind):
 
 
 @every_base
-def test_it_trains_and_reports_and_files_go_around(kind, tmp_path):
-    model = model_on(kind)
+@every_family
+def test_it_trains_and_reports_and_files_go_around(kind, family, tmp_path):
+    model = model_on(kind, family)
     apply_mos(model, mos(model))
     model.train()
-    model(ids(), labels=ids()).loss.backward()
+    model(**batch(family)).loss.backward()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable.values())
     with torch.no_grad():
@@ -152,10 +166,10 @@ def test_it_trains_and_reports_and_files_go_around(kind, tmp_path):
             parameter -= 0.1 * parameter.grad
     model.eval()
     expected = logits(model)
-    assert len(routing_report(model, ids())) == 2
+    assert len(routing_report(model, ids())) == (4 if family == "bert" else 2)
     assert torch.equal(logits(copy.deepcopy(model)), expected)
     save_adapter(model, tmp_path)
-    other = model_on(kind)
+    other = model_on(kind, family)
     load_adapter(other, tmp_path)
     assert torch.equal(logits(other), expected)
 

@@ -5,7 +5,8 @@ import contextlib
 import pytest
 import torch
 from balance import adapted, values
-from tiny_models import FAMILIES, ids, tiny
+from tiny_models import DECODERS, FAMILIES, MATRIX, ids, layers_of, tiny
+from tiny_models import batch as labelled
 from torch.testing import assert_close
 from transformers import StaticCache, Trainer, TrainingArguments
 
@@ -15,6 +16,7 @@ from mos_kernels.huggingface.report import measured_routing
 
 pytestmark = pytest.mark.unpoisoned
 STEPS = 10
+every_family = pytest.mark.parametrize("family", MATRIX)
 
 
 @pytest.fixture(autouse=True)
@@ -71,11 +73,14 @@ def compilations(model, prepare=lambda i: contextlib.nullcontext(), train=True):
 FIXED_THEN_ANY_LENGTH = [1] + [2] * (STEPS - 1)
 
 
-def test_the_frozen_model_compiles_for_its_first_length_and_for_any():
-    assert compilations(frozen("llama")) == FIXED_THEN_ANY_LENGTH
+@every_family
+def test_the_frozen_model_compiles_for_its_first_length_and_for_any(family):
+    assert compilations(frozen(family)) == FIXED_THEN_ANY_LENGTH
 
 
-@pytest.mark.parametrize(("family", "scope"), [("llama", "ffn"), ("qwen2", "linear"), ("bert", "ffn")])
+@pytest.mark.parametrize(
+    ("family", "scope"), [("llama", "ffn"), ("qwen2", "linear"), ("gemma", "ffn"), ("bert", "ffn")]
+)
 def test_ten_steps_of_training_compile_no_more(family, scope):
     """With what MoSCallback does between them: other aux weights at every step, hooks at some."""
     model, measured = adapted(family=family, router_scope=scope).train(), []
@@ -98,14 +103,19 @@ def test_ten_steps_of_training_compile_no_more(family, scope):
         assert {s.tokens for s in statistics.values()} <= {int(batch(i)["attention_mask"].sum()), 3}  # BERT's pooler: 3
 
 
-def test_ten_steps_of_evaluation_compile_no_more():
-    assert compilations(adapted().eval(), train=False) == FIXED_THEN_ANY_LENGTH
+@every_family
+def test_ten_steps_of_evaluation_compile_no_more(family):
+    assert compilations(adapted(family=family).eval(), train=False) == FIXED_THEN_ANY_LENGTH
 
 
-def test_one_graph_with_the_gradients_of_eager():
+@pytest.mark.parametrize(
+    ("family", "scope"), [("llama", "linear"), ("qwen2", "ffn"), ("gemma", "ffn"), ("bert", "ffn")]
+)
+def test_one_graph_with_the_gradients_of_eager(family, scope):
     """Masks that change from step to step are in them: none is stale."""
-    model = adapted(router_scope="linear").train()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    model = adapted(family=family, router_scope=scope).train()
+    backend = "aot_eager" if family == "llama" else "eager"  # which traces no backward, and takes a third of the time
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     for i in range(3):
         found = []
         for call in (model, compiled):
@@ -117,16 +127,17 @@ def test_one_graph_with_the_gradients_of_eager():
             assert error <= 1e-5 * gradient.abs().max() + 1e-9, f"{i} {name}: {error}"
 
 
-def test_layers_compiled_one_by_one_see_the_mask_too():
+@every_family
+def test_layers_compiled_one_by_one_see_the_mask_too(family):
     """Then the note is taken outside the graphs, whose input the mask is."""
-    model = adapted().train()
+    model = adapted(family=family).train()
     expected = []
     for i in range(3):
         model.zero_grad()
         model(**batch(i)).logits.square().mean().backward()
         expected.append({name: p.grad.clone() for name, p in adapter_parameters(model).items()})
     backend = Counting()
-    for layer in model.model.layers:
+    for layer in layers_of(model):
         layer.compile(backend=backend, fullgraph=True)
     for i in range(3):
         model.zero_grad()
@@ -137,10 +148,11 @@ def test_layers_compiled_one_by_one_see_the_mask_too():
     assert len(backend.sizes) == 2
 
 
-def test_generation_with_a_static_cache():
+@pytest.mark.parametrize("family", DECODERS)
+def test_generation_with_a_static_cache(family):
     """Greedy decoding through compiled steps finds what generate does; one graph to read the prompt, one a token."""
     counts = []
-    for model in (tiny("llama", torch.float32), adapted().eval()):
+    for model in (tiny(family, torch.float32), adapted(family=family).eval()):
         torch._dynamo.reset()
         tokens = ids(0, batch=2, length=6)
         expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=6, do_sample=False,
@@ -160,13 +172,14 @@ def test_generation_with_a_static_cache():
     assert counts[1] <= counts[0]
 
 
-def test_a_compiled_trainer_measures_and_logs(tmp_path):
+@every_family
+def test_a_compiled_trainer_measures_and_logs(tmp_path, family):
     """torch_compile=True with a log at every step: the routing of one step in ten, the rest stays compiled."""
-    samples = [{"input_ids": ids(i, 1, 6)[0], "labels": ids(i, 1, 6)[0]} for i in range(12)]
+    samples = [{name: values[0] for name, values in labelled(family, i, 1, 6).items()} for i in range(12)]
     after = []
     for compiled in (False, True):
         torch._dynamo.reset()
-        model = adapted()
+        model = adapted(family=family)
         arguments = TrainingArguments(
             output_dir=str(tmp_path), per_device_train_batch_size=1, use_cpu=True, report_to=[], disable_tqdm=True,
             num_train_epochs=1, logging_steps=1, save_strategy="no", learning_rate=1e-2, torch_compile=compiled,
@@ -184,8 +197,9 @@ def test_a_compiled_trainer_measures_and_logs(tmp_path):
         assert_close(after[1][name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_routing_report_of_a_compiled_model():
-    model = adapted().eval()
+@every_family
+def test_routing_report_of_a_compiled_model(family):
+    model = adapted(family=family).eval()
     expected = routing_report(model, **batch(0))
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():

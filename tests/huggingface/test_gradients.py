@@ -60,11 +60,14 @@ def wrap_one_linear(model, use_reentrant):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("wrap", [wrap_layers, wrap_blocks, wrap_one_linear])
-@pytest.mark.parametrize("family, scope", [("llama", "ffn"), ("llama", "linear"), ("phi3", "ffn"), ("gpt2", "ffn")])
+@pytest.mark.parametrize(
+    "family, scope",
+    [("llama", "ffn"), ("llama", "linear"), ("qwen2", "ffn"), ("gemma", "linear"), ("phi3", "ffn"), ("gpt2", "ffn")],
+)
 def test_checkpointing_changes_no_gradient(family, scope, wrap, use_reentrant):
     plain = gradients(adapted(family, router_scope=scope, lora_dropout=0.2))
     model = wrap(adapted(family, router_scope=scope, lora_dropout=0.2), use_reentrant)
-    runs, target = [], "down_proj" if family in ("llama", "phi3") else "c_fc"
+    runs, target = [], "c_fc" if family == "gpt2" else "down_proj"
     inner = next(m for name, m in model.named_modules() if target in name and isinstance(m, MoSLayer))
     inner.register_forward_pre_hook(lambda *_: runs.append(1))
     assert_close(gradients(model), plain, rtol=1e-9, atol=1e-12)
@@ -77,7 +80,10 @@ def test_checkpointing_bert(use_reentrant):
     assert_close(gradients(wrap_layers(adapted("bert"), use_reentrant)), plain, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("family, scope", [("llama", "ffn"), ("llama", "linear"), ("gpt2", "ffn"), ("bert", "ffn")])
+@pytest.mark.parametrize(
+    "family, scope",
+    [("llama", "ffn"), ("llama", "linear"), ("qwen2", "ffn"), ("gemma", "ffn"), ("gpt2", "ffn"), ("bert", "ffn")],
+)
 def test_the_injected_gradient_is_that_of_the_mean_load_balancing_loss(family, scope):
     coefficient = 0.5
     injected = gradients(adapted(family, router_scope=scope))

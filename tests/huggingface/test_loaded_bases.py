@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, ids, mos
+from tiny_models import FAMILIES, MATRIX, batch, ffn_of, ids, layers_of, mos
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, TorchAoConfig
 
 from mos_kernels import MoSWrapped
 from mos_kernels.huggingface import (
@@ -29,6 +29,13 @@ SPLIT = {
     "model.rotary_emb": "cpu",
     "lm_head": "cpu",
 }
+SPLIT_BERT = {
+    "bert.embeddings": "cpu",
+    "bert.encoder.layer.0": "cpu",
+    "bert.encoder.layer.1": "disk",
+    "bert.pooler": "cpu",
+    "classifier": "cpu",
+}
 
 
 def _torchao_int8() -> TorchAoConfig:
@@ -46,27 +53,39 @@ LOADS = {
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["lm_head", "classifier"],
         ),
         "dtype": torch.bfloat16,
     },
     "bitsandbytes int8": lambda folder: {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
     "torchao int8": lambda folder: {"quantization_config": _torchao_int8(), "dtype": torch.bfloat16},
-    "disk": lambda folder: {"device_map": SPLIT, "offload_folder": folder / "offload", "dtype": torch.float32},
+    "disk": lambda folder: {
+        "device_map": SPLIT_BERT if family_of(folder) == "bert" else SPLIT,
+        "offload_folder": folder / "offload",
+        "dtype": torch.float32,
+    },
 }
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    kind, config, options = FAMILIES["llama"]
+@pytest.fixture(scope="module", params=MATRIX)
+def checkpoint(request, tmp_path_factory):
+    """A folder that is named after the family."""
+    kind, config, options = FAMILIES[request.param]
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("base")
+    folder = tmp_path_factory.mktemp(request.param)
     widths = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # whole blocks of 64 for bitsandbytes
-    kind(config(**{**options, **widths})).save_pretrained(folder)
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if request.param == "bert" else {}
+    kind(config(**{**options, **widths, **dropout})).save_pretrained(folder)
     return folder
 
 
+def family_of(folder) -> str:
+    return folder.name.rstrip("0123456789")
+
+
 def loaded(how: str, folder) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, **LOADS[how](folder))
+    auto = AutoModelForSequenceClassification if family_of(folder) == "bert" else AutoModelForCausalLM
+    return auto.from_pretrained(folder, **LOADS[how](folder))
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -76,17 +95,16 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("how", LOADS)
 def test_it_trains_and_its_files_go_around(how, checkpoint, tmp_path):
-    model = loaded(how, checkpoint)
-    untouched = logits(model)
+    untouched, model = logits(loaded(how, checkpoint)), loaded(how, checkpoint)
     apply_mos(model, mos(model, init_lora_weights=True))
-    assert torch.equal(logits(model), untouched)
     adapter = adapter_parameters(model)
-    assert len(adapter) == 20 and {(p.dtype, p.device.type) for p in adapter.values()} == {(torch.float32, "cpu")}
+    assert len(adapter) == (16 if family_of(checkpoint) == "bert" else 20)
+    assert {(p.dtype, p.device.type) for p in adapter.values()} == {(torch.float32, "cpu")}
 
     optimizer, losses = torch.optim.AdamW(mos_param_groups(model, 2e-2)), []
-    model.train()
+    model.train()  # before any eval mode, in which bitsandbytes packs 4-bit weights on a CPU, for inference alone
     for _ in range(6):
-        loss = model(ids(), labels=ids()).loss
+        loss = model(**batch(family_of(checkpoint))).loss
         loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter.values())
         optimizer.step()
@@ -95,12 +113,15 @@ def test_it_trains_and_its_files_go_around(how, checkpoint, tmp_path):
     assert losses[-1] < losses[0] - 0.1
 
     expected = logits(model)
-    assert not torch.equal(expected, untouched) and len(routing_report(model, ids())) == 2
+    routers = 4 if family_of(checkpoint) == "bert" else 2
+    assert not torch.equal(expected, untouched) and len(routing_report(model, ids())) == routers
     save_adapter(model, tmp_path)
     other = loaded(how, checkpoint)
     load_adapter(other, tmp_path)
     assert torch.equal(logits(other), expected)
     remove_mos(other)
+    assert torch.equal(logits(other), untouched)
+    apply_mos(other, mos(other, init_lora_weights=True))
     assert torch.equal(logits(other), untouched)
 
 
@@ -112,7 +133,9 @@ def test_gradients_are_those_of_base_plus_adapter(how, checkpoint):
     """
     torch.manual_seed(0)
     model = loaded(how, checkpoint)
-    bases = {name: module for name, module in model.named_modules() if name.endswith(("gate_proj", "down_proj"))}
+    ends = ("gate_proj", "down_proj", "intermediate.dense", ".output.dense")
+    bases = {n: m for n, m in model.named_modules() if n.endswith(ends) and "attention" not in n}
+    assert len(bases) == 4
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     runs = {name: (base, torch.randn(5, base.in_features, dtype=dtype)) for name, base in bases.items()}
     outputs = {name: base.train()(x).detach().float() for name, (base, x) in runs.items()}
@@ -147,12 +170,12 @@ def test_an_offloaded_linear_stays_offloaded_beneath_its_adapter(checkpoint):
     for each in (model, plain):
         torch.manual_seed(1)
         apply_mos(each, mos(each))
-    split, resident = model.model.layers[1].mlp.up_proj, model.model.layers[0].mlp.up_proj
+    resident, split = (getattr(*ffn_of(layer)[0]) for layer in layers_of(model))
     assert isinstance(split, MoSWrapped) and not isinstance(resident, MoSWrapped)
     assert_close(logits(model), logits(plain), rtol=1e-5, atol=1e-6)
     assert split.base_layer.weight.is_meta and not split.mos_lora_A.is_meta
     for each in (model, plain):
-        each.train()(ids(), labels=ids()).loss.backward()
+        each.train()(**batch(family_of(checkpoint))).loss.backward()
     for (name, found), expected in zip(
         adapter_parameters(model).items(), adapter_parameters(plain).values(), strict=True
     ):

@@ -7,17 +7,19 @@ import io
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 from peft import (
     AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
     PeftModel,
     PeftType,
     get_peft_model,
     inject_adapter_in_model,
 )
 from peft_setup import FAMILIES, SCOPES, config, logits, peft_model
-from tiny_models import ids, snapshot, tiny
+from tiny_models import DECODERS, batch, first_linear, ids, layers_of, mos, snapshot, tiny
 from torch import nn
 
 from mos_kernels import MoSConfig, MoSRouter
@@ -94,20 +96,30 @@ def test_gradients_are_those_of_apply_mos(family, scope, tmp_path):
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-9, atol=1e-12, msg=name)
 
 
+WHERE_IN_DECODERS = [
+    {"target_modules": "all-linear"}, {"layers_to_transform": [1]}, {"exclude_modules": ["layers.0.mlp.down_proj"]},
+    {"target_modules": ["down_proj"]}, {"target_modules": r".*layers\.0\.mlp\.(up|gate)_proj"},
+    {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"layers.0.mlp.down_proj": 3.0}}, {"share_a": False},
+    {"target_modules": ["q_proj", "up_proj", "gate_proj"], "activation": "silu"},
+]  # fmt: skip
+WHERE_IN_BERT = [
+    {"target_modules": "all-linear"}, {"target_modules": ["intermediate.dense"], "layers_to_transform": [1]},
+    {"exclude_modules": ["layer.0.output.dense"]},
+    {"target_modules": ["intermediate.dense"]}, {"target_modules": r".*layer\.0\.(intermediate|output)\.dense"},
+    {"rank_pattern": {"intermediate.dense": 2}, "alpha_pattern": {"layer.0.output.dense": 3.0}}, {"share_a": False},
+    {"target_modules": ["query", "intermediate.dense"], "activation": "silu"},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"target_modules": "all-linear"}, {"layers_to_transform": [1]}, {"exclude_modules": ["layers.0.mlp.down_proj"]},
-        {"target_modules": ["down_proj"]}, {"target_modules": r".*layers\.0\.mlp\.(up|gate)_proj"},
-        {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"layers.0.mlp.down_proj": 3.0}}, {"share_a": False},
-        {"target_modules": ["q_proj", "up_proj", "gate_proj"], "activation": "silu"},
-    ],
+    ("family", "options"),
+    [(f, options) for f in FAMILIES for options in (WHERE_IN_BERT if f == "bert" else WHERE_IN_DECODERS)],
     ids=str,
-)  # fmt: skip
-def test_options_of_where_choose_what_apply_mos_does(options, tmp_path):
-    by_peft = peft_model(**options)
-    own = tiny()
-    wanted = MoSConfig(**{"r": 4, "init_lora_weights": False, **options})
+)
+def test_options_of_where_choose_what_apply_mos_does(family, options, tmp_path):
+    by_peft = peft_model(family, **options)
+    own = tiny(family)
+    wanted = mos(own, **options)
     assert sorted(layers(by_peft.base_model.model)) == sorted(apply_mos(own, wanted))
     owners = {name.replace(".default", "").replace(".mos_adapter", "") for name in router_owners(by_peft)}
     assert {name.removeprefix("base_model.model.") for name in owners} == set(router_owners(own))
@@ -115,43 +127,47 @@ def test_options_of_where_choose_what_apply_mos_does(options, tmp_path):
     by_peft.save_pretrained(tmp_path)
     load_adapter(own, tmp_path)
     assert torch.equal(logits(own), logits(by_peft))
-    again = PeftModel.from_pretrained(tiny(), tmp_path)
+    again = PeftModel.from_pretrained(tiny(family), tmp_path)
     assert torch.equal(logits(again), logits(by_peft))
 
 
-def test_modules_to_save_go_through_both_doors(tmp_path):
-    model = peft_model("bert", modules_to_save=["pooler"])
+@pytest.mark.parametrize(
+    ("family", "module"), [("llama", "lm_head"), ("qwen2", "lm_head"), ("gemma", "model.norm"), ("bert", "pooler")]
+)
+def test_modules_to_save_go_through_both_doors(family, module, tmp_path):
+    """Not Gemma's lm_head, which is its embedding."""
+    model = peft_model(family, modules_to_save=[module])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name:
                 parameter.add_(0.1)
     model.save_pretrained(tmp_path)
-    own = tiny("bert")
+    own = tiny(family)
     load_adapter(own, tmp_path)
-    assert torch.equal(logits(own), logits(model)) and not torch.equal(logits(own), logits(tiny("bert")))
+    assert torch.equal(logits(own), logits(model)) and not torch.equal(logits(own), logits(tiny(family)))
     save_adapter(own.train(), tmp_path / "again")
-    assert torch.equal(logits(PeftModel.from_pretrained(tiny("bert"), tmp_path)), logits(model))
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny(family), tmp_path)), logits(model))
 
 
-def test_auto_classes_and_the_card(tmp_path):
-    base = tiny()
+@every_family
+def test_auto_classes_and_the_card(family, tmp_path):
+    auto = AutoPeftModelForSequenceClassification if family == "bert" else AutoPeftModelForCausalLM
+    base = tiny(family)
     base.save_pretrained(tmp_path / "base")
-    model = get_peft_model(AutoPeftModelForCausalLM._target_class.from_pretrained(tmp_path / "base"), config())
+    model = get_peft_model(auto._target_class.from_pretrained(tmp_path / "base"), config(family))
     model.save_pretrained(tmp_path / "adapter")
     model.save_pretrained(tmp_path / "adapter")
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert card.count("import mos_kernels.huggingface  # first") == 1 and "cannot be merged" in card
-    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    again = auto.from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model.eval()))
 
 
-@pytest.mark.parametrize(
-    "name", ["AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForSequenceClassification"]
-)
-def test_auto_classes_open_what_save_adapter_wrote(name, tmp_path):
-    import peft
-
-    family = "bert" if "Sequence" in name else "llama"
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["AutoPeftModel", "of the task"])
+def test_auto_classes_open_what_save_adapter_wrote(name, family, tmp_path):
+    if name == "of the task":
+        name = "AutoPeftModelForSequenceClassification" if family == "bert" else "AutoPeftModelForCausalLM"
     tiny(family).save_pretrained(tmp_path / "base")
     model = type(tiny(family)).from_pretrained(tmp_path / "base").eval()
     apply_mos(model, MoSConfig(r=4, init_lora_weights=False, target_modules=ffn_target_modules(model)))
@@ -168,17 +184,23 @@ def test_auto_classes_open_what_save_adapter_wrote(name, tmp_path):
 # several adapters
 
 
-def two_adapters(**options) -> PeftModel:
-    """`default` on the FFN and `other`, of another rank, on two of its linears and an attention projection."""
-    model = peft_model(**options)
+def two_adapters(family: str = "llama", **options) -> PeftModel:
+    """`default` on the FFN and `other`, of another rank, on its linears that widen and an attention projection.
+
+    On BERT without a task, whose head peft would save with each adapter: of those only one can be active.
+    """
+    task = {"task_type": None} if family == "bert" else {}
+    model = peft_model(family, **task, **options)
     torch.manual_seed(1)
-    model.add_adapter("other", config(r=2, target_modules=["q_proj", "up_proj", "gate_proj"], num_experts_per_tok=2))
+    targets = ["query", "intermediate.dense"] if family == "bert" else ["q_proj", "up_proj", "gate_proj"]
+    model.add_adapter("other", config(family, **task, r=2, target_modules=targets, num_experts_per_tok=2))
     randomise(model)
     return model.eval()
 
 
-def test_adapters_are_added_set_disabled_and_deleted(tmp_path):
-    base, model = logits(tiny()), two_adapters()
+@every_family
+def test_adapters_are_added_set_disabled_and_deleted(family, tmp_path):
+    base, model = logits(tiny(family)), two_adapters(family)
     first = logits(model)
     model.set_adapter("other")
     second = logits(model)
@@ -191,7 +213,7 @@ def test_adapters_are_added_set_disabled_and_deleted(tmp_path):
     assert torch.equal(logits(model), first)
     model.save_pretrained(tmp_path)
     for folder, expected in ((tmp_path, first), (tmp_path / "other", second)):
-        own = tiny()
+        own = tiny(family)
         load_adapter(own, folder)
         assert torch.equal(logits(own), expected)
     assert "mos_kernels" in (tmp_path / "other" / "README.md").read_text()
@@ -204,25 +226,29 @@ def test_adapters_are_added_set_disabled_and_deleted(tmp_path):
     assert torch.equal(logits(model.base_model.model), base) and not any(
         "mos_" in name for name, _ in model.named_parameters()
     )
-    model.add_adapter("default", config())
+    model.add_adapter("default", config(family))
     model.set_adapter("default")
     assert not torch.equal(logits(model), base)
 
 
-def test_two_active_adapters_are_both_added():
-    model = two_adapters()
-    block = model.base_model.model.model.layers[0].mlp
-    layer, x = block.up_proj, torch.randn(3, 32, dtype=torch.float64)
+@every_family
+def test_two_active_adapters_are_both_added(family):
+    """In BERT, whose FFN is no block, each linear has routers of its own."""
+    model = two_adapters(family)
+    block = getattr(layers_of(model.base_model.model)[0], "intermediate" if family == "bert" else "mlp")
+    layer, x = getattr(block, "dense" if family == "bert" else "up_proj"), torch.randn(3, 32, dtype=torch.float64)
 
     def adapted(names):
         model.base_model.set_adapter(names)
-        return layer(x, block.mos_router(x)) - layer.base_layer(x)
+        gates = () if family == "bert" else (block.mos_router(x),)
+        return layer(x, *gates) - layer.base_layer(x)
 
     both = adapted(["default", "other"])
     torch.testing.assert_close(both, adapted("default") + adapted("other"))
-    assert len(router_owners(model)) == 2 + 2, "those of the active one: two blocks, two q_proj"
+    assert len(router_owners(model)) == 2 + 2, "those of the active one: two blocks (or linears), two q_proj"
     model.base_model.set_adapter(["default", "other"])
-    assert len(router_owners(model)) == 6 and len(mos_adapters(model)) == 12
+    counts = (8, 8) if family == "bert" else (6, 12)
+    assert (len(router_owners(model)), len(mos_adapters(model))) == counts
     logits(model)
 
 
@@ -279,20 +305,21 @@ def any_peft_version(monkeypatch):
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda min_version: None)
 
 
+@every_family
 @both_scopes
-def test_transformers_own_methods(scope, tmp_path, any_peft_version):
-    saved = peft_model(router_scope=scope)
+def test_transformers_own_methods(family, scope, tmp_path, any_peft_version):
+    saved = peft_model(family, router_scope=scope, task_type=None)
     randomise(saved)
     saved.save_pretrained(tmp_path)
     expected = logits(saved)
-    model = tiny()
+    model = tiny(family)
     model.load_adapter(tmp_path)
     assert torch.equal(logits(model), expected)
-    model.add_adapter(config(router_scope=scope), "second")
+    model.add_adapter(config(family, router_scope=scope), "second")
     model.set_adapter("second")
     assert not torch.equal(logits(model), expected)
     model.disable_adapters()
-    assert torch.equal(logits(model), logits(tiny()))
+    assert torch.equal(logits(model), logits(tiny(family)))
     model.enable_adapters()
     model.set_adapter("default")
     assert torch.equal(logits(model), expected)
@@ -302,12 +329,13 @@ def test_transformers_own_methods(scope, tmp_path, any_peft_version):
     assert {name for name in model.state_dict() if "mos_" in name} == names
 
 
-def test_an_adapter_from_transformers_is_saved_and_comes_back(tmp_path, any_peft_version):
-    model = tiny()
-    model.add_adapter(config())
+@every_family
+def test_an_adapter_from_transformers_is_saved_and_comes_back(family, tmp_path, any_peft_version):
+    model = tiny(family)
+    model.add_adapter(config(family))
     randomise(model)
     model.save_pretrained(tmp_path)
-    own = tiny()
+    own = tiny(family)
     load_adapter(own, tmp_path)
     assert torch.equal(logits(own), logits(model))
 
@@ -332,10 +360,12 @@ def curvatures(model: nn.Module) -> list[torch.Tensor]:
     return [p for name, p in model.named_parameters() if "mos_curvature" in name]
 
 
+@every_family
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-def test_curvature_stays_float32_on_a_bfloat16_base(autocast, low_cpu_mem_usage, tmp_path):
-    model = get_peft_model(tiny(dtype=torch.bfloat16), config(), autocast_adapter_dtype=autocast)
+def test_curvature_stays_float32_on_a_bfloat16_base(family, autocast, low_cpu_mem_usage, tmp_path):
+    base, options = tiny(family, torch.bfloat16), config(family, task_type=None)
+    model = get_peft_model(base, options, autocast_adapter_dtype=autocast)
     randomise(model)
     values = [c.detach().clone() for c in curvatures(model)]
     wide = {p.dtype for n, p in model.named_parameters() if "mos_lora" in n or "mos_router" in n}
@@ -345,24 +375,25 @@ def test_curvature_stays_float32_on_a_bfloat16_base(autocast, low_cpu_mem_usage,
     assert logits(model).dtype == torch.bfloat16
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(
-        tiny(dtype=torch.bfloat16), tmp_path, autocast_adapter_dtype=autocast, low_cpu_mem_usage=low_cpu_mem_usage
+        tiny(family, torch.bfloat16), tmp_path, autocast_adapter_dtype=autocast, low_cpu_mem_usage=low_cpu_mem_usage
     )
     assert all(c.dtype == torch.float32 and torch.equal(c, v) for c, v in zip(curvatures(again), values, strict=True))
     saved, loaded = dict(model.named_parameters()), dict(again.named_parameters())
     assert all(torch.equal(loaded[name], p) for name, p in saved.items() if "mos_" in name)
-    by_transformers = tiny(dtype=torch.bfloat16)
+    by_transformers = tiny(family, torch.bfloat16)
     by_transformers.load_adapter(tmp_path)
     loaded = curvatures(by_transformers)
     assert all(c.dtype == torch.float32 and torch.equal(c, v) for c, v in zip(loaded, values, strict=True))
 
 
+@pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("door", ["peft", "own"])
-def test_trls_cast_of_everything_trainable_is_undone_before_training(door):
+def test_trls_cast_of_everything_trainable_is_undone_before_training(door, family):
     """TRL assigns to .data, under QLoRA, past every hook; the trainer's model.train() comes after it."""
     if door == "peft":
-        model = peft_model(dtype=torch.float32)
+        model = peft_model(family, dtype=torch.float32)
     else:
-        model = tiny(dtype=torch.float32)
+        model = tiny(family, torch.float32)
         apply_mos(model, MoSConfig(r=4))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -387,8 +418,9 @@ def test_casts_of_one_dictionary_alone():
 # what cannot be
 
 
-def test_merging_is_refused_with_the_reason_and_unloading_works():
-    model = peft_model()
+@every_family
+def test_merging_is_refused_with_the_reason_and_unloading_works(family):
+    model, plain = peft_model(family), tiny(family)
     before = logits(model)
     layer = next(iter(layers(model).values()))
     for merge in (model.merge_and_unload, model.merge_adapter, layer.merge, layer.unmerge):
@@ -396,9 +428,9 @@ def test_merging_is_refused_with_the_reason_and_unloading_works():
             merge()
     assert torch.equal(logits(model), before)
     base = model.unload()
-    assert torch.equal(logits(base), logits(tiny())) and snapshot(base)["types"] == snapshot(tiny())["types"]
+    assert torch.equal(logits(base), logits(plain)) and snapshot(base)["types"] == snapshot(plain)["types"]
     assert all(vars(module).get("forward") is None for module in base.modules())
-    assert torch.equal(logits(get_peft_model(base, config())), logits(base))
+    assert torch.equal(logits(get_peft_model(base, config(family))), logits(base))
 
 
 def test_mixed_batches_are_refused():
@@ -493,13 +525,16 @@ def test_reports_counts_and_groups():
     model.print_trainable_parameters()
 
 
-def test_the_callback_in_a_trainer(tmp_path):
+@every_family
+def test_the_callback_in_a_trainer(family, tmp_path):
     from transformers import Trainer, TrainingArguments
 
     from mos_kernels.huggingface import MoSCallback
 
-    model = peft_model(dtype=torch.float32, router_aux_loss_coef=0.5)
-    data = [{"input_ids": row, "labels": row} for row in ids(0, 8)]
+    model = peft_model(family, dtype=torch.float32, router_aux_loss_coef=0.5)
+    adapters, routers = len(mos_adapters(model)), len(router_owners(model))
+    tokens = batch(family, batch=8)
+    data = [{name: values[i] for name, values in tokens.items()} for i in range(8)]
     arguments = TrainingArguments(
         str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
         report_to=[], use_cpu=True, save_steps=2, disable_tqdm=True,
@@ -510,19 +545,21 @@ def test_the_callback_in_a_trainer(tmp_path):
     owner = next(iter(router_owners(model).values()))
     owner.register_forward_pre_hook(lambda module, _: weights.append(module.mos_aux_weight.item()))
     trainer.train()
-    assert set(weights) == {0.5 / 2 / 2} and owner.mos_aux_weight.item() == 0.25
+    assert set(weights) == {0.5 / routers / 2} and owner.mos_aux_weight.item() == 0.5 / routers
+    assert (adapters, routers) == ((4, 4) if family == "bert" else (6, 2))
     logged = trainer.state.log_history[0]
     assert {"mos/curvature/hyperbolic_mean", "mos/share/euclidean", "mos/entropy"} <= logged.keys()
-    assert len(callback.history[0]["curvature"]) == 6 and len(callback.history[0]["share"]) == 2
-    again = PeftModel.from_pretrained(tiny(dtype=torch.float32), tmp_path / "checkpoint-2")
+    assert len(callback.history[0]["curvature"]) == adapters and len(callback.history[0]["share"]) == routers
+    again = PeftModel.from_pretrained(tiny(family, torch.float32), tmp_path / "checkpoint-2")
     torch.testing.assert_close(logits(again), logits(model.eval()))
 
 
 # torch's ways
 
 
-def test_copies_and_pickles():
-    model = two_adapters()
+@every_family
+def test_copies_and_pickles(family):
+    model = two_adapters(family)
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -533,18 +570,19 @@ def test_copies_and_pickles():
                 for parameters in (layer.mos_lora_B, layer.mos_router):
                     for parameter in parameters.values():
                         parameter.zero_()
-        assert torch.equal(logits(other), logits(tiny())) and not torch.equal(logits(other), logits(model))
+        assert torch.equal(logits(other), logits(tiny(family))) and not torch.equal(logits(other), logits(model))
 
 
+@every_family
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_changes_no_gradient(use_reentrant):
+def test_checkpointing_changes_no_gradient(use_reentrant, family):
     found = []
     for checkpointing in (False, True):
-        model = peft_model(router_aux_loss_coef=0.5).train()
+        model = peft_model(family, router_aux_loss_coef=0.5).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
-        model(ids(), labels=ids()).loss.backward()
+        model(**batch(family)).loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert all(g is not None for g in found[1].values())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
@@ -562,8 +600,9 @@ def replica(module: nn.Module) -> nn.Module:
     return copied
 
 
-def test_a_data_parallel_replica_uses_its_own_parameters():
-    model = peft_model(dtype=torch.float64, learn_curvature=False, router_scope="linear")
+@every_family
+def test_a_data_parallel_replica_uses_its_own_parameters(family):
+    model = peft_model(family, dtype=torch.float64, learn_curvature=False, router_scope="linear")
     layer = next(iter(layers(model).values()))
     x = torch.randn(3, 32, dtype=torch.float64)
     expected = copy.deepcopy(layer)
@@ -575,9 +614,11 @@ def test_a_data_parallel_replica_uses_its_own_parameters():
         assert torch.equal(layer(x), before)
 
 
-def test_a_block_compiles_in_one_graph_for_any_length():
+@every_family
+def test_a_block_compiles_in_one_graph_for_any_length(family):
     torch._dynamo.reset()
-    block = two_adapters(dtype=torch.float32).base_model.model.model.layers[0].mlp
+    block = layers_of(two_adapters(family, dtype=torch.float32).base_model.model)[0]
+    block = block.intermediate if family == "bert" else block.mlp
     graphs = []
     compiled = torch.compile(block, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     for length in (3, 5, 9, 17, 33):
@@ -597,20 +638,21 @@ def test_frozen_for_inference_and_thawed():
     assert all(adapter._frozen is None for adapter in mos_adapters(model).values())
 
 
+@every_family
 @pytest.mark.parametrize("kind", ["bitsandbytes 4-bit", "parametrised", "packed", "torchao int8"])
-def test_bases_that_are_no_dense_parameter(kind, tmp_path):
+def test_bases_that_are_no_dense_parameter(kind, family, tmp_path):
     from test_bases import model_on
 
-    model = get_peft_model(model_on(kind), config(init_lora_weights=True)).eval()
-    up = model.base_model.model.model.layers[0].mlp.up_proj
+    model = get_peft_model(model_on(kind, family), config(family, init_lora_weights=True)).eval()
+    up = first_linear(model.base_model.model)
     model.train()  # first: bitsandbytes on a CPU packs 4-bit weights in eval mode, and is not differentiable after it
-    model(ids(), labels=ids()).loss.backward()
+    model(**batch(family)).loss.backward()
     assert up.mos_lora_B["default"].grad.abs().max() > 0
-    torch.testing.assert_close(logits(model.eval()), logits(model_on(kind)))
+    torch.testing.assert_close(logits(model.eval()), logits(model_on(kind, family)))
     randomise(model)
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(model_on(kind), tmp_path)
-    own = model_on(kind)
+    again = PeftModel.from_pretrained(model_on(kind, family), tmp_path)
+    own = model_on(kind, family)
     load_adapter(own, tmp_path)
     assert torch.equal(logits(again), logits(own))
     if "4-bit" in kind:  # saving made bitsandbytes pack the weights anew, which rounds
@@ -618,7 +660,7 @@ def test_bases_that_are_no_dense_parameter(kind, tmp_path):
     else:
         assert torch.equal(logits(own), logits(model))
     base = model.unload()
-    assert base.model.layers[0].mlp.up_proj is up.base_layer
+    assert first_linear(base) is up.base_layer
 
 
 def test_conv1d(tmp_path):
@@ -629,11 +671,12 @@ def test_conv1d(tmp_path):
     assert torch.equal(logits(own), logits(model)) and len(layers(model)) == 4
 
 
+@every_family
 @pytest.mark.parametrize("offload", [True, False])
-def test_offloaded_parameters_are_there_or_asked_for(offload):
+def test_offloaded_parameters_are_there_or_asked_for(offload, family):
     from accelerate import cpu_offload
 
-    model = peft_model()
+    model = peft_model(family)
     expected = logits(model)
     cpu_offload(model, torch.device("cpu"), preload_module_classes=["MoSPeftLayer"] if offload else None)
     if offload:

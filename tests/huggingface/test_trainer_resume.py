@@ -1,5 +1,6 @@
 """A Trainer killed by SIGKILL, wherever that was, goes on from its last complete checkpoint to the same model."""
 
+import functools
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import ids, mos, tiny
+from tiny_models import MATRIX, batch, mos, tiny
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from mos_kernels.huggingface import MoSCallback, apply_mos, last_complete_checkpoint
@@ -20,12 +21,13 @@ STEPS, SAVES = 8, (3, 6)
 KILLS = ("in mid-training", "with the weights of the second checkpoint written", "while its state is written")
 
 
-def trainer_in(folder, callbacks=()):
+def trainer_in(folder, callbacks=(), family="llama"):
     """8 steps with dropout, accumulation and AdamW, over more than one epoch, with a checkpoint every 3."""
     torch.manual_seed(0)
-    model = tiny("llama", torch.float32)
+    model = tiny(family, torch.float32)
     apply_mos(model, mos(model, lora_dropout=0.2, router_aux_loss_coef=0.1))
-    samples = [{"input_ids": ids(i, 1, 6)[0], "labels": ids(i, 1, 6)[0]} for i in range(22)]
+    tokens = [batch(family, i, i % 2 + 1, 6) for i in range(22)]
+    samples = [{name: values[-1] for name, values in sample.items()} for sample in tokens]
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=STEPS,
         save_steps=3, logging_steps=1, learning_rate=1e-2, use_cpu=True, report_to=[], disable_tqdm=True,
@@ -69,9 +71,15 @@ def run_and_be_killed(folder, when):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    trainer = trainer_in(tmp_path_factory.mktemp("whole"))
-    trainer.train()
-    return trainer
+    """The trainer of a family's whole run."""
+
+    @functools.cache
+    def run(family):
+        trainer = trainer_in(tmp_path_factory.mktemp("whole"), family=family)
+        trainer.train()
+        return trainer
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +122,7 @@ def assert_same(resumed, whole):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed runs are forked, and this system has no fork")
 @pytest.mark.parametrize(("when", "goes_on_from"), zip(KILLS, (3, 3, 3), strict=True))
 def test_killed_and_resumed_equals_uninterrupted(when, goes_on_from, killed, uninterrupted):
+    """On a Llama alone: what a killed process leaves does not depend on the model."""
     folder = killed[when]
     there = sorted(path.name for path in folder.glob("checkpoint-*"))
     assert there == (["checkpoint-3"] if when == KILLS[0] else ["checkpoint-3", "checkpoint-6"])
@@ -121,15 +130,17 @@ def test_killed_and_resumed_equals_uninterrupted(when, goes_on_from, killed, uni
     assert checkpoint == folder / f"checkpoint-{goes_on_from}"
     resumed = trainer_in(folder)
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert_same(resumed, uninterrupted)
+    assert_same(resumed, uninterrupted("llama"))
 
 
-def test_resumed_from_a_later_checkpoint(uninterrupted, tmp_path):
-    source = Path(uninterrupted.args.output_dir)
+@pytest.mark.parametrize("family", MATRIX)
+def test_resumed_from_a_later_checkpoint(family, uninterrupted, tmp_path):
+    whole = uninterrupted(family)
+    source = Path(whole.args.output_dir)
     (tmp_path / HISTORY).write_text((source / HISTORY).read_text())
-    resumed = trainer_in(tmp_path)
+    resumed = trainer_in(tmp_path, family=family)
     resumed.train(resume_from_checkpoint=str(source / "checkpoint-6"))
-    assert_same(resumed, uninterrupted)
+    assert_same(resumed, whole)
 
 
 def test_a_folder_without_a_complete_checkpoint(tmp_path):

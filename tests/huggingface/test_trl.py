@@ -4,7 +4,7 @@ import pytest
 import torch
 from balance import adapted, assert_injected, balance_gradients, batches_seen, values
 from finetune_setup import WORDS, save_tokenizer
-from tiny_models import tiny
+from tiny_models import DECODERS, tiny
 
 pytest.importorskip("trl")
 from datasets import Dataset
@@ -16,6 +16,8 @@ from mos_kernels.huggingface import MoSCallback, MoSPeftConfig, last_complete_ch
 from mos_kernels.huggingface.plan import adapter_parameters, router_owners
 
 LR = 0.5
+every_decoder = pytest.mark.parametrize("family", DECODERS)
+"""BERT has no generation, which both trainers are for."""
 COMMON = {
     "use_cpu": True, "max_grad_norm": 0.0, "report_to": [], "disable_tqdm": True, "lr_scheduler_type": "constant",
     "learning_rate": LR, "logging_steps": 1, "save_strategy": "no", "optim": "sgd", "dataset_num_proc": None,
@@ -67,73 +69,84 @@ def options_of(accumulation, checkpointing, bf16):
             "gradient_checkpointing_kwargs": checkpointing}  # fmt: skip
 
 
-def one_step(make, accumulation, bf16):
+def one_step(make, accumulation, bf16, family):
     """The adapter after one step with and without load balancing, and the batches of that step."""
     after, seen = [], []
     for coefficient in (5.0, 0.0):
-        model = adapted(coefficient)
+        model = adapted(coefficient, family)
         seen = batches_seen(model)
         make(model).train()
         assert len(seen) == accumulation
         after.append(values(model))
     assert all((batch["attention_mask"] == 0).any() for batch in seen), "a batch without padding shows nothing"
-    expected = balance_gradients([{k: b[k] for k in ("input_ids", "attention_mask")} for b in seen], bf16)
+    batches = [{k: b[k] for k in ("input_ids", "attention_mask")} for b in seen]
+    expected = balance_gradients(batches, bf16, family)
     return after, expected
 
 
 @CASES
-def test_sft_injects_the_gradient_of_the_real_tokens(tmp_path, tokenizer, accumulation, checkpointing, bf16):
+@every_decoder
+def test_sft_injects_the_gradient_of_the_real_tokens(tmp_path, tokenizer, accumulation, checkpointing, bf16, family):
     options = options_of(accumulation, checkpointing, bf16)
     after, expected = one_step(
-        lambda model: sft(tmp_path, tokenizer, model, 2 * accumulation, **options), accumulation, bf16
+        lambda model: sft(tmp_path, tokenizer, model, 2 * accumulation, **options), accumulation, bf16, family
     )
     assert_injected(*after, expected, LR, bf16)
 
 
 @CASES
-def test_dpo_injects_it_and_the_reference_disturbs_nothing(tmp_path, tokenizer, accumulation, checkpointing, bf16):
+@every_decoder
+def test_dpo_injects_it_and_the_reference_disturbs_nothing(
+    tmp_path, tokenizer, accumulation, checkpointing, bf16, family
+):
     """The reference is an adapted model too, whose forward comes between the policy's and its backward."""
     options = options_of(accumulation, checkpointing, bf16)
-    reference = adapted(5.0)
+    reference = adapted(5.0, family)
     before = values(reference)
     after, expected = one_step(
-        lambda model: dpo(tmp_path, tokenizer, model, reference, 2 * accumulation, **options), accumulation, bf16
+        lambda model: dpo(tmp_path, tokenizer, model, reference, 2 * accumulation, **options),
+        accumulation,
+        bf16,
+        family,
     )
     assert_injected(*after, expected, LR, bf16)
     assert all(torch.equal(before[name], value) for name, value in values(reference).items())
     assert all(p.grad is None for p in reference.parameters())
 
 
-def test_dpo_against_the_frozen_base(tmp_path, tokenizer):
-    trainer = dpo(tmp_path, tokenizer, adapted(), tiny("llama", torch.float32), 4, max_steps=2)
+@every_decoder
+def test_dpo_against_the_frozen_base(tmp_path, tokenizer, family):
+    trainer = dpo(tmp_path, tokenizer, adapted(family=family), tiny(family, torch.float32), 4, max_steps=2)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 2 and all("mos/entropy" in entry and entry["loss"] > 0 for entry in logs)
 
 
 @pytest.mark.parametrize(("make", "accumulation"), [(sft, 2), (lambda *a, **o: dpo(*a[:3], None, *a[3:], **o), 4)])
-def test_with_peft_the_same_is_injected(tmp_path, tokenizer, make, accumulation):
+@every_decoder
+def test_with_peft_the_same_is_injected(tmp_path, tokenizer, make, accumulation, family):
     """For DPO the reference is the model with its adapter disabled."""
     after = []
     for coefficient in (5.0, 0.0):
-        save_adapter(adapted(coefficient), tmp_path / "start")
-        model = PeftModel.from_pretrained(tiny("llama", torch.float32), tmp_path / "start", is_trainable=True)
+        save_adapter(adapted(coefficient, family), tmp_path / "start")
+        model = PeftModel.from_pretrained(tiny(family, torch.float32), tmp_path / "start", is_trainable=True)
         seen = batches_seen(model.get_base_model())
         options = options_of(accumulation, None, False)
         trainer = make(tmp_path / "run", tokenizer, model, 2 * accumulation, **options)
         trainer.train()
         trainer.model.save_pretrained(tmp_path / "end")
-        end = tiny("llama", torch.float32)
+        end = tiny(family, torch.float32)
         load_adapter(end, tmp_path / "end")
         after.append(values(end))
     policy = [batch for batch in seen if "attention_mask" in batch]
-    expected = balance_gradients([{k: b[k] for k in ("input_ids", "attention_mask")} for b in policy])
+    batches = [{k: b[k] for k in ("input_ids", "attention_mask")} for b in policy]
+    expected = balance_gradients(batches, family=family)
     assert len(policy) == accumulation
     assert_injected(*after, expected, LR, False)
 
 
 @pytest.mark.parametrize("make", [sft, lambda *a, **o: dpo(*a[:3], None, *a[3:], **o)], ids=["sft", "dpo"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
+@every_decoder
 def test_peft_config_is_the_one_line(tmp_path, tokenizer, make, family):
     config = MoSPeftConfig(r=4, task_type="CAUSAL_LM")
     options = {"optim": "adamw_torch", "learning_rate": 1e-2, "bf16": True, "max_steps": 2}
@@ -158,11 +171,12 @@ def test_packed_sequences_count_every_token(tmp_path, tokenizer):
     assert len(seen) == 1 and all(mask is None or mask.all() for mask in routed)
 
 
-def test_sft_keeps_curvature_in_float32_logs_and_resumes(tmp_path, tokenizer):
+@every_decoder
+def test_sft_keeps_curvature_in_float32_logs_and_resumes(tmp_path, tokenizer, family):
     """With bf16=True, TRL's default; the resumed run ends where the uninterrupted one does."""
     options = {"optim": "adamw_torch", "learning_rate": 1e-2, "bf16": True, "max_steps": 4, "save_strategy": "steps",
                "save_steps": 2}  # fmt: skip
-    whole = sft(tmp_path / "whole", tokenizer, adapted(lora_dropout=0.1), 8, **options)
+    whole = sft(tmp_path / "whole", tokenizer, adapted(family=family, lora_dropout=0.1), 8, **options)
     for name, parameter in adapter_parameters(whole.model).items():
         if "mos_curvature" in name:
             parameter.data = parameter.data.bfloat16()  # as QLoRA scripts do
@@ -171,7 +185,7 @@ def test_sft_keeps_curvature_in_float32_logs_and_resumes(tmp_path, tokenizer):
     assert all(p.dtype == torch.float32 and p.abs().sum() > 0 for p in curvature)
     assert all("mos/share/max" in entry for entry in whole.state.log_history if "loss" in entry)
 
-    resumed = sft(tmp_path / "whole", tokenizer, adapted(lora_dropout=0.1), 8, **options)
+    resumed = sft(tmp_path / "whole", tokenizer, adapted(family=family, lora_dropout=0.1), 8, **options)
     resumed.train(resume_from_checkpoint=str(last_complete_checkpoint(tmp_path / "whole").with_name("checkpoint-2")))
     ours, theirs = values(resumed.model), values(whole.model)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -91,17 +91,20 @@ def test_the_drawn_cases_reach_every_kind():
     assert {config.norm_topk_prob for _, config in found} == {options["use_rslora"] for options, _ in found}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "bert", "gpt2"])
 def test_the_default_configuration_takes_the_loras_rank_and_linears(family, tmp_path):
-    targets = ["c_fc", "mlp.c_proj"] if family == "gpt2" else FFN
-    pattern = {} if family == "gpt2" else {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 3}}
+    targets = {"gpt2": ["c_fc", "mlp.c_proj"], "bert": r".*\.(intermediate|output)\.dense"}.get(family, FFN)
+    pattern = {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 3}}
+    if family in ("gpt2", "bert"):
+        pattern = {"rank_pattern": {"intermediate.dense": 2}} if family == "bert" else {}
     lora = lora_model(family, target_modules=targets, lora_dropout=0.1, fan_in_fan_out=family == "gpt2", **pattern)
     lora.save_pretrained(tmp_path)
     model = tiny(family)
     applied = start_from_lora(model, tmp_path)
     assert (logits(model) - logits(lora)).abs().max() <= 1e-12 * logits(lora).abs().max()
     config = next(iter(layers(model).values())).config
-    assert config.lora_dropout == 0.1 and config.num_experts == 8 and "one router per block" in applied.report()
+    assert config.lora_dropout == 0.1 and config.num_experts == 8
+    assert ("one router per block" in applied.report()) == (family != "bert")
     save_adapter(model, tmp_path / "mixture")
     again = tiny(family)
     load_adapter(again, tmp_path / "mixture")

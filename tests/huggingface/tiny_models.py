@@ -64,6 +64,10 @@ FAMILIES = {
     "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig, _COMMON),
 }
 
+MATRIX = ("llama", "qwen2", "gemma", "bert")
+"""The families of the tables in docs/, through which every row goes; BERT is the one that does not generate."""
+DECODERS = MATRIX[:3]
+
 
 def tiny(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
     """A model of the family with random weights, no dropout, in eval mode."""
@@ -87,6 +91,28 @@ def mos(model: nn.Module, **options) -> MoSConfig:
 
 def ids(seed: int = 0, batch: int = 2, length: int = 7) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def batch(family: str = "llama", seed: int = 0, batch: int = 2, length: int = 7) -> dict[str, torch.Tensor]:
+    """Tokens and labels: the tokens again, or a class for each sequence."""
+    tokens = ids(seed, batch, length)
+    return {"input_ids": tokens, "labels": torch.arange(batch) % 2 if family == "bert" else tokens}
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    return model.bert.encoder.layer if hasattr(model, "bert") else model.model.layers
+
+
+def ffn_of(layer: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where the linears of the layer's FFN are, the one that widens first: (module, attribute)."""
+    if hasattr(layer, "mlp"):
+        return [(layer.mlp, name) for name in ("up_proj", "gate_proj", "down_proj")]
+    return [(layer.intermediate, "dense"), (layer.output, "dense")]
+
+
+def first_linear(model: nn.Module) -> nn.Module:
+    """The first FFN linear that widens."""
+    return getattr(*ffn_of(layers_of(model)[0])[0])
 
 
 def snapshot(model: nn.Module) -> dict:
