@@ -10,6 +10,7 @@ from balance import assert_injected, balance_gradients, batches_seen, values
 from tiny_models import MATRIX, VOCABULARY, ffn_of, ids, layers_of, mos, tiny
 from torch.testing import assert_close
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import WandbCallback
 
 from mos_kernels import routing
 from mos_kernels.huggingface import MoSCallback, apply_mos, mos_param_groups, routing_report
@@ -289,8 +290,23 @@ def test_tensorboard_gets_the_keys(tmp_path):
         assert [point.step for point in points] == [1, 2, 3] and points[0].value == pytest.approx(value, rel=1e-6), key
 
 
+def test_wandb_gets_the_keys(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    trainer = trainer_for(adapted(), tmp_path, [SAMPLE] * 3)
+    trainer.add_callback(WandbCallback)
+    MoSCallback.add_to(trainer)
+    logged = []
+    monkeypatch.setattr(wandb.Run, "log", lambda self, values, *args, **kwargs: logged.append(values))
+    trainer.train()
+    wandb.finish()
+    measured = [{key for key in values if key.startswith("train/mos/")} for values in logged]
+    assert [len(keys) for keys in measured if keys] == [12, 12, 12]
+
+
 def test_it_comes_before_every_reporter(tmp_path):
-    """W&B's callback and all others log what they are handed, after the trainer's own callbacks."""
+    """All reporters log what they are handed, after the trainer's own callbacks."""
     trainer = trainer_for(adapted(), tmp_path, [SAMPLE])
     for reporter in (Watch(), Watch()):
         trainer.add_callback(reporter)
