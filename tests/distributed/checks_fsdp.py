@@ -270,7 +270,6 @@ def test_adapter_files_are_those_of_one_process(shared_folder, family):
     save_adapter(model, shared_folder / "sharded")
     files = sorted(path.name for path in (shared_folder / "sharded").iterdir())
     assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    assert "Qwen2ForCausalLM.from_pretrained" in (shared_folder / "sharded" / "README.md").read_text()
     description = json.loads((shared_folder / "sharded" / "adapter_config.json").read_text())
     assert description["auto_mapping"]["base_model_class"] == type(plain).__name__ != type(model).__name__
     tensors = load_file(shared_folder / "sharded" / "adapter_model.safetensors")
