@@ -52,7 +52,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     if state is None:
         raise ValueError(f"{type(model).__name__} has no MoS adapter: call apply_mos(model, config) first")
     modules = _modules_to_save(model)
-    parameters = {**adapter_parameters(model), **tensors_of(model, modules)}
+    whole = tensors_of(model, [*modules, *_named_by_ending(model, modules)])
+    parameters = {**adapter_parameters(model), **whole}
     offloaded = [name for name, tensor in parameters.items() if tensor.is_meta]
     if offloaded:
         raise ValueError(f"{offloaded[0]!r} is on the meta device (offloaded?): bring its values back before saving")
@@ -117,9 +118,11 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
         on_meta = [name for name, parameter in adapter_parameters(model).items() if parameter.is_meta]
     if on_meta:
         raise ValueError(f"{on_meta[0]!r} is on the meta device: load the base model's weights before the adapter")
-    modules += _saved_by_ending(model, modules, tensors)
+    endings = _named_by_ending(model, modules)
+    modules += [name for name in endings if any(tensor.startswith(f"{name}.") for tensor in tensors)]
     extra = tensors_of(model, modules)
     require_fit(folder, tensors, shapes, extra)
+    require_untied(folder, model, extra, tensors)
     if applied is not None:
         refuse_zero3(adapter_parameters(model).values())
 
@@ -191,6 +194,11 @@ def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: pass the one that save_adapter wrote")
     if not path.is_file():
+        if any(folder.glob("model*.safetensors")):
+            raise FileNotFoundError(
+                f"{path} is missing: {folder} holds a whole model. Put an equal adapter on the base with apply_mos, "
+                "load the model's state dict into it, and call save_adapter"
+            )
         raise FileNotFoundError(f"{path} is missing: no adapter was saved here, or the save was interrupted")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -292,8 +300,9 @@ def require_finite(where, tensors: dict[str, Tensor], dtypes: dict[str, torch.dt
 
 def _modules_to_save(model: nn.Module) -> list[str]:
     """The modules that own trainable parameters which are not the adapter's."""
-    adapter = set(adapter_parameters(model))
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad and name not in adapter]
+    adapter = {id(p) for p in adapter_parameters(model).values()}
+    named = model.named_parameters(remove_duplicate=False)  # all names of a tied one: peft gives each module its own
+    trainable = [name for name, p in named if p.requires_grad and id(p) not in adapter]
     rootless = [name for name in trainable if "." not in name]
     if rootless:
         raise ValueError(
@@ -303,14 +312,27 @@ def _modules_to_save(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] for name in trainable))
 
 
-def _saved_by_ending(model: nn.Module, entries: list[str], tensors: dict[str, Tensor]) -> list[str]:
-    """The modules that peft took for named by the end of a word ("classifier" is that of pre_classifier), and saved."""
+def _named_by_ending(model: nn.Module, entries: list[str]) -> list[str]:
+    """The modules that peft takes for named by the end of a word, as pre_classifier by "classifier"."""
     return [
         name
-        for name, module in model.named_modules()
+        for name, _ in model.named_modules()
         if any(name.endswith(entry) and not f".{name}".endswith(f".{entry}") for entry in entries)
-        and any(f"{name}.{key}" in tensors for key in module.state_dict())
     ]
+
+
+def require_untied(where, model: nn.Module, whole: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """ValueError where a value for one module, saved whole, would be another's too: a head tied to the embeddings."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for name, target in whole.items():
+        for other in names.get(id(target), []):
+            if other not in values or not torch.equal(values[other], values[name]):
+                raise ValueError(
+                    f"{where}: {name!r} was trained by itself, and in this model it is tied to {other!r}: load the "
+                    "base with tie_word_embeddings=False, or the adapter by PeftModel.from_pretrained, which unties it"
+                )
 
 
 def tensors_of(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:

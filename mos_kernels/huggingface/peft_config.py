@@ -154,6 +154,11 @@ def _without_unknown(init):
     def checked(self, *args, **kwargs):
         known = {f.name for f in dataclasses.fields(self)}
         unknown = {name: value for name, value in kwargs.items() if name not in known}
+        if kwargs.get("bias", "none") != "none":
+            raise ValueError(
+                f"bias={kwargs['bias']!r}: the base's biases stay frozen; leave it out, or train them by hand"
+            )
+        unknown.pop("bias", None)
         wanted = sorted(name for name, value in unknown.items() if value not in (None, False, [], {}))
         if wanted:
             raise ValueError(f"unknown options {wanted}: MoSPeftConfig has {sorted(known)}")

@@ -53,7 +53,7 @@ class MoSPeftModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         try:
-            plan = _plan(model, config)
+            plan = _plan(model, config, adapter_name)
         except BaseException:
             if not _has_adapter(model, adapter_name):  # the model's list, where it has one, names the adapter by now
                 del self.peft_config[adapter_name]
@@ -162,10 +162,16 @@ class MoSPeftModel(BaseTuner):
         return found
 
 
-def _plan(model: nn.Module, config: MoSPeftConfig) -> Plan:
+def _plan(model: nn.Module, config: MoSPeftConfig, adapter_name: str) -> Plan:
     """Where the adapter goes; errors where the model, or the file that `config` was read from, has none for it."""
     folder = config.read_from
     modules = _modules_to_adapt(model, config)
+    parts = {part for name, _ in modules for part in name.split(".")}
+    if adapter_name in parts or adapter_name.startswith(PREFIX):
+        raise ValueError(
+            f"adapter_name {adapter_name!r} is part of a tensor's name in this model, and peft tells the tensors of "
+            "adapters apart by it: choose another name"
+        )
     if config.target_modules is None:
         config.target_modules = _default_targets(model, config, modules)
     plan = make_plan(model, config.to_mos_config(), modules)
@@ -199,8 +205,8 @@ def _modules_to_adapt(model: nn.Module, config: MoSPeftConfig) -> list[tuple[str
 
 def _refuse_misfit(model: nn.Module, config: MoSPeftConfig, plan: Plan, folder: Path) -> None:
     """ValueError unless the weights in `folder` are those that peft will load: all of them, and nothing else."""
-    if not (folder / WEIGHTS_NAME).is_file() or getattr(model, "_checkpoint_conversion_mapping", None):
-        return  # they come from elsewhere, or under other names
+    if getattr(model, "_checkpoint_conversion_mapping", None):
+        return  # they come under other names
     tensors = read_tensors(folder / WEIGHTS_NAME)
     embeddings = {name: tensor for name, tensor in _embeddings(model).items() if name in tensors}
     require_fit(folder, tensors, adapter_shapes(plan), embeddings | _saved_whole(model, config.modules_to_save or []))
@@ -228,7 +234,7 @@ def _embeddings(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": tensor
         for name, module in model.named_modules()
-        if any(module is embedding for embedding in modules)
+        if any(module is embedding for embedding in modules) and not isinstance(module, AuxiliaryTrainingWrapper)
         for key, tensor in module.state_dict(keep_vars=True).items()
     }
 

@@ -171,11 +171,11 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if id(p) in own}
 
 
-def router_owners(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that route, by name: MoSRouters and linears with a router of their own."""
+def router_owners(model: nn.Module, inactive: bool = False) -> dict[str, nn.Module]:
+    """The modules that route, by name: MoSRouters and linears with a router of their own; `inactive` as above."""
     return {
         name: module
-        for name, module in mos_modules(model).items()
+        for name, module in mos_modules(model, inactive).items()
         if isinstance(module, MoSRouter) or module.mos_router is not None
     }
 

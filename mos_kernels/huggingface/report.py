@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -64,9 +65,15 @@ def measured_routing(model: nn.Module) -> Iterator[dict[str, RouterStatistics]]:
         refuse_offloaded(name, owner)
     statistics = {name: RouterStatistics(owner.config) for name, owner in owners.items()}
     mask: list[Tensor | None] = [None]
+    inner = getattr(model, "_orig_mod", model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    signature = inspect.signature(inner.forward)
 
     def remember_mask(module, args, kwargs):
         mask[0] = kwargs.get("attention_mask")
+        if args and mask[0] is None:
+            with contextlib.suppress(TypeError):  # the model says itself what is wrong with its arguments
+                mask[0] = signature.bind_partial(*args, **kwargs).arguments.get("attention_mask")
 
     def measure(name):
         def hook(owner, args, kwargs, output):
@@ -108,7 +115,7 @@ class RoutingReport(list):
 def routing_report(model: nn.Module, *args, **kwargs) -> RoutingReport:
     """Run model(*args, **kwargs) once in eval mode, without gradients, and report how each router spread the tokens.
 
-    Padding, as marked by an attention_mask in kwargs, is left out. Training mode is put back as it was. Raises
+    Padding, as marked by the model's attention_mask, is left out. Training mode is put back as it was. Raises
     ValueError where the model has no router, or none was reached.
     """
     if not router_owners(model):

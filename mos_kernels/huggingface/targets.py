@@ -240,9 +240,12 @@ def _require_matches(model: nn.Module, config: MoSConfig, matched: list[str], na
             if getattr(config, field) is not None
         }
         filtered = f" under {', '.join(f'{k}={_shown(v)}' for k, v in filters.items())}" if filters else ""
+        is_regex = isinstance(config.target_modules, str)
+        hint = " A string is a regular expression for the whole name; a list names its ending." if is_regex else ""
+        shown = repr(config.target_modules) if is_regex else _shown(missing)
         raise ValueError(
-            f"target_modules {_shown(missing)} match nothing in {type(model).__name__}{filtered}; it has linears "
-            f"ending in {_linear_endings(model)}.{_ffn_hint(model)}"
+            f"target_modules {shown} match nothing in {type(model).__name__}{filtered}; it has linears "
+            f"ending in {_linear_endings(model)}.{hint}{_ffn_hint(model)}"
         )
     layers = config.layers_to_transform
     if layers is not None:

@@ -18,7 +18,7 @@ def follow_attention_mask(model: nn.Module) -> None:
     part alone (`model.model`) works too. `model` itself counts as one whatever its class. Calling this again adds what
     is new.
     """
-    owners = set(router_owners(model).values())
+    owners = set(router_owners(model, inactive=True).values())  # which may be set active later
     masks: dict[str, TokenMask] = {}
     for name, module in model.named_modules():
         outer = _innermost(masks, name)

@@ -120,6 +120,10 @@ class MoSCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         _require_adapter(model)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                f"no parameter of {type(model).__name__} is trainable: load the adapter with is_trainable=True"
+            )
         self._stop_measuring()
         self._statistics = None
         self._step_in_epoch = None

@@ -33,6 +33,7 @@ from mos_kernels.huggingface.files import (
     is_meta,
     read_tensors,
     require_finite,
+    require_untied,
     tensors_of,
 )
 from mos_kernels.huggingface.plan import Plan, make_plan
@@ -93,6 +94,7 @@ def start_from_lora(
     shapes = {name: tuple(tensor.shape) for name, tensor in modules.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in found.module_tensors.items()}:
         raise ValueError(f"the modules trained with the LoRA, {found.modules}, are not those of this model")
+    require_untied("the LoRA", model, modules, found.module_tensors)
 
     install(model, plan)
     with torch.no_grad():
@@ -248,7 +250,14 @@ def _scaling(config: dict, where: str):
     """s of a linear by name and rank, as peft computes it; ValueError where the LoRA is more than B A."""
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{where} has peft_type {config.get('peft_type')!r}: only a LoRA becomes Euclidean experts")
-    for name, off in (("use_dora", False), ("bias", "none"), ("lora_bias", False), ("use_qalora", False)):
+    plain = {
+        "use_dora": False,
+        "bias": "none",
+        "lora_bias": False,
+        "use_qalora": False,
+        "alora_invocation_tokens": None,
+    }
+    for name, off in plain.items():
         if (config.get(name) or off) != off:
             raise ValueError(f"{where} has {name}={config[name]!r}: what it computes is more than B A x")
     init = config.get("init_lora_weights", True)

@@ -361,6 +361,14 @@ def test_an_interrupt_while_installing_leaves_the_model_as_it_was(stop_at, monke
     assert snapshot(model) == before
 
 
+def test_a_folder_of_a_whole_model(tmp_path):
+    model = tiny()
+    apply_mos(model, mos(model))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds a whole model.*call save_adapter"):
+        load_adapter(tiny(), tmp_path)
+
+
 def test_saving_without_an_adapter(tmp_path):
     with pytest.raises(ValueError, match="call apply_mos"):
         save_adapter(tiny(), tmp_path / "new")

@@ -138,7 +138,7 @@ def test_gradients_are_those_of_base_plus_adapter(kind, family):
     gates = torch.rand(5, 8)
     dense = nn.Linear(64, 128)
     with torch.no_grad():
-        dense.bias.copy_(layer.base_layer(torch.zeros(64)))
+        dense.bias.copy_(layer.base_layer(torch.zeros(1, 64))[0])
         dense.weight.copy_(layer.base_layer(torch.eye(64)).T - dense.bias[:, None])
     dense = MoSLinear.from_linear(dense, layer.config)
     dense.load_state_dict({n: t for n, t in layer.state_dict().items() if "mos_" in n}, strict=False)

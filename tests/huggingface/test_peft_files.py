@@ -22,10 +22,10 @@ from peft import (
 )
 from peft_setup import config, logits, peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import snapshot, tiny
+from tiny_models import mos, snapshot, tiny
 
 from mos_kernels import MoSConfig
-from mos_kernels.huggingface import MoSPeftConfig, apply_mos, load_adapter
+from mos_kernels.huggingface import MoSPeftConfig, apply_mos, load_adapter, save_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 UP = "base_model.model.model.layers.0.mlp.up_proj."
@@ -202,6 +202,15 @@ DAMAGE = {
     "a wider model's": (lambda folder: another(folder, intermediate_size=96), "of another shape"),
     "a deeper model's": (lambda folder: another(folder, num_hidden_layers=3), "unexpected"),
     "a shallower model's": (lambda folder: another(folder, num_hidden_layers=1), "missing"),
+    "another adapter's head": (
+        lambda folder: change(folder, **{"lm_head.modules_to_save.default.weight": torch.zeros(48, 32)}),
+        "1 unexpected",
+    ),
+    "the base's head": (
+        lambda folder: change(folder, **{"lm_head.original_module.weight": torch.zeros(48, 32)}),
+        "1 unexpected",
+    ),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "the adapter has no weights"),
     "no JSON": (lambda folder: (folder / CONFIG).write_text('{"peft_type": "MOSELORA", '), ""),
     "an option of the future": (lambda folder: reconfigure(folder, from_the_future=3), "from_the_future"),
 }
@@ -392,3 +401,64 @@ def test_a_checkpoint_that_is_not_finite_does_not_reach_the_adapter_in_training(
     with pytest.raises(ValueError, match="not finite"):
         adapted.load_adapter(folder, "default", is_trainable=True)
     assert torch.equal(logits(adapted), expected)
+
+
+def test_a_head_that_save_adapter_wrote_and_peft_names_by_the_end_of_a_word(tmp_path):
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    def base():
+        torch.manual_seed(0)
+        options = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 48}
+        return DistilBertForSequenceClassification(DistilBertConfig(**options)).double().eval()
+
+    own = base()
+    apply_mos(own, mos(own))
+    own.classifier.requires_grad_(True)
+    with torch.no_grad():
+        own.classifier.weight.add_(0.1)
+    save_adapter(own, tmp_path)
+    for opened in (base(), PeftModel.from_pretrained(base(), tmp_path).eval()):
+        if not isinstance(opened, PeftModel):
+            load_adapter(opened, tmp_path)
+        assert torch.equal(logits(opened), logits(own))
+
+
+@pytest.mark.parametrize("head", ["lm_head", "embed_tokens"])
+def test_a_head_tied_to_the_embeddings(tmp_path, head):
+    """What apply_mos trains stays tied and goes through both doors; what peft untied opens with peft alone."""
+    own = tiny("gemma")
+    apply_mos(own, mos(own))
+    own.lm_head.weight.requires_grad_(True)
+    with torch.no_grad():
+        own.lm_head.weight.mul_(1.1)
+    save_adapter(own, tmp_path / "own")
+    again = tiny("gemma")
+    load_adapter(again, tmp_path / "own")
+    assert torch.equal(logits(again), logits(own)) and again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny("gemma"), tmp_path / "own").eval()), logits(own))
+
+    untied = peft_model("gemma", modules_to_save=[head])
+    with torch.no_grad():
+        next(p for name, p in untied.named_parameters() if "modules_to_save" in name).mul_(1.1)
+    untied.save_pretrained(tmp_path / "peft")
+    plain = tiny("gemma")
+    before = snapshot(plain)
+    with pytest.raises(ValueError, match="tied to .* tie_word_embeddings=False"):
+        load_adapter(plain, tmp_path / "peft")
+    assert snapshot(plain) == before
+    assert torch.equal(logits(PeftModel.from_pretrained(plain, tmp_path / "peft").eval()), logits(untied))
+
+
+@pytest.mark.parametrize("name", ["mlp", "layers", "0", "mos_router"])
+def test_a_name_of_a_module_is_no_name_for_an_adapter(name):
+    model = tiny()
+    before = state_of(model)
+    with pytest.raises(ValueError, match="choose another name"):
+        get_peft_model(model, config(), adapter_name=name)
+    assert state_of(model) == before
+
+
+def test_biases_stay_frozen():
+    assert MoSPeftConfig(bias="none", use_dora=False).r == 8
+    with pytest.raises(ValueError, match="bias='all'.*stay frozen"):
+        MoSPeftConfig(bias="all")

@@ -50,6 +50,11 @@ def test_unknown_model_types_are_named():
         ffn_target_modules(nn.Sequential(nn.Linear(2, 2)))
 
 
+def test_a_string_is_a_regular_expression_and_a_message_says_so():
+    message = refused(tiny(), target_modules="gate_proj")
+    assert "target_modules 'gate_proj' match nothing" in message and "regular expression for the whole name" in message
+
+
 def test_target_that_matches_nothing_lists_what_there_is():
     message = refused(tiny("bert"))
     assert "['gate_proj', 'up_proj', 'down_proj'] match nothing in BertForSequenceClassification" in message

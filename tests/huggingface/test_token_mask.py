@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from mos_kernels.huggingface import apply_mos, load_adapter, remove_mos
+from mos_kernels.huggingface import apply_mos, load_adapter, remove_mos, routing_report
 from mos_kernels.huggingface.plan import adapter_parameters, router_owners
 from mos_kernels.routing import load_balancing_loss
 
@@ -124,6 +124,41 @@ def test_with_peft(family, scope, use_reentrant, tmp_path):
     assert_near(
         {name.removeprefix("base_model.model.").replace(".default", ""): g for name, g in found.items()}, expected
     )
+
+
+@pytest.mark.parametrize("scope", ["ffn", "linear"])
+def test_with_peft_an_adapter_set_active_later_follows_the_mask_too(scope, tmp_path):
+    from peft import PeftModel, get_peft_model
+
+    from mos_kernels.huggingface import MoSPeftConfig
+
+    tokens, mask = padded("left")
+    options = {"router_aux_loss_coef": COEFFICIENT, "router_scope": scope}
+    get_peft_model(tiny(), MoSPeftConfig(**options)).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny(), tmp_path, is_trainable=True)
+    expected = gradients(model.train(), tokens, mask)
+    model.load_adapter(tmp_path, "later", is_trainable=True)
+    model.set_adapter("later")
+    found = gradients(model.train(), tokens, mask)
+    assert found and all(torch.equal(found[name.replace(".default", ".later")], g) for name, g in expected.items())
+
+
+@pytest.mark.parametrize("how", ["by name", "by position"])
+@pytest.mark.parametrize("through", ["apply_mos", "peft", "peft without a task"])
+def test_a_routing_report_leaves_padding_out(how, through):
+    from peft import get_peft_model
+
+    from mos_kernels.huggingface import MoSPeftConfig
+
+    tokens, mask = padded("right")
+    task = {"task_type": "CAUSAL_LM"} if through == "peft" else {}
+    model = adapted() if through == "apply_mos" else get_peft_model(tiny(), MoSPeftConfig(**task))
+    report = (
+        routing_report(model, tokens, mask)
+        if how == "by position"
+        else routing_report(model, tokens, attention_mask=mask)
+    )
+    assert {entry["tokens"] for entry in report} == {int(mask.sum())}
 
 
 @pytest.mark.parametrize("use_reentrant", CHECKPOINTING)

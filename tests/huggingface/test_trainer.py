@@ -13,7 +13,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import WandbCallback
 
 from mos_kernels import routing
-from mos_kernels.huggingface import MoSCallback, apply_mos, mos_param_groups, routing_report
+from mos_kernels.huggingface import (
+    MoSCallback,
+    apply_mos,
+    load_adapter,
+    mos_param_groups,
+    routing_report,
+    save_adapter,
+)
 from mos_kernels.huggingface.plan import adapter_parameters, router_owners
 
 SAMPLE = {"input_ids": ids(batch=1, length=6)[0], "labels": ids(batch=1, length=6)[0]}
@@ -254,6 +261,15 @@ def test_a_model_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_a_frozen_adapter_is_refused(tmp_path):
+    save_adapter(adapted(), tmp_path / "adapter")
+    model = tiny(dtype=torch.float32)
+    load_adapter(model, tmp_path / "adapter")
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True), callbacks=[MoSCallback()])
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
 def test_an_adapter_may_come_between_the_trainer_and_its_training_or_be_inactive(tmp_path):

@@ -144,6 +144,17 @@ def test_modules_trained_with_the_lora_come_along(tmp_path):
         assert model.classifier.weight.requires_grad and not model.bert.pooler.dense.weight.requires_grad
 
 
+def test_a_head_that_peft_untied_is_refused_where_the_model_ties_it(tmp_path):
+    lora = get_peft_model(tiny("gemma"), LoraConfig(r=4, target_modules=FFN, modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        lora.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.1)
+    model = tiny("gemma")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="tied to"):
+        start_from_lora(model, lora)
+    assert snapshot(model) == before
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -167,7 +178,12 @@ def test_what_would_not_be_the_same_is_refused(config, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"init_lora_weights": "pissa"}, "changed the base")],
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "pissa"}, "changed the base"),
+        ({"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
+    ],
 )
 def test_loras_that_are_more_than_b_a_are_refused(options, message, tmp_path):
     lora = get_peft_model(tiny(dtype=torch.float32), LoraConfig(r=4, target_modules=FFN, **options))
@@ -182,7 +198,8 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     model = tiny()
     before = snapshot(model)
     weights = tmp_path / "adapter_model.safetensors"
-    good, config = load_file(weights), json.loads((tmp_path / "adapter_config.json").read_text())
+    good = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # the file itself is rewritten below
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
 
     def refused(error=ValueError) -> str:
         with pytest.raises(error) as caught:
