@@ -7,23 +7,16 @@ one takes longer than they do. By hand, one of them is
 """
 
 import importlib.util
-import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from accelerate import FullyShardedDataParallelPlugin
 
 HERE = Path(__file__).parent
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ACCELERATE = ("accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0", "--config_file")
-
-needs_fsdp2 = pytest.mark.skipif(
-    "fsdp_version" not in inspect.signature(FullyShardedDataParallelPlugin).parameters,
-    reason="accelerate has FSDP2 from 1.6 on, and an older one is installed",
-)
 
 
 def passes_in_each_process(launcher: tuple[str, ...], *checks: str, **environment: str) -> None:
@@ -40,13 +33,12 @@ def test_torchrun():
     passes_in_each_process(TORCHRUN, "checks_fsdp.py", "checks_tensor_parallel.py", "checks_ddp.py")
 
 
-@needs_fsdp2
 def test_trainer():
     """In a launch of its own, since accelerate's state is one for a process."""
     passes_in_each_process(TORCHRUN, "checks_trainer_fsdp.py")
 
 
-@pytest.mark.parametrize("settings", ["accelerate_ddp.yaml", pytest.param("accelerate_fsdp2.yaml", marks=needs_fsdp2)])
+@pytest.mark.parametrize("settings", ["accelerate_ddp.yaml", "accelerate_fsdp2.yaml"])
 def test_accelerate(settings):
     passes_in_each_process((*ACCELERATE, str(HERE / settings)), "checks_accelerate.py")
 

@@ -305,9 +305,18 @@ def any_peft_version(monkeypatch):
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda min_version: None)
 
 
+def needs_names_of(family: str) -> None:
+    """transformers 5.0 strips no other prefix than "base_model.model.model.", and misses a LoRA of a BERT as well."""
+    import transformers.integrations.peft as integration
+
+    if family == "bert" and hasattr(integration, "build_peft_weight_mapping"):
+        pytest.skip("transformers' own load_adapter finds no tensor of a BERT: its rules are those of 5.0")
+
+
 @every_family
 @both_scopes
 def test_transformers_own_methods(family, scope, tmp_path, any_peft_version):
+    needs_names_of(family)
     saved = peft_model(family, router_scope=scope, task_type=None)
     randomise(saved)
     saved.save_pretrained(tmp_path)
@@ -380,6 +389,7 @@ def test_curvature_stays_float32_on_a_bfloat16_base(family, autocast, low_cpu_me
     assert all(c.dtype == torch.float32 and torch.equal(c, v) for c, v in zip(curvatures(again), values, strict=True))
     saved, loaded = dict(model.named_parameters()), dict(again.named_parameters())
     assert all(torch.equal(loaded[name], p) for name, p in saved.items() if "mos_" in name)
+    needs_names_of(family)
     by_transformers = tiny(family, torch.bfloat16)
     by_transformers.load_adapter(tmp_path)
     loaded = curvatures(by_transformers)
