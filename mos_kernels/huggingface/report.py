@@ -107,7 +107,8 @@ class RoutingReport(list):
             )
             numbers = f"{entry['tokens']:6d}  {entry['aux_loss']:8.3f}  {entry['entropy']:7.3f}"
             lines.append(f"{entry['name']:{width}}  {numbers}  {shares}")
-        lines.append("H hyperbolic, S spherical, E Euclidean; aux loss E·Σ f·P, 1 at uniform routing; entropy in nats")
+        lines.append("H hyperbolic, S spherical, E Euclidean, as at the start; aux loss E·Σ f·P, 1 at uniform routing;")
+        lines.append("entropy in nats")
         return "\n".join(lines)
 
 
