@@ -23,6 +23,7 @@ from peft import (
 from peft_setup import config, logits, peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import mos, snapshot, tiny
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from mos_kernels import MoSConfig
 from mos_kernels.huggingface import MoSPeftConfig, apply_mos, load_adapter, save_adapter
@@ -373,24 +374,23 @@ def test_embeddings_beside_the_adapter_of_a_resized_vocabulary(tmp_path):
     assert state_of(base) == before
 
 
+def distilbert():
+    """`classifier` is the end of its pre_classifier, too."""
+    torch.manual_seed(0)
+    options = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 48}
+    return DistilBertForSequenceClassification(DistilBertConfig(**options)).double().eval()
+
+
 def test_a_head_that_peft_names_by_the_end_of_a_word(tmp_path):
-    """`classifier` is the end of DistilBERT's pre_classifier."""
-    from transformers import DistilBertConfig, DistilBertForSequenceClassification
-
-    def base():
-        torch.manual_seed(0)
-        options = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 48}
-        return DistilBertForSequenceClassification(DistilBertConfig(**options)).double().eval()
-
-    model = get_peft_model(base(), config("bert")).eval()
+    model = get_peft_model(distilbert(), config("bert")).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name:
                 parameter.add_(0.1)
     model.save_pretrained(tmp_path)
-    own = base()
+    own = distilbert()
     load_adapter(own, tmp_path)
-    assert torch.equal(logits(own), logits(model)) and not torch.equal(logits(own), logits(base()))
+    assert torch.equal(logits(own), logits(model)) and not torch.equal(logits(own), logits(distilbert()))
 
 
 def test_a_checkpoint_that_is_not_finite_does_not_reach_the_adapter_in_training(folder):
@@ -404,20 +404,13 @@ def test_a_checkpoint_that_is_not_finite_does_not_reach_the_adapter_in_training(
 
 
 def test_a_head_that_save_adapter_wrote_and_peft_names_by_the_end_of_a_word(tmp_path):
-    from transformers import DistilBertConfig, DistilBertForSequenceClassification
-
-    def base():
-        torch.manual_seed(0)
-        options = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 48}
-        return DistilBertForSequenceClassification(DistilBertConfig(**options)).double().eval()
-
-    own = base()
+    own = distilbert()
     apply_mos(own, mos(own))
     own.classifier.requires_grad_(True)
     with torch.no_grad():
         own.classifier.weight.add_(0.1)
     save_adapter(own, tmp_path)
-    for opened in (base(), PeftModel.from_pretrained(base(), tmp_path).eval()):
+    for opened in (distilbert(), PeftModel.from_pretrained(distilbert(), tmp_path).eval()):
         if not isinstance(opened, PeftModel):
             load_adapter(opened, tmp_path)
         assert torch.equal(logits(opened), logits(own))
