@@ -167,4 +167,19 @@ def _without_unknown(init):
     return checked
 
 
+def _read_by_its_own_class(read):
+    """peft builds a configuration from its values, and asks no class to read it: this one checks files as it reads."""
+
+    @functools.wraps(read)
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        config = read(cls, pretrained_model_name_or_path, *args, **kwargs)
+        if isinstance(config, MoSPeftConfig) and not issubclass(cls, MoSPeftConfig):
+            return MoSPeftConfig.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return config
+
+    return classmethod(from_pretrained)
+
+
 MoSPeftConfig.__init__ = _without_unknown(MoSPeftConfig.__init__)
+# what transformers' load_adapter and from_pretrained read an adapter's configuration with
+PeftConfig.from_pretrained = _read_by_its_own_class(PeftConfig.from_pretrained.__func__)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 from peft import PeftModel, get_peft_model
-from tiny_models import MATRIX, ids, tiny
-from torch import nn
+from tiny_models import MATRIX, tiny
 
 from mos_kernels.huggingface import MoSPeftConfig
 
@@ -24,8 +23,3 @@ def peft_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
     model = tiny(family, dtype)
     torch.manual_seed(seed)
     return get_peft_model(model, config(family, **options)).eval()
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids()).logits

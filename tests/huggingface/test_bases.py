@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import FAMILIES, MATRIX, batch, ffn_of, first_linear, ids, layers_of, mos
+from tiny_models import FAMILIES, MATRIX, batch, ffn_of, first_linear, ids, layers_of, logits, mos
 from torch import nn
 
 from mos_kernels import MoSLinear, MoSWrapped
@@ -98,11 +98,6 @@ def model_on(kind: str, family: str = "llama", seed: int = 0) -> nn.Module:
         for owner, name in ffn_of(layer):
             setattr(owner, name, BASES[kind](getattr(owner, name)))
     return model.eval()
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids()).logits
 
 
 @every_base

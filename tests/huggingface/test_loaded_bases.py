@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, MATRIX, batch, ffn_of, ids, layers_of, mos
+from tiny_models import FAMILIES, MATRIX, batch, ffn_of, ids, layers_of, logits, mos
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, TorchAoConfig
@@ -88,14 +88,9 @@ def loaded(how: str, folder) -> nn.Module:
     return auto.from_pretrained(folder, **LOADS[how](folder))
 
 
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(ids()).logits
-
-
 @pytest.mark.parametrize("how", LOADS)
 def test_it_trains_and_its_files_go_around(how, checkpoint, tmp_path):
-    untouched, model = logits(loaded(how, checkpoint)), loaded(how, checkpoint)
+    untouched, model = logits(loaded(how, checkpoint).eval()), loaded(how, checkpoint)
     apply_mos(model, mos(model, init_lora_weights=True))
     adapter = adapter_parameters(model)
     assert len(adapter) == (16 if family_of(checkpoint) == "bert" else 20)
@@ -112,7 +107,7 @@ def test_it_trains_and_its_files_go_around(how, checkpoint, tmp_path):
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
 
-    expected = logits(model)
+    expected = logits(model.eval())
     routers = 4 if family_of(checkpoint) == "bert" else 2
     assert not torch.equal(expected, untouched) and len(routing_report(model, ids())) == routers
     save_adapter(model, tmp_path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
-from tiny_models import FAMILIES, ids, mos
+from tiny_models import FAMILIES, ids, logits, mos
 from torch import nn
 from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
@@ -66,11 +66,6 @@ def loaded(checkpoint) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=torch.float32, device_map="cpu")
 
 
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(ids()).logits
-
-
 def test_it_trains_and_its_files_go_through_both_doors(checkpoint, tmp_path):
     model = loaded(checkpoint)
     untouched, base = logits(model), type(model.model.layers[0].mlp.up_proj)
@@ -90,7 +85,7 @@ def test_it_trains_and_its_files_go_through_both_doors(checkpoint, tmp_path):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
-    expected = logits(model)
+    expected = logits(model.eval())
     save_adapter(model, tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(loaded(checkpoint), tmp_path)), expected)
     other = loaded(checkpoint)

@@ -15,15 +15,16 @@ import pytest
 import torch
 from peft import (
     AutoPeftModelForCausalLM,
+    PeftConfig,
     PeftModel,
     get_peft_model,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft_setup import config, logits, peft_model
+from peft_setup import config, peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import mos, snapshot, tiny
-from transformers import DistilBertConfig, DistilBertForSequenceClassification
+from tiny_models import logits, mos, snapshot, tiny
+from transformers import AutoModelForCausalLM, DistilBertConfig, DistilBertForSequenceClassification
 
 from mos_kernels import MoSConfig
 from mos_kernels.huggingface import MoSPeftConfig, apply_mos, load_adapter, save_adapter
@@ -256,6 +257,17 @@ DOORS = {
         peft_model,
         lambda model, folder: model.load_adapter(**on_the_hub(folder), adapter_name="other"),
     ),
+    "transformers' load_adapter": (tiny, lambda model, folder: model.load_adapter(folder)),
+    "transformers' load_adapter, to train on": (
+        tiny,
+        lambda model, folder: model.load_adapter(folder, "other", is_trainable=True),
+    ),
+    "transformers' load_adapter, from the Hub": (
+        tiny,
+        lambda model, folder: model.load_adapter(
+            "someone/adapter", adapter_kwargs={"cache_dir": on_the_hub(folder)["cache_dir"]}
+        ),
+    ),
     "transformers' load_adapter with its configuration": (
         tiny,
         lambda model, folder: model.load_adapter(folder, peft_config=MoSPeftConfig.from_pretrained(folder)),
@@ -306,6 +318,19 @@ def test_the_same_files_undamaged_open(with_head, door):
     if isinstance(loaded, PeftModel) and "other" in loaded.peft_config:
         loaded.set_adapter("other")
     assert torch.equal(logits(loaded), logits(peft_model(modules_to_save=["lm_head"])))
+
+
+def test_transformers_from_pretrained_of_an_adapter_checks_it_as_well(tmp_path):
+    """It opens the base that the folder names, and then has it load the adapter."""
+    tiny("llama", torch.float32).save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config()).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert isinstance(PeftConfig.from_pretrained(tmp_path / "adapter"), MoSPeftConfig)
+    assert torch.equal(logits(opened), logits(model))
+    rewrite(tmp_path / "adapter", mos_lora_B=B + torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
 
 
 # an adapter that was there before stays on, with its values

@@ -18,8 +18,8 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from peft_setup import FAMILIES, SCOPES, config, logits, peft_model
-from tiny_models import DECODERS, batch, first_linear, ids, layers_of, mos, snapshot, tiny
+from peft_setup import FAMILIES, SCOPES, config, peft_model
+from tiny_models import DECODERS, batch, first_linear, ids, layers_of, logits, mos, snapshot, tiny
 from torch import nn
 
 from mos_kernels import MoSConfig, MoSRouter

@@ -8,9 +8,8 @@ import random
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_setup import logits
 from safetensors.torch import load_file, save_file
-from tiny_models import ids, snapshot, tiny
+from tiny_models import ids, logits, snapshot, tiny
 from torch import nn
 
 from mos_kernels import MoSConfig, MoSRouter
