@@ -65,3 +65,10 @@ def _backend_of_its_own(monkeypatch):
     """No test sees the backend that another one, or the caller's environment, selected."""
     monkeypatch.delenv("MOS_BACKEND", raising=False)
     monkeypatch.setattr("mos_kernels.backends._selected", None)
+
+
+@pytest.fixture(autouse=True)
+def _float32_is_float32():
+    """For the next test: torchao 0.16 reduces it for the whole process when it quantises."""
+    yield
+    torch.set_float32_matmul_precision("highest")
