@@ -102,6 +102,7 @@ class MoSPeftConfig(PeftConfig):
         # model in it), it is one for an adapter of its own
         if name not in ("inference_mode", "modules_to_save"):
             vars(self).pop("_read_from", None)
+            vars(self).pop("_weights_in", None)
         super().__setattr__(name, value)
 
     @property
@@ -109,15 +110,19 @@ class MoSPeftConfig(PeftConfig):
         """The folder of the adapter that this describes, if it was read from there and not changed since."""
         return vars(self).get("_read_from")
 
+    @property
+    def weights_in(self) -> Path | None:
+        """The folder that `PeftConfig.from_pretrained` read this from, its weights downloaded if it is on the Hub."""
+        source = vars(self).get("_weights_in")
+        return source and _folder_of(*source)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **kwargs) -> MoSPeftConfig:
         """As peft's. ValueError for damaged adapter files, before a model is touched.
 
         From the Hub that downloads the weights too. The tuner checks them against the model that they are put on.
         """
-        folder = Path(os.fspath(pretrained_model_name_or_path), subfolder or "")
-        if not (folder / CONFIG_NAME).is_file():
-            folder = _downloaded(pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
+        folder = _folder_of(pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
         if folder is not None:
             refuse_damaged(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
@@ -132,8 +137,12 @@ class MoSPeftConfig(PeftConfig):
         card.write_text(with_import_note(card.read_text(encoding="utf-8") if card.is_file() else ""), encoding="utf-8")
 
 
-def _downloaded(repository: str, subfolder: str | None, options: dict) -> Path | None:
-    """The folder of an adapter that is on the Hub, its weights included; None where peft will say what is wrong."""
+def _folder_of(source: str | os.PathLike, subfolder: str | None, options: dict) -> Path | None:
+    """The folder of an adapter; from the Hub its weights come too. None where peft will say what is wrong."""
+    folder = Path(os.fspath(source), subfolder or "")
+    if (folder / CONFIG_NAME).is_file():
+        return folder
+    repository = os.fspath(source)
     try:
         folder = Path(hf_hub_download(repository, CONFIG_NAME, subfolder=subfolder, **options)).parent
         for name in (WEIGHTS_NAME, PICKLE_NAME):
@@ -167,19 +176,21 @@ def _without_unknown(init):
     return checked
 
 
-def _read_by_its_own_class(read):
-    """peft builds a configuration from its values, and asks no class to read it: this one checks files as it reads."""
+def _remembering(read):
+    """transformers' loaders read the configuration so, put the adapter on, and only then look at the weights.
+
+    They ask the method for nothing in between, so what they read remembers from where, and the tuner looks first.
+    """
 
     @functools.wraps(read)
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        config = read(cls, pretrained_model_name_or_path, *args, **kwargs)
-        if isinstance(config, MoSPeftConfig) and not issubclass(cls, MoSPeftConfig):
-            return MoSPeftConfig.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **kwargs):
+        config = read(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if config.peft_type == MOSELORA:
+            vars(config)["_weights_in"] = pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0]
         return config
 
     return classmethod(from_pretrained)
 
 
 MoSPeftConfig.__init__ = _without_unknown(MoSPeftConfig.__init__)
-# what transformers' load_adapter and from_pretrained read an adapter's configuration with
-PeftConfig.from_pretrained = _read_by_its_own_class(PeftConfig.from_pretrained.__func__)
+PeftConfig.from_pretrained = _remembering(PeftConfig.from_pretrained.__func__)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mos_kernels.huggingface.blocks import FFNForm, add_router, recognise, remove_router
 from mos_kernels.huggingface.files import PREFIX as FILE_PREFIX
-from mos_kernels.huggingface.files import WEIGHTS_NAME, read_tensors, require_finite, require_fit
+from mos_kernels.huggingface.files import WEIGHTS_NAME, read_tensors, refuse_damaged, require_finite, require_fit
 from mos_kernels.huggingface.peft_config import MOSELORA, MoSPeftConfig
 from mos_kernels.huggingface.peft_layer import WHY_NO_MERGE, MoSPeftLayer, MoSPeftRouter, MoSTunerLayer
 from mos_kernels.huggingface.plan import Plan, PlannedBlock, adapter_shapes, make_plan
@@ -177,6 +177,8 @@ def _plan(model: nn.Module, config: MoSPeftConfig, adapter_name: str) -> Plan:
     plan = make_plan(model, config.to_mos_config(), modules)
     if folder is not None:
         _refuse_misfit(model, config, plan, folder)
+    elif (folder := config.weights_in) is not None:
+        refuse_damaged(folder, adapter_shapes(plan))
     return plan
 
 

@@ -23,8 +23,8 @@ from peft import (
 )
 from peft_setup import config, peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import logits, mos, snapshot, tiny
-from transformers import AutoModelForCausalLM, DistilBertConfig, DistilBertForSequenceClassification
+from tiny_models import ids, logits, mos, snapshot, tiny
+from transformers import AutoModel, AutoModelForCausalLM, DistilBertConfig, DistilBertForSequenceClassification
 
 from mos_kernels import MoSConfig
 from mos_kernels.huggingface import MoSPeftConfig, apply_mos, load_adapter, save_adapter
@@ -257,17 +257,6 @@ DOORS = {
         peft_model,
         lambda model, folder: model.load_adapter(**on_the_hub(folder), adapter_name="other"),
     ),
-    "transformers' load_adapter": (tiny, lambda model, folder: model.load_adapter(folder)),
-    "transformers' load_adapter, to train on": (
-        tiny,
-        lambda model, folder: model.load_adapter(folder, "other", is_trainable=True),
-    ),
-    "transformers' load_adapter, from the Hub": (
-        tiny,
-        lambda model, folder: model.load_adapter(
-            "someone/adapter", adapter_kwargs={"cache_dir": on_the_hub(folder)["cache_dir"]}
-        ),
-    ),
     "transformers' load_adapter with its configuration": (
         tiny,
         lambda model, folder: model.load_adapter(folder, peft_config=MoSPeftConfig.from_pretrained(folder)),
@@ -320,17 +309,104 @@ def test_the_same_files_undamaged_open(with_head, door):
     assert torch.equal(logits(loaded), logits(peft_model(modules_to_save=["lm_head"])))
 
 
-def test_transformers_from_pretrained_of_an_adapter_checks_it_as_well(tmp_path):
-    """It opens the base that the folder names, and then has it load the adapter."""
+# transformers' own doors: an adapter may go on a model that names its parts otherwise, or lacks some of them
+
+
+TRANSFORMERS = {
+    "load_adapter": lambda model, folder: model.load_adapter(folder),
+    "to train on": lambda model, folder: model.load_adapter(folder, "other", is_trainable=True),
+    "from the Hub": lambda model, folder: model.load_adapter(
+        "someone/adapter", adapter_kwargs={"cache_dir": on_the_hub(folder)["cache_dir"]}
+    ),
+}
+ITS_OWN = ("a head of another shape", "a tensor too few", "a router too few", "no head", "a tensor too many",
+           "a weight of the base", "a deeper model's", "a shallower model's", "another adapter's head",
+           "the base's head", "no weights")  # fmt: skip
+"""Damage that transformers reports, or raises for with the adapter on: what is missing and foreign, and heads."""
+
+
+@pytest.mark.parametrize("damage", [damage for damage in DAMAGE if damage not in ITS_OWN])
+@pytest.mark.parametrize("door", TRANSFORMERS)
+def test_damaged_files_are_refused_by_transformers_too(with_head, door, damage):
+    spoil, message = DAMAGE[damage]
+    spoil(with_head)
+    model = tiny()
+    expected, before = logits(model), state_of(model)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        TRANSFORMERS[door](model, with_head)
+    assert state_of(model) == before
+    assert torch.equal(logits(model), expected)
+    assert not (with_head / "executed").exists()
+
+
+@pytest.mark.parametrize("door", TRANSFORMERS)
+def test_transformers_opens_the_same_files_undamaged(with_head, door):
+    model = tiny()
+    TRANSFORMERS[door](model, with_head)
+    assert torch.equal(logits(model.eval()), logits(peft_model(modules_to_save=["lm_head"])))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The folders of a base and of an adapter, and the adapted model."""
     tiny("llama", torch.float32).save_pretrained(tmp_path / "base")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config()).eval()
-    model.save_pretrained(tmp_path / "adapter")
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert isinstance(PeftConfig.from_pretrained(tmp_path / "adapter"), MoSPeftConfig)
+    model.save_pretrained(tmp_path / "causal")
+    return tmp_path / "base", tmp_path / "causal", model
+
+
+def test_from_pretrained_of_an_adapters_folder(saved):
+    """It opens the base that the folder names, and then has it load the adapter."""
+    _, adapter, model = saved
+    opened = AutoModelForCausalLM.from_pretrained(adapter)
     assert torch.equal(logits(opened), logits(model))
-    rewrite(tmp_path / "adapter", mos_lora_B=B + torch.nan)
+    rewrite(adapter, mos_lora_B=B + torch.nan)
     with pytest.raises(ValueError, match="not finite"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+        AutoModelForCausalLM.from_pretrained(adapter)
+    assert PeftConfig.from_pretrained(adapter).base_model_name_or_path
+
+
+def test_a_model_with_a_head_and_one_without_open_each_others_adapters(saved, tmp_path):
+    base, adapter, model = saved
+
+    def hidden(model):
+        return model(ids()).last_hidden_state
+
+    bare = AutoModel.from_pretrained(base)
+    bare.load_adapter(adapter)
+    with torch.no_grad():
+        assert torch.equal(hidden(AutoModel.from_pretrained(adapter)), hidden(model.base_model.model.model))
+        assert torch.equal(hidden(bare), hidden(model.base_model.model.model))
+    by_peft = get_peft_model(AutoModel.from_pretrained(base), config(task_type=None))
+    by_peft.save_pretrained(tmp_path / "bare")
+    with_a_head = AutoModelForCausalLM.from_pretrained(base)
+    with_a_head.load_adapter(tmp_path / "bare")
+    with torch.no_grad():
+        assert torch.equal(hidden(with_a_head.model), hidden(by_peft.base_model.model))
+    rewrite(adapter, mos_lora_A=torch.zeros(4, 31))
+    bare = AutoModel.from_pretrained(base)
+    before = state_of(bare)
+    with pytest.raises(ValueError, match="of another shape"):
+        bare.load_adapter(adapter)
+    assert state_of(bare) == before
+
+
+def test_what_transformers_can_be_told_about_names_and_sizes(saved, with_head):
+    _, adapter, model = saved
+    old = {name.replace("model.layers", "old.layers"): value for name, value in load_file(adapter / WEIGHTS).items()}
+    save_file(old, adapter / WEIGHTS)
+    opened = AutoModelForCausalLM.from_pretrained(adapter, key_mapping={r"old\.layers": "model.layers"})
+    assert torch.equal(logits(opened), logits(model))
+    head(with_head, torch.zeros(47, 32))
+    other = tiny()
+    assert other.load_adapter(with_head, ignore_mismatched_sizes=True).mismatched_keys
+
+
+def test_a_configuration_alone_is_good_for_any_model(saved):
+    base, adapter, _ = saved
+    (adapter / WEIGHTS).unlink()
+    inject_adapter_in_model(PeftConfig.from_pretrained(adapter), tiny())
+    assert PeftModel(tiny(), PeftConfig.from_pretrained(adapter)).active_adapter == "default"
 
 
 # an adapter that was there before stays on, with its values
