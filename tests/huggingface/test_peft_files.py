@@ -13,6 +13,7 @@ import shutil
 
 import pytest
 import torch
+import transformers.integrations.peft
 from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
@@ -366,6 +367,13 @@ def test_from_pretrained_of_an_adapters_folder(saved):
     assert PeftConfig.from_pretrained(adapter).base_model_name_or_path
 
 
+needs_new_names = pytest.mark.skipif(
+    hasattr(transformers.integrations.peft, "_build_peft_weight_mapping"),
+    reason=f"transformers {transformers.__version__} finds the tensors of an adapter by fewer names",
+)
+
+
+@needs_new_names
 def test_a_model_with_a_head_and_one_without_open_each_others_adapters(saved, tmp_path):
     base, adapter, model = saved
 
@@ -391,6 +399,7 @@ def test_a_model_with_a_head_and_one_without_open_each_others_adapters(saved, tm
     assert state_of(bare) == before
 
 
+@needs_new_names
 def test_what_transformers_can_be_told_about_names_and_sizes(saved, with_head):
     _, adapter, model = saved
     old = {name.replace("model.layers", "old.layers"): value for name, value in load_file(adapter / WEIGHTS).items()}
