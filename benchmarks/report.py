@@ -44,11 +44,9 @@ def write_all(results: Path = RESULTS, readme: Path | None = None) -> list[Path]
         report = results / name / "report.md"
         write_text(report, machine_report(name, rows, [p.relative_to(results / name) for p in pictures]))
         written += [*pictures, report]
-    text = "" if readme is None else readme.read_text()
-    if BEGIN in text and END in text:
-        head, rest = text.split(BEGIN, 1)
-        _, tail = rest.split(END, 1)
-        write_text(readme, f"{head}{BEGIN}\n{readme_section(found, results, readme.parent)}\n{END}{tail}")
+    if readme is not None and tables.write_between(
+        readme, BEGIN, END, lambda: readme_section(found, results, readme.parent)
+    ):
         written.append(readme)
     return written
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from benchmarks import providers, store
 from benchmarks.targets import TARGETS, values
+from mos_kernels.run_report.log import write_text
 
 NOT_MEASURED = "not measured"
 
@@ -14,6 +16,17 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     rows = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)]
     return "\n".join(rows)
+
+
+def write_between(page: Path, begin: str, end: str, text: Callable[[], str]) -> bool:
+    """Put the text between two marks of a page; False where the page or a mark is missing."""
+    before = page.read_text() if page.is_file() else ""
+    if begin not in before or end not in before:
+        return False
+    head, rest = before.split(begin, 1)
+    _, tail = rest.split(end, 1)
+    write_text(page, f"{head}{begin}\n{text()}\n{end}{tail}")
+    return True
 
 
 def is_gpu(rows: list[dict]) -> bool:

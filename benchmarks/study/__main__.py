@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.study import report, rows, runner
-from benchmarks.study.plan import DATASETS, SEEDS, TABLES, cells
+from benchmarks.study.plan import DATASETS, SEEDS, TABLES, entries
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
             continue
         command.add_argument("--dataset", nargs="+", choices=DATASETS, help="default: all")
         command.add_argument("--only", nargs="+", choices=TABLES, metavar="TABLE", help=f"of {', '.join(TABLES)}")
+        names = [entry.name for entry in entries()]
+        command.add_argument("--entries", nargs="+", choices=names, metavar="NAME", help="as the tables name them")
+        command.add_argument("--rates", nargs="+", type=int, choices=(1, 3, 10, 30), help="default: all")
         command.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="default 0 1 2")
         if name == "run":
             command.add_argument("--data", type=Path, required=True, help=f"folder of {', '.join(DATASETS)}")
@@ -39,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         return runner.run(options)
     if options.command == "report":
         return report.run(options.rows, options.output)
-    planned = cells(options.dataset or DATASETS, options.only or TABLES, options.seeds)
+    planned = runner.chosen(options)
     todo = set(runner.remaining(planned, options.rows))
     for cell in planned:
         done = " " if cell in todo else "x"

@@ -9,28 +9,32 @@ from pathlib import Path
 from benchmarks.study import compare, figures
 from benchmarks.study import rows as stored
 from benchmarks.study.plan import DATASETS, LORA, SEEDS, TABLES, TITLES, Entry, cells, entries
-from benchmarks.tables import table
+from benchmarks.tables import table, write_between
 from mos_kernels.run_report.log import write_text
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "study"
 NOT_RUN = "not run yet"
+BEGIN, END = "<!-- overview: written by python -m benchmarks.study report -->", "<!-- end of overview -->"
+METRICS = {"svamp": "accuracy", "cola": "matthews_correlation"}
+"""What the overview shows of each data set: CoLA is told by its correlation, since 69% of it is one class."""
 
 
 def run(rows_path: Path, output: Path) -> int:
-    """Write tables.md and the plots into `output`; 2 without rows."""
+    """Write tables.md and the plots into `output`, and the overview into the page beside it; 2 without rows."""
     rows = {row["key"]: row for row in stored.read(rows_path)}
     if not rows:
         print(f"error: {rows_path} holds no rows: python -m benchmarks.study run")
         return 2
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "tables.md", page(rows, output))
+    write_between(output.parent / "study.md", BEGIN, END, lambda: overview(rows))
     print(f"{len(rows)} rows: {output / 'tables.md'}")
     return 0
 
 
 def page(rows: compare.Rows, output: Path | None = None) -> str:
     """tables.md. The plots are drawn into `output`, where given."""
-    seeds = sorted({*SEEDS, *(row["seed"] for row in rows.values())})
+    seeds = _seeds(rows)
     planned = {cell.key for cell in cells(seeds=SEEDS)}
     commits = sorted({row["commit"][:12] for row in rows.values()})
     parts = [
@@ -47,6 +51,37 @@ def page(rows: compare.Rows, output: Path | None = None) -> str:
     for dataset in DATASETS:
         parts += _dataset(rows, dataset, seeds, output)
     return "\n\n".join(parts) + "\n"
+
+
+def _seeds(rows: compare.Rows) -> list[int]:
+    return sorted({*SEEDS, *(row["seed"] for row in rows.values())})
+
+
+def overview(rows: compare.Rows) -> str:
+    """How much was run, and each setting's mean on each data set at each learning rate."""
+    planned = cells(METRICS, seeds=SEEDS)
+    heads, lines = ["mean ± standard deviation (seeds, where not 3)"], []
+    seeds = _seeds(rows)
+    for dataset, metric in METRICS.items():
+        heads += [f"{dataset}, {metric.partition('_')[0]}, x1", "x3", "x10"]
+    majority = {row["dataset"]: row["majority"] for row in rows.values() if row["failure"] is None}
+    shown = {dataset: majority.get(dataset) if metric == "accuracy" else 0.0 for dataset, metric in METRICS.items()}
+    lines.append(["the majority class", *("" if v is None else f"{v:.3f}" for v in shown.values() for _ in range(3))])
+    for entry in entries():
+        line = [entry.name]
+        for dataset, metric in METRICS.items():
+            for rate in (1, 3, 10):
+                found = compare.runs(rows, dataset, entry, rate, seeds)
+                line.append(_mean(found, metric) if found else "")
+        if any(line[1:]):
+            lines.append(line)
+    done = {
+        dataset: f"{sum(cell.key in rows for cell in planned if cell.dataset == dataset)} of "
+        f"{sum(cell.dataset == dataset for cell in planned)} on {dataset}"
+        for dataset in METRICS
+    }
+    facts = f"{sum(cell.key in rows for cell in planned)} of the {len(planned)} planned runs are done"
+    return f"{facts}: {', '.join(done.values())}.\n\n{table(heads, lines)}"
 
 
 def _dataset(rows, dataset: str, seeds: Sequence[int], output: Path | None) -> list[str]:

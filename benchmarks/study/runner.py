@@ -127,9 +127,14 @@ def _run_all(planned, place: Place, path: Path, jobs: int, budget: float | None)
     return erred
 
 
+def chosen(options: argparse.Namespace) -> list[Cell]:
+    """The runs that the options of the command ask for."""
+    return cells(options.dataset or DATASETS, options.only or TABLES, options.seeds, options.rates, options.entries)
+
+
 def run(options: argparse.Namespace) -> int:
     """`python -m benchmarks.study run`."""
-    planned = cells(options.dataset or DATASETS, options.only or TABLES, options.seeds)
+    planned = chosen(options)
     missing = [str(options.data / name) for name in options.dataset or DATASETS if not (options.data / name).is_dir()]
     if missing:
         print(f"error: no such folder: {', '.join(missing)}; name the folder that holds them: --data", file=sys.stderr)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from finetune_setup import KillAt, Killed, colours, save_bert, sentences, write_
 from torch import nn
 
 from benchmarks.study import __main__ as study
-from benchmarks.study import compare, melora, norms, plan, rows, runner
+from benchmarks.study import compare, melora, norms, plan, report, rows, runner
 from benchmarks.study.plan import ADALORA, BASE, LORA, MELORA, MOS, PAPER, RAW_UNITS, TABLES, Cell, Dataset, Entry
 from mos_kernels import MoSConfig, MoSLinear
 from mos_kernels.huggingface import finetune
@@ -104,7 +105,9 @@ def tiny():
     """The data set is among those of the plan."""
     columns = ("--text-column", "sentence", "--label-column", "label")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(plan.DATASETS, "tiny", Dataset("tiny", columns, "train.tsv"))
+        patched.setitem(
+            plan.DATASETS, "tiny", Dataset("tiny", columns, "train.tsv", delay=plan.DATASETS["svamp"].delay)
+        )
         yield
 
 
@@ -299,9 +302,15 @@ def test_the_report_shows_what_was_run_and_says_what_was_not(tmp_path, capsys):
     pictures = sorted(picture.name for picture in output.glob("*.png"))
     assert pictures == ["curvature-svamp-mos-x10.png", "norms-svamp.png", "rates-svamp.png"]
     assert all(f"]({name})" in text and colours(output / name) > 10 for name in pictures)
-    before = text
+    before, page = text, tmp_path / "study.md"
+    page.write_text(f"Above.\n{report.BEGIN}\nof before\n{report.END}\nBelow.\n")
     assert study.main(["report", "--rows", str(path), "--output", str(output)]) == 0
     assert (output / "tables.md").read_text() == before
+    above, overview, below = re.split(f"{report.BEGIN}|{report.END}", page.read_text())
+    assert above == "Above.\n" and below == "\nBelow.\n" and "of before" not in overview
+    assert "8 of the 612 planned runs are done: 8 of 306 on svamp, 0 of 306 on cola." in overview
+    assert "| MoS |  | 0.500 (1) | 0.660 ± 0.010 |  |  |  |" in overview and "| DoRA" not in overview
+    assert "| the majority class | 0.530 | 0.530 | 0.530 | 0.000 |" in overview
     assert study.main(["report", "--rows", str(tmp_path / "none.jsonl"), "--output", str(output)]) == 2
     assert "holds no rows" in capsys.readouterr().out
 
@@ -315,3 +324,12 @@ def test_the_plan_command_says_what_is_done(tmp_path, capsys):
     assert len(lines) == 1 + sum(len(entry.rates) for entry in TABLES["table1"])
     assert f"[x] svamp x10 seed 0 {ADALORA.name}: --method adalora" in lines
     assert f"[ ] svamp x3 seed 0 {MELORA.name}: --method melora" in lines and lines[-1].startswith("1 of ")
+    chosen = [*arguments, "--entries", ADALORA.name, MELORA.name, "--rates", "10", "3"]
+    assert study.main(chosen) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"[x] svamp x10 seed 0 {ADALORA.name}: --method adalora",
+        f"[ ] svamp x10 seed 0 {MELORA.name}: --method melora",
+        f"[ ] svamp x3 seed 0 {ADALORA.name}: --method adalora",
+        f"[ ] svamp x3 seed 0 {MELORA.name}: --method melora",
+        "1 of 4 runs are done",
+    ]
