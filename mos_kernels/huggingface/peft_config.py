@@ -102,7 +102,7 @@ class MoSPeftConfig(PeftConfig):
         # model in it), it is one for an adapter of its own
         if name not in ("inference_mode", "modules_to_save"):
             vars(self).pop("_read_from", None)
-            vars(self).pop("_weights_in", None)
+            self.forget_weights()
         super().__setattr__(name, value)
 
     @property
@@ -115,6 +115,10 @@ class MoSPeftConfig(PeftConfig):
         """The folder that `PeftConfig.from_pretrained` read this from, its weights downloaded if it is on the Hub."""
         source = vars(self).get("_weights_in")
         return source and _folder_of(*source)
+
+    def forget_weights(self) -> None:
+        """Drop `weights_in`, with the options of the download: a token is not to stay with a model and be pickled."""
+        vars(self).pop("_weights_in", None)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **kwargs) -> MoSPeftConfig:

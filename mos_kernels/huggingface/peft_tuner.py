@@ -179,6 +179,7 @@ def _plan(model: nn.Module, config: MoSPeftConfig, adapter_name: str) -> Plan:
         _refuse_misfit(model, config, plan, folder)
     elif (folder := config.weights_in) is not None:
         refuse_damaged(folder, adapter_shapes(plan))
+        config.forget_weights()
     return plan
 
 
