@@ -176,7 +176,7 @@ def refuse_damaged(folder: Path, shapes: dict[str, tuple[int, ...]] | None = Non
             raise ValueError(f"{folder}: {name} has shape {shape}, which r={r} and {E} experts do not have")
         for other, wanted in (shapes or {}).items():
             is_its = f".{other}".endswith(f".{name}") or f".{name}".endswith(f".{other}")
-            if is_its and shape != wanted:
+            if is_its:
                 _require_shapes(folder, {other: tensor}, {other: wanted})
 
 
@@ -231,7 +231,10 @@ def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
 
 
 def read_tensors(path: Path, prefixed: bool = True) -> dict[str, Tensor]:
-    """The tensors of an adapter's file by their names in the model; errors as of `load_adapter`."""
+    """The tensors of an adapter's file by their names in the model; errors as of `load_adapter`.
+
+    prefixed: names without peft's prefix are an error.
+    """
     if not path.is_file():
         pickled = path.with_name(PICKLE_NAME)
         why = f"; {pickled.name} is there, but pickles are never loaded: save it again as safetensors"

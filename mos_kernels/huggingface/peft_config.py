@@ -130,6 +130,7 @@ class MoSPeftConfig(PeftConfig):
         if folder is not None:
             refuse_damaged(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.forget_weights()  # the folder is enough
         if not kwargs.get("ignore_mismatched_sizes"):
             vars(config)["_read_from"] = folder and folder.absolute()
         return config

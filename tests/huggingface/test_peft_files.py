@@ -24,7 +24,7 @@ from peft import (
 )
 from peft_setup import config, peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import ids, logits, mos, snapshot, tiny
+from tiny_models import aligned, ids, logits, mos, snapshot, tiny
 from transformers import AutoModel, AutoModelForCausalLM, DistilBertConfig, DistilBertForSequenceClassification
 
 from mos_kernels import MoSConfig
@@ -378,19 +378,18 @@ def test_a_model_with_a_head_and_one_without_open_each_others_adapters(saved, tm
     base, adapter, model = saved
 
     def hidden(model):
-        return model(ids()).last_hidden_state
+        with torch.no_grad():
+            return aligned(model)(ids()).last_hidden_state
 
     bare = AutoModel.from_pretrained(base)
     bare.load_adapter(adapter)
-    with torch.no_grad():
-        assert torch.equal(hidden(AutoModel.from_pretrained(adapter)), hidden(model.base_model.model.model))
-        assert torch.equal(hidden(bare), hidden(model.base_model.model.model))
+    assert torch.equal(hidden(AutoModel.from_pretrained(adapter)), hidden(model.base_model.model.model))
+    assert torch.equal(hidden(bare), hidden(model.base_model.model.model))
     by_peft = get_peft_model(AutoModel.from_pretrained(base), config(task_type=None))
     by_peft.save_pretrained(tmp_path / "bare")
     with_a_head = AutoModelForCausalLM.from_pretrained(base)
     with_a_head.load_adapter(tmp_path / "bare")
-    with torch.no_grad():
-        assert torch.equal(hidden(with_a_head.model), hidden(by_peft.base_model.model))
+    assert torch.equal(hidden(with_a_head.model), hidden(by_peft.base_model.model))
     rewrite(adapter, mos_lora_A=torch.zeros(4, 31))
     bare = AutoModel.from_pretrained(base)
     before = state_of(bare)

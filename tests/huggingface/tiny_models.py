@@ -93,13 +93,18 @@ def ids(seed: int = 0, batch: int = 2, length: int = 7) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def aligned(model: nn.Module) -> nn.Module:
+    """The model, a file's tensors moved to where others start: elsewhere, some CPUs sum in another order."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+    return model
+
+
 def logits(model: nn.Module) -> torch.Tensor:
-    """Of `ids()`; a file's tensors are moved first to where others start: elsewhere, some CPUs sum in another order."""
+    """Of `ids()`."""
     with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.data_ptr() % 64:
-                tensor.data = tensor.data.clone()
-        return model(ids()).logits
+        return aligned(model)(ids()).logits
 
 
 def batch(family: str = "llama", seed: int = 0, batch: int = 2, length: int = 7) -> dict[str, torch.Tensor]:
