@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.study import products
 from benchmarks.study.norms import FILE as NORMS
 from benchmarks.study.plan import Cell
 from mos_kernels.run_report.log import write_text
@@ -64,7 +65,8 @@ def row_of(cell: Cell, output: Path, failure: str | None, commit: str) -> dict:
         "largest_grad_norm": max(finite, default=None), "first_grad_norm": next(iter(finite), None),
         "curvature": None if failure else _curvatures(log, settings),
         "norms": None if failure else _json(output / NORMS),
-        "learning_rate": settings["learning_rate"], "dtype": settings["dtype"], "epochs": settings["epochs"],
+        "learning_rate": settings["learning_rate"], "dtype": settings["dtype"],
+        "bfloat16_products": products.kind(), "epochs": settings["epochs"],
         "batch_size": settings["batch_size"], "group_by_length": settings["group_by_length"],
         "adapter": settings["adapter"], "data_sha256": list(settings["data_files"].values()),
         "commit": commit, "date": time.strftime("%Y-%m-%d"),

@@ -81,10 +81,13 @@ def _work(job: tuple[Cell, Place]) -> tuple[Cell, dict | None, str]:
             return cell, None, traceback.format_exc(limit=-4)
 
 
-def _one_thread() -> None:
+def _prepare_worker() -> None:
     import torch
 
+    from benchmarks.study import products
+
     torch.set_num_threads(1)
+    products.prepare()
 
 
 def remaining(planned: Sequence[Cell], path: Path) -> list[Cell]:
@@ -105,7 +108,8 @@ def _run_all(planned, place: Place, path: Path, jobs: int, budget: float | None)
     end = time.monotonic() + 60 * budget if budget else float("inf")
     erred = finished = 0
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    with multiprocessing.get_context("spawn").Pool(jobs, initializer=_one_thread) as pool:  # leaving it kills the rest
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(jobs, initializer=_prepare_worker) as pool:  # leaving it kills the rest
         results = pool.imap_unordered(_work, [(cell, place) for cell in todo])
         while finished < len(todo):
             try:
