@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from benchmarks.study.plan import Entry, key_of
+from benchmarks.study.plan import DATASETS, Entry, key_of
 from benchmarks.study.rows import correct
 
 _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -80,11 +80,14 @@ def t_975(degrees: int) -> float:
 
 
 def best_rate(rows: Rows, dataset: str, entry: Entry, seeds: Sequence[int]) -> int | None:
-    """The multiple of the learning rate, of x1, x3 and x10, with the highest mean accuracy of those that were run."""
+    """The multiple of the learning rate, of x1, x3 and x10 and those that were run, at which the mean is highest.
+
+    Of the data set's own metric.
+    """
     means = {
         rate: found.mean
         for rate in sorted(set(entry.rates) & {1, 3, 10})
-        if (found := summary(runs(rows, dataset, entry, rate, seeds))) and found.n
+        if (found := summary(runs(rows, dataset, entry, rate, seeds), DATASETS[dataset].metric)) and found.n
     }
     return max(means, key=means.get) if means else None
 

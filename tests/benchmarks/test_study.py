@@ -272,6 +272,13 @@ def test_the_best_rate_is_of_those_that_were_run():
     made = indexed(*(made_up(LORA, rate, seed, right) for rate, right in ((1, 53), (3, 60)) for seed in (0, 1)))
     assert compare.best_rate(made, "svamp", LORA, (0, 1, 2)) == 3
     assert compare.best_rate(made, "svamp", MOS, (0, 1, 2)) is None
+    by_correlation = indexed(
+        *(
+            made_up(LORA, rate, 0, right, "cola", matthews_correlation=found)
+            for rate, right, found in ((1, 69, 0.0), (3, 68, 0.2))
+        )
+    )
+    assert compare.best_rate(by_correlation, "cola", LORA, (0,)) == 3
 
 
 def test_movement_counts_what_crossed_zero_and_what_still_moves():
@@ -300,7 +307,7 @@ def test_the_report_shows_what_was_run_and_says_what_was_not(tmp_path, capsys):
     assert "1 of them failed, 1 saw a NaN or an infinity" in text
     assert "DoRA r=8 (3 at x1, 3 at x3, 3 at x10, 3 at x30)" in text and "LoRA r=8 (3 at x1, 3 at x3, 3 at x30)" in text
     pictures = sorted(picture.name for picture in output.glob("*.png"))
-    assert pictures == ["curvature-svamp-mos-x10.png", "norms-svamp.png", "rates-svamp.png"]
+    assert pictures == ["best-svamp.png", "curvature-svamp-mos-x10.png", "norms-svamp.png", "rates-svamp.png"]
     assert all(f"]({name})" in text and colours(output / name) > 10 for name in pictures)
     before, page = text, tmp_path / "study.md"
     page.write_text(f"Above.\n{report.BEGIN}\nof before\n{report.END}\nBelow.\n")
