@@ -56,8 +56,16 @@ def summary(found: Mapping[int, dict], metric: str = "accuracy") -> Summary | No
 
 def difference(found: Mapping[int, dict], reference: Mapping[int, dict], metric: str = "accuracy") -> Difference | None:
     """The metric minus the reference's, over the seeds that both have finished; None without one."""
+    return pooled([(found, reference)], metric)
+
+
+def pooled(
+    comparisons: Iterable[tuple[Mapping[int, dict], Mapping[int, dict]]], metric: str = "accuracy"
+) -> Difference | None:
+    """As `difference`, over the pairs of several comparisons (found, reference), each pair counted alike."""
     pairs = [
         (row, reference[seed])
+        for found, reference in comparisons
         for seed, row in found.items()
         if seed in reference and row["failure"] is None and reference[seed]["failure"] is None
     ]
@@ -76,7 +84,8 @@ def difference(found: Mapping[int, dict], reference: Mapping[int, dict], metric:
 
 
 def t_975(degrees: int) -> float:
-    return _T_975[degrees - 1] if degrees <= len(_T_975) else 1.96 + 2.7 / degrees
+    """From ten degrees of freedom on by Fisher's expansion, which is good to 0.003 there."""
+    return _T_975[degrees - 1] if degrees <= len(_T_975) else 1.96 + 2.372 / degrees + 2.82 / degrees**2
 
 
 def best_rate(rows: Rows, dataset: str, entry: Entry, seeds: Sequence[int]) -> int | None:

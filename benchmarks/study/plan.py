@@ -130,6 +130,31 @@ BOUNDARY = tuple(
     for eps, importance in (("0.04", 3), ("0.4", 2))
 )
 
+
+def _at(domain: str, unit: str, curvature: str) -> Entry:
+    """The entry of these three; two of them are the default and the printed setting."""
+    named = {("ball", "√d", "0.3"): MOS, ("raw", "1", "1"): PAPER, ("ball", "1", "1"): RAW_UNITS}
+    grid = {entry.name: entry for entry in GRID}
+    return named.get((domain, unit, curvature)) or grid[f"MoS {domain}, unit {unit}, κ̂ {curvature}"]
+
+
+_DOMAINS, _CURVATURES = ("ball", "raw"), ("0.1", "0.3", "1")
+COMPARISONS: dict[str, tuple[tuple[Entry, Entry], ...]] = {
+    **{
+        f"{entry.name} − {EUCLIDEAN.name}": ((entry, EUCLIDEAN),)
+        for entry in (MOS, FIXED, *_TABLE_2[:2], _at("raw", "√d", "0.3"), *_TABLE_3[::-1], MIXTURE_OF_LORA)
+    },
+    **{f"{entry.name} − x30": ((entry, MOS),) for entry in (FIXED, *_TABLE_2)},
+    "unit √d − unit 1 (domains and κ̂)": tuple(
+        (_at(domain, "√d", curvature), _at(domain, "1", curvature)) for domain in _DOMAINS for curvature in _CURVATURES
+    ),
+    "raw − ball at √d (κ̂)": tuple((_at("raw", "√d", c), _at("ball", "√d", c)) for c in _CURVATURES),
+    "κ̂ 0.1 − 0.3 at √d (domains)": tuple((_at(d, "√d", "0.1"), _at(d, "√d", "0.3")) for d in _DOMAINS),
+    "κ̂ 1 − 0.3 at √d (domains)": tuple((_at(d, "√d", "1"), _at(d, "√d", "0.3")) for d in _DOMAINS),
+    "gates not renormalised − renormalised": ((NOT_RENORMALISED, MOS),),
+}
+"""Settings against each other, where the tables compare with LoRA: pairs of entries, all pairs of runs together."""
+
 TABLES: dict[str, tuple[Entry, ...]] = {
     "table1": (BASE, LORA, LORA_MATCHED, DORA, ADALORA, MELORA, HYDRALORA, MIXTURE_OF_LORA, MOS, PAPER),
     "table2": (FIXED, *_TABLE_2[:2], MOS, _TABLE_2[2]),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.study import compare, figures
 from benchmarks.study import rows as stored
-from benchmarks.study.plan import DATASETS, LORA, SEEDS, TABLES, TITLES, Entry, cells, entries
+from benchmarks.study.plan import COMPARISONS, DATASETS, LORA, SEEDS, TABLES, TITLES, Entry, cells, entries
 from benchmarks.tables import table, write_between
 from mos_kernels.run_report.log import write_text
 
@@ -104,6 +104,11 @@ def _dataset(rows, dataset: str, seeds: Sequence[int], output: Path | None) -> l
         parts += [f"### {TITLES[name]}", _accuracies(rows, dataset, listed, seeds)]
         parts += [f"Accuracy minus that of {LORA.name}:", _differences(rows, dataset, listed, seeds)]
         parts += ["Evaluation loss in nats, and minus that of LoRA:", _losses(rows, dataset, listed, seeds)]
+    parts += [
+        "### Settings against each other",
+        "Paired by setting, rate and seed; the number of pairs stands before the half widths.",
+        _pooled(rows, dataset, seeds),
+    ]
     parts += [f"### {TITLES['stability']}: largest norm of the gradient", _stability(rows, dataset, seeds)]
     parts += ["### Norms by space", _norms(rows, dataset, seeds)]
     parts += ["### Figure 2: how the curvature moved", _movements(rows, dataset, seeds)]
@@ -154,6 +159,26 @@ def _differences(rows, dataset: str, listed: Iterable[Entry], seeds) -> str:
             line.append(_signed(compare.difference(ours, theirs)))
         lines.append(line)
     return table(("method", "x1", "x3", "x10", "each at its best"), lines)
+
+
+def _pooled(rows, dataset: str, seeds) -> str:
+    lines = []
+    for name, pairs in COMPARISONS.items():
+        line = [name]
+        for metric, several in (("accuracy", ((3,), (10,), (3, 10))), ("loss", ((3, 10),))):
+            for rates in several:
+                found = compare.pooled(
+                    [
+                        tuple(compare.runs(rows, dataset, entry, rate, seeds) for entry in pair)
+                        for pair in pairs
+                        for rate in rates
+                    ],
+                    metric,
+                )
+                line.append(_signed(found, counted=True))
+        if set(line[1:]) != {NOT_RUN}:
+            lines.append(line)
+    return table(("comparison", "accuracy, x3", "x10", "x3 and x10", "loss, x3 and x10"), lines) if lines else NOT_RUN
 
 
 def _losses(rows, dataset: str, listed: Iterable[Entry], seeds) -> str:
@@ -244,14 +269,15 @@ def _mean(found, metric: str) -> str:
     return text + (f", {one.failed} failed" if one.failed else "")
 
 
-def _signed(found: compare.Difference | None) -> str:
+def _signed(found: compare.Difference | None, counted: bool = False) -> str:
     if found is None:
         return NOT_RUN
     if math.isnan(found.seeds):
         return f"{found.mean:+.3f} (1)"
     widths = [width for width in (found.seeds, found.rows) if not math.isnan(width)]
     clear = "*" if abs(found.mean) > max(widths) else ""
-    return f"{found.mean:+.3f}{clear} (± {' / '.join(f'{width:.3f}' for width in widths)})"
+    count = f"{found.n}: " if counted else ""
+    return f"{found.mean:+.3f}{clear} ({count}± {' / '.join(f'{width:.3f}' for width in widths)})"
 
 
 def _arrow(first: float, last: float) -> str:

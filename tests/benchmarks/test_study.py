@@ -268,6 +268,27 @@ def test_differences_are_paired_by_seed_with_both_intervals():
     assert compare.summary({0: {**found[0], "failure": "nan"}, 1: found[1]})[:2] == (1, 1)
 
 
+def test_comparisons_are_taken_together_pair_by_pair():
+    ours = [
+        {seed: made_up(MOS, rate, seed, right + seed**2) for seed in (0, 1, 2)} for rate, right in ((3, 60), (10, 70))
+    ]
+    theirs = [{seed: made_up(LORA, rate, seed, 60) for seed in (0, 1)} for rate in (3, 10)]
+    both = compare.pooled(zip(ours, theirs, strict=True))
+    assert both.n == 4 and both.mean == pytest.approx((0 + 0.01 + 0.1 + 0.11) / 4)
+    assert both.seeds == pytest.approx(3.182 * torch.tensor([0, 0.01, 0.1, 0.11]).std().item() / 2, rel=1e-5)
+    assert compare.pooled([(ours[0], theirs[0])]) == compare.difference(ours[0], theirs[0])
+    assert compare.pooled([]) is None
+    for pairs in plan.COMPARISONS.values():
+        assert all(one in plan.entries() and other in plan.entries() and one != other for one, other in pairs)
+    sizes = [len(pairs) for pairs in plan.COMPARISONS.values()]
+    assert sizes.count(6) == 1 and sizes.count(3) == 1 and sizes.count(2) == 2
+
+
+@pytest.mark.parametrize(("degrees", "quantile"), [(1, 12.706), (9, 2.262), (10, 2.228), (22, 2.074), (1000, 1.962)])
+def test_students_t(degrees, quantile):
+    assert compare.t_975(degrees) == pytest.approx(quantile, abs=0.003)
+
+
 def test_the_best_rate_is_of_those_that_were_run():
     made = indexed(*(made_up(LORA, rate, seed, right) for rate, right in ((1, 53), (3, 60)) for seed in (0, 1)))
     assert compare.best_rate(made, "svamp", LORA, (0, 1, 2)) == 3
@@ -303,6 +324,7 @@ def test_the_report_shows_what_was_run_and_says_what_was_not(tmp_path, capsys):
     line = next(line for line in text.splitlines() if line.startswith("| MoS |"))
     assert line == "| MoS | 1,234 | not run yet | 0.500 (1) | 0.660 ± 0.010 | x10 | 0.500 ± 0.000 | 1.000 ± 0.000 |"
     assert "| MoS | not run yet | not run yet | +0.050* (± 0.000 / 0.039) |" in text
+    assert "| MoS, curvature not learned − x30 |" not in text and "### Settings against each other\n" in text
     assert "1 of 1 failed" in text and "## cola\n\nNot run yet: 0 of" in text
     assert "1 of them failed, 1 saw a NaN or an infinity" in text
     assert "DoRA r=8 (3 at x1, 3 at x3, 3 at x10, 3 at x30)" in text and "LoRA r=8 (3 at x1, 3 at x3, 3 at x30)" in text
