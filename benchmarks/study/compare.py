@@ -62,25 +62,31 @@ def difference(found: Mapping[int, dict], reference: Mapping[int, dict], metric:
 def pooled(
     comparisons: Iterable[tuple[Mapping[int, dict], Mapping[int, dict]]], metric: str = "accuracy"
 ) -> Difference | None:
-    """As `difference`, over the pairs of several comparisons (found, reference), each pair counted alike."""
-    pairs = [
-        (row, reference[seed])
-        for found, reference in comparisons
-        for seed, row in found.items()
-        if seed in reference and row["failure"] is None and reference[seed]["failure"] is None
-    ]
-    if not pairs:
+    """As `difference`, of several comparisons (found, reference) together.
+
+    What a seed does is alike in all of them, so each seed's pairs are averaged first, and n counts seeds.
+    """
+    of_seed: dict[int, list[tuple[dict, dict]]] = {}
+    for found, reference in comparisons:
+        for seed, row in found.items():
+            if seed in reference and row["failure"] is None and reference[seed]["failure"] is None:
+                of_seed.setdefault(seed, []).append((row, reference[seed]))
+    if not of_seed:
         return None
-    differences = [ours[metric] - theirs[metric] for ours, theirs in pairs]
-    mean, n = statistics.mean(differences), len(pairs)
+    differences = [statistics.mean(a[metric] - b[metric] for a, b in pairs) for pairs in of_seed.values()]
+    mean, n = statistics.mean(differences), len(differences)
     seeds = t_975(n - 1) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
     if metric != "accuracy":
         return Difference(n, mean, seeds, math.nan)
-    by_row = [
-        statistics.mean(ours - theirs for ours, theirs in column)
-        for column in zip(*(tuple(zip(correct(a), correct(b), strict=True)) for a, b in pairs), strict=True)
-    ]
+    by_seed = [_by_row(pairs) for pairs in of_seed.values()]
+    by_row = [statistics.mean(column) for column in zip(*by_seed, strict=True)]
     return Difference(n, mean, seeds, 1.96 * statistics.stdev(by_row) / math.sqrt(len(by_row)))
+
+
+def _by_row(pairs: Iterable[tuple[dict, dict]]) -> list[float]:
+    """The mean difference in accuracy on each evaluation row."""
+    columns = zip(*(zip(correct(a), correct(b), strict=True) for a, b in pairs), strict=True)
+    return [statistics.mean(ours - theirs for ours, theirs in column) for column in columns]
 
 
 def t_975(degrees: int) -> float:

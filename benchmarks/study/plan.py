@@ -144,10 +144,15 @@ COMPARISONS: dict[str, tuple[tuple[Entry, Entry], ...]] = {
         f"{entry.name} − {EUCLIDEAN.name}": ((entry, EUCLIDEAN),)
         for entry in (MOS, FIXED, *_TABLE_2[:2], _at("raw", "√d", "0.3"), *_TABLE_3[::-1], MIXTURE_OF_LORA)
     },
+    f"{MOS.name} − {RAW_UNITS.name}": ((MOS, RAW_UNITS),),
     **{f"{entry.name} − x30": ((entry, MOS),) for entry in (FIXED, *_TABLE_2)},
     "unit √d − unit 1 (domains and κ̂)": tuple(
         (_at(domain, "√d", curvature), _at(domain, "1", curvature)) for domain in _DOMAINS for curvature in _CURVATURES
     ),
+    **{
+        f"unit √d − unit 1, {domain} (κ̂)": tuple((_at(domain, "√d", c), _at(domain, "1", c)) for c in _CURVATURES)
+        for domain in _DOMAINS
+    },
     "raw − ball at √d (κ̂)": tuple((_at("raw", "√d", c), _at("ball", "√d", c)) for c in _CURVATURES),
     "κ̂ 0.1 − 0.3 at √d (domains)": tuple((_at(d, "√d", "0.1"), _at(d, "√d", "0.3")) for d in _DOMAINS),
     "κ̂ 1 − 0.3 at √d (domains)": tuple((_at(d, "√d", "1"), _at(d, "√d", "0.3")) for d in _DOMAINS),

@@ -106,7 +106,7 @@ def _dataset(rows, dataset: str, seeds: Sequence[int], output: Path | None) -> l
         parts += ["Evaluation loss in nats, and minus that of LoRA:", _losses(rows, dataset, listed, seeds)]
     parts += [
         "### Settings against each other",
-        "Paired by setting, rate and seed; the number of pairs stands before the half widths.",
+        "Paired by setting, rate and seed, each seed's pairs averaged first; the number of seeds is in the brackets.",
         _pooled(rows, dataset, seeds),
     ]
     parts += [f"### {TITLES['stability']}: largest norm of the gradient", _stability(rows, dataset, seeds)]

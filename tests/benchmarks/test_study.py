@@ -274,14 +274,19 @@ def test_comparisons_are_taken_together_pair_by_pair():
     ]
     theirs = [{seed: made_up(LORA, rate, seed, 60) for seed in (0, 1)} for rate in (3, 10)]
     both = compare.pooled(zip(ours, theirs, strict=True))
-    assert both.n == 4 and both.mean == pytest.approx((0 + 0.01 + 0.1 + 0.11) / 4)
-    assert both.seeds == pytest.approx(3.182 * torch.tensor([0, 0.01, 0.1, 0.11]).std().item() / 2, rel=1e-5)
+    assert both.n == 2 and both.mean == pytest.approx(
+        (0.05 + 0.06) / 2
+    )  # of seed 0: 0 and 0.1; of seed 1: 0.01 and 0.11
+    assert both.seeds == pytest.approx(12.706 * 0.005, rel=1e-4)
+    by_row = torch.zeros(100)
+    by_row[60:70], by_row[60], by_row[70] = 0.5, 0.75, 0.25
+    assert both.rows == pytest.approx(1.96 * by_row.std().item() / 10, rel=1e-5)
     assert compare.pooled([(ours[0], theirs[0])]) == compare.difference(ours[0], theirs[0])
     assert compare.pooled([]) is None
     for pairs in plan.COMPARISONS.values():
         assert all(one in plan.entries() and other in plan.entries() and one != other for one, other in pairs)
     sizes = [len(pairs) for pairs in plan.COMPARISONS.values()]
-    assert sizes.count(6) == 1 and sizes.count(3) == 1 and sizes.count(2) == 2
+    assert sizes.count(6) == 1 and sizes.count(3) == 3 and sizes.count(2) == 2
 
 
 @pytest.mark.parametrize(("degrees", "quantile"), [(1, 12.706), (9, 2.262), (10, 2.228), (22, 2.074), (1000, 1.962)])
