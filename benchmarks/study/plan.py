@@ -132,7 +132,7 @@ BOUNDARY = tuple(
 
 
 def _at(domain: str, unit: str, curvature: str) -> Entry:
-    """The entry of these three; two of them are the default and the printed setting."""
+    """The entry of these three, whatever name it goes by."""
     named = {("ball", "√d", "0.3"): MOS, ("raw", "1", "1"): PAPER, ("ball", "1", "1"): RAW_UNITS}
     grid = {entry.name: entry for entry in GRID}
     return named.get((domain, unit, curvature)) or grid[f"MoS {domain}, unit {unit}, κ̂ {curvature}"]
