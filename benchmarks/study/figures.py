@@ -53,7 +53,7 @@ def _runs_at_best(rows, dataset: str, seeds, path: Path) -> bool:
         one = None if rate is None else compare.runs(rows, dataset, entry, rate, seeds)
         if one and entry != BASE:
             values = [row[metric] for row in one.values() if row["failure"] is None]
-            found.append((sum(values) / len(values), f"{entry.name}, x{rate}", values, entry))
+            found.append((compare.summary(one, metric).mean, f"{entry.name}, x{rate}", values, entry))
     if not found:
         return False
     found.sort(key=lambda setting: setting[0])

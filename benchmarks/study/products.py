@@ -19,13 +19,13 @@ _overrides: torch.library.Library | None = None
 
 
 def kind() -> str:
-    """How this CPU takes products in bfloat16 once `prepare` ran."""
-    return NATIVE if torch.ops.mkldnn._is_mkldnn_bf16_supported() else WIDENED
+    """How this process takes products in bfloat16."""
+    return NATIVE if _overrides is None else WIDENED
 
 
 def prepare() -> None:
     """Widen the products of this process, unless the CPU has instructions for bfloat16."""
-    if kind() == WIDENED:
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         widen()
 
 
