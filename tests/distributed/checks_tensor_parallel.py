@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_models import ids, mos, tiny
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -42,7 +43,9 @@ def test_splitting_an_adapted_linear_is_an_error_in_its_forward():
 
 
 def test_a_model_that_transformers_loads_with_its_tensor_parallel_plan(shared_folder):
-    tiny(dtype=torch.float32).save_pretrained(shared_folder)
+    if dist.get_rank() == 0:
+        tiny(dtype=torch.float32).save_pretrained(shared_folder)
+    dist.barrier()
     model = LlamaForCausalLM.from_pretrained(shared_folder, tp_plan="auto")
     with pytest.raises(ValueError, match="gate_proj.*out of the tensor-parallel plan"):
         apply_mos(model, mos(model))
