@@ -319,16 +319,16 @@ class OurBranch(torch.autograd.Function):
         p, n, _ = steps.shrink(x, A, None, None, True)
         prepared = steps.prepare(B, x.dtype, config)
         z, _ = steps.bridge(p, n, gates, False, kappa, prepared, config)
-        ctx.save_for_backward(x, A, B, kappa, gates, p, n)
+        ctx.save_for_backward(x, A, B, kappa, gates, p, n, prepared.gram)
         ctx.options = config, backend
         return steps.expand(z, prepared, None, x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        x, A, B, kappa, gates, p, n = ctx.saved_tensors
+        x, A, B, kappa, gates, p, n, gram = ctx.saved_tensors
         config, backend = ctx.options
         steps = load_backend(backend)
-        prepared = steps.prepare(B, x.dtype, config)
+        prepared = steps.prepare(B, x.dtype, config, gram)
         z, bridged = steps.bridge(p, n, gates, False, kappa, prepared, config)
         dz, dB = steps.expand_backward(dy, z, prepared, True)
         d = steps.bridge_backward(dz, bridged, p, n, gates, False, kappa, prepared, None, None, config)

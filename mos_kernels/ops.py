@@ -48,8 +48,8 @@ def linear(
     config: str,
     backend: str,
     differentiable: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, p, n, logits and dropout's state; all but y empty unless differentiable. config: MoSConfig as JSON.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, p, n, logits, dropout's state and G; all but y empty unless differentiable. config: MoSConfig as JSON.
 
     added: the bias, or without a weight the base's output, as in `steps`.
     """
@@ -63,7 +63,7 @@ def linear(
 def _(x, weight, added, A, B, kappa, gates, router, aux_weight, token_mask, dropout_p, config, backend, differentiable):
     y = x.new_empty(*x.shape[:-1], B.shape[0], dtype=x.dtype if weight is not None else added.dtype)
     if not differentiable:
-        return y, *(_absent(x) for _ in range(4))
+        return y, *(_absent(x) for _ in range(5))
     tokens = x.reshape(-1, x.shape[-1])
     (T, d_in), wide = tokens.shape, compute_dtype(x.dtype)
     if backend == "triton":
@@ -75,7 +75,9 @@ def _(x, weight, added, A, B, kappa, gates, router, aux_weight, token_mask, drop
         p, n = x.new_empty(T, *A.shape[:-1], dtype=wide), x.new_empty(T, dtype=wide)
         logits = _absent(x) if router is None else x.new_empty(T, router.shape[0], dtype=wide)
         state = x.new_empty(T, (d_in + 7) // 8, dtype=torch.uint8)
-    return y, p, n, logits, state if dropout_p > 0 else _absent(x)
+    _, E, r = B.shape
+    gram = x.new_empty(E, r, r, dtype=wide) if _config(config).activation == "identity" else _absent(x)
+    return y, p, n, logits, state if dropout_p > 0 else _absent(x), gram
 
 
 @torch.library.custom_op("mos_kernels::linear_backward", mutates_args=())
@@ -95,6 +97,7 @@ def linear_backward(
     n: Tensor,
     logits: Tensor,
     dropout_state: Tensor,
+    gram: Tensor,
     dropout_p: float,
     config: str,
     backend: str,
@@ -106,7 +109,7 @@ def linear_backward(
     """
     gradients = steps.linear_backward(
         dy, x, weight, added, A, B, kappa, gates, router, aux_weight, p, n,
-        logits if gates is None else None, dropout_state if dropout_p > 0 else None,
+        logits if gates is None else None, dropout_state if dropout_p > 0 else None, gram if gram.numel() else None,
         dropout_p, _config(config), backend, tuple(needs), token_mask,
     )  # fmt: skip
     return tuple(_absent(x) if t is None else _owned(t) for t in gradients)
@@ -114,8 +117,8 @@ def linear_backward(
 
 @linear_backward.register_fake
 def _(
-    dy, x, weight, added, A, B, kappa, gates, router, aux_weight, token_mask, p, n, logits, state, dropout_p, config,
-    backend, needs,
+    dy, x, weight, added, A, B, kappa, gates, router, aux_weight, token_mask, p, n, logits, state, gram, dropout_p,
+    config, backend, needs,
 ):  # fmt: skip
     inputs = (x, weight, added, A, B, kappa, gates, router)
     return tuple(t.new_empty(t.shape) if need else _absent(x) for t, need in zip(inputs, needs, strict=True))

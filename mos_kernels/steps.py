@@ -32,8 +32,8 @@ def linear_forward(
     config,
     backend: str,
     differentiable: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """y, and what backward wants besides the arguments: p, n, the logits of a router of its own, dropout's state."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """y, and what backward wants besides the arguments: p, n, the logits of a router of its own, dropout's state, G."""
     steps = load_backend(backend)
     compute = steps.compute_dtype(x.dtype)
     tokens, curvature = x.reshape(-1, x.shape[-1]), kappa.to(compute)
@@ -50,7 +50,7 @@ def linear_forward(
         y = steps.bridge_expand(p, n, routed, own_router, curvature, prepared, addend, dtype, config)
     if weight is not None:
         y.addmm_(tokens, weight.t())
-    return _shaped(y, x), p, n, logits, None if dropout is None else dropout[0]
+    return _shaped(y, x), p, n, logits, None if dropout is None else dropout[0], prepared.gram
 
 
 def linear_backward(
@@ -68,6 +68,7 @@ def linear_backward(
     n: Tensor,
     logits: Tensor | None,
     dropout_state: Tensor | None,
+    gram: Tensor | None,
     dropout_p: float,
     config,
     backend: str,
@@ -88,7 +89,7 @@ def linear_backward(
     aux_weight = aux_weight if needs_router else None
     mask = None if token_mask is None or aux_weight is None else token_mask.reshape(-1)
 
-    prepared = steps.prepare(B, dy.dtype, config)
+    prepared = steps.prepare(B, dy.dtype, config, gram)
     if config.activation == "identity":
         z, bridged = steps.bridge(p, n, routed, own_router, curvature, prepared, config)
         dz, dB = steps.expand_backward(dy, z, prepared, needs_B)

@@ -26,11 +26,12 @@ CHUNK = 1 << 22
 class Prepared(NamedTuple):
     """What the steps want of B: the factor in the dtype of the wide products, and G = BᵀB of each expert.
 
-    G is kept as its trace and G / trace, so that a huge B overflows no product with it. Where an activation keeps the
-    Gram form from holding, there is none.
+    Products take G as its trace and G / trace, so that a huge B overflows none. Where an activation keeps the Gram form
+    from holding, there is none.
     """
 
     B: Tensor  # (d_out, E, r)
+    gram: Tensor | None  # (E, r, r)
     unit_gram: Tensor | None  # (E, r, r)
     trace: Tensor | None  # (E,)
 
@@ -211,14 +212,14 @@ class Curved(NamedTuple):
     h: Tensor  # λ p (T, E, r)
 
 
-def prepare(B: Tensor, dtype: torch.dtype, config) -> Prepared:
-    """What follows from B (d_out, E, r) alone, for input of `dtype`."""
+def prepare(B: Tensor, dtype: torch.dtype, config, gram: Tensor | None = None) -> Prepared:
+    """What follows from B (d_out, E, r) alone, for input of `dtype`. gram: that of an earlier call with the same B."""
     wide = operand(B, dtype)
     if config.activation != "identity":
-        return Prepared(wide, None, None)
-    gram = _gram(B.to(compute_dtype(dtype)))
+        return Prepared(wide, None, None, None)
+    gram = _gram(B.to(compute_dtype(dtype))) if gram is None else gram
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return Prepared(wide, gram / trace.clamp(min=torch.finfo(trace.dtype).tiny)[:, None, None], trace)
+    return Prepared(wide, gram, gram / trace.clamp(min=torch.finfo(trace.dtype).tiny)[:, None, None], trace)
 
 
 def _gram(B: Tensor) -> Tensor:

@@ -140,16 +140,17 @@ def _bytes(token_mask):
     return None if token_mask is None else token_mask.to(torch.uint8).contiguous()
 
 
-def prepare(B, dtype: torch.dtype, config) -> Prepared:
-    """What follows from B (d_out, E, r) alone. Raises ValueError for a rank beyond one tile."""
+def prepare(B, dtype: torch.dtype, config, gram: Tensor | None = None) -> Prepared:
+    """What follows from B (d_out, E, r) alone. Raises ValueError for a rank beyond one tile.
+
+    gram: that of an earlier call with the same B, which spares its kernels.
+    """
     if B.shape[2] > MAX_RANK:
         raise ValueError(f"r={B.shape[2]} exceeds {MAX_RANK}, the largest rank of the kernels: use backend='eager'")
     B = B.contiguous()
-    return (
-        Prepared(*_expand.gram_launch(B, dtype))
-        if config.activation == "identity"
-        else Prepared(operand(B, dtype), None)
-    )
+    if config.activation != "identity" or gram is not None:
+        return Prepared(operand(B, dtype), gram)
+    return Prepared(*_expand.gram_launch(B, dtype))
 
 
 def bridge(p, n, routed, own_router: bool, kappa, prepared: Prepared, config):
