@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     kernels.add_argument("architectures", nargs="*", help="such as sm_90 or gfx942; default: all that are supported")
     tune = commands.add_parser("tune", help="time the Triton kernels on this GPU and store their best launch settings")
     tune.add_argument("kernels", nargs="*", help="such as shrink or expand; default: all")
+    tune.add_argument("--buckets", nargs="+", choices=("train", "decode"), default=[], help="of tokens; default: both")
     tune.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     tune.add_argument("--dry-run", action="store_true", help="print the settings found and write nothing")
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
         from mos_kernels.backends.triton.tune import run as run_tuner
 
-        return run_tuner(options.kernels, getattr(torch, options.dtype), options.dry_run)
+        return run_tuner(options.kernels, options.buckets, getattr(torch, options.dtype), options.dry_run)
     return _kernels(options.architectures)
 
 

@@ -51,7 +51,7 @@ def stored_settings(kernel: str, device: torch.device, T: int) -> dict:
 def architecture_settings(kernel: str, name: str, T: int) -> dict:
     """As `stored_settings`, by the architecture's name."""
     stored = table()
-    chosen = stored.get(name, {}).get(kernel) or stored["default"][kernel]
+    chosen = stored["default"][kernel] | stored.get(name, {}).get(kernel, {})
     return dict(chosen.get(bucket(T)) or chosen["train"])
 
 

@@ -1,8 +1,9 @@
 """`python -m mos_kernels tune`: find launch settings for the GPU at hand and write them to the checked-in table.
 
 One constant of one kernel is varied at a time, from the settings in force, for as long as a pass over them finds
-something faster. A candidate whose numbers differ from the default's beyond rounding is not taken. Nothing here runs
-unless asked for: no call of a layer ever tunes.
+something faster. A candidate whose numbers differ from the default's beyond rounding is not taken. What is found is
+written kernel by kernel, so that a run that is stopped keeps it. Nothing here runs unless asked for: no call of a layer
+ever tunes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ CANDIDATES = {
     "num_stages": (1, 2, 3, 4),
 }
 QWEN2_1_5B = ((1536, 8960), (8960, 1536))
-TOKENS = {"decode": 16, "train": 8192}
+TOKENS = {"train": 8192, "decode": 16}
 
 # The differentiable path of `train` fixes S at 1 for these: their splits are for decoding alone.
 _FIXED_SPLITS = {("shrink", "train")}
@@ -125,13 +126,12 @@ def search(
     best, first = start, measure(start)
     if first is None:
         raise RuntimeError(f"the settings in force do not work: {start}; mend them in {launch.SETTINGS_FILE} first")
-    best_time, improved = first, True
-    while improved:
-        improved = False
-        for candidate in neighbours(best, fixed):
-            time = measure(candidate)
-            if time is not None and time < 0.98 * best_time:
-                best, best_time, improved = candidate, time, True
+    best_time, tried = first, [start]
+    while candidate := next((c for c in neighbours(best, fixed) if c not in tried), None):
+        tried.append(candidate)
+        time = measure(candidate)
+        if time is not None and time < 0.98 * best_time:
+            best, best_time = candidate, time
     return best, best_time, first
 
 
@@ -211,10 +211,18 @@ def render(table: dict) -> str:
     return "{\n" + ",\n".join(architectures) + "\n}\n"
 
 
-def run(kernels: list[str], dtype: torch.dtype, dry_run: bool) -> int:
-    """Tune on the current CUDA or ROCm device, print each result, and write the table unless dry_run."""
+def graph_time(call: Step) -> float:
+    """Milliseconds of a step's kernels in a CUDA graph: Python takes longer over a launch than most of them run."""
     import triton
 
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return triton.testing.do_bench(graph.replay, warmup=5, rep=20, return_mode="median")
+
+
+def run(kernels: list[str], buckets: list[str], dtype: torch.dtype, dry_run: bool) -> int:
+    """Tune on the current CUDA or ROCm device, print each result, and write the table unless dry_run."""
     if not torch.cuda.is_available():
         print("tune times kernels on a CUDA or ROCm device, and torch sees none here")
         return 2
@@ -227,13 +235,13 @@ def run(kernels: list[str], dtype: torch.dtype, dry_run: bool) -> int:
         return 2
     print(f"tuning for {architecture} ({torch.cuda.get_device_name(device)}), {dtype}")
     found: dict[str, dict[str, dict]] = {}
-    for bucket, T in TOKENS.items():
-        by_shape = [steps(MoSConfig(), T, d_in, d_out, dtype, device) for d_in, d_out in QWEN2_1_5B]
+    for bucket in buckets or TOKENS:
+        by_shape = [steps(MoSConfig(), TOKENS[bucket], d_in, d_out, dtype, device) for d_in, d_out in QWEN2_1_5B]
         for kernel in kernels or known:
+            if bucket not in known[kernel]:  # "train" serves every T there
+                continue
             calls = [calls_of_shape[kernel] for calls_of_shape in by_shape]
-            settings, time, before = tune_kernel(
-                kernel, bucket, calls, device, lambda call: triton.testing.do_bench(call, return_mode="median")
-            )
+            settings, time, before = tune_kernel(kernel, bucket, calls, device, graph_time)
             print(f"{kernel:18} {bucket:7} {before:8.4f} -> {time:8.4f} ms  {settings}", flush=True)
             found.setdefault(kernel, {})[bucket] = settings
             if not dry_run:

@@ -75,10 +75,55 @@ def test_the_table_is_written_whole_and_read_back(tmp_path, monkeypatch):
         launch.table.cache_clear()
 
 
+def test_what_an_architecture_lacks_is_the_defaults(monkeypatch):
+    default = launch.table()["default"]
+    ours = {**default["expand"]["decode"], "num_warps": 2}
+    monkeypatch.setattr(launch, "table", lambda: {"default": default, "sm_90": {"expand": {"decode": ours}}})
+    assert launch.architecture_settings("expand", "sm_90", 1) == ours
+    assert launch.architecture_settings("expand", "sm_90", 1000) == default["expand"]["train"]
+    assert launch.architecture_settings("expand", "sm_80", 1) == default["expand"]["decode"]
+    assert launch.architecture_settings("gram", "sm_90", 1) == default["gram"]["train"]
+
+
+def test_a_run_on_a_gpu_tunes_each_bucket_and_goes_on_from_what_it_wrote(tmp_path, monkeypatch, capsys):
+    """On the CPU, which stands for the GPU: a first run is stopped, and the table that it left serves the second."""
+    path = tmp_path / "settings.json"
+    path.write_text(launch.SETTINGS_FILE.read_text())
+    monkeypatch.setattr(launch, "SETTINGS_FILE", path)
+    monkeypatch.setattr(tune, "TOKENS", {"train": 70, "decode": 5})
+    monkeypatch.setattr(tune, "QWEN2_1_5B", ((20, 24), (24, 20)))
+    made = tune.steps
+    monkeypatch.setattr(
+        tune, "steps", lambda config, T, d_in, d_out, dtype, _: made(config, T, d_in, d_out, dtype, CPU)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(launch, "_architecture", lambda device: "sm_90")
+
+    def tuned(kernel, bucket, calls, device, timer):
+        return {**launch.settings(kernel, device, tune.TOKENS[bucket]), "num_stages": 4}, 1.0, 2.0
+
+    monkeypatch.setattr(tune, "tune_kernel", tuned)
+    launch.table.cache_clear()
+    try:
+        default = launch.table()["default"]
+        assert tune.run(["expand", "gram"], ["decode"], torch.bfloat16, dry_run=False) == 0
+        assert set(launch.table()["sm_90"]) == {"expand"} and set(launch.table()["sm_90"]["expand"]) == {"decode"}
+        assert tune.run([], [], torch.bfloat16, dry_run=False) == 0
+        stored = launch.table()["sm_90"]
+        assert {k: set(b) for k, b in stored.items()} == {k: set(b) for k, b in default.items()}
+        assert all(c["num_stages"] == 4 for buckets in stored.values() for c in buckets.values())
+    finally:
+        monkeypatch.undo()
+        launch.table.cache_clear()
+
+
 def test_tune_without_a_gpu_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert tune.run([], torch.bfloat16, dry_run=True) == 2
+    assert tune.run([], [], torch.bfloat16, dry_run=True) == 2
     assert "CUDA or ROCm" in capsys.readouterr().out
 
 
