@@ -40,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--since", type=float, metavar="EPOCH", help="count the budget from this time, not from now")
     run.add_argument("--only", nargs="+", metavar="KIND", help="groups of these kinds alone, such as layer or steps")
     run.add_argument("--results", type=Path, default=machine.RESULTS, help="where rows are kept")
+    run.add_argument(
+        "--commit", help="what the rows name; default: the checkout's, of which a copy without .git has none"
+    )
     run.add_argument("--targets", action="store_true", help="end with an error if a target is missed")
     run.add_argument("--fail", action="store_true", help="end with an error if something got slower")
     made = commands.add_parser("report", help="tables, plots and the README's section from the rows kept")
@@ -79,7 +82,7 @@ def measure(options: argparse.Namespace) -> int:
         plan = [group for group in plan if group.kind in options.only]
     budget = Budget(60 * minutes - (0 if context.tiny else REPORT_SECONDS), options.since)
     torch.manual_seed(0)
-    about = machine.about(device)
+    about = machine.about(device, options.commit)
     top = ceilings.measure(device, dtype, context.tiny)
     common = {"mode": mode, "copy_bytes_per_s": top.copy_bytes_per_s, "flop_per_s": top.flop_per_s, **about}
     if context.cuda:

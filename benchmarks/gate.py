@@ -35,21 +35,20 @@ def disagreements(truths: Mapping[str, Tensor], ours: Mapping[str, Tensor], plai
 
 
 DRAWS = 3
-"""Draws that are held to the criterion together, more of them where tokens are few: of few numbers, such as dκ, one can
-come out right by luck.
+CURVATURES = 24
+"""Draws are held to the criterion together, more of them where tokens are few, and so many that dκ, a number an expert,
+has at least 24: of few numbers torch's own can come out right by luck.
 """
 
 
-def check_layer(
-    setting: Setting, backend: str, mapping: str = "stereographic", own_router: bool = False, draws: int | None = None
-) -> list[str]:
+def check_layer(setting: Setting, backend: str, mapping: str = "stereographic", own_router: bool = False) -> list[str]:
     """What of a backend's layer at this setting, on FEWEST_TOKENS to TOKENS tokens, fails the criterion.
 
     Not on one token: its products are the library's matrix-vector products, whose sums of thousands of terms round
     several times worse than the formula's, without a kernel being wrong.
     """
     tokens = tokens_of(setting)
-    draws = draws or max(DRAWS, TOKENS // tokens)
+    draws = max(DRAWS, TOKENS // tokens, -(-CURVATURES // setting.experts))
     trial = _Trial(setting, backend, mapping, own_router)
     drawn = [trial.draw(tokens) for _ in range(draws)]
     return disagreements(*(

@@ -11,15 +11,18 @@ from pathlib import Path
 
 import torch
 
+from mos_kernels import __version__
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "peft", "geoopt", "mos_kernels")
+PACKAGES = ("torch", "triton", "peft", "geoopt")
 
 
-def about(device: torch.device) -> dict:
-    """machine names the folder of its results; run tells runs apart."""
-    found = {"run": time.strftime("%Y-%m-%dT%H:%M:%S"), "commit": commit(), "python": platform.python_version()}
-    found.update({name: version(name) for name in PACKAGES})
+def about(device: torch.device, commit_given: str | None = None) -> dict:
+    """machine names the folder of its results; run tells runs apart. commit_given: where there is no git checkout."""
+    committed = commit_given or commit()
+    found = {"run": time.strftime("%Y-%m-%dT%H:%M:%S"), "commit": committed, "python": platform.python_version()}
+    found.update({name: version(name) for name in PACKAGES}, mos_kernels=__version__)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name = torch.cuda.get_device_name(device)

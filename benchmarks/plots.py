@@ -185,10 +185,11 @@ def _bars(
     start: float = 0.0, log: bool = False, keep_order: bool = False, titles: list[str] | None = None, columns: int = 2,
 ):  # fmt: skip
     """A panel of labelled bars for each group; bars begin at `start`."""
-    shown = [(group, values) for group in groups if len(values := numbers(group)) > 1]
+    titles = titles or [f"{first(g)['d_in']} → {first(g)['d_out']}, T = {first(g)['tokens']}" for g in groups]
+    panels = [(panel, numbers(group)) for panel, group in zip(titles, groups, strict=True)]
+    shown = [(panel, values) for panel, values in panels if len(values) > 1]
     if not shown:
         return None
-    titles = titles or [f"{first(g)['d_in']} → {first(g)['d_out']}, T = {first(g)['tokens']}" for g, _ in shown]
     columns = min(columns, len(shown))
     lines = -(-len(shown) // columns)
     tallest = max(len(values) for _, values in shown)
@@ -196,7 +197,7 @@ def _bars(
     figure, grid = _figure(width * columns + 0.6, lines * (0.9 + 0.24 * tallest) + 0.5, lines, columns)
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
-    for axes, (_, values), panel in zip(grid.flat, shown, titles, strict=False):
+    for axes, (panel, values) in zip(grid.flat, shown, strict=False):
         names = list(values) if keep_order else sorted(values, key=values.get)
         wide = log or (not keep_order and max(values.values()) > 12 * min(values.values()))
         left = min(min(values.values()), 1) * 0.8 if wide and start else min(values.values()) * 0.5 if wide else start

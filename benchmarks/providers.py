@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,18 +101,27 @@ class Arm:
     trained: list[Tensor]
 
 
+class Ours(NamedTuple):
+    """Which of our computations a provider is: what must be right before it is timed."""
+
+    backend: str
+    mapping: str = "stereographic"
+    own_router: bool = False
+
+
 @dataclass(frozen=True)
 class Provider:
     name: str
     make: Callable[[Base], Arm]
     compiled: bool = False
     half_only: bool = False
-    triton: bool = False
+    ours: Ours | None = None
 
     def offered(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether it is an arm of its own at this dtype, and can be one on this device."""
         half = dtype in (torch.bfloat16, torch.float16)
-        return (half or not self.half_only) and (not self.triton or why_no_triton(device) is None)
+        triton = self.ours is not None and self.ours.backend == "triton"
+        return (half or not self.half_only) and (not triton or why_no_triton(device) is None)
 
 
 LAYERS: dict[str, Provider] = {}
@@ -251,23 +261,25 @@ _provides(LAYERS, MAPPED)(functools.partial(_mapped, "stereographic"))
 _provides(LAYERS, MAPPED_COMPILED, compiled=True)(functools.partial(_mapped, "stereographic", compile_it=True))
 
 
-def _ours(backend: str, mapping: str, base: Base, compile_it: bool = False, own_router: bool = False) -> Arm:
-    layer = base.layer(mapping, "linear" if own_router else "ffn")
+def _ours(ours: Ours, base: Base, compile_it: bool = False) -> Arm:
+    layer = base.layer(ours.mapping, "linear" if ours.own_router else "ffn")
     trained = [p for p in layer.parameters() if p.requires_grad]
 
     def forward(x: Tensor, gates: Tensor) -> Tensor:
-        return layer(x, None if own_router else gates, backend=backend)
+        return layer(x, None if ours.own_router else gates, backend=ours.backend)
 
-    return Arm(compiled(forward) if compile_it else forward, trained if own_router else [*trained, base.gates])
+    return Arm(compiled(forward) if compile_it else forward, trained if ours.own_router else [*trained, base.gates])
 
 
-_provides(LAYERS, EXP_LOG_EAGER)(functools.partial(_ours, "eager", "exp_log"))
-_provides(LAYERS, EXP_LOG_TRITON, triton=True)(functools.partial(_ours, "triton", "exp_log"))
-_provides(LAYERS, EAGER)(functools.partial(_ours, "eager", "stereographic"))
-_provides(LAYERS, EAGER_COMPILED, compiled=True)(functools.partial(_ours, "eager", "stereographic", compile_it=True))
-_provides(LAYERS, TRITON, triton=True)(functools.partial(_ours, "triton", "stereographic"))
-_provides(LAYERS, EAGER_OWN)(functools.partial(_ours, "eager", "stereographic", own_router=True))
-_provides(LAYERS, TRITON_OWN, triton=True)(functools.partial(_ours, "triton", "stereographic", own_router=True))
+for _name, _computation in {
+    EXP_LOG_EAGER: Ours("eager", "exp_log"), EXP_LOG_TRITON: Ours("triton", "exp_log"),
+    EAGER: Ours("eager"), TRITON: Ours("triton"),
+    EAGER_OWN: Ours("eager", own_router=True), TRITON_OWN: Ours("triton", own_router=True),
+}.items():  # fmt: skip
+    _provides(LAYERS, _name, ours=_computation)(functools.partial(_ours, _computation))
+_provides(LAYERS, EAGER_COMPILED, compiled=True, ours=Ours("eager"))(
+    functools.partial(_ours, Ours("eager"), compile_it=True)
+)
 
 
 # the adapter alone: no base product
@@ -360,5 +372,5 @@ _provides(BRANCHES, TIDIED)(functools.partial(_branch, tidied_branch))
 _provides(BRANCHES, EXP_LOG)(_exp_log_branch)
 _provides(BRANCHES, COLLAPSED)(functools.partial(_branch, collapsed_branch))
 _provides(BRANCHES, COLLAPSED_COMPILED, compiled=True)(functools.partial(_branch, collapsed_branch, compile_it=True))
-_provides(BRANCHES, EAGER)(functools.partial(_our_branch, "eager"))
-_provides(BRANCHES, TRITON, triton=True)(functools.partial(_our_branch, "triton"))
+_provides(BRANCHES, EAGER, ours=Ours("eager"))(functools.partial(_our_branch, "eager"))
+_provides(BRANCHES, TRITON, ours=Ours("triton"))(functools.partial(_our_branch, "triton"))

@@ -2,15 +2,16 @@
 
 A group is what is interleaved: its variants answer one question on one shape. Every variant is built lazily, so that
 one that does not fit, or fails, is recorded with its reason and the others go on; compiled variants are built last and
-under a time limit. A row holds a variant's quantiles, the bytes and FLOP of the work, and everything it was made with.
+under a time limit. A variant of ours is timed only where its checks hold. A row holds a variant's quantiles, the bytes
+and FLOP of the work, and everything it was made with.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,6 +110,14 @@ class Made:
     owned: list[Tensor] = field(default_factory=list)
 
 
+class Check(NamedTuple):
+    """What must hold before a variant is timed; run once a process for each key. run: what does not hold."""
+
+    key: Hashable
+    name: str
+    run: Callable[[], list[str]]
+
+
 @dataclass
 class Variant:
     """moved, flop: the least bytes through memory and the arithmetic of one call, to be held against the ceilings."""
@@ -118,6 +127,7 @@ class Variant:
     flop: int | None = None
     compiled: bool = False
     step: str | None = None
+    checks: Sequence[Check] = ()
 
 
 @dataclass
@@ -132,7 +142,6 @@ class Group:
     clock: str = "events"
     repeats: int = 1
     weigh: bool = False
-    gates: list[Callable[[], list[str]]] = field(default_factory=list)
     shared: list[Shared] = field(default_factory=list)
 
     @property
@@ -140,18 +149,16 @@ class Group:
         return f"{self.kind}: {self.step}, " + " ".join(f"{key}={value}" for key, value in self.shape.items())
 
 
-_passed: dict[object, list[str]] = {}
+_found: dict[Hashable, list[str]] = {}
 
 
-def checked_once(key: object, check: Callable[[], list[str]]) -> Callable[[], list[str]]:
-    """The check, run once a process for each key."""
-
-    def run() -> list[str]:
-        if key not in _passed:
-            _passed[key] = check()
-        return _passed[key]
-
-    return run
+def failures(checks: Iterable[Check]) -> list[str]:
+    """What does not hold of these, each with the name of its check; a check that raises does not hold."""
+    for check in checks:
+        if check.key not in _found:
+            found, outcome = attempt(check.run)
+            _found[check.key] = [outcome.message] if found is None else found
+    return [f"{check.name}: {failure}" for check in checks for failure in _found[check.key]]
 
 
 def run_group(group: Group, context: Context, ceilings: Ceilings, budget: Budget) -> list[dict]:
@@ -171,15 +178,15 @@ def _run_group(group: Group, context: Context, ceilings: Ceilings, budget: Budge
     graph = group.clock == "graph" and context.cuda
     repeats = group.repeats if graph else 1
 
-    failures, outcome = attempt(lambda: [failure for gate in group.gates for failure in gate()])
-    if outcome.status != "ok" or failures:
-        status, message = ("failed", "gate: " + "; ".join(failures)) if failures else outcome
-        return _rows(group, context, ceilings, {name: Outcome(status, message) for name in group.variants}, {}, {})
+    for name, variant in group.variants.items():
+        if found := failures(variant.checks):
+            outcomes[name] = Outcome("failed", "gate: " + "; ".join(found))
 
     torch._dynamo.reset()
     ready: dict[str, Made] = {}
     calls: dict[str, Call] = {}
-    for name in sorted(group.variants, key=lambda name: group.variants[name].compiled):
+    right = [name for name in group.variants if name not in outcomes]
+    for name in sorted(right, key=lambda name: group.variants[name].compiled):
         variant = group.variants[name]
         limit = min(context.compile_s, budget.left()) if variant.compiled else budget.left()
         if limit <= 0:
@@ -213,13 +220,25 @@ def _run_group(group: Group, context: Context, ceilings: Ceilings, budget: Budge
     return _rows(group, context, ceilings, outcomes, timed, weights)
 
 
+GRACE_S = 3.0
+
+
 def _ready(variant: Variant, context: Context, limit: float) -> Made:
     """The variant, built and run twice: what compiles has compiled."""
-    with time_limit(limit):
-        made = variant.make()
-        for _ in range(1 if context.tiny else 2):
+    made = None
+    try:
+        with time_limit(limit):
+            made = variant.make()
+            for _ in range(1 if context.tiny else 2):
+                made.call()
+            synchronize(context.device)
+    except LeftOut:
+        if made is None:
+            raise
+        # A backward compiles in autograd's thread, which the alarm cannot stop: it may be ready once that is heard.
+        with time_limit(GRACE_S):
             made.call()
-        synchronize(context.device)
+            synchronize(context.device)
     return made
 
 

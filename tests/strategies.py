@@ -130,7 +130,7 @@ def make_case(
     if kappa is None:
         kappa = tuple(0.7 * sign for sign in config.curvature_signs)
     router = normal(seed + 1, E, d_in)
-    x = normal(seed, 20 * T + 20, d_in)
+    x = normal(seed, 20 * T + 20 if margin > 0 else T, d_in)
     if own_router:
         x = x[_routing_margin(x @ router.T, k) > margin]
     assert x.shape[0] >= T, "too few tokens with a clear routing: widen d_in or lower the margin"

@@ -75,6 +75,10 @@ def _gpu_plan(context: Context) -> Iterator[Group]:
     for tokens in (1, 4, 16, 64) if full else (1, 16, 64):
         yield decode(context, 1536, 8960, tokens)
     yield training(context, qwen2.Shape(), batch=4, length=2048)
+    for tokens in [4**i for i in range(7)] + [8192, 16384, 65536] if full else (1, 1024, 8192, 65536):
+        yield growth(context, "tokens", *QWEN2[0], tokens)
+    for widths in ((1537, 8961), (1531, 8963), (1544, 8968), QWEN2[0]) if full else ((1537, 8961), QWEN2[0]):
+        yield growth(context, "width", *widths, T)
     for d in DIMENSIONS if full else (256, 4096, 16384):
         yield dimension(context, d, T)
     yield compiled(context, *QWEN2[0], T)
@@ -83,10 +87,6 @@ def _gpu_plan(context: Context) -> Iterator[Group]:
         yield depth(context, layers, 1536, T)
     for batch in (1, 2, 4, 8, 16, 32, 64) if full else (1, 64):
         yield decoding(context, qwen2.Shape(), batch=batch, length=512)
-    for tokens in [4**i for i in range(7)] + [8192, 16384, 65536] if full else (1, 1024, 8192, 65536):
-        yield growth(context, "tokens", *QWEN2[0], tokens)
-    for widths in ((1537, 8961), (1531, 8963), (1544, 8968), QWEN2[0]) if full else ((1537, 8961), QWEN2[0]):
-        yield growth(context, "width", *widths, T)
     for experts in EXPERTS if full else (1, 8, 64):
         yield growth(context, "experts", *QWEN2[0], T, experts=experts)
     for rank in RANKS if full else (1, 8, 128):

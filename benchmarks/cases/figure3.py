@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import maps, providers
-from benchmarks.cases.linear import gates_of, linear_group, setting_of
+from benchmarks.cases.linear import checks_of, linear_group, setting_of
 from benchmarks.measure import rotated, rotation
-from benchmarks.providers import Setting
+from benchmarks.providers import Ours, Setting
 from benchmarks.suite import Context, Group, Made, Shared, Variant
 from mos_kernels.backends import load_backend
 
@@ -22,11 +22,11 @@ CONVERSIONS = {  # provider -> (mapping, compiled)
     "stereographic, compiled": ("stereographic", True),
     "exp/log, compiled": ("exp/log", True),
 }
-FUSED = {  # provider -> (mapping, backend)
-    "stereographic, our eager": ("stereographic", "eager"),
-    "exp/log, our eager": ("exp_log", "eager"),
-    "stereographic, our Triton": ("stereographic", "triton"),
-    "exp/log, our Triton": ("exp_log", "triton"),
+FUSED = {
+    "stereographic, our eager": Ours("eager"),
+    "exp/log, our eager": Ours("eager", "exp_log"),
+    "stereographic, our Triton": Ours("triton"),
+    "exp/log, our Triton": Ours("triton", "exp_log"),
 }
 BASE_CONVERSION = "stereographic, eager"
 WIDTH = 64
@@ -56,9 +56,9 @@ class Conversion:
 
         return providers.compiled(convert) if compile_it else convert
 
-    def in_rank_space(self, mapping: str, backend: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    def in_rank_space(self, ours: Ours) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """What the same conversion costs us: ‖x‖² and A x in one pass, then λ, q and e for every expert."""
-        run, config = load_backend(backend), self.setting.config(mapping)
+        run, config = load_backend(ours.backend), self.setting.config(ours.mapping)
         prepared = run.prepare(self.B, self.setting.dtype, config)
 
         def convert(x: Tensor) -> tuple[Tensor, ...]:
@@ -68,7 +68,7 @@ class Conversion:
         return convert
 
     def of(self, name: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        return self.full_width(*CONVERSIONS[name]) if name in CONVERSIONS else self.in_rank_space(*FUSED[name])
+        return self.full_width(*CONVERSIONS[name]) if name in CONVERSIONS else self.in_rank_space(FUSED[name])
 
 
 def _conversion_work(s: Setting, layers: int = 1) -> tuple[int, int]:
@@ -96,17 +96,17 @@ def _conversion_group(context: Context, kind: str, setting: Setting, repeated: i
 
     variants = {}
     for name in (*CONVERSIONS, *FUSED):
-        rank_space = name in FUSED
-        if rank_space and FUSED[name][1] == "triton" and providers.why_no_triton(context.device):
+        ours = FUSED.get(name)
+        if ours is not None and ours.backend == "triton" and providers.why_no_triton(context.device):
             continue
-        work = (
-            (repeated * setting.tokens * setting.d_in * setting.dtype.itemsize, None) if rank_space else (moved, flop)
-        )
+        read = repeated * setting.tokens * setting.d_in * setting.dtype.itemsize
+        work = (moved, flop) if ours is None else (read, None)
         compiled = name in CONVERSIONS and CONVERSIONS[name][1]
-        variants[name] = Variant(functools.partial(make, name), *work, compiled=compiled)
+        checks = checks_of(setting, ours)
+        variants[name] = Variant(functools.partial(make, name), *work, compiled=compiled, checks=checks)
     return Group(
         kind, "conversion", {"d_in": setting.d_in, "tokens": setting.tokens, "experts": setting.experts, **shape},
-        variants, BASE_CONVERSION, gates=gates_of(context, setting, ("stereographic", "exp_log")), shared=[state],
+        variants, BASE_CONVERSION, shared=[state],
     )  # fmt: skip
 
 
@@ -121,8 +121,7 @@ def dimension(context: Context, d: int, tokens: int, linear: bool = False) -> Gr
     if not linear:
         return _conversion_group(context, "dimension", setting_of(context, d, WIDTH, tokens))
     setting = setting_of(context, d, d, tokens)
-    gates = gates_of(context, setting, ("stereographic", "exp_log"))
-    return linear_group(context, "dimension", "with the linear", setting, LINEAR_CONVERSIONS, gates=gates)
+    return linear_group(context, "dimension", "with the linear", setting, LINEAR_CONVERSIONS)
 
 
 def depth(context: Context, layers: int, d: int, tokens: int) -> Group:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch import Tensor
 from benchmarks import providers
 from benchmarks.gate import check_layer, tokens_of
 from benchmarks.measure import rotated, rotation
-from benchmarks.providers import BRANCHES, LAYERS, Arm, Base, Provider, Setting
-from benchmarks.suite import Context, Group, Made, Shared, Variant, checked_once
+from benchmarks.providers import BRANCHES, LAYERS, Arm, Base, Ours, Provider, Setting
+from benchmarks.suite import Check, Context, Group, Made, Shared, Variant
 
 FORWARD_BACKWARD, FORWARD = "forward+backward", "forward"
 
@@ -83,24 +83,22 @@ def frozen_work(s: Setting, backward: bool) -> tuple[int, int]:
     return times * moved * s.dtype.itemsize, times * flop
 
 
-def gates_of(
-    context: Context, setting: Setting, mappings=("stereographic",), own_router: bool = False
-) -> list[Callable]:
-    """The checks of our backends at a setting, of those that can run."""
-    triton = providers.why_no_triton(context.device) is None
+def checks_of(setting: Setting, ours: Ours | None) -> list[Check]:
+    """What must hold of ours at a setting: of its backend, and of the eager one, which the others are held against."""
+    if ours is None:
+        return []
+    widths = (setting.d_in, setting.d_out, setting.experts, setting.rank, tokens_of(setting), setting.dtype)
     found = []
-    for backend in ("eager", "triton") if triton else ("eager",):
-        for mapping in mappings:
-            for own in (False, True) if own_router else (False,):
-                check = functools.partial(check_layer, setting, backend, mapping, own, 1 if context.tiny else None)
-                narrow = (setting.d_in, setting.d_out, setting.experts, setting.rank, tokens_of(setting))
-                found.append(checked_once((*narrow, setting.dtype, backend, mapping, own), check))
+    for backend in dict.fromkeys(("eager", ours.backend)):
+        computation = ours._replace(backend=backend)
+        name = f"{backend}, {ours.mapping}{', own router' if ours.own_router else ''}"
+        found.append(Check((*widths, computation), name, functools.partial(check_layer, setting, *computation)))
     return found
 
 
 def linear_group(
     context: Context, kind: str, step: str, setting: Setting, names: Sequence[str], *,
-    table: dict[str, Provider] = LAYERS, weigh: bool = False, gates: list[Callable] | None = None,
+    table: dict[str, Provider] = LAYERS, weigh: bool = False,
 ) -> Group:  # fmt: skip
     """A variant for each provider of `names` in `table` that can run here. The first is the base, if frozen or LoRA."""
     inputs, backward = Shared(lambda: Inputs(setting)), step == FORWARD_BACKWARD
@@ -115,16 +113,14 @@ def linear_group(
             arm = provider.make(inputs().base)
             return inputs().training(arm) if backward else inputs().inference(arm)
 
-        variants[name] = Variant(make, moved, flop, provider.compiled)
+        variants[name] = Variant(make, moved, flop, provider.compiled, checks=checks_of(setting, provider.ours))
     base = names[0] if names[0] in (providers.FROZEN, providers.LORA_BRANCH) else None
-    gates = gates_of(context, setting) if gates is None else gates
-    return Group(kind, step, shape_of(setting), variants, base, weigh=weigh, gates=gates, shared=[inputs])
+    return Group(kind, step, shape_of(setting), variants, base, weigh=weigh, shared=[inputs])
 
 
 def layer(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
     setting = setting_of(context, d_in, d_out, tokens)
-    gates = gates_of(context, setting, ("stereographic", "exp_log"), own_router=True)
-    return linear_group(context, "layer", FORWARD_BACKWARD, setting, EVERY_LAYER, weigh=True, gates=gates)
+    return linear_group(context, "layer", FORWARD_BACKWARD, setting, EVERY_LAYER, weigh=True)
 
 
 def compiled(context: Context, d_in: int, d_out: int, tokens: int) -> Group:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import providers
-from benchmarks.cases.linear import FORWARD, Inputs, frozen_work, gates_of, setting_of, shape_of
-from benchmarks.providers import Setting
+from benchmarks.cases.linear import FORWARD, Inputs, checks_of, frozen_work, setting_of, shape_of
+from benchmarks.providers import Ours, Setting
 from benchmarks.suite import Context, Group, Made, Shared, Variant
 from mos_kernels.backends import load_backend
 
@@ -90,8 +90,9 @@ def steps(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
     triton = providers.why_no_triton(context.device) is None
     backend = "triton" if triton else "eager"
     state = Shared(lambda: Steps(setting, backend))
-    variants = {}
+    variants, checks = {}, checks_of(setting, Ours(backend))
     for name, (moved, flop) in _step_work(setting).items():
+        library = name.startswith("base") or "addmm" in name
 
         def make(name=name) -> Made:
             call = state().calls()[name]
@@ -102,20 +103,18 @@ def steps(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
 
             return Made(alone)
 
-        variants[name] = Variant(
-            make, moved, flop, step=f"{name}, {'library' if name.startswith('base') or 'addmm' in name else backend}"
-        )
+        step = f"{name}, {'library' if library else backend}"
+        variants[name] = Variant(make, moved, flop, step=step, checks=[] if library else checks)
     return Group(
-        "steps", "alone", shape_of(setting), variants, base="base forward", clock="graph", repeats=8,
-        gates=gates_of(context, setting), shared=[state],
+        "steps", "alone", shape_of(setting), variants, base="base forward", clock="graph", repeats=8, shared=[state],
     )  # fmt: skip
 
 
 def order(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
     """Forward with the base product after or before the adapter's, each expand by the kernel or by the library."""
     setting = setting_of(context, d_in, d_out, tokens)
-    triton = providers.why_no_triton(context.device) is None
-    state = Shared(lambda: Steps(setting, "triton" if triton else "eager"))
+    backend = "triton" if providers.why_no_triton(context.device) is None else "eager"
+    state = Shared(lambda: Steps(setting, backend))
 
     def adapter(s: Steps, x: Tensor) -> Tensor:
         p, n, _ = s.run.shrink(x, s.A, None, None, True)
@@ -149,8 +148,13 @@ def order(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
 
         return Made(call)
 
-    variants = {name: Variant(functools.partial(make, run), moved, flop) for name, run in runs.items()}
+    variants = {
+        name: Variant(
+            functools.partial(make, run), moved, flop,
+            checks=checks_of(setting, None if name == providers.FROZEN else Ours(backend)),
+        )
+        for name, run in runs.items()
+    }  # fmt: skip
     return Group(
-        "order", FORWARD, shape_of(setting), variants,
-        providers.FROZEN, clock="graph", repeats=4, gates=gates_of(context, setting), shared=[state],
-    )  # fmt: skip
+        "order", FORWARD, shape_of(setting), variants, providers.FROZEN, clock="graph", repeats=4, shared=[state]
+    )

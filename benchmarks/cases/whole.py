@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import providers, qwen2
-from benchmarks.cases.linear import FORWARD_BACKWARD, OURS, PEFT, gates_of, setting_of
+from benchmarks.cases.linear import FORWARD_BACKWARD, OURS, PEFT, checks_of, setting_of
 from benchmarks.measure import rotated, rotation
 from benchmarks.providers import LAYERS
 from benchmarks.suite import Context, Group, Made, Shared, Variant
@@ -26,11 +26,18 @@ def _backend(name: str) -> str:
     return "triton" if name == providers.TRITON else "eager"
 
 
-def _ffn_gates(context: Context, hidden: int, intermediate: int, tokens: int) -> list[Callable]:
-    found = []
-    for widths in ((hidden, intermediate), (intermediate, hidden)):
-        found += gates_of(context, setting_of(context, *widths, tokens))
-    return found
+def _variants(
+    context: Context, names: Iterable[str], make: Callable[[str], Made], work: tuple[int, int], hidden: int,
+    intermediate: int, tokens: int,
+) -> dict[str, Variant]:  # fmt: skip
+    """A variant for each name, timed where its linears are right in both directions of an FFN. work: bytes, FLOP."""
+    settings = [setting_of(context, *widths, tokens) for widths in ((hidden, intermediate), (intermediate, hidden))]
+    return {
+        name: Variant(
+            functools.partial(make, name), *work, checks=[c for s in settings for c in checks_of(s, LAYERS[name].ours)]
+        )
+        for name in names
+    }
 
 
 def ffn(context: Context, hidden: int, intermediate: int, tokens: int) -> Group:
@@ -59,8 +66,8 @@ def ffn(context: Context, hidden: int, intermediate: int, tokens: int) -> Group:
     flop = 12 * tokens * hidden * intermediate
     return Group(
         "ffn", FORWARD_BACKWARD, {"d_in": hidden, "d_out": intermediate, "tokens": tokens},
-        {name: Variant(functools.partial(make, name), moved, flop) for name in _whole_names(context)},
-        providers.FROZEN, weigh=True, gates=_ffn_gates(context, hidden, intermediate, tokens), shared=[inputs],
+        _variants(context, _whole_names(context), make, (moved, flop), hidden, intermediate, tokens),
+        providers.FROZEN, weigh=True, shared=[inputs],
     )  # fmt: skip
 
 
@@ -94,8 +101,8 @@ def decode(context: Context, hidden: int, intermediate: int, tokens: int) -> Gro
     flop = 12 * tokens * hidden * intermediate
     return Group(
         "decode", "forward of two FFNs", {"d_in": hidden, "d_out": intermediate, "tokens": tokens},
-        {name: Variant(functools.partial(make, name), moved, flop) for name in _whole_names(context)},
-        providers.FROZEN, clock="graph", repeats=4, gates=_ffn_gates(context, hidden, intermediate, tokens), shared=[x],
+        _variants(context, _whole_names(context), make, (moved, flop), hidden, intermediate, tokens),
+        providers.FROZEN, clock="graph", repeats=4, shared=[x],
     )  # fmt: skip
 
 
@@ -132,9 +139,8 @@ def training(context: Context, shape: qwen2.Shape, batch: int, length: int) -> G
     names = [name for name in _whole_names(context) if context.tiny or not context.cuda or name != providers.EAGER]
     return Group(
         "model", "training step", fields,
-        {name: Variant(functools.partial(make, name), 2 * moved, 2 * flop) for name in names},
+        _variants(context, names, make, (2 * moved, 2 * flop), shape.hidden, shape.intermediate, batch * length),
         providers.FROZEN, weigh=context.cuda, shared=[ids],
-        gates=_ffn_gates(context, shape.hidden, shape.intermediate, batch * length),
     )  # fmt: skip
 
 
@@ -163,7 +169,7 @@ def decoding(context: Context, shape: qwen2.Shape, batch: int, length: int) -> G
     if context.cuda:
         names = [n for n in names if n not in (providers.EAGER, providers.PEFT_8)]
     return Group(
-        "model", "decoding", fields, {n: Variant(functools.partial(make, n), moved, flop) for n in names},
-        providers.FROZEN, clock="graph", gates=_ffn_gates(context, shape.hidden, shape.intermediate, batch),
-        shared=[ids],
+        "model", "decoding", fields,
+        _variants(context, names, make, (moved, flop), shape.hidden, shape.intermediate, batch),
+        providers.FROZEN, clock="graph", shared=[ids],
     )  # fmt: skip

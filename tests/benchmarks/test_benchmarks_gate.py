@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import cases, ceilings, gate, providers, suite
+from benchmarks.cases.linear import checks_of
 from benchmarks.measure import Budget
 from mos_kernels.backends import eager
 
@@ -20,7 +21,7 @@ def setting(**options) -> providers.Setting:
 
 @pytest.fixture(autouse=True)
 def _nothing_checked_yet(monkeypatch):
-    monkeypatch.setattr(suite, "_passed", {})
+    monkeypatch.setattr(suite, "_found", {})
 
 
 @pytest.mark.parametrize("own_router", [False, True])
@@ -38,7 +39,7 @@ def test_the_eager_backend_passes(mapping, own_router):
         ("shrink_backward", lambda gradients: (gradients[0], gradients[1] * math.nan, gradients[2])),
     ],
 )
-def test_a_wrong_step_is_refused_and_nothing_is_timed(step, broken, monkeypatch):
+def test_a_wrong_step_is_refused_and_only_what_does_not_use_it_is_timed(step, broken, monkeypatch):
     right = getattr(eager, step)
     monkeypatch.setattr(eager, step, lambda *arguments: broken(right(*arguments)))
     torch.manual_seed(0)
@@ -46,8 +47,37 @@ def test_a_wrong_step_is_refused_and_nothing_is_timed(step, broken, monkeypatch)
     context = suite.Context(CPU, torch.float32, "tiny")
     group = cases.growth(context, "tokens", 24, 32, 20)
     rows = suite.run_group(group, context, ceilings.Ceilings(1.0, 1.0), Budget(60))
-    assert {row["status"] for row in rows} == {"failed"} and all("gate" in row["message"] for row in rows)
-    assert not any("median_s" in row for row in rows)
+    ours, others = ([row for row in rows if row["provider"].startswith("MoS") is mine] for mine in (True, False))
+    assert ours and others and all("median_s" in row for row in others)
+    for row in ours:
+        assert row["status"] == "failed" and row["message"].startswith("gate: eager, stereographic: ")
+        assert "median_s" not in row
+
+
+def test_a_check_that_raises_does_not_hold_and_each_is_made_once():
+    calls = []
+
+    def check(key: str, *found: str) -> suite.Check:
+        def run() -> list[str]:
+            calls.append(key)
+            if not found:
+                raise RuntimeError("no such kernel")
+            return [f for f in found if f]
+
+        return suite.Check(key, key, run)
+
+    assert suite.failures([check("right", "")]) == []
+    for _ in range(2):
+        wanted = ["raises: RuntimeError: no such kernel", "wrong: y is off"]
+        assert suite.failures([check("raises"), check("wrong", "y is off"), check("right", "")]) == wanted
+    assert calls == ["right", "raises", "wrong"]
+
+
+def test_what_a_provider_of_ours_is_held_to():
+    found = {name: [c.name for c in checks_of(setting(), p.ours)] for name, p in providers.LAYERS.items()}
+    assert found[providers.TRITON_OWN] == ["eager, stereographic, own router", "triton, stereographic, own router"]
+    assert found[providers.EXP_LOG_EAGER] == ["eager, exp_log"] and found[providers.EAGER_COMPILED]
+    assert not found[providers.FROZEN] and not found[providers.PEFT_8] and not found[providers.PRINTED]
 
 
 def test_the_criterion():

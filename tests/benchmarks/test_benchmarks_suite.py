@@ -74,6 +74,17 @@ def test_groups_after_the_budget_are_named_as_left_out():
     assert Budget(100, since=time.time() - 90).left() == pytest.approx(10, abs=1)
 
 
+@pytest.mark.parametrize(("later_s", "status"), [(0.0, "ok"), (10.0, "left out")])
+def test_what_is_ready_only_after_the_alarm_is_kept(later_s, status, monkeypatch):
+    """As a backward that compiles where no signal reaches it: the first call is late, and the next is quick or not."""
+    monkeypatch.setattr(suite, "GRACE_S", 0.3)
+    monkeypatch.setattr(suite.Context, "compile_s", 0.1)
+    waits = iter([0.3])
+    variant = suite.Variant(lambda: made(lambda: time.sleep(next(waits, later_s))), compiled=True)
+    (row,) = suite.run_group(suite.Group("layer", "forward", {}, {"late": variant}), CONTEXT, TOP, Budget(60))
+    assert row["status"] == status
+
+
 def test_what_takes_too_long_to_prepare_is_stopped():
     def slow() -> None:
         try:
