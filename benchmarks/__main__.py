@@ -40,9 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--since", type=float, metavar="EPOCH", help="count the budget from this time, not from now")
     run.add_argument("--only", nargs="+", metavar="KIND", help="groups of these kinds alone, such as layer or steps")
     run.add_argument("--results", type=Path, default=machine.RESULTS, help="where rows are kept")
-    run.add_argument(
-        "--commit", help="what the rows name; default: the checkout's, of which a copy without .git has none"
-    )
+    run.add_argument("--commit", help="named in the rows; default: the checkout's (a copy without .git has none)")
     run.add_argument("--targets", action="store_true", help="end with an error if a target is missed")
     run.add_argument("--fail", action="store_true", help="end with an error if something got slower")
     made = commands.add_parser("report", help="tables, plots and the README's section from the rows kept")

@@ -80,9 +80,7 @@ def attempt(action: Callable[[], object]) -> tuple[object, Outcome]:
 def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
-        with contextlib.suppress(
-            RuntimeError
-        ):  # after a kernel's fault every call raises; what is measured must be kept
+        with contextlib.suppress(RuntimeError):  # after a kernel's fault every call raises
             torch.cuda.empty_cache()
 
 

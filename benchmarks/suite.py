@@ -278,10 +278,9 @@ def _rows(group, context, ceilings, outcomes, timed, weights) -> list[dict]:
     return rows
 
 
-def left_out(group: Group, context: Context, reason: str) -> list[dict]:
-    """The rows of a group that was not begun."""
-    none = Ceilings(1.0, 1.0)
-    return _rows(group, context, none, {name: Outcome("left out", reason) for name in group.variants}, {}, {})
+def unmeasured(group: Group, context: Context, outcome: Outcome) -> list[dict]:
+    """The rows of a group that was not begun, or that something beyond one variant ended."""
+    return _rows(group, context, Ceilings(1.0, 1.0), dict.fromkeys(group.variants, outcome), {}, {})
 
 
 def run(
@@ -291,6 +290,7 @@ def run(
     for group in groups:
         start = time.time()
         if budget.left() < reserve_s:
-            yield group, left_out(group, context, "the time budget was gone"), 0.0
-        else:
-            yield group, run_group(group, context, ceilings, budget), time.time() - start
+            yield group, unmeasured(group, context, Outcome("left out", "the time budget was gone")), 0.0
+            continue
+        rows, outcome = attempt(lambda group=group: run_group(group, context, ceilings, budget))
+        yield group, unmeasured(group, context, outcome) if rows is None else rows, time.time() - start

@@ -67,6 +67,14 @@ def test_one_providers_trouble_is_its_own():
     assert found["absent"] == ("left out", "no peft") and found["elsewhere"] == ("left out", "no GPU")
 
 
+def test_a_fault_that_ends_a_group_ends_no_run(monkeypatch):
+    """As a kernel's fault on a GPU, after which waiting for it raises."""
+    monkeypatch.setattr(suite, "interleaved", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("illegal access")))
+    groups = [group(good=lambda: made(lambda: None)), group(good=lambda: made(lambda: None))]
+    rows = [row for _, rows, _ in suite.run(groups, CONTEXT, TOP, Budget(60)) for row in rows]
+    assert [(row["status"], row["message"]) for row in rows] == [("failed", "RuntimeError: illegal access")] * 2
+
+
 def test_groups_after_the_budget_are_named_as_left_out():
     groups = [group(good=lambda: made(lambda: None))] * 2
     rows = [rows for _, rows, _ in suite.run(groups, CONTEXT, TOP, Budget(0.0))]
