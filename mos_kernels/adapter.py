@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mos_kernels import ops
-from mos_kernels.backends import resolve_backend
+from mos_kernels.backends import load_backend, resolve_backend
 from mos_kernels.steps import linear_backward, linear_forward, route_backward, route_forward
 
 
@@ -29,6 +29,7 @@ def mos_linear(
     aux_weight: Tensor | None = None,
     token_mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    inference: bool = False,
     prepared=None,
     backend: str = "auto",
 ) -> Tensor:
@@ -46,6 +47,8 @@ def mos_linear(
             load-balancing loss, injected in backward; None: no such gradient.
         token_mask: (...,), False for tokens left out of load balancing (padding).
         dropout_p: dropout on the adapter's input.
+        inference: without gradients, no backward follows, not even after a recomputation (checkpointing, in training
+            mode): a backend may then sum in another order, which is faster for few tokens.
         prepared: what the backend's `prepare` made of B, where B is frozen.
 
     Returns (..., d_out) in x's dtype, or in base_output's, which may be another: the products with d_out are taken in
@@ -55,14 +58,23 @@ def mos_linear(
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, bias, A, B, kappa, gates, router, base_output, config)
     _check_mask(x, token_mask)
+    _check_device(
+        x, weight=weight, bias=bias, A=A, B=B, kappa=kappa, gates=gates, router=router, base_output=base_output,
+        aux_weight=aux_weight, token_mask=token_mask,
+    )  # fmt: skip
     backend = resolve_backend(backend, x)
     added = bias if base_output is None else base_output
     inputs = (x, weight, added, A, B, kappa, gates, router)
+    differentiable = not inference or _needs_gradients(inputs)
     with torch.autocast(x.device.type, enabled=False):
+        # Drawn out here: a recomputation inside torch.compile draws again only what it sees drawn.
+        dropout = (
+            load_backend(backend).draw_dropout(x.reshape(-1, x.shape[-1]), dropout_p) if dropout_p > 0 else (None,)
+        )
+        inputs = (*inputs, aux_weight, dropout[0], token_mask, dropout_p)
         if backend == "triton" and torch.compiler.is_compiling():
-            differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-            return ops.linear(*inputs, aux_weight, token_mask, dropout_p, config.json, backend, differentiable)[0]
-        return _MoSLinear.apply(*inputs, aux_weight, token_mask, dropout_p, prepared, config, backend)
+            return ops.linear(*inputs, config.json, backend, differentiable)[0]
+        return _MoSLinear.apply(*inputs, prepared, config, backend, differentiable)
 
 
 def mos_route(
@@ -72,20 +84,27 @@ def mos_route(
     config,
     aux_weight: Tensor | None = None,
     token_mask: Tensor | None = None,
+    inference: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """The gates of a router of its own: x (..., d_in), router (E, d_in) -> (..., E) in float32 (float64 for float64 x).
 
-    aux_weight, token_mask: as in `mos_linear`.
+    aux_weight, token_mask, inference: as in `mos_linear`.
     """
     if x.shape[-1] != router.shape[-1]:
         raise ValueError(f"x has width {x.shape[-1]}, the router reads {router.shape[-1]}: pass the FFN block's input")
     _check_mask(x, token_mask)
+    _check_device(x, router=router, aux_weight=aux_weight, token_mask=token_mask)
     backend = resolve_backend(backend, x)
+    differentiable = not inference or _needs_gradients((x, router))
     with torch.autocast(x.device.type, enabled=False):
         if backend == "triton" and torch.compiler.is_compiling():
-            return ops.route(x, router, aux_weight, token_mask, config.json, backend)[0]
-        return _MoSRoute.apply(x, router, aux_weight, token_mask, config, backend)
+            return ops.route(x, router, aux_weight, token_mask, config.json, backend, differentiable)[0]
+        return _MoSRoute.apply(x, router, aux_weight, token_mask, config, backend, differentiable)
+
+
+def _needs_gradients(inputs: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 def _autocast(x: Tensor, *base: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -147,6 +166,13 @@ def _check_mask(x: Tensor, token_mask: Tensor | None) -> None:
         )
 
 
+def _check_device(x: Tensor, **others: Tensor | None) -> None:
+    """A kernel would read another device's memory by its address."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
+
+
 def _refuse_second_derivatives() -> None:
     """Raise under create_graph=True, where the gradient's own graph would silently miss the adapter."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -160,14 +186,15 @@ class _MoSLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, weight, added, A, B, kappa, gates, router, aux_weight, token_mask, dropout_p, prepared, config, backend
-    ):
+        ctx, x, weight, added, A, B, kappa, gates, router, aux_weight, dropout_state, token_mask, dropout_p, prepared,
+        config, backend, differentiable,
+    ):  # fmt: skip
         y, *saved = linear_forward(
-            x, weight, added, A, B, kappa, gates, router, dropout_p, prepared, config, backend,
-            any(ctx.needs_input_grad),
+            x, weight, added, A, B, kappa, gates, router, dropout_state, dropout_p, prepared, config, backend,
+            differentiable,
         )  # fmt: skip
         added = added if weight is not None else None  # backward has no use for the base's output
-        ctx.save_for_backward(x, weight, added, A, B, kappa, gates, router, aux_weight, *saved)
+        ctx.save_for_backward(x, weight, added, A, B, kappa, gates, router, aux_weight, dropout_state, *saved)
         ctx.token_mask = token_mask
         ctx.options = (dropout_p, config, backend)
         return y
@@ -179,13 +206,13 @@ class _MoSLinear(torch.autograd.Function):
             gradients = linear_backward(
                 dy, *ctx.saved_tensors, *ctx.options, needs=ctx.needs_input_grad[:8], token_mask=ctx.token_mask
             )
-        return *gradients, *(None,) * 6
+        return *gradients, *(None,) * 8
 
 
 class _MoSRoute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, router, aux_weight, token_mask, config, backend):
-        gates, logits = route_forward(x, router, config, backend)
+    def forward(ctx, x, router, aux_weight, token_mask, config, backend, differentiable):
+        gates, logits = route_forward(x, router, config, backend, differentiable)
         ctx.save_for_backward(x, router, aux_weight, logits)
         ctx.token_mask = token_mask
         ctx.options = (config, backend)
@@ -198,4 +225,4 @@ class _MoSRoute(torch.autograd.Function):
             gradients = route_backward(
                 dgates, *ctx.saved_tensors, *ctx.options, needs=ctx.needs_input_grad[:2], token_mask=ctx.token_mask
             )
-        return *gradients, *(None,) * 4
+        return *gradients, *(None,) * 5

@@ -164,7 +164,8 @@ class MoSAdapter(Float32State):
             x, weight, bias, A, self.mos_lora_B, kappa,
             config=self.config, base_output=base_output, gates=gates, router=router, aux_weight=aux_weight,
             token_mask=None if aux_weight is None else _known_mask(self, x),
-            dropout_p=self.config.lora_dropout if self.training else 0.0, prepared=prepared, backend=backend,
+            dropout_p=self.config.lora_dropout if self.training else 0.0, inference=not self.training,
+            prepared=prepared, backend=backend,
         )  # fmt: skip
 
     def routing_logits(self, x: Tensor) -> Tensor:
@@ -430,8 +431,9 @@ class MoSRouter(Float32State):
         if token_mask is None and aux_weight is not None:
             token_mask = _known_mask(self, x)
         return mos_route(
-            x, self.weight, config=self.config, aux_weight=aux_weight, token_mask=token_mask, backend=backend
-        )
+            x, self.weight, config=self.config, aux_weight=aux_weight, token_mask=token_mask,
+            inference=not self.training, backend=backend,
+        )  # fmt: skip
 
     def routing_logits(self, x: Tensor) -> Tensor:
         """The logits (..., E) of x, detached from the graph."""

@@ -43,41 +43,44 @@ def linear(
     gates: Tensor | None,
     router: Tensor | None,
     aux_weight: Tensor | None,
+    dropout_state: Tensor | None,
     token_mask: Tensor | None,
     dropout_p: float,
     config: str,
     backend: str,
     differentiable: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, p, n, logits, dropout's state and G; all but y empty unless differentiable. config: MoSConfig as JSON.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, p, n, logits and G; all but y empty unless differentiable. config: MoSConfig as JSON.
 
-    added: the bias, or without a weight the base's output, as in `steps`.
+    added: the bias, or without a weight the base's output, as in `steps`. Nothing is drawn in here: an op with numbers
+    of its own would draw others when it is run again.
     """
     y, *saved = steps.linear_forward(
-        x, weight, added, A, B, kappa, gates, router, dropout_p, None, _config(config), backend, differentiable
-    )
+        x, weight, added, A, B, kappa, gates, router, dropout_state, dropout_p, None, _config(config), backend,
+        differentiable,
+    )  # fmt: skip
     return y, *(_absent(x) if t is None or not differentiable else t for t in saved)
 
 
 @linear.register_fake
-def _(x, weight, added, A, B, kappa, gates, router, aux_weight, token_mask, dropout_p, config, backend, differentiable):
+def _(
+    x, weight, added, A, B, kappa, gates, router, aux_weight, dropout_state, token_mask, dropout_p, config, backend,
+    differentiable,
+):  # fmt: skip
     y = x.new_empty(*x.shape[:-1], B.shape[0], dtype=x.dtype if weight is not None else added.dtype)
     if not differentiable:
-        return y, *(_absent(x) for _ in range(5))
-    tokens = x.reshape(-1, x.shape[-1])
-    (T, d_in), wide = tokens.shape, compute_dtype(x.dtype)
+        return y, *(_absent(x) for _ in range(4))
+    T, wide = x.reshape(-1, x.shape[-1]).shape[0], compute_dtype(x.dtype)
     if backend == "triton":
         parts = 1 if x.dtype == torch.float32 else 2
         p, n = x.new_empty(1, T, A.shape[:-1].numel(), dtype=wide), x.new_empty(1, T, dtype=wide)
         logits = _absent(x) if router is None else x.new_empty(1, T, parts * router.shape[0], dtype=wide)
-        state = x.new_empty(1, dtype=torch.int64)
     else:
         p, n = x.new_empty(T, *A.shape[:-1], dtype=wide), x.new_empty(T, dtype=wide)
         logits = _absent(x) if router is None else x.new_empty(T, router.shape[0], dtype=wide)
-        state = x.new_empty(T, (d_in + 7) // 8, dtype=torch.uint8)
     _, E, r = B.shape
     gram = x.new_empty(E, r, r, dtype=wide) if _config(config).activation == "identity" else _absent(x)
-    return y, p, n, logits, state if dropout_p > 0 else _absent(x), gram
+    return y, p, n, logits, gram
 
 
 @torch.library.custom_op("mos_kernels::linear_backward", mutates_args=())
@@ -92,11 +95,11 @@ def linear_backward(
     gates: Tensor | None,
     router: Tensor | None,
     aux_weight: Tensor | None,
+    dropout_state: Tensor | None,
     token_mask: Tensor | None,
     p: Tensor,
     n: Tensor,
     logits: Tensor,
-    dropout_state: Tensor,
     gram: Tensor,
     dropout_p: float,
     config: str,
@@ -108,17 +111,17 @@ def linear_backward(
     That of a base's output is dy, which an op may not return: `needs` never asks for it.
     """
     gradients = steps.linear_backward(
-        dy, x, weight, added, A, B, kappa, gates, router, aux_weight, p, n,
-        logits if gates is None else None, dropout_state if dropout_p > 0 else None, gram if gram.numel() else None,
-        dropout_p, _config(config), backend, tuple(needs), token_mask,
+        dy, x, weight, added, A, B, kappa, gates, router, aux_weight, dropout_state, p, n,
+        logits if gates is None else None, gram if gram.numel() else None, dropout_p,
+        _config(config), backend, tuple(needs), token_mask,
     )  # fmt: skip
     return tuple(_absent(x) if t is None else _owned(t) for t in gradients)
 
 
 @linear_backward.register_fake
 def _(
-    dy, x, weight, added, A, B, kappa, gates, router, aux_weight, token_mask, p, n, logits, state, gram, dropout_p,
-    config, backend, needs,
+    dy, x, weight, added, A, B, kappa, gates, router, aux_weight, dropout_state, token_mask, p, n, logits, gram,
+    dropout_p, config, backend, needs,
 ):  # fmt: skip
     inputs = (x, weight, added, A, B, kappa, gates, router)
     return tuple(t.new_empty(t.shape) if need else _absent(x) for t, need in zip(inputs, needs, strict=True))
@@ -141,7 +144,7 @@ def _linear_backward(ctx, dy, *_):
     gradients = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     if through_base:
         gradients[2] = dy
-    return *gradients, *(None,) * 6
+    return *gradients, *(None,) * 7
 
 
 linear.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -149,19 +152,27 @@ linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 @torch.library.custom_op("mos_kernels::route", mutates_args=())
 def route(
-    x: Tensor, router: Tensor, aux_weight: Tensor | None, token_mask: Tensor | None, config: str, backend: str
+    x: Tensor,
+    router: Tensor,
+    aux_weight: Tensor | None,
+    token_mask: Tensor | None,
+    config: str,
+    backend: str,
+    differentiable: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gates and the logits of a router of its own."""
-    return steps.route_forward(x, router, _config(config), backend)
+    """The gates and the logits of a router of its own, empty unless differentiable."""
+    gates, logits = steps.route_forward(x, router, _config(config), backend, differentiable)
+    return gates, logits if differentiable else _absent(x)
 
 
 @route.register_fake
-def _(x, router, aux_weight, token_mask, config, backend):
+def _(x, router, aux_weight, token_mask, config, backend, differentiable):
     T, E = x.reshape(-1, x.shape[-1]).shape[0], router.shape[0]
     wide = compute_dtype(x.dtype)
     parts = 1 if x.dtype == torch.float32 else 2
     logits = (1, T, parts * E) if backend == "triton" else (T, E)
-    return x.new_empty(*x.shape[:-1], E, dtype=wide), x.new_empty(logits, dtype=wide)
+    gates = x.new_empty(*x.shape[:-1], E, dtype=wide)
+    return gates, x.new_empty(logits, dtype=wide) if differentiable else _absent(x)
 
 
 @torch.library.custom_op("mos_kernels::route_backward", mutates_args=())
@@ -189,7 +200,7 @@ def _(dgates, x, router, aux_weight, token_mask, logits, config, backend, needs)
 
 
 def _route_setup(ctx, inputs, output) -> None:
-    *tensors, config, backend = inputs
+    *tensors, config, backend, _ = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.options = (config, backend)
 
@@ -197,7 +208,7 @@ def _route_setup(ctx, inputs, output) -> None:
 def _route_backward(ctx, dgates, _):
     needs = list(ctx.needs_input_grad[:2])
     gradients = route_backward(dgates.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 4
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 5
 
 
 route.register_autograd(_route_backward, setup_context=_route_setup)

@@ -27,19 +27,23 @@ def linear_forward(
     kappa: Tensor,
     gates: Tensor | None,
     router: Tensor | None,
+    dropout_state: Tensor | None,
     dropout_p: float,
     prepared: tuple | None,
     config,
     backend: str,
     differentiable: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """y, and what backward wants besides the arguments: p, n, the logits of a router of its own, dropout's state, G."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """y, and what backward wants besides the arguments: p, n, the logits of a router of its own, and G.
+
+    dropout_state: what the backend's `draw_dropout` drew. differentiable: whether a backward may follow.
+    """
     steps = load_backend(backend)
     compute = steps.compute_dtype(x.dtype)
     tokens, curvature = x.reshape(-1, x.shape[-1]), kappa.to(compute)
     dtype = x.dtype if weight is not None else added.dtype
     addend = added if weight is not None else added.reshape(-1, added.shape[-1])
-    dropout = steps.draw_dropout(tokens, dropout_p) if dropout_p > 0 else None
+    dropout = None if dropout_state is None else steps.Dropout(dropout_state, dropout_p)
     p, n, logits = steps.shrink(tokens, A, router, dropout, differentiable)
     routed, own_router = _routed(gates, logits, compute)
     prepared = steps.prepare(B, dtype, config) if prepared is None else prepared
@@ -50,7 +54,7 @@ def linear_forward(
         y = steps.bridge_expand(p, n, routed, own_router, curvature, prepared, addend, dtype, config)
     if weight is not None:
         y.addmm_(tokens, weight.t())
-    return _shaped(y, x), p, n, logits, None if dropout is None else dropout[0], prepared.gram
+    return _shaped(y, x), p, n, logits, prepared.gram
 
 
 def linear_backward(
@@ -64,10 +68,10 @@ def linear_backward(
     gates: Tensor | None,
     router: Tensor | None,
     aux_weight: Tensor | None,
+    dropout_state: Tensor | None,
     p: Tensor,
     n: Tensor,
     logits: Tensor | None,
-    dropout_state: Tensor | None,
     gram: Tensor | None,
     dropout_p: float,
     config,
@@ -132,10 +136,10 @@ def _routed(gates: Tensor | None, logits: Tensor | None, compute: torch.dtype) -
     return gates.reshape(-1, gates.shape[-1]).to(compute), False
 
 
-def route_forward(x: Tensor, router: Tensor, config, backend: str) -> tuple[Tensor, Tensor]:
+def route_forward(x: Tensor, router: Tensor, config, backend: str, differentiable: bool) -> tuple[Tensor, Tensor]:
     """The gates of a router of its own, and its logits."""
     steps = load_backend(backend)
-    logits = steps.routing_logits(x.reshape(-1, x.shape[-1]), router)
+    logits = steps.routing_logits(x.reshape(-1, x.shape[-1]), router, differentiable)
     return _shaped(steps.route(logits, config), x), logits
 
 

@@ -29,11 +29,27 @@ def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
         x_dtype = dtype or x_dtype
         if resolve_backend("auto", torch.empty(0, dtype=x_dtype, device=device)) != "triton":
             continue
-        key = (type(base), module.config.json, shape, module.in_features, x_dtype, device, bias, module.training)
+        frozen = _frozen(module, x_dtype)
+        key = (
+            type(base),
+            module.config.json,
+            shape,
+            module.in_features,
+            x_dtype,
+            device,
+            bias,
+            module.training,
+            frozen,
+        )
         if key not in seen:
             seen.add(key)
             _run(module, base, x_dtype, device)
     return len(seen)
+
+
+def _frozen(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether input of `dtype` meets what `freeze_for_inference` computed, whose A is in the base's dtype."""
+    return isinstance(module, MoSAdapter) and module._frozen is not None and module._frozen.dtype == dtype
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -58,6 +74,11 @@ def _run(module: nn.Module, base: nn.Module, dtype: torch.dtype, device: torch.d
                     y = _forward(module, base, x, differentiable, masked)
                 if differentiable:
                     y.sum().backward()
+            if _frozen(module, dtype):
+                x = torch.zeros(tokens, module.in_features, dtype=dtype, device=device)
+                gates = torch.zeros(tokens, module.config.num_experts, device=device)
+                with torch.no_grad():
+                    module._adapt(x, gates if module.mos_router is None else None, "auto", *base._base(x))
 
 
 def _forward(module: nn.Module, base: nn.Module, x: Tensor, differentiable: bool, masked: bool) -> Tensor:
@@ -68,7 +89,8 @@ def _forward(module: nn.Module, base: nn.Module, x: Tensor, differentiable: bool
     aux = module.mos_aux_weight if module.training and config.router_aux_loss_coef > 0 else None
     mask = torch.ones(x.shape[0], dtype=torch.bool, device=x.device) if masked else None
     if isinstance(module, MoSRouter):
-        return mos_route(x, stand_in(module.weight), config=config, aux_weight=aux, token_mask=mask)
+        weight, inference = stand_in(module.weight), not differentiable
+        return mos_route(x, weight, config=config, aux_weight=aux, token_mask=mask, inference=inference)
     own = module.mos_router is not None
     gates = None if own else stand_in(torch.zeros(x.shape[0], config.num_experts, device=x.device))
     weight, bias, base_output = base._base(x)
@@ -78,5 +100,5 @@ def _forward(module: nn.Module, base: nn.Module, x: Tensor, differentiable: bool
         stand_in(module.curvature), config=config, base_output=base_output, gates=gates,
         router=stand_in(module.mos_router), aux_weight=aux if own else None,
         token_mask=mask if own else None,
-        dropout_p=config.lora_dropout if module.training else 0.0,
+        dropout_p=config.lora_dropout if module.training else 0.0, inference=not differentiable,
     )  # fmt: skip

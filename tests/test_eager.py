@@ -418,6 +418,15 @@ def test_router_refuses_a_wrong_width_or_mask():
         mos_route(normal(0, 3, 7), normal(1, 8, 7), config=config, token_mask=torch.ones(2, dtype=torch.bool))
 
 
+def test_tensors_of_several_devices_are_refused():
+    case = make_case(MoSConfig(r=3), (4,))
+    for name in ("A", "B", "kappa", "gates", "weight"):
+        with pytest.raises(ValueError, match=f"{name} is on meta and x on cpu"):
+            case.replace(**{name: getattr(case, name).to("meta")}).ours()
+    with pytest.raises(ValueError, match="router is on meta"):
+        mos_route(normal(0, 3, 7), normal(1, 8, 7).to("meta"), config=case.config)
+
+
 def test_second_derivatives_are_refused():
     case = make_case(MoSConfig(r=3), (4,))
     # with a constant dy nothing later would notice that the gradient has lost its own graph

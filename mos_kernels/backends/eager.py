@@ -165,7 +165,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Non
 # route: x -> logits -> gates, for a router of its own or within the bridge
 
 
-def routing_logits(x: Tensor, router: Tensor) -> Tensor:
+def routing_logits(x: Tensor, router: Tensor, differentiable: bool = True) -> Tensor:
     """Router·x (T, E) in the compute dtype, from x (T, d_in) and router (E, d_in)."""
     compute = compute_dtype(x.dtype)
     return exact_matmul(x.to(compute), router.to(compute).t())

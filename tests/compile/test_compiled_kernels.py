@@ -82,6 +82,14 @@ def test_spills_are_seen():
     assert used.registers <= 32 and used.spills > 0
 
 
+@pytest.mark.parametrize("options", [{"r": 32}, {"r": 128}, {"share_a": False}], ids=str)
+def test_no_stage_is_refilled_under_a_product_in_two_halves(options):
+    """dW of over 32 rows of the stack is one: Triton 3.6 waits for its first half alone before it loads x anew."""
+    (backward,) = [launch for launch in launches(TRAIN, linear(**options)) if launch.name == "shrink_backward"]
+    assert dict(backward.constants)["BLOCK_C"] == 64 and dict(backward.options)["num_stages"] == 1
+    assert "cp.async" not in compiled_for("sm_90", backward).asm["ptx"]
+
+
 # the variants, on sm_90
 
 

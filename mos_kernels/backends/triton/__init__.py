@@ -116,9 +116,9 @@ def shrink_backward(x, A, router, dp, dn, dlogits, dropout: Dropout | None, need
     return dx, dw[:R].view(A.shape), dw[R:] if needs[2] else None
 
 
-def routing_logits(x, router):
-    """Logits (1, T, E or 2E) of a router of its own."""
-    return _shrink.shrink_launch(_rows(x), None, router.contiguous(), None, 0.0, False)[2]
+def routing_logits(x, router, differentiable: bool = True):
+    """Logits (S, T, E or 2E) of a router of its own."""
+    return _shrink.shrink_launch(_rows(x), None, router.contiguous(), None, 0.0, not differentiable)[2]
 
 
 def routing_logits_backward(x, router, dlogits, needs: tuple[bool, bool]):

@@ -60,11 +60,11 @@ def softmax_backward(probability, gradient):
 
 @triton.jit
 def top_k_gates(logits, o_e, BLOCK_E: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr):
-    """Gates [tokens, experts]: the softmax kept for the top K, renormalised over them if asked."""
+    """Gates [tokens, experts]: the softmax kept for the top K, renormalised over them if asked; a NaN makes all NaN."""
     kept = top_k(logits, o_e, BLOCK_E, K)
-    if NORMALISE:
-        return softmax(tl.where(kept, logits, -float("inf")))
-    return tl.where(kept, softmax(logits), 0.0)
+    gates = softmax(tl.where(kept, logits, -float("inf"))) if NORMALISE else tl.where(kept, softmax(logits), 0.0)
+    unknown = tl.max(tl.where(logits == logits, 0, 1), 1)  # the largest of a row passes over NaN
+    return tl.where(unknown[:, None] == 0, gates, float("nan"))
 
 
 @triton.jit
@@ -305,13 +305,14 @@ def bridge_reduce_kernel(
 @triton.jit(do_not_specialize=["T"])
 def route_kernel(
     logits, gates, T, E: tl.constexpr,
-    BLOCK_T: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, NORMALISE: tl.constexpr,
+    BLOCK_T: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
+    NORMALISE: tl.constexpr,
 ):  # fmt: skip
     """gates[t] = top-k softmax(logits[t]): for a router of its own."""
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_e = tl.arange(0, ALL_E)
     m_t, row = o_t < T, o_t.to(tl.int64)
-    b_gates = top_k_gates(load_logits(logits, row, m_t, o_e, T, E, 1, PARTS), o_e, ALL_E, K, NORMALISE)
+    b_gates = top_k_gates(load_logits(logits, row, m_t, o_e, T, E, SPLITS, PARTS), o_e, ALL_E, K, NORMALISE)
     tl.store(gates + row[:, None] * E + o_e[None, :], b_gates, mask=m_t[:, None] & (o_e[None, :] < E))
 
 
@@ -461,13 +462,13 @@ def balance(logits: Tensor, aux_weight: Tensor | None, token_mask: Tensor | None
 
 
 def route_launch(logits: Tensor, config) -> Tensor:
-    """Gates (T, E) from logits (1, T, E or 2E)."""
-    (_, T, _), E = logits.shape, config.num_experts
+    """Gates (T, E) from logits (S, T, E or 2E)."""
+    (S, T, _), E = logits.shape, config.num_experts
     gates = torch.empty(T, E, device=logits.device, dtype=torch.float32)
     settings = launch.settings("route", logits.device, T)
     launch.launch(
         route_kernel, (triton.cdiv(T, settings["BLOCK_T"]),), logits, (logits, gates, T),
-        E=E, ALL_E=triton.next_power_of_2(E), K=config.num_experts_per_tok, PARTS=logits.shape[-1] // E,
+        E=E, ALL_E=triton.next_power_of_2(E), K=config.num_experts_per_tok, SPLITS=S, PARTS=logits.shape[-1] // E,
         NORMALISE=config.norm_topk_prob, **settings,
     )  # fmt: skip
     return gates

@@ -142,6 +142,7 @@ def layer_launches(
                 x, A, router if own else None, d.p, d.n, d.routed if own else None, dropout, (True, True, own)
             )
         if not own:
+            backend.route(backend.routing_logits(x, router, False), config)
             logits = backend.routing_logits(x, router)
             gates = backend.route(logits, config)
             dlogits = backend.route_backward(gates, logits, aux, mask, config)

@@ -226,6 +226,8 @@ def shrink_backward_launch(
     )  # fmt: skip
     if R + E > 32:  # the stacked rows of a tile take the shared memory, or the registers, of a stage
         settings["num_stages"] = min(settings["num_stages"], 2)
+    if block_c > 32:  # Triton 3.6 refills a stage's x while the second half of dW's product, as it cuts it, still reads
+        settings["num_stages"] = 1
     splits = settings.pop("SPLITS")
     blocks = triton.cdiv(R + E, block_c)
     dx = torch.empty(T, D, device=device, dtype=x.dtype) if needs_dx else None

@@ -135,6 +135,7 @@ def test_without_gradients_and_frozen_the_output_is_as_right(dtype, activation, 
         if scope == "linear":
             layer.mos_router.copy_(layer.mos_router.bfloat16())
         layer.mos_lora_B.copy_(layer.mos_lora_B.to(dtype))
+    layer.eval()
     x = tokens_of(T, dtype).detach()
     gates = None if scope == "linear" else normal(1, T, E).softmax(-1).float()
     wide = layer_of(torch.float64, router_scope=scope, activation=activation, share_a=activation == "identity")
@@ -150,9 +151,32 @@ def test_without_gradients_and_frozen_the_output_is_as_right(dtype, activation, 
     assert torch.equal(split, frozen)
 
 
-def test_decoding_splits_d_in():
-    settings = launch.stored_settings("shrink", torch.device("cpu"), 64)
-    assert settings["SPLITS"] > 1 and launch.bucket(64) == "decode" and launch.bucket(65) == "train"
+@pytest.mark.shipped_settings
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(("training", "gradients", "T", "split"), [
+    (False, False, 64, True), (False, False, 65, False), (False, True, 64, False), (True, False, 64, False),
+])  # fmt: skip
+def test_decoding_splits_d_in(training, gradients, T, split, frozen, monkeypatch):
+    """In training mode a backward may follow a forward without gradients: checkpointing runs it again."""
+    layer = layer_of(router_scope="linear")
+    router = MoSRouter(D_IN, layer.config)
+    if frozen:
+        layer.freeze_for_inference()
+    for module in (layer, router):
+        module.train(training)
+    splits, run = [], launch.launch
+
+    def counted(kernel, grid, *arguments, **constants):
+        if kernel.fn.__name__ == "shrink_kernel":
+            splits.append(grid[1])
+        run(kernel, grid, *arguments, **constants)
+
+    monkeypatch.setattr(launch, "launch", counted)
+    with torch.set_grad_enabled(gradients):
+        layer(tokens_of(T), backend="triton")
+        router(tokens_of(T), backend="triton")
+    stored = launch.stored_settings("shrink", torch.device("cpu"), 64)["SPLITS"]
+    assert stored > 1 and splits == [stored if split else 1] * 2
 
 
 @pytest.mark.parametrize(("dtype", "activation"), [(torch.float32, "identity"), (torch.bfloat16, "silu")])

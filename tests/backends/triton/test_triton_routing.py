@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from cases import failures, in_two_parts, results
@@ -66,6 +68,21 @@ def test_logits_as_low_as_they_come_select_existing_experts():
     logits[0, :, 4] = 0.0
     gates = backend.route(logits, config)
     assert torch.equal(gates, torch.tensor([[0.0, 0, 0, 0, 1]] * 2))
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_logit_that_is_no_number_shows_in_the_token_alone(backend, norm_topk_prob):
+    x, router = normal(0, 3, D_IN).float(), normal(1, E, D_IN).float()
+    x[1, 0] = router[2, 0] = 0.0
+    config = config_of(norm_topk_prob=norm_topk_prob)
+    right = mos_route(x, router, config=config, backend=backend)
+    router[2, 0] = math.nan  # 0 · NaN
+    assert not mos_route(x, router, config=config, backend=backend).isfinite().all(-1).any()
+    x[1, 1] = math.nan
+    router[2, 0] = 0.0
+    found = mos_route(x, router, config=config, backend=backend)
+    assert found[1].isnan().any() and torch.equal(found[::2], right[::2])
 
 
 def test_a_wide_router_beside_half_precision_keeps_two_parts():

@@ -127,6 +127,28 @@ def test_tune_without_a_gpu_says_so(capsys):
     assert "CUDA or ROCm" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("scope", ["linear", "ffn"])
+def test_after_warmup_a_frozen_layer_launches_nothing_new(scope, monkeypatch):
+    config = MoSConfig(r=2, spaces={"hyperbolic": 1, "spherical": 1}, num_experts_per_tok=1, router_scope=scope)
+    mos_kernels.set_backend("triton")
+    layer = MoSLinear(32, 16, config=config, dtype=torch.bfloat16).freeze_for_inference()
+    seen, run = set(), launch.launch
+
+    def described(kernel, grid, tensor, arguments, **constants):
+        kinds = [str(a.dtype) if isinstance(a, torch.Tensor) else type(a).__name__ for a in arguments]
+        seen.add((kernel.fn.__name__, *kinds, *sorted(constants.items())))
+        run(kernel, grid, tensor, arguments, **constants)
+
+    monkeypatch.setattr(launch, "launch", described)
+    assert mos_kernels.warmup(layer) == 1
+    warm = set(seen)
+    with torch.no_grad():
+        for tokens in (4, 70):
+            gates = torch.full((tokens, 2), 0.5) if scope == "ffn" else None
+            layer(torch.ones(tokens, 32, dtype=torch.bfloat16), gates)
+    assert seen == warm
+
+
 def test_warmup_runs_each_distinct_module_and_leaves_no_trace():
     config = MoSConfig(r=2, spaces={"hyperbolic": 1, "spherical": 1}, num_experts_per_tok=1)
     own = MoSConfig(r=2, spaces={"euclidean": 2}, num_experts_per_tok=1, router_scope="linear", lora_dropout=0.5)
