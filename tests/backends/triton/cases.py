@@ -228,10 +228,12 @@ def results(
     torch.manual_seed(seed)
     draw = eager.draw_dropout
     try:
-        eager.draw_dropout = lambda x, p: eager.Dropout(packed(keep), p)
+        if keep is not None:
+            eager.draw_dropout = lambda x, p: eager.Dropout(packed(keep), p)
         y = case.ours(backend, aux_weight=aux, token_mask=token_mask, dropout_p=dropout_p)
     finally:
-        eager.draw_dropout = draw
+        if keep is not None:  # threads run without
+            eager.draw_dropout = draw
     wanted = {name: tensor for name, tensor in case.inputs.items() if tensor.requires_grad}
     if not wanted:
         return {"y": y.detach()}
