@@ -60,11 +60,11 @@ def softmax_backward(probability, gradient):
 
 @triton.jit
 def top_k_gates(logits, o_e, BLOCK_E: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr):
-    """Gates [tokens, experts]: the softmax kept for the top K, renormalised over them if asked; a NaN makes all NaN."""
-    kept = top_k(logits, o_e, BLOCK_E, K)
-    gates = softmax(tl.where(kept, logits, -float("inf"))) if NORMALISE else tl.where(kept, softmax(logits), 0.0)
-    unknown = tl.max(tl.where(logits == logits, 0, 1), 1)  # the largest of a row passes over NaN
-    return tl.where(unknown[:, None] == 0, gates, float("nan"))
+    """Gates [tokens, experts]: the softmax kept for the top K, renormalised over them if asked. A NaN shows."""
+    kept = top_k(logits, o_e, BLOCK_E, K) | (logits != logits)  # the largest of a row passes over NaN
+    if NORMALISE:
+        return softmax(tl.where(kept, logits, -float("inf")))
+    return tl.where(kept, softmax(logits), 0.0)
 
 
 @triton.jit
