@@ -1,8 +1,9 @@
 """A speed is reported only for what computes the right thing: checked here, in the same process, before any timing.
 
-Criterion: error(ours, float64 truth) <= 2·error(torch in the same dtype, truth) + 1e-6·max|truth|, for y and for every
-gradient. The truth is reference/, expert by expert in float64; "torch" is that formula in the dtype for the eager
-backend, and the eager backend, which rounds less, for the Triton backend.
+Criterion: error(ours, float64 truth) <= 2·error(torch in the same dtype, truth) + 1e-6·max|truth|, for y, with
+gradients and without (decoding sums otherwise), and for every gradient. The truth is reference/, expert by expert in
+float64; "torch" is that formula in the dtype for the eager backend, and the eager backend, which rounds less, for
+Triton's.
 """
 
 from __future__ import annotations
@@ -87,7 +88,12 @@ class _Trial:
         truths = self._results(self._formula, torch.float64, given, dy)
         ours = self._results(self._through(self.backend), s.dtype, given, dy)
         plain = self._formula if self.backend == "eager" else self._through("eager")
-        return truths, ours, self._results(plain, s.dtype, given, dy)
+        found = truths, ours, self._results(plain, s.dtype, given, dy)
+        with torch.no_grad():
+            decoded = self._through(self.backend, inference=True)(x, self.bases[s.dtype], *self.factors, routed)
+        for results, y in zip(found, (truths["y"], decoded, found[2]["y"]), strict=True):
+            results["y without gradients"] = y
+        return found
 
     def _routing(self, routed: Tensor) -> dict[str, Tensor]:
         return {"gates" if self.router is None else "router": routed}
@@ -99,9 +105,9 @@ class _Trial:
             num_experts_per_tok=config.num_experts_per_tok, fused_norm=True,
         )  # fmt: skip
 
-    def _through(self, backend: str) -> Callable[..., Tensor]:
+    def _through(self, backend: str, inference: bool = False) -> Callable[..., Tensor]:
         return lambda x, base, A, B, kappa, routed: mos_linear(
-            x, *base, A, B, kappa, **self._routing(routed), config=self.config, backend=backend
+            x, *base, A, B, kappa, **self._routing(routed), config=self.config, inference=inference, backend=backend
         )
 
     def _results(self, run: Callable[..., Tensor], kind: torch.dtype, given, dy: Tensor) -> dict[str, Tensor]:

@@ -152,13 +152,16 @@ class Group:
 _found: dict[Hashable, list[str]] = {}
 
 
-def failures(checks: Iterable[Check]) -> list[str]:
-    """What does not hold of these, each with the name of its check; a check that raises does not hold."""
+def verdict(checks: Sequence[Check]) -> Outcome:
+    """Whether these hold, and what does not, with the name of its check. One that raised is made again when asked."""
     for check in checks:
         if check.key not in _found:
             found, outcome = attempt(check.run)
-            _found[check.key] = [outcome.message] if found is None else found
-    return [f"{check.name}: {failure}" for check in checks for failure in _found[check.key]]
+            if found is None:
+                return Outcome(outcome.status, f"gate: {check.name}: {outcome.message}")
+            _found[check.key] = found
+    failed = [f"{check.name}: {failure}" for check in checks for failure in _found[check.key]]
+    return Outcome("failed", "gate: " + "; ".join(failed)) if failed else Outcome("ok")
 
 
 def run_group(group: Group, context: Context, ceilings: Ceilings, budget: Budget) -> list[dict]:
@@ -179,8 +182,9 @@ def _run_group(group: Group, context: Context, ceilings: Ceilings, budget: Budge
     repeats = group.repeats if graph else 1
 
     for name, variant in group.variants.items():
-        if found := failures(variant.checks):
-            outcomes[name] = Outcome("failed", "gate: " + "; ".join(found))
+        outcome = verdict(variant.checks)
+        if outcome.status != "ok":
+            outcomes[name] = outcome
 
     torch._dynamo.reset()
     ready: dict[str, Made] = {}
@@ -232,13 +236,16 @@ def _ready(variant: Variant, context: Context, limit: float) -> Made:
             for _ in range(1 if context.tiny else 2):
                 made.call()
             synchronize(context.device)
-    except LeftOut:
+    except LeftOut as late:
         if made is None:
             raise
         # A backward compiles in autograd's thread, which the alarm cannot stop: it may be ready once that is heard.
-        with time_limit(GRACE_S):
-            made.call()
-            synchronize(context.device)
+        try:
+            with time_limit(GRACE_S):
+                made.call()
+                synchronize(context.device)
+        except Exception:
+            raise late from None
     return made
 
 

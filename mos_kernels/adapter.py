@@ -60,7 +60,7 @@ def mos_linear(
     _check_mask(x, token_mask)
     _check_device(
         x, weight=weight, bias=bias, A=A, B=B, kappa=kappa, gates=gates, router=router, base_output=base_output,
-        aux_weight=aux_weight, token_mask=token_mask,
+        aux_weight=aux_weight, token_mask=None if aux_weight is None else token_mask,
     )  # fmt: skip
     backend = resolve_backend(backend, x)
     added = bias if base_output is None else base_output
@@ -68,9 +68,7 @@ def mos_linear(
     differentiable = not inference or _needs_gradients(inputs)
     with torch.autocast(x.device.type, enabled=False):
         # Drawn out here: a recomputation inside torch.compile draws again only what it sees drawn.
-        dropout = (
-            load_backend(backend).draw_dropout(x.reshape(-1, x.shape[-1]), dropout_p) if dropout_p > 0 else (None,)
-        )
+        dropout = load_backend(backend).draw_dropout(x, dropout_p) if dropout_p > 0 else (None,)
         inputs = (*inputs, aux_weight, dropout[0], token_mask, dropout_p)
         if backend == "triton" and torch.compiler.is_compiling():
             return ops.linear(*inputs, config.json, backend, differentiable)[0]
@@ -94,7 +92,7 @@ def mos_route(
     if x.shape[-1] != router.shape[-1]:
         raise ValueError(f"x has width {x.shape[-1]}, the router reads {router.shape[-1]}: pass the FFN block's input")
     _check_mask(x, token_mask)
-    _check_device(x, router=router, aux_weight=aux_weight, token_mask=token_mask)
+    _check_device(x, router=router, aux_weight=aux_weight, token_mask=None if aux_weight is None else token_mask)
     backend = resolve_backend(backend, x)
     differentiable = not inference or _needs_gradients((x, router))
     with torch.autocast(x.device.type, enabled=False):

@@ -160,7 +160,7 @@ def route(
     backend: str,
     differentiable: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gates and the logits of a router of its own, empty unless differentiable."""
+    """The gates of a router of its own, and its logits, which are empty unless differentiable."""
     gates, logits = steps.route_forward(x, router, _config(config), backend, differentiable)
     return gates, logits if differentiable else _absent(x)
 

@@ -90,7 +90,7 @@ def steps(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
     triton = providers.why_no_triton(context.device) is None
     backend = "triton" if triton else "eager"
     state = Shared(lambda: Steps(setting, backend))
-    variants, checks = {}, checks_of(setting, Ours(backend))
+    variants = {}
     for name, (moved, flop) in _step_work(setting).items():
         library = name.startswith("base") or "addmm" in name
 
@@ -104,7 +104,8 @@ def steps(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
             return Made(alone)
 
         step = f"{name}, {'library' if library else backend}"
-        variants[name] = Variant(make, moved, flop, step=step, checks=[] if library else checks)
+        ours = None if library else Ours(backend, own_router=name in ("shrink with router", "route"))
+        variants[name] = Variant(make, moved, flop, step=step, checks=checks_of(setting, ours))
     return Group(
         "steps", "alone", shape_of(setting), variants, base="base forward", clock="graph", repeats=8, shared=[state],
     )  # fmt: skip

@@ -83,10 +83,11 @@ def _float32_is_reduced(device_type: str) -> bool:
 
 
 def draw_dropout(x: Tensor, p: float) -> Dropout:
-    """Draw which elements of x (T, d_in) survive."""
+    """Draw which elements of x (..., d_in) survive; of its shape, T is the product of the rest."""
     keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
     padded = F.pad(keep, (0, -x.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return Dropout((padded * _bit_values(x.device)).sum(-1, dtype=torch.uint8), p)
+    bits = (padded * _bit_values(x.device)).sum(-1, dtype=torch.uint8)
+    return Dropout(bits.reshape(-1, bits.shape[-1]), p)
 
 
 def drop(x: Tensor, dropout: Dropout | None) -> Tensor:

@@ -54,23 +54,24 @@ def test_a_wrong_step_is_refused_and_only_what_does_not_use_it_is_timed(step, br
         assert "median_s" not in row
 
 
-def test_a_check_that_raises_does_not_hold_and_each_is_made_once():
+def test_each_check_is_made_once_but_for_one_that_raises():
     calls = []
 
     def check(key: str, *found: str) -> suite.Check:
         def run() -> list[str]:
             calls.append(key)
             if not found:
-                raise RuntimeError("no such kernel")
+                raise torch.OutOfMemoryError("CUDA out of memory")
             return [f for f in found if f]
 
         return suite.Check(key, key, run)
 
-    assert suite.failures([check("right", "")]) == []
+    right, wrong, raises = check("right", ""), check("wrong", "y is off", "dA is off"), check("raises")
     for _ in range(2):
-        wanted = ["raises: RuntimeError: no such kernel", "wrong: y is off"]
-        assert suite.failures([check("raises"), check("wrong", "y is off"), check("right", "")]) == wanted
-    assert calls == ["right", "raises", "wrong"]
+        assert suite.verdict([]).status == suite.verdict([right]).status == "ok"
+        assert suite.verdict([right, wrong]) == ("failed", "gate: wrong: y is off; wrong: dA is off")
+        assert suite.verdict([right, raises, wrong]) == ("out of memory", "gate: raises: CUDA out of memory")
+    assert calls == ["right", "wrong", "raises", "raises"]
 
 
 def test_what_a_provider_of_ours_is_held_to():

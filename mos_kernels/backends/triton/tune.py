@@ -66,6 +66,7 @@ def steps(
     differentiable = launch.bucket(T) == "train"
 
     p, n, logits = backend.shrink(x, A, router, None, True)
+    planes = backend.shrink(x, A, router, None, differentiable)  # what a forward without backward is given
     prepared, cast_only = backend.prepare(B, dtype, identity), backend.prepare(B, dtype, curved)
     z, _ = backend.bridge(p, n, logits, True, kappa, prepared, identity)
     dz, dB = backend.expand_backward(dy, z, prepared, True)
@@ -84,6 +85,7 @@ def steps(
         return tuple(backend.bridge_backward(dz, None, p, n, logits, True, kappa, prepared, aux, None, identity))
 
     def forward():
+        p, n, logits = planes
         return (backend.bridge_expand(p, n, logits, True, kappa, cast_only, bias, dtype, curved),)
 
     def backward():
@@ -92,7 +94,7 @@ def steps(
     return {
         "shrink": shrink,
         "gram": lambda: backend.prepare(B, dtype, identity)[1:],
-        "bridge": lambda: backend.bridge(p, n, logits, True, kappa, prepared, identity)[:1],
+        "bridge": lambda: backend.bridge(*planes, True, kappa, prepared, identity)[:1],
         "expand": lambda: (backend.expand(z, prepared, bias, dtype),),
         "expand_backward": expand_backward,
         "bridge_backward": bridge_backward,
@@ -100,7 +102,7 @@ def steps(
         "load": bridge_backward,
         "norm_gradient": lambda: (backend.add_norm_gradient(dB, B, d.M),),
         "shrink_backward": lambda: backend.shrink_backward(x, A, router, d.p, d.n, d.routed, None, (True, True, True)),
-        "route": lambda: (backend.route(logits, identity),),
+        "route": lambda: (backend.route(planes[2], identity),),
         "curve": forward,
         "activated_norm": forward,
         "activated_expand": forward,
@@ -238,7 +240,8 @@ def run(kernels: list[str], buckets: list[str], dtype: torch.dtype, dry_run: boo
     for bucket in buckets or TOKENS:
         by_shape = [steps(MoSConfig(), TOKENS[bucket], d_in, d_out, dtype, device) for d_in, d_out in QWEN2_1_5B]
         for kernel in kernels or known:
-            if bucket not in known[kernel]:  # "train" serves every T there
+            if bucket not in known[kernel]:
+                print(f"{kernel:18} {bucket:7} has the settings of train")
                 continue
             calls = [calls_of_shape[kernel] for calls_of_shape in by_shape]
             settings, time, before = tune_kernel(kernel, bucket, calls, device, graph_time)
