@@ -67,7 +67,7 @@ class Inputs:
 
 def setting_of(context: Context, d_in: int, d_out: int, tokens: int, **options) -> Setting:
     if context.tiny:
-        options = {"experts": 3, "rank": 2, "active": 2, **options}
+        options = {"experts": 6, "rank": 2, "active": 2, **options}
     return Setting(d_in, d_out, tokens, context.dtype, context.device, **options)
 
 
