@@ -31,16 +31,8 @@ def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
             continue
         frozen = _frozen(module, x_dtype)
         key = (
-            type(base),
-            module.config.json,
-            shape,
-            module.in_features,
-            x_dtype,
-            device,
-            bias,
-            module.training,
-            frozen,
-        )
+            type(base), module.config.json, shape, module.in_features, x_dtype, device, bias, module.training, frozen,
+        )  # fmt: skip
         if key not in seen:
             seen.add(key)
             _run(module, base, x_dtype, device)
