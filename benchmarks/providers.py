@@ -108,6 +108,9 @@ class Ours(NamedTuple):
     mapping: str = "stereographic"
     own_router: bool = False
 
+    def can_run(self, device: torch.device) -> bool:
+        return self.backend != "triton" or why_no_triton(device) is None
+
 
 @dataclass(frozen=True)
 class Provider:
@@ -120,8 +123,7 @@ class Provider:
     def offered(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether it is an arm of its own at this dtype, and can be one on this device."""
         half = dtype in (torch.bfloat16, torch.float16)
-        triton = self.ours is not None and self.ours.backend == "triton"
-        return (half or not self.half_only) and (not triton or why_no_triton(device) is None)
+        return (half or not self.half_only) and (self.ours is None or self.ours.can_run(device))
 
 
 LAYERS: dict[str, Provider] = {}

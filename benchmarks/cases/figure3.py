@@ -97,7 +97,7 @@ def _conversion_group(context: Context, kind: str, setting: Setting, repeated: i
     variants = {}
     for name in (*CONVERSIONS, *FUSED):
         ours = FUSED.get(name)
-        if ours is not None and ours.backend == "triton" and providers.why_no_triton(context.device):
+        if ours is not None and not ours.can_run(context.device):
             continue
         read = repeated * setting.tokens * setting.d_in * setting.dtype.itemsize
         work = (moved, flop) if ours is None else (read, None)
