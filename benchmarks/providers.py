@@ -332,10 +332,9 @@ class OurBranch(torch.autograd.Function):
         steps = load_backend(backend)
         p, n, _ = steps.shrink(x, A, None, None, True)
         prepared = steps.prepare(B, x.dtype, config)
-        z, _ = steps.bridge(p, n, gates, False, kappa, prepared, config)
         ctx.save_for_backward(x, A, B, kappa, gates, p, n, prepared.gram)
         ctx.options = config, backend
-        return steps.expand(z, prepared, None, x.dtype)
+        return steps.bridge_expand(p, n, gates, False, kappa, prepared, None, x.dtype, config)
 
     @staticmethod
     def backward(ctx, dy):

@@ -47,11 +47,7 @@ def linear_forward(
     p, n, logits = steps.shrink(tokens, A, router, dropout, differentiable)
     routed, own_router = _routed(gates, logits, compute)
     prepared = steps.prepare(B, dtype, config) if prepared is None else prepared
-    if config.activation == "identity":
-        z, _ = steps.bridge(p, n, routed, own_router, curvature, prepared, config)
-        y = steps.expand(z, prepared, addend, dtype)
-    else:
-        y = steps.bridge_expand(p, n, routed, own_router, curvature, prepared, addend, dtype, config)
+    y = steps.bridge_expand(p, n, routed, own_router, curvature, prepared, addend, dtype, config)
     if weight is not None:
         y.addmm_(tokens, weight.t())
     return _shaped(y, x), p, n, logits, prepared.gram

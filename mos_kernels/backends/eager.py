@@ -354,7 +354,7 @@ def add_norm_gradient(dB: Tensor, B: Tensor, M: Tensor) -> Tensor:
     return dB.add_(exact_matmul(B.flatten(1), torch.block_diag(*M)).view(dB.shape), alpha=2)
 
 
-# bridge and expand in one, for φ ≠ identity: the Gram form does not hold, so u = φ(B h) is formed, a chunk at a time
+# bridge and expand in one; for φ ≠ identity the Gram form does not hold, so u = φ(B h) is formed, a chunk at a time
 
 
 def _activation(v: Tensor, name: str) -> Tensor:
@@ -392,6 +392,9 @@ def bridge_expand(
     config,
 ) -> Tensor:
     """y₀ = added + (α/r) Σ_e g_e e_e φ(B_e h_e) (T, d_out) in `dtype`; added as in `expand`."""
+    if config.activation == "identity":
+        z, _ = bridge(p, n, routed, own_router, kappa, prepared, config)
+        return expand(z, prepared, added, dtype)
     B, gates = prepared.B, route(routed, config) if own_router else routed
     h = _into_space(p, n, kappa, config).h
     y0 = torch.empty(h.shape[0], B.shape[0], dtype=dtype, device=h.device)
@@ -428,7 +431,7 @@ def bridge_expand_backward(
     token_mask: Tensor | None,
     config,
 ) -> BridgeExpandGradients:
-    """Gradients of `bridge_expand`; dy (T, d_out) is read, and u formed again, a chunk at a time."""
+    """Gradients of `bridge_expand` with an activation; dy (T, d_out) is read, and u formed again, a chunk at a time."""
     B, gates = prepared.B, route(routed, config) if own_router else routed
     curved = _into_space(p, n, kappa, config)
     h, dh = curved.h, torch.empty_like(curved.h)

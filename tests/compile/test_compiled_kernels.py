@@ -23,6 +23,7 @@ WIDE = (
     "shrink", "shrink_backward", "expand", "expand_backward",
     "activated_norm", "activated_expand", "activated_input", "activated_weight",
 )  # fmt: skip
+WIDE_OF = {TRAIN: WIDE, DECODE: tuple("bridge_expand" if name == "expand" else name for name in WIDE)}
 
 
 @functools.cache
@@ -57,14 +58,21 @@ def linear(**options) -> MoSConfig:
 @pytest.mark.parametrize("architecture", EVERY)
 def test_the_defaults_compile_without_spills(architecture, T):
     found = compiled.default_launches(architecture, T)
-    assert {launch.name for launch in found} >= {*WIDE, "gram", "bridge", "bridge_backward", "bridge_reduce", "route"}
+    assert {launch.name for launch in found} >= {
+        *WIDE_OF[T],
+        "gram",
+        "bridge",
+        "bridge_backward",
+        "bridge_reduce",
+        "route",
+    }
     assert_fits(architecture, found)
 
 
 def test_every_kernel_of_the_package_is_compiled_here():
     sources = Path(compiled.__file__).parent.glob("*.py")
     defined = {name for path in sources for name in re.findall(r"@triton.jit.*\ndef (\w+)_kernel\(", path.read_text())}
-    assert defined == {launch.name for launch in compiled.default_launches("sm_90", TRAIN)}
+    assert defined == {one.name for T in (TRAIN, DECODE) for one in compiled.default_launches("sm_90", T)}
 
 
 @pytest.mark.parametrize("T", [TRAIN, DECODE])
@@ -119,6 +127,17 @@ def test_options_without_spills(options, T):
 @pytest.mark.parametrize("r", [1, 4, 16, 32, 64, 128])
 def test_ranks_without_spills(r, activation, T):
     assert_fits("sm_90", launches(T, linear(r=r, activation=activation)))
+
+
+@pytest.mark.parametrize("architecture", NVIDIA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("experts", "r"), [(1, 128), (8, 16), (64, 2)])
+def test_few_tokens_with_as_many_columns_as_one_launch_takes(experts, r, dtype, architecture):
+    spaces = {"hyperbolic": (experts + 1) // 2, "spherical": experts // 2}
+    options = {"r": r, "spaces": spaces, "num_experts_per_tok": min(4, experts)}
+    config = linear(**options, mapping="exp_log", norm_topk_prob=False)
+    found = launches(DECODE, config, dtype=dtype, architecture=architecture)
+    assert_fits(architecture, named(found, "bridge_expand"))
 
 
 @pytest.mark.parametrize("activation", ["identity", "silu"])
@@ -210,8 +229,8 @@ def test_loads_run_ahead_of_the_wide_products(dtype):
 @pytest.mark.parametrize("T", [TRAIN, DECODE])
 @pytest.mark.parametrize("architecture", NVIDIA)
 def test_wide_operands_are_loaded_sixteen_bytes_at_a_time(architecture, T):
-    """Those of x, dy and z; h is read in pieces of r."""
-    reading = [name for name in WIDE if name != "activated_expand"]
+    """Those of x, dy, z and B; h is read in pieces of r."""
+    reading = [name for name in WIDE_OF[T] if name != "activated_expand"]
     for launch in named(compiled.default_launches(architecture, T), *reading):
         if launch.name == "activated_norm" and not dict(launch.constants)["BACKWARD"]:
             continue

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mos_kernels.backends.eager import operand
-from mos_kernels.backends.triton import activated
+from mos_kernels.backends.triton import activated, decode
 from mos_kernels.backends.triton import bridge as _bridge
 from mos_kernels.backends.triton import expand as _expand
 from mos_kernels.backends.triton import shrink as _shrink
@@ -185,16 +185,22 @@ def add_norm_gradient(dB, B, M):
 
 
 def bridge_expand(p, n, routed, own_router: bool, kappa, prepared: Prepared, added, dtype: torch.dtype, config):
-    """y₀ (T, d_out) where an activation keeps the Gram form from holding; added as in `expand`."""
+    """y₀ (T, d_out), z or u never stored where there are few tokens or an activation; added as in `expand`."""
+    few = config.activation == "identity" and decode.is_few(n.shape[1], config)
+    if config.activation == "identity" and not few:
+        z, _ = bridge(p, n, routed, own_router, kappa, prepared, config)
+        return expand(z, prepared, added, dtype)
     routed = routed if own_router else routed.contiguous()
     added = None if added is None else added.contiguous()
+    if few:
+        return decode.bridge_expand_launch(p, n, routed, own_router, kappa, prepared.gram, prepared.B, added, config)
     return activated.activated_launch(p, n, routed, own_router, kappa, prepared.B, added, config)
 
 
 def bridge_expand_backward(
     dy, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, token_mask, config
 ):
-    """Gradients of `bridge_expand`."""
+    """Gradients of `bridge_expand` with an activation."""
     routed, mask = routed if own_router else routed.contiguous(), _bytes(token_mask)
     return BridgeExpandGradients(
         *activated.activated_backward_launch(

@@ -164,18 +164,13 @@ def load_trace(gram, o_e, o_r, E, r):
     return tl.sum(tl.load(diagonal, mask=(o_e[:, None] < E) & (o_r[None, :] < r), other=0.0), 1)
 
 
-@triton.jit(do_not_specialize=["T"])
-def bridge_kernel(
-    p, n, routed, kappa, gram, z, T, scaling, eps, E: tl.constexpr, r: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr,
-    SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
-    MAPPING: tl.constexpr,
+@triton.jit
+def bridge_tile(
+    p, n, routed, kappa, gram, o_t, o_e, o_r, T, scaling, eps, E: tl.constexpr, r: tl.constexpr,
+    BLOCK_E: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr,
+    NORMALISE: tl.constexpr, SHARED: tl.constexpr, MAPPING: tl.constexpr,
 ):  # fmt: skip
-    """z[t, e] = scaling · g[t, e] · e(q) · h"""
-    i_t, i_e = tl.program_id(0), tl.program_id(1)
-    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_e = i_e * BLOCK_E + tl.arange(0, BLOCK_E)
-    o_r = tl.arange(0, BLOCK_R)
+    """z [tokens o_t, experts o_e, rank o_r] = scaling · g · e(q) · h, 0 where there is no expert or rank."""
     m_t, row = o_t < T, o_t.to(tl.int64)
     b_kappa = tl.load(kappa + o_e, mask=o_e < E, other=0.0)
     gates = _load_gates(routed, row, m_t, o_e, T, E, BLOCK_E, ALL_E, K, SPLITS, ROUTE_PARTS, NORMALISE)
@@ -186,9 +181,27 @@ def bridge_kernel(
     unit_gh = _gram_times(p, b_p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
     q = _squared_output_norm(h, unit_gh, trace)
     e, _, _ = projection_scale(q, b_kappa[None, :], eps, MAPPING)
-    offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
-    mask = m_t[:, None, None] & (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
-    tl.store(z + offsets, cast((scaling * gates * e)[:, :, None] * h, z.dtype.element_ty), mask=mask)
+    return (scaling * gates * e)[:, :, None] * h
+
+
+@triton.jit(do_not_specialize=["T"])
+def bridge_kernel(
+    p, n, routed, kappa, gram, z, T, scaling, eps, E: tl.constexpr, r: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr,
+    SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
+    MAPPING: tl.constexpr,
+):  # fmt: skip
+    """z[t, e] = scaling · g[t, e] · e(q) · h"""
+    o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    o_r = tl.arange(0, BLOCK_R)
+    b_z = bridge_tile(
+        p, n, routed, kappa, gram, o_t, o_e, o_r, T, scaling, eps, E, r, BLOCK_E, ALL_E, K, SPLITS, ROUTE_PARTS,
+        NORMALISE, SHARED, MAPPING,
+    )  # fmt: skip
+    offsets = (o_t.to(tl.int64)[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
+    mask = (o_t < T)[:, None, None] & (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
+    tl.store(z + offsets, cast(b_z, z.dtype.element_ty), mask=mask)
 
 
 @triton.jit

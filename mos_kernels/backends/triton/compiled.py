@@ -125,14 +125,11 @@ def layer_launches(
             p, n, logits = backend.shrink(x, A, router if own else None, dropout, differentiable)
             routed = logits if own else torch.empty(T, E)
             prepared = backend.prepare(B, dtype, config)
-            if config.activation == "identity":
-                z, _ = backend.bridge(p, n, routed, own, kappa, prepared, config)
-                backend.expand(z, prepared, added, dtype)
-            else:
-                backend.bridge_expand(p, n, routed, own, kappa, prepared, added, dtype, config)
+            backend.bridge_expand(p, n, routed, own, kappa, prepared, added, dtype, config)
             if not differentiable:
                 continue
             if config.activation == "identity":
+                z, _ = backend.bridge(p, n, routed, own, kappa, prepared, config)
                 dz, dB = backend.expand_backward(dy, z, prepared, True)
                 d = backend.bridge_backward(dz, None, p, n, routed, own, kappa, prepared, *balanced, config)
                 backend.add_norm_gradient(dB, B, d.M)

@@ -96,6 +96,7 @@ def steps(
         "gram": lambda: backend.prepare(B, dtype, identity)[1:],
         "bridge": lambda: backend.bridge(*planes, True, kappa, prepared, identity)[:1],
         "expand": lambda: (backend.expand(z, prepared, bias, dtype),),
+        "bridge_expand": lambda: (backend.bridge_expand(*planes, True, kappa, prepared, bias, dtype, identity),),
         "expand_backward": expand_backward,
         "bridge_backward": bridge_backward,
         "bridge_reduce": bridge_backward,
@@ -241,7 +242,8 @@ def run(kernels: list[str], buckets: list[str], dtype: torch.dtype, dry_run: boo
         by_shape = [steps(MoSConfig(), TOKENS[bucket], d_in, d_out, dtype, device) for d_in, d_out in QWEN2_1_5B]
         for kernel in kernels or known:
             if bucket not in known[kernel]:
-                print(f"{kernel:18} {bucket:7} has the settings of train")
+                why = "has the settings of train" if "train" in known[kernel] else "does not launch it"
+                print(f"{kernel:18} {bucket:7} {why}")
                 continue
             calls = [calls_of_shape[kernel] for calls_of_shape in by_shape]
             settings, time, before = tune_kernel(kernel, bucket, calls, device, graph_time)
