@@ -212,10 +212,30 @@ SIXTEEN_BYTES = re.compile(r"ld\.global[.\w]*\.v4\.b32|cp\.async\.cg\.shared\.gl
 @pytest.mark.parametrize("T", [TRAIN, DECODE])
 @pytest.mark.parametrize("architecture", NVIDIA)
 def test_narrow_numbers_are_loaded_sixteen_bytes_at_a_time(architecture, T):
-    """p, dz, B and the gates, in the kernels that make no wide product."""
-    reading = ("gram", "bridge", "bridge_backward", "bridge_reduce", "norm_gradient", "route", "route_backward")
+    """dz, B and the gates, in the kernels that make no wide product."""
+    reading = ("gram", "bridge_backward", "bridge_reduce", "norm_gradient", "route", "route_backward")
     for launch in named(compiled.default_launches(architecture, T), *reading):
         assert SIXTEEN_BYTES.search(compiled_for(architecture, launch).asm["ptx"]), (launch.name, launch.constants)
+
+
+@pytest.mark.parametrize("architecture", NVIDIA)
+def test_bridge_reads_and_writes_all_that_a_thread_has_at_once(architecture):
+    """Of 32 tokens a thread of 128 has two numbers of p, and sixteen of z."""
+    for launch in named(compiled.default_launches(architecture, TRAIN), "bridge"):
+        ptx = compiled_for(architecture, launch).asm["ptx"]
+        assert re.search(r"ld\.global[.\w]*\.v2\.b32", ptx) and re.search(r"st\.global[.\w]*\.v4\.b32", ptx)
+
+
+@pytest.mark.parametrize("architecture", NVIDIA)
+@pytest.mark.parametrize("T", [TRAIN, DECODE])
+def test_curvature_factors_are_computed_once(architecture, T):
+    """λ and e take three roots. Without `once`, each of the threads that share a token's expert takes them all."""
+    kernels = ("bridge", "bridge_backward", *(["bridge_expand"] if T == DECODE else []))
+    for launch in named(compiled.default_launches(architecture, T), *kernels):
+        constants, threads = dict(launch.constants), 32 * dict(launch.options)["num_warps"]
+        factors = -(-constants["BLOCK_T"] * constants["BLOCK_E"] // threads)
+        roots = len(re.findall(r"sqrt\.rn\.f32", compiled_for(architecture, launch).asm["ptx"]))
+        assert roots <= 2 * 3 * factors, (launch.name, launch.constants)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -28,7 +28,7 @@ from mos_kernels.backends.triton.bridge import (
 )
 from mos_kernels.backends.triton.expand import plus_added
 from mos_kernels.backends.triton.geometry import inverse_projection_scale, mapping_code, projection_scale
-from mos_kernels.backends.triton.numerics import bounded, cast, dot, saturate
+from mos_kernels.backends.triton.numerics import bounded, cast, dot, once, saturate
 
 TANH, SILU, GELU = 0, 1, 2
 CODES = {"tanh": TANH, "silu": SILU, "gelu": GELU}
@@ -68,7 +68,7 @@ def curve_kernel(
     m_t, row = o_t < T, o_t.to(tl.int64)
     b_kappa = tl.load(kappa + o_e, mask=o_e < E, other=0.0)
     scale, _, _ = inverse_projection_scale(load_n(n, o_t, m_t, T, SPLITS)[:, None], b_kappa[None, :], eps, MAPPING)
-    b_h = scale[:, :, None] * load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
+    b_h = once(scale)[:, :, None] * load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
     offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
     mask = m_t[:, None, None] & (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
     tl.store(h + offsets, cast(b_h, h.dtype.element_ty), mask=mask)
@@ -263,7 +263,7 @@ def uncurve_kernel(
         scale, scale_dn, scale_dkappa = inverse_projection_scale(b_n[:, None], b_kappa, eps, MAPPING)
         offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
         dh = load_factors(planes, row, m_t, o_e, o_r, T, E, r, SPLITS)
-        dscale = tl.sum(dh * load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, 1), 2)
+        dscale = once(tl.sum(dh * load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, 1), 2))
         total_dn += tl.sum(dscale * scale_dn, 1)
         flat = row[:, None] * E + o_e[None, :]
         held = tl.load(dkappa + flat, mask=m_e, other=0.0)

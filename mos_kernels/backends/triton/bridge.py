@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mos_kernels.backends.triton import launch
 from mos_kernels.backends.triton.geometry import inverse_projection_scale, mapping_code, projection_scale
-from mos_kernels.backends.triton.numerics import bounded, cast, dot, saturate
+from mos_kernels.backends.triton.numerics import bounded, cast, dot, once, saturate
 
 
 @triton.jit
@@ -137,14 +137,15 @@ def _gram_times(p, b_p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED:
     """G h / trace [tokens, experts, rank] with h = scale·p; b_p is the tile of p."""
     total = tl.zeros([row.shape[0], o_e.shape[0], o_r.shape[0]], tl.float32)
     inverse = tl.div_rn(1.0 + 0.0 * trace, tl.maximum(trace, 1e-37))
-    m_g = (o_e[:, None] < E) & (o_r[None, :] < r)
+    m_g = (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
     for j in range(r):
-        b_g = tl.load(gram + (o_e[:, None] * r + j) * r + o_r[None, :], mask=m_g, other=0.0) * inverse[:, None]
+        b_g = tl.load(gram + (o_e[None, :, None] * r + j) * r + o_r[None, None, :], mask=m_g, other=0.0)
+        b_g = b_g * inverse[None, :, None]
         if SPLITS == 1:
             column = load_p(p, row, m_t, o_e, j + tl.arange(0, 1), T, E, r, SHARED, 1)
         else:  # out of the tile, which costs less than adding up its planes again
             column = tl.sum(tl.where(o_r[None, None, :] == j, b_p, 0.0), 2)[:, :, None]
-        total += scale[:, :, None] * column * b_g[None, :, :]
+        total += scale[:, :, None] * column * b_g
     return total
 
 
@@ -175,13 +176,16 @@ def bridge_tile(
     b_kappa = tl.load(kappa + o_e, mask=o_e < E, other=0.0)
     gates = _load_gates(routed, row, m_t, o_e, T, E, BLOCK_E, ALL_E, K, SPLITS, ROUTE_PARTS, NORMALISE)
     scale, _, _ = inverse_projection_scale(load_n(n, o_t, m_t, T, SPLITS)[:, None], b_kappa[None, :], eps, MAPPING)
+    scale = once(scale)
     b_p = load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
+    if SPLITS > 1:
+        b_p = once(b_p)
     h = scale[:, :, None] * b_p
     trace = load_trace(gram, o_e, o_r, E, r)
     unit_gh = _gram_times(p, b_p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
     q = _squared_output_norm(h, unit_gh, trace)
-    e, _, _ = projection_scale(q, b_kappa[None, :], eps, MAPPING)
-    return (scaling * gates * e)[:, :, None] * h
+    e, _, _ = projection_scale(once(q), b_kappa[None, :], eps, MAPPING)
+    return once(scaling * gates * e)[:, :, None] * h
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -253,20 +257,22 @@ def bridge_backward_kernel(
         b_kappa = tl.load(kappa + o_e, mask=o_e < E, other=0.0)[None, :]
         b_gates = gates if BLOCK_E == ALL_E else take(gates, o_all, o_e)
         scale, scale_dn, scale_dkappa = inverse_projection_scale(b_n[:, None], b_kappa, eps, MAPPING)
+        scale = once(scale)
         b_p = load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, 1)
         h = scale[:, :, None] * b_p
         trace = load_trace(gram, o_e, o_r, E, r)
         unit_gh = _gram_times(p, b_p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED, 1)
         q = _squared_output_norm(h, unit_gh, trace)
-        e, e_dq, e_dkappa = projection_scale(q, b_kappa, eps, MAPPING)
+        e, e_dq, e_dkappa = projection_scale(once(q), b_kappa, eps, MAPPING)
 
         offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
         b_dz = load_factors(dz, row, m_t, o_e, o_r, T, E, r, DZ_PLANES)
-        dz_h = tl.sum(b_dz * h, 2)
+        dz_h = once(tl.sum(b_dz * h, 2))
         de = scaling * b_gates * dz_h
         dq = de * e_dq
-        dh = (scaling * b_gates * e)[:, :, None] * b_dz + (2.0 * dq * trace[None, :])[:, :, None] * unit_gh
-        dscale = tl.sum(dh * b_p, 2)
+        through_z, through_q = once(scaling * b_gates * e), once(2.0 * dq * trace[None, :])
+        dh = through_z[:, :, None] * b_dz + through_q[:, :, None] * unit_gh
+        dscale = once(tl.sum(dh * b_p, 2))
         total_dn += tl.sum(dscale * scale_dn, 1)
         if SHARED:
             total_dp += tl.sum(scale[:, :, None] * dh, 1)[:, None, :]

@@ -35,21 +35,22 @@ def bridge_expand_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_t, m_n = o_t < T, o_n < N
     row = o_t.to(tl.int64)[:, None]
-    # B first: it waits for nothing, and comes from further away than the rest
+    # B first: it waits for nothing, and comes from further away than the rest. As [columns, outputs]: the transpose of
+    # a tile is brought into place for the product at once, and so waited for before anything else is loaded.
     o_c = tl.arange(0, BLOCK_E * BLOCK_R)
     column, m_c = o_c, o_c < E * r
     if r != BLOCK_R:  # the columns that pad each expert are left out
         column = o_c // BLOCK_R * r + o_c % BLOCK_R
         m_c = (o_c < E * BLOCK_R) & (o_c % BLOCK_R < r)
     b_B = tl.load(
-        B + o_n[:, None].to(tl.int64) * (E * r) + column[None, :], mask=m_n[:, None] & m_c[None, :], other=0.0
+        B + o_n[None, :].to(tl.int64) * (E * r) + column[:, None], mask=m_n[None, :] & m_c[:, None], other=0.0
     )
     z = bridge_tile(
         p, n, routed, kappa, gram, o_t, tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_R), T, scaling, eps, E, r, BLOCK_E,
         BLOCK_E, K, SPLITS, ROUTE_PARTS, NORMALISE, SHARED, MAPPING,
     )  # fmt: skip
     b_z = cast(tl.reshape(z, [BLOCK_T, BLOCK_E * BLOCK_R]), B.dtype.element_ty)
-    total = dot(b_z, tl.trans(b_B), tl.zeros([BLOCK_T, BLOCK_N], tl.float32))
+    total = dot(b_z, b_B, tl.zeros([BLOCK_T, BLOCK_N], tl.float32))
     total = plus_added(total, added, row, m_t, o_n, N, ADDED)
     tl.store(y + row * N + o_n[None, :], cast(total, y.dtype.element_ty), mask=m_t[:, None] & m_n[None, :])
 

@@ -32,6 +32,14 @@ def cast(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def once(tile):
+    """The tile as it is, computed by one thread each number. Where a tile of two dimensions meets one of three, Triton
+    computes it, and all that it was computed from, again in every thread that will read it; but not what a sum made.
+    """
+    return tl.sum(tl.expand_dims(tile, 0), 0)
+
+
+@triton.jit
 def saturate(squared_norm):
     """At most 1e30 (geometry.SATURATION), NaN kept."""
     return tl.minimum(squared_norm, 1e30, tl.PropagateNan.ALL)
