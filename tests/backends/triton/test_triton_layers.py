@@ -11,7 +11,7 @@ from cases import DTYPES, LAYOUTS, UPSTREAM_LAYOUTS, RouterTrial, Trial, compare
 from mos_kernels import MoSConfig
 from mos_kernels.backends.triton import launch
 
-SEEDS, ROUTER_SEEDS = range(120), (*range(50), 175959192)  # the last: one expert takes all but 1e-6
+SEEDS, ROUTER_SEEDS = range(100), (*range(40), 175959192)  # the last: one expert takes all but 1e-6
 
 
 @pytest.mark.parametrize("seed", SEEDS)
