@@ -1,7 +1,7 @@
 """bridge and expand in one launch, for the few tokens of decoding: y₀ = z·Bcatᵀ + added, z never stored.
 
-Every program makes the z of its tokens again for the outputs that are its own. At a few tokens that is cheaper than a
-launch, which is most of what decoding costs beside the base product.
+Every program makes the z of its tokens again for the outputs that are its own: a launch less, and launches are most of
+what decoding costs beside the base product.
 """
 
 from __future__ import annotations
