@@ -178,7 +178,7 @@ def bridge_tile(
     scale, _, _ = inverse_projection_scale(load_n(n, o_t, m_t, T, SPLITS)[:, None], b_kappa[None, :], eps, MAPPING)
     scale = once(scale)
     b_p = load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
-    if SPLITS > 1:
+    if SPLITS > 1:  # or the planes are added up again in each layout, which does not fit the registers
         b_p = once(b_p)
     h = scale[:, :, None] * b_p
     trace = load_trace(gram, o_e, o_r, E, r)

@@ -33,8 +33,9 @@ def cast(value, dtype: tl.constexpr):
 
 @triton.jit
 def once(tile):
-    """The tile as it is, computed by one thread each number. Where a tile of two dimensions meets one of three, Triton
-    computes it, and all that it was computed from, again in every thread that will read it; but not what a sum made.
+    """The tile as it is, each number computed by one thread. Where a tile is wanted in another layout, as one of two
+    dimensions that meets one of three, Triton computes it, and all that it was computed from, again in every thread
+    that will read it; but not what a sum made.
     """
     return tl.sum(tl.expand_dims(tile, 0), 0)
 
