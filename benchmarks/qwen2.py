@@ -17,6 +17,7 @@ from benchmarks import providers
 from benchmarks.providers import FusedLoRA
 from mos_kernels import MoSConfig, MoSLinear, MoSRouter
 from mos_kernels.backends import selected_backend
+from mos_kernels.decoding import Decoding
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,13 @@ class FFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.mos_router is None:
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        linears = self.gate_proj, self.up_proj, self.down_proj
+        decoding = Decoding.of(self.mos_router, linears, x, self.backend)  # as in the blocks that apply_mos adapts
+        if decoding is not None:
+            (gate, up), logits = decoding.read()
+            return decoding.write(F.silu(gate) * up, logits)
         gates = self.mos_router(x, backend=self.backend)
-        gate, up = (linear(x, gates, self.backend) for linear in (self.gate_proj, self.up_proj))
+        gate, up = (linear(x, gates, self.backend) for linear in linears[:2])
         return self.down_proj(F.silu(gate) * up, gates, self.backend)
 
 

@@ -118,16 +118,9 @@ def _check(x, weight, bias, A, B, kappa, gates, router, base_output, config) -> 
     if (weight is None) == (base_output is None) or (weight is None and bias is not None):
         raise ValueError("pass the base as weight and bias, or as base_output, what it made of x: one of the two")
     d_out, d_in = weight.shape if weight is not None else (B.shape[0], A.shape[-1])
-    if x.dim() == 0:
-        raise ValueError(f"x is a single number (0-d): the layer reads (..., {d_in})")
-    if x.shape[-1] != d_in:
-        raise ValueError(f"x has width {x.shape[-1]} (shape {tuple(x.shape)}), the layer reads in_features={d_in}")
+    check_input(x, weight, d_in)
     if base_output is not None:
         _check_base_output(x, base_output, d_out)
-    elif x.dtype != weight.dtype or not x.is_floating_point():
-        raise ValueError(
-            f"x is {x.dtype} and the weight is {weight.dtype}: cast one of them, or run under torch.autocast"
-        )
     E, r = config.num_experts, config.r
     wanted = {
         "A": (r, d_in) if config.share_a else (E, r, d_in),
@@ -145,6 +138,18 @@ def _check(x, weight, bias, A, B, kappa, gates, router, base_output, config) -> 
         )
     if gates is not None and tuple(gates.shape) != (*x.shape[:-1], E):
         raise ValueError(f"gates have shape {tuple(gates.shape)}, x asks for {(*x.shape[:-1], E)}")
+
+
+def check_input(x: Tensor, weight: Tensor | None, d_in: int) -> None:
+    """Raise ValueError unless x (..., d_in) fits the width, and the dtype of a dense base."""
+    if x.dim() == 0:
+        raise ValueError(f"x is a single number (0-d): the layer reads (..., {d_in})")
+    if x.shape[-1] != d_in:
+        raise ValueError(f"x has width {x.shape[-1]} (shape {tuple(x.shape)}), the layer reads in_features={d_in}")
+    if weight is not None and (x.dtype != weight.dtype or not x.is_floating_point()):
+        raise ValueError(
+            f"x is {x.dtype} and the weight is {weight.dtype}: cast one of them, or run under torch.autocast"
+        )
 
 
 def _check_base_output(x: Tensor, base_output: Tensor, d_out: int) -> None:

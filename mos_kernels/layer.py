@@ -155,9 +155,7 @@ class MoSAdapter(Float32State):
                 "the layer's parameters are DTensors in forward: a linear with an adapter cannot be tensor-parallel, "
                 "leave it out of the plan; with FSDP2, call the module that fully_shard was called on"
             )
-        dtype = x.dtype if base_output is None else base_output.dtype
-        frozen = self._frozen if self._frozen is not None and self._may_use_frozen(x, dtype, backend) else None
-        kappa, A, prepared = frozen[2:] if frozen else (self.curvature, self.mos_lora_A, None)
+        kappa, A, prepared = self._factors(x, x.dtype if base_output is None else base_output.dtype, backend)
         router = self.mos_router if gates is None else None
         aux_weight = None if router is None else _injected_aux_weight(self)
         return mos_linear(
@@ -167,6 +165,12 @@ class MoSAdapter(Float32State):
             dropout_p=self.config.lora_dropout if self.training else 0.0, inference=not self.training,
             prepared=prepared, backend=backend,
         )  # fmt: skip
+
+    def _factors(self, x: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor, tuple | None]:
+        """κ, A, and what the backend prepared of B where it is frozen. dtype: of the base's output."""
+        if self._frozen is not None and self._may_use_frozen(x, dtype, backend):
+            return self._frozen[2:]
+        return self.curvature, self.mos_lora_A, None
 
     def routing_logits(self, x: Tensor) -> Tensor:
         """The logits (..., E) of the layer's own router on x (..., d_in), detached from the graph."""

@@ -10,12 +10,26 @@ in that output's dtype, which is y's, products with d_in in x's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from mos_kernels.backends import load_backend
 
 Gradients = tuple[Tensor | None, ...]
+
+
+class Operands(NamedTuple):
+    """A linear without its router: what `linear_forward` takes under these names."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    kappa: Tensor
+    prepared: tuple | None
 
 
 def linear_forward(
@@ -33,10 +47,12 @@ def linear_forward(
     config,
     backend: str,
     differentiable: bool,
+    ffn_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """y, and what backward wants besides the arguments: p, n, the logits of a router of its own, and G.
 
-    dropout_state: what the backend's `draw_dropout` drew. differentiable: whether a backward may follow.
+    dropout_state: what the backend's `draw_dropout` drew. differentiable: whether a backward may follow. ffn_logits:
+    of the router that other linears on as many tokens share, instead of gates; no backward may follow.
     """
     steps = load_backend(backend)
     compute = steps.compute_dtype(x.dtype)
@@ -45,12 +61,32 @@ def linear_forward(
     addend = added if weight is not None else added.reshape(-1, added.shape[-1])
     dropout = None if dropout_state is None else steps.Dropout(dropout_state, dropout_p)
     p, n, logits = steps.shrink(tokens, A, router, dropout, differentiable)
-    routed, own_router = _routed(gates, logits, compute)
+    routed, own_router = _routed(gates, logits if ffn_logits is None else ffn_logits, compute)
     prepared = steps.prepare(B, dtype, config) if prepared is None else prepared
     y = steps.bridge_expand(p, n, routed, own_router, curvature, prepared, addend, dtype, config)
     if weight is not None:
         y.addmm_(tokens, weight.t())
     return _shaped(y, x), p, n, logits, prepared.gram
+
+
+def pair_forward(
+    x: Tensor, linears: Sequence[Operands], router: Tensor, config, backend: str
+) -> tuple[list[Tensor], Tensor]:
+    """y of two linears of one shape and configuration that read x, and their router's logits. No backward may follow.
+
+    For so few tokens that the backend `takes_pairs`.
+    """
+    steps = load_backend(backend)
+    compute, tokens = steps.compute_dtype(x.dtype), x.reshape(-1, x.shape[-1])
+    p, n, logits = steps.shrink_pair(tokens, [linear.A for linear in linears], router)
+    prepared = [
+        steps.prepare(linear.B, x.dtype, config) if linear.prepared is None else linear.prepared for linear in linears
+    ]
+    curvatures, biases = [linear.kappa.to(compute) for linear in linears], [linear.bias for linear in linears]
+    both = steps.bridge_expand_pair(p, n, logits, curvatures, prepared, biases, config)
+    for y, linear in zip(both, linears, strict=True):
+        y.addmm_(tokens, linear.weight.t())
+    return [_shaped(y, x) for y in both], logits
 
 
 def linear_backward(

@@ -13,7 +13,7 @@ from mos_kernels.layer import MoSAdapter, MoSLayer, MoSRouter, device_and_dtype
 
 
 def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Run each distinct adapted linear and router of `model` once in every launch bucket, on zeros.
+    """Run each distinct adapted linear and router of `model` once in every launch bucket, on zeros, and FFN blocks too.
 
     After this, no length of input compiles anything. dtype: the inputs', where it is not the weights' (autocast).
     Parameters, gradients, buffers and random state stay as they are. Returns the number of distinct modules; 0 where
@@ -36,7 +36,35 @@ def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
         if key not in seen:
             seen.add(key)
             _run(module, base, x_dtype, device)
+    if seen:
+        _run_blocks(model, dtype)
     return len(seen)
+
+
+def _run_blocks(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Each distinct FFN block with a router on few tokens in eval mode, where its linears may share launches."""
+    from mos_kernels.backends.triton.launch import DECODE_TOKENS
+
+    seen = set()
+    for block in model.modules():
+        router, layers = block._modules.get("mos_router"), [m for m in block.children() if isinstance(m, MoSLayer)]
+        if not isinstance(router, MoSRouter) or not layers or "forward" not in vars(block):  # bound by apply_mos
+            continue
+        device, x_dtype = device_and_dtype(layers[0])
+        frozen = [_frozen(layer, x_dtype) for layer in layers]
+        key = (type(block), x_dtype, device, *map(repr, layers), *frozen)
+        if key in seen or dtype not in (None, x_dtype):  # under autocast they share nothing
+            continue
+        seen.add(key)
+        training = [module for module in block.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False  # not .eval(), which may drop what freeze_for_inference computed
+            with torch.no_grad():
+                block.forward(torch.zeros(DECODE_TOKENS, router.in_features, dtype=x_dtype, device=device))
+        finally:
+            for module in training:
+                module.training = True
 
 
 def _frozen(module: nn.Module, dtype: torch.dtype) -> bool:

@@ -14,13 +14,13 @@ import traceback
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-KINDS = ("layer", "router")
+KINDS = ("layer", "router", "decoding")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, help="run this seed alone")
-    parser.add_argument("--kind", choices=KINDS, help="layers or routers only (default: both)")
+    parser.add_argument("--kind", choices=KINDS, help="draw this kind alone (default: all)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -29,11 +29,11 @@ def main() -> int:
     sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "backends" / "triton")]
     import conftest  # offline, one thread
     import torch
-    from cases import RouterTrial, Trial
+    from cases import DecodingTrial, RouterTrial, Trial
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         setattr(owner, name, conftest._poisoned(getattr(owner, name)))
-    drawn = {"layer": Trial.drawn, "router": RouterTrial.drawn}
+    drawn = {"layer": Trial.drawn, "router": RouterTrial.drawn, "decoding": DecodingTrial.drawn}
     kinds = [arguments.kind] if arguments.kind else KINDS
     fresh = iter(lambda: random.SystemRandom().randrange(2**32), None)
     seeds = fresh if arguments.seed is None else iter([arguments.seed])

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from mos_kernels.decoding import Decoding
 from mos_kernels.huggingface.targets import is_linear
 from mos_kernels.layer import MoSRouter
 
@@ -49,15 +50,23 @@ class FFNForm:
 def ffn_forward(block: nn.Module, form: FFNForm, *args, **kwargs) -> Tensor:
     """The block's forward, with one router for all its adapted linears. x (..., d) -> (..., d)."""
     (x,) = (*args, *kwargs.values())
-    gates = block.mos_router(x)
-    inputs = [_linear(block, form, name, x, gates) for name in form.inputs]
+    decoding = None
+    if len(form.routed) == len(form.linears):
+        decoding = Decoding.of(block.mos_router, tuple(getattr(block, name) for name in form.linears), x)
+    if decoding is not None:
+        inputs, logits = decoding.read()
+        last = functools.partial(decoding.write, logits=logits)
+    else:
+        gates = block.mos_router(x)
+        inputs = [_linear(block, form, name, x, gates) for name in form.inputs]
+        last = functools.partial(_linear, block, form, form.down, gates=gates)
     if form.fused:
         inputs = inputs[0].chunk(2, -1)
     hidden = _through(block, form.activation, inputs[0])
     if len(inputs) == 2:
         hidden = hidden * inputs[1]
     hidden = _through(block, form.hidden, hidden)
-    return _through(block, form.output, _linear(block, form, form.down, hidden, gates))
+    return _through(block, form.output, last(hidden))
 
 
 def _linear(block: nn.Module, form: FFNForm, name: str, x: Tensor, gates: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ WIDE = (
     "shrink", "shrink_backward", "expand", "expand_backward",
     "activated_norm", "activated_expand", "activated_input", "activated_weight",
 )  # fmt: skip
-WIDE_OF = {TRAIN: WIDE, DECODE: tuple("bridge_expand" if name == "expand" else name for name in WIDE)}
+FEW = ("bridge_expand", "bridge_expand_pair")
+WIDE_OF = {TRAIN: WIDE, DECODE: (*(name for name in WIDE if name != "expand"), *FEW)}
 
 
 @functools.cache
@@ -224,7 +225,7 @@ def test_bridge_reads_and_writes_all_that_a_thread_has_at_once(architecture):
 @pytest.mark.parametrize("T", [TRAIN, DECODE])
 def test_curvature_factors_are_computed_once(architecture, T):
     """λ and e take three roots. Without `once`, each of the threads that share a token's expert takes them all."""
-    kernels = ("bridge", "bridge_backward", *(["bridge_expand"] if T == DECODE else []))
+    kernels = ("bridge", "bridge_backward", *(FEW if T == DECODE else ()))
     for launch in named(compiled.default_launches(architecture, T), *kernels):
         constants, threads = dict(launch.constants), 32 * dict(launch.options)["num_warps"]
         factors = -(-constants["BLOCK_T"] * constants["BLOCK_E"] // threads)

@@ -27,6 +27,7 @@ __all__ = [
     "bridge_backward",
     "bridge_expand",
     "bridge_expand_backward",
+    "bridge_expand_pair",
     "compute_dtype",
     "draw_dropout",
     "expand",
@@ -39,6 +40,8 @@ __all__ = [
     "routing_logits_backward",
     "shrink",
     "shrink_backward",
+    "shrink_pair",
+    "takes_pairs",
 ]
 
 
@@ -195,6 +198,24 @@ def bridge_expand(p, n, routed, own_router: bool, kappa, prepared: Prepared, add
     if few:
         return decode.bridge_expand_launch(p, n, routed, own_router, kappa, prepared.gram, prepared.B, added, config)
     return activated.activated_launch(p, n, routed, own_router, kappa, prepared.B, added, config)
+
+
+def takes_pairs(T: int, config) -> bool:
+    """Whether T tokens may go through `shrink_pair` and `bridge_expand_pair`."""
+    return config.activation == "identity" and decode.is_few(T, config)
+
+
+def shrink_pair(x, A: tuple[Tensor, Tensor], router):
+    """Planes p (2, S, T, R) of two linears, n (S, T) and logits (S, T, E or 2E), for no backward. A: of one shape."""
+    first, second = (_stack(a) for a in A)
+    return _shrink.shrink_launch(_rows(x), first, router.contiguous(), None, 0.0, True, second.to(first.dtype))
+
+
+def bridge_expand_pair(p, n, logits, kappas, prepared: tuple[Prepared, Prepared], biases, config):
+    """y₀ (2, T, d_out) of the two linears of `shrink_pair`; biases: both (d_out,) or both None."""
+    biases = [None if bias is None else bias.contiguous() for bias in biases]
+    linears = [(k, made.gram, made.B, bias) for k, made, bias in zip(kappas, prepared, biases, strict=True)]
+    return decode.bridge_expand_pair_launch(p, n, logits, linears, config)
 
 
 def bridge_expand_backward(

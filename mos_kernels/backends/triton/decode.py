@@ -1,7 +1,8 @@
 """bridge and expand in one launch, for the few tokens of decoding: y₀ = z·Bcatᵀ + added, z never stored.
 
 Every program makes the z of its tokens again for the outputs that are its own: a launch less, and launches are most of
-what decoding costs beside the base product.
+what decoding costs beside the base product. Two linears that read the same x (an FFN's gate and up projection) share
+the launch.
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ MAX_COLUMNS = 128
 """E·r, each rounded up to a power of two, up to which a program's registers hold the z of its tokens."""
 
 
-@triton.jit(do_not_specialize=["T"])
-def bridge_expand_kernel(
+@triton.jit
+def _bridge_expand_tile(
     p, n, routed, kappa, gram, B, added, y, T, N, scaling, eps, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, K: tl.constexpr,
     SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
     MAPPING: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """y[t, n] = Σ_e z[t, e] @ B[n, e] + added[n] or added[t, n]"""
     across = tl.cdiv(N, BLOCK_N)
     i_t, i_n = tl.program_id(0) // across, tl.program_id(0) % across
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -55,6 +55,40 @@ def bridge_expand_kernel(
     tl.store(y + row * N + o_n[None, :], cast(total, y.dtype.element_ty), mask=m_t[:, None] & m_n[None, :])
 
 
+@triton.jit(do_not_specialize=["T"])
+def bridge_expand_kernel(
+    p, n, routed, kappa, gram, B, added, y, T, N, scaling, eps, E: tl.constexpr, r: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, K: tl.constexpr,
+    SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
+    MAPPING: tl.constexpr, ADDED: tl.constexpr,
+):  # fmt: skip
+    """y[t, n] = Σ_e z[t, e] @ B[n, e] + added[n] or added[t, n]"""
+    _bridge_expand_tile(
+        p, n, routed, kappa, gram, B, added, y, T, N, scaling, eps, E, r, BLOCK_T, BLOCK_N, BLOCK_E, BLOCK_R, K,
+        SPLITS, ROUTE_PARTS, NORMALISE, SHARED, MAPPING, ADDED,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def bridge_expand_pair_kernel(
+    p, n, routed, kappa, gram, B, added, kappa_2, gram_2, B_2, added_2, y, T, N, scaling, eps,
+    E: tl.constexpr, r: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, K: tl.constexpr,
+    SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
+    MAPPING: tl.constexpr, ADDED: tl.constexpr,
+):  # fmt: skip
+    """y[i] of two linears i, as `bridge_expand_kernel`, with the same n and logits and p[i]."""
+    is_second = tl.program_id(1) == 1
+    if is_second:
+        p += SPLITS * T * (r if SHARED else E * r)
+        y += T * N
+    _bridge_expand_tile(
+        p, n, routed, tl.where(is_second, kappa_2, kappa), tl.where(is_second, gram_2, gram),
+        tl.where(is_second, B_2, B), tl.where(is_second, added_2, added), y, T, N, scaling, eps, E, r, BLOCK_T,
+        BLOCK_N, BLOCK_E, BLOCK_R, K, SPLITS, ROUTE_PARTS, NORMALISE, SHARED, MAPPING, ADDED,
+    )  # fmt: skip
+
+
 def _columns(config) -> tuple[int, int]:
     """BLOCK_E and BLOCK_R: all experts and all of rank, 16 columns at least, as a product wants."""
     all_e = triton.next_power_of_2(config.num_experts)
@@ -71,17 +105,44 @@ def bridge_expand_launch(
     p, n, routed, own_router: bool, kappa, gram, B: Tensor, added: Tensor | None, config
 ) -> Tensor:
     """y₀ (T, d_out) in B's dtype; p, n, routed as in `bridge_launch`, added as in `expand_launch`."""
-    T, N, E, r = n.shape[1], B.shape[0], config.num_experts, config.r
+    T, N = n.shape[1], B.shape[0]
     y = torch.empty(T, N, device=p.device, dtype=B.dtype)
-    settings = launch.wide_settings("bridge_expand", p.device, T, B.dtype)
+    blocks, constants = _shape(n, N, B.dtype, routed, own_router, added, config)
+    launch.launch(
+        bridge_expand_kernel, (blocks,), p,
+        (p, n, routed, kappa, gram, B, p if added is None else added, y, T, N, config.scaling, config.boundary_eps),
+        **constants,
+    )  # fmt: skip
+    return y
+
+
+def bridge_expand_pair_launch(p, n, logits, linears, config) -> Tensor:
+    """y₀ (2, T, d_out) of two linears with equal shapes and one router. p (2, S, T, R).
+
+    linears: (kappa, gram, B, bias or None) of each, both or neither with a bias.
+    """
+    (kappa, gram, B, bias), (kappa_2, gram_2, B_2, bias_2) = linears
+    T, N = n.shape[1], B.shape[0]
+    y = torch.empty(2, T, N, device=p.device, dtype=B.dtype)
+    blocks, constants = _shape(n, N, B.dtype, logits, True, bias, config)
+    launch.launch(
+        bridge_expand_pair_kernel, (blocks, 2), p,
+        (p, n, logits, kappa, gram, B, p if bias is None else bias, kappa_2, gram_2, B_2,
+         p if bias is None else bias_2, y, T, N, config.scaling, config.boundary_eps),
+        **constants,
+    )  # fmt: skip
+    return y
+
+
+def _shape(n, N: int, dtype: torch.dtype, routed, own_router: bool, added, config) -> tuple[int, dict]:
+    """How many programs a linear takes, and the constants."""
+    S, T = n.shape
+    settings = launch.wide_settings("bridge_expand", n.device, T, dtype)
     block_e, block_r = _columns(config)
     if block_e * block_r > MAX_COLUMNS // 2:
         settings["num_warps"] = 8
-    launch.launch(
-        bridge_expand_kernel, (triton.cdiv(T, settings["BLOCK_T"]) * triton.cdiv(N, settings["BLOCK_N"]),), p,
-        (p, n, routed, kappa, gram, B, p if added is None else added, y, T, N, config.scaling, config.boundary_eps),
-        E=E, r=r, BLOCK_E=block_e, BLOCK_R=block_r, K=config.num_experts_per_tok, SPLITS=n.shape[0],
+    return triton.cdiv(T, settings["BLOCK_T"]) * triton.cdiv(N, settings["BLOCK_N"]), dict(
+        E=config.num_experts, r=config.r, BLOCK_E=block_e, BLOCK_R=block_r, K=config.num_experts_per_tok, SPLITS=S,
         ROUTE_PARTS=route_parts(routed, own_router, config), NORMALISE=config.norm_topk_prob, SHARED=config.share_a,
         MAPPING=mapping_code(config), ADDED=0 if added is None else added.dim(), **settings,
     )  # fmt: skip
-    return y

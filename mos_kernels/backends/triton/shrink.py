@@ -3,7 +3,8 @@
     p = A·drop(x)    n = ‖x‖²    logits = Router·x
     dx₀ = drop(dp·A) + dlogits·Router + 2 dn x    dA = dpᵀ drop(x)    dRouter = dlogitsᵀ x
 
-A and Router are read as one stack of rows, so that two ranks under 16 fill a tile instead of padding two. A router
+A and Router are read as one stack of rows, so that two ranks under 16 fill a tile instead of padding two; so are the A
+of two linears that read the same x, in decoding (PAIR: `A` holds the first half of R rows, `A_2` the second). A router
 meets a half-precision x as two rows in x's dtype, its rounding and what the rounding lost (times LOW_SCALE).
 """
 
@@ -22,14 +23,18 @@ LOW_SCALE = tl.constexpr(2048.0)  # float16 would lose the low part of a small w
 
 @triton.jit
 def _stacked_rows(
-    A, router, rows, columns, D, R: tl.constexpr, E: tl.constexpr, dtype: tl.constexpr, SPLIT_ROUTER: tl.constexpr
-):
+    A, A_2, router, rows, columns, D, R: tl.constexpr, E: tl.constexpr, dtype: tl.constexpr,
+    SPLIT_ROUTER: tl.constexpr, PAIR: tl.constexpr,
+):  # fmt: skip
     """Rows of [A; Router], or of [A; high(Router); low(Router)], as [rows, columns] in dtype."""
     inside = columns[None, :] < D
     total = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     if R > 0:
         offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
-        total += tl.load(A + offsets, mask=inside & (rows[:, None] < R), other=0.0).to(tl.float32)
+        places = A + offsets
+        if PAIR:
+            places = tl.where(rows[:, None] < R // 2, places, A_2 + (offsets - R // 2 * D))
+        total += tl.load(places, mask=inside & (rows[:, None] < R), other=0.0).to(tl.float32)
     if E > 0:
         is_low = rows >= R + E
         row = tl.where(is_low, rows - R - E, rows - R)
@@ -45,9 +50,9 @@ def _stacked_rows(
 
 @triton.jit(do_not_specialize=["T"])
 def shrink_kernel(
-    x, A, router, p, n, logits, seed, T, D, stride_x, dropout_p, R: tl.constexpr, E: tl.constexpr,
+    x, A, A_2, router, p, n, logits, seed, T, D, stride_x, dropout_p, R: tl.constexpr, E: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
-    SPLIT_ROUTER: tl.constexpr, DROPOUT: tl.constexpr,
+    SPLIT_ROUTER: tl.constexpr, DROPOUT: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
     """(p, logits)[split, t] = x[t, part] @ stack[:, part].T;  n[split, t] = ‖x[t, part]‖²"""
     i_t, i_s, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -62,7 +67,7 @@ def shrink_kernel(
     for start in range(i_s * part, tl.minimum((i_s + 1) * part, D), BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         b_x = tl.load(x + row[:, None] * stride_x + o_d[None, :], mask=m_t[:, None] & (o_d[None, :] < D), other=0.0)
-        b_w = _stacked_rows(A, router, o_c, o_d, D, R, E, dtype, SPLIT_ROUTER)
+        b_w = _stacked_rows(A, A_2, router, o_c, o_d, D, R, E, dtype, SPLIT_ROUTER, PAIR)
         if R > 0:
             wide = b_x.to(tl.float32)
             norm += tl.sum(wide * wide, 1)
@@ -76,7 +81,11 @@ def shrink_kernel(
             total = dot(b_x, tl.trans(b_w), total)
     plane = i_s.to(tl.int64) * T + row
     if R > 0:
-        tl.store(p + plane[:, None] * R + o_c[None, :], total, mask=m_t[:, None] & (o_c[None, :] < R))
+        offsets = plane[:, None] * R + o_c[None, :]
+        if PAIR:
+            linear, of_linear = o_c // (R // 2), o_c % (R // 2)
+            offsets = (linear[None, :] * SPLITS * T + plane[:, None]) * (R // 2) + of_linear[None, :]
+        tl.store(p + offsets, total, mask=m_t[:, None] & (o_c[None, :] < R))
         if i_c == 0:
             tl.store(n + plane, saturate(norm), mask=m_t)
     if E > 0:
@@ -90,11 +99,21 @@ def shrink_kernel(
 
 
 def shrink_launch(
-    x: Tensor, A: Tensor | None, router: Tensor | None, seed: Tensor | None, dropout_p: float, splits_allowed: bool
+    x: Tensor,
+    A: Tensor | None,
+    router: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    splits_allowed: bool,
+    A_2: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Planes p (S, T, R), n (S, T) and logits (S, T, E or 2E); S = 1 unless splits are allowed. x (T, D)."""
+    """Planes p (S, T, R), n (S, T) and logits (S, T, E or 2E); S = 1 unless splits are allowed. x (T, D).
+
+    A_2: a second linear's, of A's shape and dtype; p is (2, S, T, R) then.
+    """
     (T, D), device = x.shape, x.device
-    R, E = (0 if A is None else A.shape[0]), (0 if router is None else router.shape[0])
+    each, E = (0 if A is None else A.shape[0]), (0 if router is None else router.shape[0])
+    R = each if A_2 is None else 2 * each
     split_router = E > 0 and x.dtype != torch.float32
     columns = R + (2 * E if split_router else E)
     block_c = launch.block(columns, 16, 64)
@@ -104,15 +123,17 @@ def shrink_launch(
     settings = launch.wide_settings("shrink", device, T, x.dtype, BLOCK_D=most)
     splits = settings.pop("SPLITS")
     splits = splits if splits_allowed else 1
-    p = torch.empty(splits, T, R, device=device, dtype=torch.float32)
+    linears = () if A_2 is None else (2,)
+    p = torch.empty(*linears, splits, T, each, device=device, dtype=torch.float32)
     n = torch.empty(splits, T, device=device, dtype=torch.float32)
     logits = torch.empty(splits, T, columns - R, device=device, dtype=torch.float32)
     grid = (triton.cdiv(T, settings["BLOCK_T"]), splits, triton.cdiv(columns, block_c))
     launch.launch(
         shrink_kernel, grid, x,
-        (x, x if A is None else A, x if router is None else router, p, n, logits, x if seed is None else seed,
-         T, D, x.stride(0), dropout_p),
-        R=R, E=E, BLOCK_C=block_c, SPLITS=splits, SPLIT_ROUTER=split_router, DROPOUT=seed is not None, **settings,
+        (x, x if A is None else A, x if A_2 is None else A_2, x if router is None else router, p, n, logits,
+         x if seed is None else seed, T, D, x.stride(0), dropout_p),
+        R=R, E=E, BLOCK_C=block_c, SPLITS=splits, SPLIT_ROUTER=split_router, DROPOUT=seed is not None,
+        PAIR=A_2 is not None, **settings,
     )  # fmt: skip
     return p, n, logits
 
@@ -135,7 +156,7 @@ def shrink_backward_kernel(
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     if NEEDS_DX and COLUMN_BLOCKS == 1:
-        b_w = _stacked_rows(A, router, o_c, o_d, D, R, E, dtype, False)
+        b_w = _stacked_rows(A, A, router, o_c, o_d, D, R, E, dtype, False, False)
     for start in range(i_s * part, tl.minimum((i_s + 1) * part, T), BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T)
         m_t = o_t < T
@@ -162,7 +183,7 @@ def shrink_backward_kernel(
                 for j in range(COLUMN_BLOCKS):
                     o_j = j * BLOCK_C + tl.arange(0, BLOCK_C)
                     b_j = _stacked_gradients(dp, dlogits, row, m_t, o_j, R, E, dtype)
-                    b_w = _stacked_rows(A, router, o_j, o_d, D, R, E, dtype, False)
+                    b_w = _stacked_rows(A, A, router, o_j, o_d, D, R, E, dtype, False, False)
                     b_dx = _through_rows(b_j, b_w, b_dx, factor, o_j, R, DROPOUT)
                 _store_dx(b_dx, dx, dn, b_x, o_t, o_d, m_t, mask, D, R)
     if NEEDS_DW:

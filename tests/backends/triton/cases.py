@@ -17,9 +17,10 @@ from dropout_mask import keep_mask, packed
 from strategies import Case, make_case, normal
 from torch import Tensor
 
-from mos_kernels import MoSConfig
+from mos_kernels import MoSConfig, MoSLinear, MoSRouter, set_backend
 from mos_kernels.adapter import mos_route
-from mos_kernels.backends import eager
+from mos_kernels.backends import eager, selected_backend
+from mos_kernels.decoding import Decoding
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("dense", "transposed", "rows apart", "columns apart", "expanded")
@@ -372,3 +373,119 @@ class RouterTrial:
         wanted = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
         found = torch.autograd.grad(gates, list(wanted.values()), dgates)
         return {"gates": gates.detach(), **dict(zip(wanted, found, strict=True))}
+
+
+@dataclass(frozen=True)
+class DecodingTrial:
+    """A comparison of an FFN's linears on few tokens: those that read x, and the last, on a hidden of its own."""
+
+    config: MoSConfig
+    tokens: tuple[int, ...] = (5,)
+    d_in: int = 20
+    d_hidden: int = 24
+    d_out: int = 20
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    gated: bool = True  # two linears read x
+    bias: bool = True
+    frozen: bool = True  # for inference
+    kappa: tuple[float, ...] | None = None
+    norms: tuple[float, ...] = (1.0,)
+    b_scale: float = 1.0
+    x_layout: str = "dense"
+    device: str = "cpu"
+
+    @classmethod
+    def drawn(cls, seed: int, **fixed) -> DecodingTrial:
+        """A trial of any kind, the same for a seed on every machine."""
+        rng = random.Random(seed)
+        counts, rank = rng.choice(
+            [((3, 3, 2), 8), ((3, 3, 2), 16), ((1, 1, 1), 5), ((0, 1, 0), 1), ((2, 0, 3), 3), ((1, 0, 1), 33),
+             ((1, 0, 0), 128), ((32, 32, 0), 2), ((16, 16, 5), 1)]
+        )  # fmt: skip
+        experts = sum(counts)
+        mapping, domain = rng.choice([("stereographic", "ball"), ("stereographic", "raw"), ("exp_log", "ball")])
+        config = MoSConfig(
+            r=rank, spaces=dict(zip(("hyperbolic", "spherical", "euclidean"), counts, strict=True)),
+            num_experts_per_tok=rng.choice([1, experts, rng.randint(1, experts)]),
+            norm_topk_prob=rng.random() < 0.6, share_a=rng.random() < 0.7, mapping=mapping, domain=domain,
+            boundary_eps=rng.choice([4e-3, 0.05, 0.3]),
+        )  # fmt: skip
+        widths = [1, 2, 3, 7, 8, 16, 17, 31, 33, 48, 64, 65, 100]
+        kappa = [rng.choice([0.0, 1e-9, -1e-9, *(round(rng.uniform(-3, 3), 2),) * 4]) for _ in range(experts)]
+        drawn = {
+            "config": config, "tokens": rng.choice([(), (0,), (1,), (2, 3), (17,), (33,), (64,)]),
+            "d_in": rng.choice([*widths, 300]), "d_hidden": rng.choice(widths), "d_out": rng.choice(widths),
+            "dtype": rng.choice(DTYPES), "seed": seed, "gated": rng.random() < 0.8, "bias": rng.random() < 0.5,
+            "frozen": rng.random() < 0.6, "kappa": tuple(kappa),
+            "norms": tuple(rng.choice([0.0, 0.03, 1.0, 1.0, 30.0]) for _ in range(3)),
+            "b_scale": rng.choice([0.1, 1.0, 10.0]), "x_layout": rng.choice(["dense", *LAYOUTS]),
+        }  # fmt: skip
+        return cls(**{**drawn, **fixed})
+
+    def __str__(self) -> str:
+        shown = f"config=MoSConfig({_differences(self.config, MoSConfig())})"
+        return f"DecodingTrial({shown}, {_differences(self, DecodingTrial(self.config))})"
+
+    def failures(self) -> list[str]:
+        """As `Trial.failures`."""
+        cases = [self._case(i, self.d_in, self.d_hidden) for i in range(2 if self.gated else 1)]
+        cases.append(self._case(2, self.d_hidden, self.d_out))
+        router = in_two_parts(cases[0].router, self.dtype)
+        x = _without_near_ties(cases[0].x, router, self.config.num_experts_per_tok)
+        x, hidden = (laid_out(t, self.x_layout) for t in (x, cases[-1].x))
+        cases = [case.replace(x=x) for case in cases[:-1]] + [cases[-1].replace(x=hidden)]
+        cases, router = [self._moved(case) for case in cases], on(router, self.device)
+        kernels = self._by_kernels(cases, router)
+        failed = []
+        for i, (case, y) in enumerate(zip(cases, kernels, strict=True)):
+            narrow, wide = (self._routed(c, cases[0].x, router, c.x.dtype) for c in (case, _wide(case)))
+            truth, dy = results(wide, y, "eager"), torch.zeros_like(y)
+            by_torch = [results(narrow, dy, "eager")]
+            found = compare({"y": y}, by_torch[0], truth)
+            for attempt in range(3 if found else 0):  # as in `failures`
+                by_torch.append(_reordered(narrow, dy, attempt, keep=None))
+                found = compare({"y": y}, largest_errors(by_torch, truth), truth)
+            failed += [f"linear {i}: {line}" for line in found]
+        return failed
+
+    def _case(self, number: int, d_in: int, d_out: int) -> Case:
+        kappa = tuple((1 - 0.6 * number) * value for value in self.kappa or self.config.curvature_signs)
+        made = make_case(
+            self.config, self.tokens, d_in, d_out, seed=self.seed + 10 * number, kappa=kappa, norms=self.norms,
+            b_scale=self.b_scale, bias=self.bias, own_router=True, margin=-1.0,
+        ).to(self.dtype)  # fmt: skip
+        return made.replace(**{name: tensor.detach() for name, tensor in made.inputs.items()})
+
+    def _moved(self, case: Case) -> Case:
+        return case.replace(**{name: on(tensor, self.device) for name, tensor in case.inputs.items()})
+
+    def _routed(self, case: Case, x: Tensor, router: Tensor, dtype: torch.dtype) -> Case:
+        """The case with the gates that the FFN's router makes of x in dtype."""
+        wide = torch.float64 if dtype == torch.float64 else router.dtype
+        gates = mos_route(x.to(dtype), router.to(wide), config=self.config, backend="eager")
+        return case.replace(router=None, gates=gates)
+
+    def _by_kernels(self, cases: list[Case], router: Tensor) -> list[Tensor]:
+        before = selected_backend()
+        set_backend("triton")
+        try:
+            module = MoSRouter(self.d_in, self.config, device=self.device).eval()
+            module.weight.data = router
+            layers = tuple(self._layer(case) for case in cases)
+            with torch.no_grad():
+                decoding = Decoding.of(module, layers, cases[0].x)
+                assert decoding is not None, "the linears were not taken together"
+                outputs, logits = decoding.read()
+                return [*outputs, decoding.write(cases[-1].x, logits)]
+        finally:
+            set_backend(before)
+
+    def _layer(self, case: Case) -> MoSLinear:
+        d_out, d_in = case.weight.shape
+        layer = MoSLinear(d_in, d_out, self.bias, config=self.config, device=self.device, dtype=self.dtype).eval()
+        layer.weight.data, layer.mos_lora_A.data, layer.mos_lora_B.data = case.weight, case.A, case.B
+        if self.bias:
+            layer.bias.data = case.bias
+        layer.mos_curvature_map[0] = case.kappa
+        return layer.freeze_for_inference() if self.frozen else layer
