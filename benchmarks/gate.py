@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from benchmarks import providers, qwen2
 from benchmarks.providers import Setting
 from mos_kernels import MoSLinear
 from mos_kernels.adapter import mos_linear
+from reference.layer import resolve_gates
 from reference.per_expert import mos_linear_per_expert
 
 FEWEST_TOKENS, TOKENS = 16, 96
@@ -52,10 +54,63 @@ def check_layer(setting: Setting, backend: str, mapping: str = "stereographic", 
     draws = max(DRAWS, TOKENS // tokens, -(-CURVATURES // setting.experts))
     trial = _Trial(setting, backend, mapping, own_router)
     drawn = [trial.draw(tokens) for _ in range(draws)]
+    return _together(drawn)
+
+
+def _together(drawn: list[tuple[dict[str, Tensor], ...]]) -> list[str]:
+    """`disagreements` of several draws of the truth, ours and torch's."""
     return disagreements(*(
         {name: torch.cat([results[i][name].flatten().double() for results in drawn]) for name in drawn[0][0]}
         for i in range(3)
     ))  # fmt: skip
+
+
+def check_decoding(setting: Setting, backend: str) -> list[str]:
+    """As `check_layer`, of a gated FFN from d_in to d_out and back, frozen, on FEWEST_TOKENS and without gradients."""
+    block = qwen2.FFN(setting.d_in, setting.d_out).to(setting.device, setting.dtype).requires_grad_(False)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    config = setting.config()
+    qwen2.adapt(block, providers.EAGER, config)
+    qwen2.freeze(block.eval(), backend)
+
+    def through(name: str, x: Tensor) -> dict[str, Tensor]:
+        block.backend = name
+        return {"y of an FFN": block(x)}
+
+    drawn = []
+    with torch.no_grad():
+        for _ in range(TOKENS // FEWEST_TOKENS):
+            x = torch.randn(FEWEST_TOKENS, setting.d_in, device=setting.device, dtype=setting.dtype)
+            x = x[_decided(x, block.mos_router.weight, config.num_experts_per_tok)]
+            truth = {"y of an FFN": _ffn_formula(block, x.double())}
+            plain = {"y of an FFN": _ffn_formula(block, x)} if backend == "eager" else through("eager", x)
+            drawn.append((truth, through(backend, x), plain))
+    return _together(drawn)
+
+
+def _ffn_formula(block: qwen2.FFN, x: Tensor) -> Tensor:
+    config, router = block.mos_router.config, block.mos_router.weight
+    routing = config.num_experts_per_tok, config.norm_topk_prob
+    gates = resolve_gates(
+        x, block.gate_proj.mos_lora_B, None, router.to(torch.promote_types(x.dtype, router.dtype)), *routing
+    )
+
+    def linear(layer: MoSLinear, x: Tensor) -> Tensor:
+        factors = layer.mos_lora_A, layer.mos_lora_B, layer.curvature
+        return mos_linear_per_expert(
+            x,
+            layer.weight,
+            None,
+            *factors,
+            gates=gates,
+            scaling=config.scaling,
+            mapping=config.mapping,
+            fused_norm=True,
+        )
+
+    hidden = nn.functional.silu(linear(block.gate_proj, x)) * linear(block.up_proj, x)
+    return linear(block.down_proj, hidden)
 
 
 def tokens_of(setting: Setting) -> int:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from benchmarks import providers, qwen2
 from benchmarks.cases.linear import FORWARD_BACKWARD, OURS, PEFT, checks_of, setting_of
+from benchmarks.gate import check_decoding
 from benchmarks.measure import rotated, rotation
 from benchmarks.providers import LAYERS
-from benchmarks.suite import Context, Group, Made, Shared, Variant
+from benchmarks.suite import Check, Context, Group, Made, Shared, Variant
 
 WHOLE = (providers.FROZEN, *PEFT, providers.FUSED_8, *OURS)
 
@@ -28,16 +29,26 @@ def _backend(name: str) -> str:
 
 def _variants(
     context: Context, names: Iterable[str], make: Callable[[str], Made], work: tuple[int, int], hidden: int,
-    intermediate: int, tokens: int,
+    intermediate: int, tokens: int, decoding: bool = False,
 ) -> dict[str, Variant]:  # fmt: skip
-    """A variant for each name, timed where its linears are right in both directions of an FFN. work: bytes, FLOP."""
+    """A variant for each name, timed where its linears are right in both directions of an FFN. work: bytes, FLOP.
+
+    decoding: and where the FFN is, frozen and on few tokens.
+    """
     settings = [setting_of(context, *widths, tokens) for widths in ((hidden, intermediate), (intermediate, hidden))]
-    return {
-        name: Variant(
-            functools.partial(make, name), *work, checks=[c for s in settings for c in checks_of(s, LAYERS[name].ours)]
-        )
-        for name in names
-    }
+
+    def checks(name: str) -> list[Check]:
+        found = [check for setting in settings for check in checks_of(setting, LAYERS[name].ours)]
+        if decoding and LAYERS[name].ours is not None:
+            key = "decoding", hidden, intermediate, context.dtype, _backend(name)
+            found.append(
+                Check(
+                    key, f"{_backend(name)}, decoding", functools.partial(check_decoding, settings[0], _backend(name))
+                )
+            )
+        return found
+
+    return {name: Variant(functools.partial(make, name), *work, checks=checks(name)) for name in names}
 
 
 def ffn(context: Context, hidden: int, intermediate: int, tokens: int) -> Group:
@@ -101,7 +112,7 @@ def decode(context: Context, hidden: int, intermediate: int, tokens: int) -> Gro
     flop = 12 * tokens * hidden * intermediate
     return Group(
         "decode", "forward of two FFNs", {"d_in": hidden, "d_out": intermediate, "tokens": tokens},
-        _variants(context, _whole_names(context), make, (moved, flop), hidden, intermediate, tokens),
+        _variants(context, _whole_names(context), make, (moved, flop), hidden, intermediate, tokens, decoding=True),
         providers.FROZEN, clock="graph", repeats=4, shared=[x],
     )  # fmt: skip
 
@@ -170,6 +181,6 @@ def decoding(context: Context, shape: qwen2.Shape, batch: int, length: int) -> G
         names = [n for n in names if n not in (providers.EAGER, providers.PEFT_8)]
     return Group(
         "model", "decoding", fields,
-        _variants(context, names, make, (moved, flop), shape.hidden, shape.intermediate, batch),
+        _variants(context, names, make, (moved, flop), shape.hidden, shape.intermediate, batch, decoding=True),
         providers.FROZEN, clock="graph", shared=[ids],
     )  # fmt: skip

@@ -54,6 +54,20 @@ def test_a_wrong_step_is_refused_and_only_what_does_not_use_it_is_timed(step, br
         assert "median_s" not in row
 
 
+def test_an_ffn_that_decodes_wrongly_is_not_timed(monkeypatch):
+    """Not even where each of its linears is right."""
+    torch.manual_seed(0)
+    assert gate.check_decoding(setting(), "eager") == []
+    route = eager.route
+    monkeypatch.setattr(eager, "route", lambda *arguments: route(*arguments) * 1.001)
+    assert gate.check_decoding(setting(), "eager")
+    context = suite.Context(CPU, torch.float32, "tiny")
+    rows = suite.run_group(cases.decode(context, 24, 32, 3), context, ceilings.Ceilings(1.0, 1.0), Budget(60))
+    ours = [row for row in rows if row["provider"].startswith("MoS")]
+    assert ours and all(row["message"].startswith("gate: eager, decoding: y of an FFN is off by") for row in ours)
+    assert all("median_s" in row for row in rows if row not in ours)
+
+
 def test_each_check_is_made_once_but_for_one_that_raises():
     calls = []
 
