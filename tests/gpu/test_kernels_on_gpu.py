@@ -7,12 +7,13 @@ import threading
 
 import pytest
 import torch
-from cases import DTYPES, RouterTrial, Trial
+from cases import DTYPES, DecodingTrial, RouterTrial, Trial
 from torch import nn
 
 import mos_kernels
 from mos_kernels import MoSConfig, MoSLinear, MoSRouter
 from mos_kernels.backends.triton import launch
+from mos_kernels.decoding import Decoding
 
 SHAPES = ((1536, 8960), (8960, 1536), (4096, 14336), (14336, 4096))
 
@@ -44,6 +45,25 @@ def test_a_drawn_router(seed, device):
         pytest.skip("rehearsal: the interpreter runs these seeds in tests/backends/triton")
     trial = RouterTrial.drawn(seed, device=device)
     assert not trial.failures(), str(trial)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_drawn_ffn_in_decoding(seed, device):
+    if device == "cpu" and seed > 2:
+        pytest.skip("rehearsal: the interpreter runs these seeds in tests/backends/triton")
+    trial = DecodingTrial.drawn(seed, device=device)
+    assert not trial.failures(), str(trial)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[::2], ids=str)
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_decoding_at_real_sizes(tokens, shape, dtype, device, scale):
+    d_in, d_hidden = (size // scale for size in shape)
+    trial = DecodingTrial(
+        MoSConfig(), tokens=(tokens,), d_in=d_in, d_hidden=d_hidden, d_out=d_in, dtype=dtype, device=device
+    )  # fmt: skip
+    assert not trial.failures()
 
 
 @pytest.mark.parametrize("activation", ["identity", "silu"])
@@ -97,6 +117,44 @@ def test_decoding_in_a_cuda_graph(tokens, device):
             static.copy_(torch.randn_like(static))
             graph.replay()
             assert torch.equal(y, made(static))
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_an_ffn_decodes_in_a_cuda_graph(tokens, device):
+    router, layers = ffn(1536, 8960, device)
+    static = torch.randn(tokens, 1536, device=device, dtype=torch.bfloat16)
+
+    def run():
+        decoding = Decoding.of(router, layers, static)
+        (gate, up), logits = decoding.read()
+        return decoding.write(nn.functional.silu(gate) * up, logits)
+
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = run()
+        for seed in range(3):
+            torch.manual_seed(seed)
+            static.copy_(torch.randn_like(static))
+            graph.replay()
+            assert torch.equal(y, run())
+
+
+def ffn(d: int, d_hidden: int, device: str) -> tuple[MoSRouter, tuple[MoSLinear, ...]]:
+    """A router and gate, up and down projection, frozen for inference."""
+    torch.manual_seed(0)
+    config, options = MoSConfig(), {"device": device, "dtype": torch.bfloat16}
+    layers = [MoSLinear(*widths, config=config, **options) for widths in ((d, d_hidden), (d, d_hidden), (d_hidden, d))]
+    for made in layers:
+        nn.init.normal_(made.mos_lora_B, std=0.02)
+    return MoSRouter(d, config, device=device).eval(), tuple(made.freeze_for_inference() for made in layers)
 
 
 def test_a_linear_decodes_in_two_launches(device, scale, monkeypatch):
