@@ -34,6 +34,7 @@ class Decoding(NamedTuple):
         *inputs, last = linears
         if (
             torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled(x.device.type)
             or torch._C._are_functorch_transforms_active()
@@ -55,10 +56,10 @@ class Decoding(NamedTuple):
         operands = [self._operands(linear, x) for linear in self.inputs]
         if len(operands) == 2:
             return pair_forward(x, operands, router, config, "triton")
-        weight, bias, A, B, kappa, prepared = operands[0]
+        *factors, prepared = operands[0]
         y, _, _, logits, _ = linear_forward(
-            x, weight, bias, A, B, kappa, None, router, None, 0.0, prepared, config, "triton", False
-        )
+            x, *factors, None, router, None, 0.0, prepared, config, "triton", False
+        )  # fmt: skip
         return [y], logits
 
     def write(self, hidden: Tensor, logits: Tensor) -> Tensor:
@@ -70,24 +71,10 @@ class Decoding(NamedTuple):
         if hidden.shape[:-1] != self.x.shape[:-1]:
             shapes = tuple(self.x.shape[:-1]), tuple(hidden.shape[:-1])
             raise ValueError("the block reads tokens {}, its last linear {}: both must be the same".format(*shapes))
-        weight, bias, A, B, kappa, prepared = self._operands(self.last, hidden)
+        *factors, prepared = self._operands(self.last, hidden)
         return linear_forward(
-            hidden,
-            weight,
-            bias,
-            A,
-            B,
-            kappa,
-            None,
-            None,
-            None,
-            0.0,
-            prepared,
-            self.last.config,
-            "triton",
-            False,
-            logits,
-        )[0]
+            hidden, *factors, None, None, None, 0.0, prepared, self.last.config, "triton", False, logits
+        )[0]  # fmt: skip
 
     def _operands(self, linear: MoSLayer, x: Tensor) -> Operands:
         kappa, A, prepared = linear._factors(x, x.dtype, self.backend)

@@ -240,6 +240,9 @@ def test_modes_that_they_do_not_work_in():
         assert Decoding.of(*parts, x, "eager") is None
         with torch.autocast("cpu", torch.bfloat16):
             assert Decoding.of(*parts, x) is None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.jit, "is_tracing", lambda: True)  # a trace would hold no launch
+            assert Decoding.of(*parts, x) is None
         for module in (block.mos_router, block.down_proj):
             module.training = True
             assert Decoding.of(*parts, x) is None
