@@ -25,7 +25,7 @@ STYLES = {  # provider -> (colour, line style)
     p.EXP_LOG: (RED, "-"), p.EXP_LOG_COMPILED: (RED, "--"), p.GEOOPT: (BROWN, "-"),
     p.EXP_LOG_EAGER: (PINK, "-"), p.EXP_LOG_TRITON: (PINK, "--"),
     p.EAGER: (LIGHT_GREEN, "-"), p.EAGER_COMPILED: (LIGHT_GREEN, "--"), p.EAGER_OWN: (LIGHT_GREEN, ":"),
-    p.TRITON: (GREEN, "-"), p.TRITON_OWN: (GREEN, ":"),
+    p.TRITON: (GREEN, "-"), p.TRITON_OWN: (GREEN, ":"), p.TRITON_APART: (GREEN, "--"),
     p.COLLAPSED: (GREY, "-"), p.COLLAPSED_COMPILED: (GREY, "--"), p.MAPPED: (ORANGE, "-"),
     p.MAPPED_COMPILED: (ORANGE, "--"),
     "stereographic, eager": (ORANGE, "-"), "stereographic, compiled": (ORANGE, "--"),

@@ -39,6 +39,7 @@ COLLAPSED, COLLAPSED_COMPILED = "collapsed, plain PyTorch", "collapsed, plain Py
 MAPPED, MAPPED_COMPILED = "stereographic, expert by expert", "stereographic, expert by expert, compiled"
 LORA_BRANCH = "LoRA r=8"
 EAGER_OWN, TRITON_OWN = "MoS eager, own router", "MoS Triton, own router"
+TRITON_APART = "MoS Triton, linear by linear"  # an FFN in decoding whose linears share no launch
 
 
 @dataclass(frozen=True)

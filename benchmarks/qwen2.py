@@ -53,12 +53,14 @@ class FFN(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
         self.mos_router: MoSRouter | None = None
         self.backend = "auto"
+        self.share_launches = True  # of its adapted linears, in decoding
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mos_router is None:
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        linears = self.gate_proj, self.up_proj, self.down_proj
-        decoding = Decoding.of(self.mos_router, linears, x, self.backend)  # as in the blocks that apply_mos adapts
+        linears, decoding = (self.gate_proj, self.up_proj, self.down_proj), None
+        if self.share_launches:  # as in the blocks that apply_mos adapts
+            decoding = Decoding.of(self.mos_router, linears, x, self.backend)
         if decoding is not None:
             (gate, up), logits = decoding.read()
             return decoding.write(F.silu(gate) * up, logits)
@@ -181,7 +183,9 @@ def adapt(module: nn.Module, provider: str, config: MoSConfig) -> list[nn.Parame
     blocks = [m for m in module.modules() if isinstance(m, FFN)]
     if provider == providers.FROZEN:
         return []
-    if provider in (providers.EAGER, providers.TRITON):
+    if provider in (providers.EAGER, providers.TRITON, providers.TRITON_APART):
+        for block in blocks:
+            block.share_launches = provider != providers.TRITON_APART
         return _adapt_mos(blocks, "eager" if provider == providers.EAGER else "triton", config)
     if provider == providers.FUSED_8:
         return [p for block in blocks for name in LINEARS for p in _adapt_fused(block, name)]

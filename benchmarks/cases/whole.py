@@ -24,7 +24,7 @@ def _whole_names(context: Context) -> list[str]:
 
 
 def _backend(name: str) -> str:
-    return "triton" if name == providers.TRITON else "eager"
+    return "triton" if name in (providers.TRITON, providers.TRITON_APART) else "eager"
 
 
 def _variants(
@@ -38,14 +38,11 @@ def _variants(
     settings = [setting_of(context, *widths, tokens) for widths in ((hidden, intermediate), (intermediate, hidden))]
 
     def checks(name: str) -> list[Check]:
-        found = [check for setting in settings for check in checks_of(setting, LAYERS[name].ours)]
-        if decoding and LAYERS[name].ours is not None:
-            key = "decoding", hidden, intermediate, context.dtype, _backend(name)
-            found.append(
-                Check(
-                    key, f"{_backend(name)}, decoding", functools.partial(check_decoding, settings[0], _backend(name))
-                )
-            )
+        ours, backend = LAYERS[providers.TRITON if name == providers.TRITON_APART else name].ours, _backend(name)
+        found = [check for setting in settings for check in checks_of(setting, ours)]
+        if decoding and ours is not None:
+            run = functools.partial(check_decoding, settings[0], backend)
+            found.append(Check(("decoding", hidden, intermediate, context.dtype, backend), f"{backend}, decoding", run))
         return found
 
     return {name: Variant(functools.partial(make, name), *work, checks=checks(name)) for name in names}
@@ -107,12 +104,14 @@ def decode(context: Context, hidden: int, intermediate: int, tokens: int) -> Gro
 
         return Made(call)
 
+    names = _whole_names(context)
+    names += [providers.TRITON_APART] if providers.TRITON in names else []
     size = context.dtype.itemsize
     moved = 2 * size * (3 * hidden * intermediate + tokens * (2 * hidden + 6 * intermediate))
     flop = 12 * tokens * hidden * intermediate
     return Group(
         "decode", "forward of two FFNs", {"d_in": hidden, "d_out": intermediate, "tokens": tokens},
-        _variants(context, _whole_names(context), make, (moved, flop), hidden, intermediate, tokens, decoding=True),
+        _variants(context, names, make, (moved, flop), hidden, intermediate, tokens, decoding=True),
         providers.FROZEN, clock="graph", repeats=4, shared=[x],
     )  # fmt: skip
 

@@ -30,7 +30,8 @@ def test_everything_runs_at_tiny_sizes(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "run", "--device", "cpu", "--tiny", "--results", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    for name in (providers.TRITON, providers.EXP_LOG_TRITON, "stereographic, our Triton", "expand backward"):
+    ours = providers.TRITON, providers.TRITON_APART, providers.EXP_LOG_TRITON, "stereographic, our Triton"
+    for name in (*ours, "expand backward"):
         assert name in run.stdout
     missing = [name for name in ("peft", "geoopt") if importlib.util.find_spec(name) is None]
     assert missing or "left out" not in run.stdout
