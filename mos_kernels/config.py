@@ -212,6 +212,14 @@ class MoSConfig:
     def __hash__(self) -> int:
         return hash(self.json)
 
+    def __getattr__(self, name: str):
+        if name == "base_model_name_or_path":  # what peft asks of a configuration first
+            raise AttributeError(
+                "a MoSConfig is no peft configuration: give get_peft_model a MoSPeftConfig (mos_kernels.huggingface), "
+                "which has the same fields, or call apply_mos(model, config)"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     # what follows from the fields
 
     @property

@@ -795,6 +795,16 @@ def test_bad_values_and_unknown_options(options):
     assert MoSPeftConfig(unheard_of=None).r == 8
 
 
+def test_peft_given_the_other_configuration_names_its_own():
+    model = tiny("llama")
+    before = snapshot(model)
+    with pytest.raises(AttributeError, match=r"give get_peft_model a MoSPeftConfig .* or call apply_mos"):
+        get_peft_model(model, MoSConfig())
+    assert snapshot(model) == before
+    with pytest.raises(AttributeError, match="'MoSConfig' object has no attribute 'alpha'"):
+        getattr(MoSConfig(), "alpha")  # noqa: B009
+
+
 def test_a_configuration_goes_through_its_file(tmp_path):
     before = config(target_modules={"b", "a"}, spaces={"spherical": 2, "hyperbolic": 1}, num_experts_per_tok=2)
     before.save_pretrained(tmp_path)
