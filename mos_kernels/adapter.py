@@ -58,7 +58,7 @@ def mos_linear(
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, bias, A, B, kappa, gates, router, base_output, config)
     _check_mask(x, token_mask)
-    _check_device(
+    check_device(
         x, weight=weight, bias=bias, A=A, B=B, kappa=kappa, gates=gates, router=router, base_output=base_output,
         aux_weight=aux_weight, token_mask=None if aux_weight is None else token_mask,
     )  # fmt: skip
@@ -92,7 +92,7 @@ def mos_route(
     if x.shape[-1] != router.shape[-1]:
         raise ValueError(f"x has width {x.shape[-1]}, the router reads {router.shape[-1]}: pass the FFN block's input")
     _check_mask(x, token_mask)
-    _check_device(x, router=router, aux_weight=aux_weight, token_mask=None if aux_weight is None else token_mask)
+    check_device(x, router=router, aux_weight=aux_weight, token_mask=None if aux_weight is None else token_mask)
     backend = resolve_backend(backend, x)
     differentiable = not inference or _needs_gradients((x, router))
     with torch.autocast(x.device.type, enabled=False):
@@ -169,7 +169,7 @@ def _check_mask(x: Tensor, token_mask: Tensor | None) -> None:
         )
 
 
-def _check_device(x: Tensor, **others: Tensor | None) -> None:
+def check_device(x: Tensor, **others: Tensor | None) -> None:
     """A kernel would read another device's memory by its address."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:

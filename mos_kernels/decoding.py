@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from mos_kernels.adapter import check_input
+from mos_kernels.adapter import check_device, check_input
 from mos_kernels.backends import load_backend, resolve_backend
+from mos_kernels.config import MoSConfig
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSLinear, MoSRouter
 from mos_kernels.sharded import is_dtensor
 from mos_kernels.steps import Operands, linear_forward, pair_forward
@@ -22,43 +24,54 @@ from mos_kernels.steps import Operands, linear_forward, pair_forward
 class Decoding(NamedTuple):
     """An FFN block's router and adapted linears on x (..., d_in), without a backward."""
 
-    router: MoSRouter
-    inputs: tuple[MoSLayer, ...]  # one or two, which read x
-    last: MoSLayer
     x: Tensor
-    backend: str
+    router: Tensor
+    inputs: tuple[Operands, ...]  # one or two, which read x, and their configuration
+    config: MoSConfig
+    last: Operands
+    last_config: MoSConfig
 
     @classmethod
     def of(cls, router: nn.Module, linears: tuple[nn.Module, ...], x: Tensor, backend: str = "auto") -> Decoding | None:
         """None where the modules have to be called one by one. linears: those that read x, and the last."""
-        *inputs, last = linears
+        if not _is_plain(x) or resolve_backend(backend, x) != "triton":
+            return None
+        few, tokens = load_backend("triton").shares_launches, x.shape[:-1].numel()
         if (
-            torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled(x.device.type)
-            or torch._C._are_functorch_transforms_active()
-            or type(router) is not MoSRouter
+            type(router) is not MoSRouter
             or any(type(linear) not in (MoSLinear, MoSConv1D) for linear in linears)
+            or not all(few(tokens, linear.config) for linear in linears)
             or not all(map(_runs_its_own_forward, (router, *linears)))
-            or not _fit(router, inputs, last, x)
-            or resolve_backend(backend, x) != "triton"
+            or any(_routing(linear) != _routing(router) or linear.mos_router is not None for linear in linears)
+            or any(is_dtensor(linear.mos_lora_B) for linear in linears)
         ):
             return None
-        steps, tokens = load_backend("triton"), x.shape[:-1].numel()
-        if not all(steps.takes_pairs(tokens, linear.config) for linear in linears):
-            return None
-        return cls(router, tuple(inputs), last, x, backend)
+        *inputs, last = linears
+        made = cls(
+            x, router.weight, tuple(_operands(linear, x, backend) for linear in inputs), inputs[0].config,
+            _operands(last, x, backend), last.config,
+        )  # fmt: skip
+        alike = len(inputs) == 1 or (inputs[0].config == inputs[1].config and _are_alike(*made.inputs))
+        return made if alike and made._fits() else None
+
+    def _fits(self) -> bool:
+        """Whether the tensors go together. Where they do not, the modules' own calls say what is wrong."""
+        x, E = self.x, self.config.num_experts
+        if tuple(self.router.shape) != (E, x.shape[-1]) or any(o.weight.shape[1] != x.shape[-1] for o in self.inputs):
+            return False
+        linears = [*((o, self.config) for o in self.inputs), (self.last, self.last_config)]
+        if any(o.weight.dtype != x.dtype or not _are_shaped(o, config) for o, config in linears):
+            return False
+        tensors = [self.router, *(t for o, _ in linears for t in (*o[:-1], *(o.prepared or ())) if t is not None)]
+        return all(t.device == x.device and not is_dtensor(t) for t in tensors)
 
     def read(self) -> tuple[list[Tensor], Tensor]:
-        """The outputs (..., d_out) of the linears that read x, and the router's logits, in the backend's form."""
-        x, router, config = self.x, self.router.weight, self.inputs[0].config
-        operands = [self._operands(linear, x) for linear in self.inputs]
-        if len(operands) == 2:
-            return pair_forward(x, operands, router, config, "triton")
-        *factors, prepared = operands[0]
+        """The outputs (..., d_out) of the linears that read x, and the router's logits, in the kernels' form."""
+        if len(self.inputs) == 2:
+            return pair_forward(self.x, self.inputs, self.router, self.config)
+        *factors, prepared = self.inputs[0]
         y, _, _, logits, _ = linear_forward(
-            x, *factors, None, router, None, 0.0, prepared, config, "triton", False
+            self.x, *factors, None, self.router, None, 0.0, prepared, self.config, "triton", False
         )  # fmt: skip
         return [y], logits
 
@@ -67,23 +80,38 @@ class Decoding(NamedTuple):
 
         Raises ValueError for a hidden that does not fit.
         """
-        check_input(hidden, self.last._dense_weight, self.last.in_features)
+        weight = self.last.weight
+        check_input(hidden, weight, weight.shape[1])
+        check_device(hidden, weight=weight)
         if hidden.shape[:-1] != self.x.shape[:-1]:
             shapes = tuple(self.x.shape[:-1]), tuple(hidden.shape[:-1])
             raise ValueError("the block reads tokens {}, its last linear {}: both must be the same".format(*shapes))
-        *factors, prepared = self._operands(self.last, hidden)
+        *factors, prepared = self.last
         return linear_forward(
-            hidden, *factors, None, None, None, 0.0, prepared, self.last.config, "triton", False, logits
+            hidden, *factors, None, None, None, 0.0, prepared, self.last_config, "triton", False, logits
         )[0]  # fmt: skip
 
-    def _operands(self, linear: MoSLayer, x: Tensor) -> Operands:
-        kappa, A, prepared = linear._factors(x, x.dtype, self.backend)
-        return Operands(linear._dense_weight, linear.bias, A, linear.mos_lora_B, kappa, prepared)
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether x is a tensor of tokens, and what is done to it is neither recorded, differentiated nor transformed."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or type(x) is not Tensor  # fx traces with proxies
+        or x.dim() == 0
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled(x.device.type)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def _runs_its_own_forward(module: nn.Module) -> bool:
-    """Whether calling the module, in eval mode, would run the forward of its class and nothing else."""
-    everywhere = nn.modules.module
+    """Whether calling the module, in eval mode, would run its forward and nothing else.
+
+    What replaces a method of the class, or of nn.Module, is not seen.
+    """
+    everywhere, own = nn.modules.module, vars(module)
     return not (
         module.training
         or module._forward_hooks
@@ -91,32 +119,37 @@ def _runs_its_own_forward(module: nn.Module) -> bool:
         or everywhere._global_forward_hooks
         or everywhere._global_forward_pre_hooks
         or module._compiled_call_impl is not None
-        or "forward" in vars(module)
+        or "forward" in own
+        or "_call_impl" in own
     )
 
 
-def _fit(router: MoSRouter, inputs: list[MoSLayer], last: MoSLayer, x: Tensor) -> bool:
-    """Whether the tensors go together. Where they do not, the modules' own calls say what is wrong."""
-    linears, config = (*inputs, last), router.config
-    if len(inputs) == 2 and not _are_alike(*inputs):
-        return False
-    if x.dim() == 0 or any(linear.in_features != x.shape[-1] for linear in (router, *inputs)):
-        return False
-    if any(_routing(linear.config) != _routing(config) or linear.mos_router is not None for linear in linears):
-        return False
-    if any(linear.weight.dtype != x.dtype for linear in linears):
-        return False
-    tensors = (router.weight, *(t for linear in linears for t in (linear.weight, linear.mos_lora_A, linear.mos_lora_B)))
-    return all(t.device == x.device and not is_dtensor(t) for t in tensors)
-
-
-def _routing(config) -> tuple[int, int, bool]:
+def _routing(module: MoSLayer | MoSRouter) -> tuple[int, int, bool]:
+    config = module.config
     return config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
 
 
-def _are_alike(first: MoSLayer, second: MoSLayer) -> bool:
+def _operands(linear: MoSLayer, x: Tensor, backend: str) -> Operands:
+    kappa, A, prepared = linear._factors(x, x.dtype, backend)
+    return Operands(linear._dense_weight, linear.bias, A, linear.mos_lora_B, kappa, prepared)
+
+
+def _are_shaped(o: Operands, config: MoSConfig) -> bool:
+    (d_out, d_in), E, r = o.weight.shape, config.num_experts, config.r
     return (
-        (first.config is second.config or first.config == second.config)
-        and first.out_features == second.out_features
-        and (first.bias is None) == (second.bias is None)
+        tuple(o.A.shape) == ((r, d_in) if config.share_a else (E, r, d_in))
+        and tuple(o.B.shape) == (d_out, E, r)
+        and tuple(o.kappa.shape) == (E,)
+        and (o.bias is None or tuple(o.bias.shape) == (d_out,))
+    )
+
+
+def _are_alike(first: Operands, second: Operands) -> bool:
+    def dtype(t: Tensor | None) -> torch.dtype | None:
+        return None if t is None else t.dtype
+
+    return (
+        first.weight.shape == second.weight.shape
+        and first.A.dtype == second.A.dtype
+        and dtype(first.bias) == dtype(second.bias)
     )

@@ -189,7 +189,7 @@ class MoSAdapter(Float32State):
     def _may_use_frozen(self, x: Tensor, dtype: torch.dtype, backend: str) -> bool:
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return False
-        if not x.dtype == dtype == self._frozen.dtype:
+        if not x.dtype == dtype == self._frozen.dtype or x.device != self._frozen.A.device:  # as in a replica
             return False
         return self._frozen.backend == resolve_backend(backend, x)
 

@@ -69,14 +69,12 @@ def linear_forward(
     return _shaped(y, x), p, n, logits, prepared.gram
 
 
-def pair_forward(
-    x: Tensor, linears: Sequence[Operands], router: Tensor, config, backend: str
-) -> tuple[list[Tensor], Tensor]:
+def pair_forward(x: Tensor, linears: Sequence[Operands], router: Tensor, config) -> tuple[list[Tensor], Tensor]:
     """y of two linears of one shape and configuration that read x, and their router's logits. No backward may follow.
 
-    For so few tokens that the backend `takes_pairs`.
+    Through the kernels, for so few tokens that linears share launches there.
     """
-    steps = load_backend(backend)
+    steps = load_backend("triton")
     compute, tokens = steps.compute_dtype(x.dtype), x.reshape(-1, x.shape[-1])
     p, n, logits = steps.shrink_pair(tokens, [linear.A for linear in linears], router)
     prepared = [
@@ -162,7 +160,7 @@ def _shaped(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _routed(gates: Tensor | None, logits: Tensor | None, compute: torch.dtype) -> tuple[Tensor, bool]:
-    """What the bridge routes by, (T, E), and whether that is the logits of the linear's own router."""
+    """What the bridge routes by, (T, E), and whether that is a router's logits, the linear's own as a rule."""
     if gates is None:
         return logits, True
     return gates.reshape(-1, gates.shape[-1]).to(compute), False

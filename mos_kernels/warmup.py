@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from mos_kernels.adapter import mos_linear, mos_route
 from mos_kernels.backends import resolve_backend
+from mos_kernels.ffn import bound_form, decoding_of
 from mos_kernels.layer import MoSAdapter, MoSLayer, MoSRouter, device_and_dtype
 
 
 def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Run each distinct adapted linear and router of `model` once in every launch bucket, on zeros, and FFN blocks too.
+    """Run each distinct adapted linear and router of `model` once in every launch bucket, on zeros.
+
+    And the linears of each FFN block as they share launches in decoding.
 
     After this, no length of input compiles anything. dtype: the inputs', where it is not the weights' (autocast).
     Parameters, gradients, buffers and random state stay as they are. Returns the number of distinct modules; 0 where
@@ -37,34 +40,50 @@ def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
             seen.add(key)
             _run(module, base, x_dtype, device)
     if seen:
-        _run_blocks(model, dtype)
+        _run_blocks(model)
     return len(seen)
 
 
-def _run_blocks(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Each distinct FFN block with a router on few tokens in eval mode, where its linears may share launches."""
+def _run_blocks(model: nn.Module) -> None:
+    """The linears of each distinct FFN block together, where they share launches in eval mode on few tokens."""
     from mos_kernels.backends.triton.launch import DECODE_TOKENS
 
     seen = set()
     for block in model.modules():
-        router, layers = block._modules.get("mos_router"), [m for m in block.children() if isinstance(m, MoSLayer)]
-        if not isinstance(router, MoSRouter) or not layers or "forward" not in vars(block):  # bound by apply_mos
+        form = bound_form(block)
+        linears = [] if form is None else [getattr(block, name) for name in form.linears]
+        if not linears or not all(isinstance(linear, MoSLayer) for linear in linears):
             continue
-        device, x_dtype = device_and_dtype(layers[0])
-        frozen = [_frozen(layer, x_dtype) for layer in layers]
-        key = (type(block), x_dtype, device, *map(repr, layers), *frozen)
-        if key in seen or dtype not in (None, x_dtype):  # under autocast they share nothing
+        kinds = [
+            (
+                type(m),
+                m.config.json,
+                tuple(map(_kind, m.parameters(recurse=False))),
+                getattr(m, "_frozen", None) is None,
+            )
+            for m in (block.mos_router, *linears)
+        ]
+        if tuple(kinds) in seen:
             continue
-        seen.add(key)
-        training = [module for module in block.modules() if module.training]
+        seen.add(tuple(kinds))
+        training = [module for module in (block.mos_router, *linears) if module.training]
         try:
             for module in training:
                 module.training = False  # not .eval(), which may drop what freeze_for_inference computed
             with torch.no_grad():
-                block.forward(torch.zeros(DECODE_TOKENS, router.in_features, dtype=x_dtype, device=device))
+                weight = linears[0].weight
+                x = torch.zeros(DECODE_TOKENS, linears[0].in_features, dtype=weight.dtype, device=weight.device)
+                decoding = decoding_of(block, form, x)
+                if decoding is not None:
+                    _, logits = decoding.read()
+                    decoding.write(x.new_zeros(DECODE_TOKENS, decoding.last.weight.shape[1]), logits)
         finally:
             for module in training:
                 module.training = True
+
+
+def _kind(t: Tensor) -> tuple:
+    return tuple(t.shape), t.dtype, t.device
 
 
 def _frozen(module: nn.Module, dtype: torch.dtype) -> bool:

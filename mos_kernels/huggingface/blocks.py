@@ -15,69 +15,13 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
-from mos_kernels.decoding import Decoding
+from mos_kernels.ffn import FFNForm, bound_form, ffn_forward
 from mos_kernels.huggingface.targets import is_linear
 from mos_kernels.layer import MoSRouter
-
-
-@dataclass(frozen=True)
-class FFNForm:
-    """What an FFN block computes, by the names of its children.
-
-    inputs: the linears that read the block's input: (gate, up), (fused gate_up,) or (up,).
-    fused: the one input linear holds gate and up, in this order.
-    activation: modules on the gate (or on the one input). hidden: modules between that and `down`. output: after it.
-    routed: the linears that take gates.
-    """
-
-    inputs: tuple[str, ...]
-    fused: bool
-    activation: tuple[str, ...]
-    hidden: tuple[str, ...]
-    down: str
-    output: tuple[str, ...]
-    routed: tuple[str, ...] = ()
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        return (*self.inputs, self.down)
-
-
-def ffn_forward(block: nn.Module, form: FFNForm, *args, **kwargs) -> Tensor:
-    """The block's forward, with one router for all its adapted linears. x (..., d) -> (..., d)."""
-    (x,) = (*args, *kwargs.values())
-    decoding = None
-    if len(form.routed) == len(form.linears):
-        decoding = Decoding.of(block.mos_router, tuple(getattr(block, name) for name in form.linears), x)
-    if decoding is not None:
-        inputs, logits = decoding.read()
-        last = functools.partial(decoding.write, logits=logits)
-    else:
-        gates = block.mos_router(x)
-        inputs = [_linear(block, form, name, x, gates) for name in form.inputs]
-        last = functools.partial(_linear, block, form, form.down, gates=gates)
-    if form.fused:
-        inputs = inputs[0].chunk(2, -1)
-    hidden = _through(block, form.activation, inputs[0])
-    if len(inputs) == 2:
-        hidden = hidden * inputs[1]
-    hidden = _through(block, form.hidden, hidden)
-    return _through(block, form.output, last(hidden))
-
-
-def _linear(block: nn.Module, form: FFNForm, name: str, x: Tensor, gates: Tensor) -> Tensor:
-    linear = getattr(block, name)
-    return linear(x, gates) if name in form.routed else linear(x)
-
-
-def _through(block: nn.Module, names: tuple[str, ...], x: Tensor) -> Tensor:
-    for name in names:
-        x = getattr(block, name)(x)
-    return x
 
 
 def add_router(block: nn.Module, form: FFNForm, router: MoSRouter) -> None:
@@ -120,9 +64,9 @@ def recognise(block: nn.Module, routed: tuple[str, ...] = ()) -> FFNForm | None:
 
     A block whose forward has been bound already has the form that was bound.
     """
-    bound = vars(block).get("_old_forward" if hasattr(block, "_hf_hook") else "forward")
-    if isinstance(bound, functools.partial) and bound.func is ffn_forward:
-        return replace(bound.args[1], routed=routed)
+    bound = bound_form(block)
+    if bound is not None:
+        return replace(bound, routed=routed)
     if not _has_class_forward(block):
         return None
     traces = {_trace(block, training) for training in (True, False)}

@@ -19,7 +19,8 @@ from peft.utils import register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from mos_kernels.huggingface.blocks import FFNForm, add_router, recognise, remove_router
+from mos_kernels.ffn import FFNForm
+from mos_kernels.huggingface.blocks import add_router, recognise, remove_router
 from mos_kernels.huggingface.files import PREFIX as FILE_PREFIX
 from mos_kernels.huggingface.files import WEIGHTS_NAME, read_tensors, refuse_damaged, require_finite, require_fit
 from mos_kernels.huggingface.peft_config import MOSELORA, MoSPeftConfig

@@ -12,7 +12,8 @@ from torch import nn
 
 from mos_kernels.backends.eager import compute_dtype
 from mos_kernels.config import MoSConfig
-from mos_kernels.huggingface.blocks import FFNForm, recognise
+from mos_kernels.ffn import FFNForm
+from mos_kernels.huggingface.blocks import recognise
 from mos_kernels.huggingface.targets import Target, base_of, find_targets, in_features, layer_kind, out_features
 from mos_kernels.layer import ADAPTER_PARAMETERS, MoSAdapter, MoSLayer, MoSLinear, MoSRouter, device_and_dtype
 

@@ -135,6 +135,15 @@ def test_few_tokens_with_as_many_columns_as_one_launch_takes(experts, r, dtype, 
     assert_fits(architecture, named(found, "bridge_expand"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("r", "share_a"), [(1, True), (16, True), (8, False), (16, False)])
+def test_linears_that_share_launches(r, share_a, dtype):
+    found = launches(DECODE, MoSConfig(r=r, share_a=share_a), dtype=dtype)
+    pairs = [one for one in named(found, "shrink", "bridge_expand_pair") if dict(one.constants).get("PAIR", True)]
+    assert [one.name for one in pairs] == ["shrink", "bridge_expand_pair"]
+    assert_fits("sm_90", pairs)
+
+
 @pytest.mark.parametrize("activation", ["identity", "silu"])
 @pytest.mark.parametrize("r", [64, 128])
 def test_large_ranks_in_float32_without_spills(r, activation):

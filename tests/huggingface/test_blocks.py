@@ -17,7 +17,8 @@ from transformers.models.gptj.modeling_gptj import GPTJMLP
 from transformers.models.modernbert.modeling_modernbert import ModernBertMLP
 from transformers.models.t5.modeling_t5 import T5DenseActDense
 
-from mos_kernels.huggingface.blocks import ffn_forward, recognise
+from mos_kernels.ffn import ffn_forward
+from mos_kernels.huggingface.blocks import recognise
 
 WIDTH = 4
 

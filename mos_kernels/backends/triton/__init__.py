@@ -1,5 +1,7 @@
 """The four steps as Triton kernels, for CUDA and ROCm, with the interface of the eager backend (float32 and below).
 
+In decoding alone, two linears of an FFN may share a step: `shares_launches`, `shrink_pair` and `bridge_expand_pair`.
+
 p, n and logits are kept as planes (S, T, …): partial sums over S parts of d_in, which the bridge adds up in a fixed
 order. S is 1 wherever a backward may follow. Logits of a half-precision x lie in two parts, high and low.
 """
@@ -38,10 +40,10 @@ __all__ = [
     "route_backward",
     "routing_logits",
     "routing_logits_backward",
+    "shares_launches",
     "shrink",
     "shrink_backward",
     "shrink_pair",
-    "takes_pairs",
 ]
 
 
@@ -189,7 +191,7 @@ def add_norm_gradient(dB, B, M):
 
 def bridge_expand(p, n, routed, own_router: bool, kappa, prepared: Prepared, added, dtype: torch.dtype, config):
     """y₀ (T, d_out), z or u never stored where there are few tokens or an activation; added as in `expand`."""
-    few = config.activation == "identity" and decode.is_few(n.shape[1], config)
+    few = shares_launches(n.shape[1], config)
     if config.activation == "identity" and not few:
         z, _ = bridge(p, n, routed, own_router, kappa, prepared, config)
         return expand(z, prepared, added, dtype)
@@ -200,15 +202,15 @@ def bridge_expand(p, n, routed, own_router: bool, kappa, prepared: Prepared, add
     return activated.activated_launch(p, n, routed, own_router, kappa, prepared.B, added, config)
 
 
-def takes_pairs(T: int, config) -> bool:
-    """Whether T tokens may go through `shrink_pair` and `bridge_expand_pair`."""
+def shares_launches(T: int, config) -> bool:
+    """Whether bridge and expand of T tokens are one launch, which a router's logits and a second linear may enter."""
     return config.activation == "identity" and decode.is_few(T, config)
 
 
 def shrink_pair(x, A: tuple[Tensor, Tensor], router):
-    """Planes p (2, S, T, R) of two linears, n (S, T) and logits (S, T, E or 2E), for no backward. A: of one shape."""
+    """Planes p (2, S, T, R) of two linears, n (S, T) and logits (S, T, E or 2E), for no backward. A: alike."""
     first, second = (_stack(a) for a in A)
-    return _shrink.shrink_launch(_rows(x), first, router.contiguous(), None, 0.0, True, second.to(first.dtype))
+    return _shrink.shrink_launch(_rows(x), first, router.contiguous(), None, 0.0, True, second)
 
 
 def bridge_expand_pair(p, n, logits, kappas, prepared: tuple[Prepared, Prepared], biases, config):

@@ -144,7 +144,7 @@ def layer_launches(
             gates = backend.route(logits, config)
             dlogits = backend.route_backward(gates, logits, aux, mask, config)
             backend.routing_logits_backward(x, router, dlogits, (True, True))
-        if not own and not wrapped and backend.takes_pairs(T, config):  # an FFN's linears in decoding
+        if not own and not wrapped and backend.shares_launches(T, config):  # an FFN's linears in decoding
             p, n, logits = backend.shrink_pair(x, (A, A), router)
             backend.bridge_expand_pair(p, n, logits, (kappa, kappa), (prepared, prepared), (added, added), config)
             backend.bridge_expand(p[0], n, logits, True, kappa, prepared, added, dtype, config)

@@ -30,11 +30,12 @@ def _stacked_rows(
     inside = columns[None, :] < D
     total = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     if R > 0:
-        offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
-        places = A + offsets
+        starts = A + rows.to(tl.int64) * D
         if PAIR:
-            places = tl.where(rows[:, None] < R // 2, places, A_2 + (offsets - R // 2 * D))
-        total += tl.load(places, mask=inside & (rows[:, None] < R), other=0.0).to(tl.float32)
+            starts = tl.where(rows < R // 2, starts, A_2 + (rows - R // 2).to(tl.int64) * D)
+        total += tl.load(starts[:, None] + columns[None, :], mask=inside & (rows[:, None] < R), other=0.0).to(
+            tl.float32
+        )
     if E > 0:
         is_low = rows >= R + E
         row = tl.where(is_low, rows - R - E, rows - R)
@@ -116,7 +117,7 @@ def shrink_launch(
     R = each if A_2 is None else 2 * each
     split_router = E > 0 and x.dtype != torch.float32
     columns = R + (2 * E if split_router else E)
-    block_c = launch.block(columns, 16, 64)
+    block_c = launch.block(columns, 16, 64 if A_2 is None else 32)
     most = 256 if block_c <= 16 else 64
     if x.dtype == torch.float32 or seed is not None:
         most = 64 if block_c <= 32 else 32

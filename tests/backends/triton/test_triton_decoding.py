@@ -151,11 +151,10 @@ def test_compiled_the_block_is_one_graph_of_the_registered_ops():
 
 
 def test_after_warmup_a_block_launches_nothing_new(monkeypatch):
-    model = nn.ModuleList(adapted(llama, num_experts_per_tok=k) for k in (2, 4)).train()
-    model[1].eval()
-    for name in NAMES[llama]:
-        getattr(model[1], name).freeze_for_inference()
-    seen = set()
+    model = nn.ModuleList([adapted(llama), adapted(llama), adapted(llama, share_a=False), adapted(phi3)])
+    model[0].train()
+    called, seen = [], set()
+    model[1].act_fn.register_forward_hook(lambda *_: called.append(1))
 
     def described(kernel, grid, tensor, arguments, **constants):
         kinds = [str(a.dtype) if isinstance(a, torch.Tensor) else type(a).__name__ for a in arguments]
@@ -163,13 +162,13 @@ def test_after_warmup_a_block_launches_nothing_new(monkeypatch):
 
     monkeypatch.setattr(launch, "launch", described)
     mos_kernels.warmup(model)
-    assert [block.training for block in model] == [True, False] and model[1].gate_proj._frozen is not None
+    assert [block.mos_router.training for block in model] == [True, False, False, False] and not called
+    assert model[1].gate_proj._frozen is not None
     warm = set(seen)
     with torch.no_grad():
         for block in model:
-            block.training, block.mos_router.training = False, False
-            for name in NAMES[llama]:
-                getattr(block, name).training = False
+            for module in block.modules():
+                module.training = False
             block(torch.ones(4, D))
     assert seen == warm
 
@@ -206,7 +205,47 @@ def with_a_forward_of_its_own(block):
     block.up_proj.forward = lambda x, gates: x.new_zeros(*x.shape[:-1], HIDDEN)
 
 
-CHANGES = [wrapped, with_own_router, of_other_experts, of_two_ranks, wide_weight, with_a_forward_of_its_own]
+def called_otherwise(block):
+    block.up_proj._call_impl = lambda x, gates: x.new_zeros(*x.shape[:-1], HIDDEN)
+
+
+def with_biases_of_two_dtypes(block):
+    block.gate_proj.bias, block.up_proj.bias = (
+        nn.Parameter(torch.zeros(HIDDEN, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)
+    )
+
+
+def with_one_bias(block):
+    block.gate_proj.bias = nn.Parameter(torch.zeros(HIDDEN))
+
+
+def with_factors_of_two_dtypes(block):
+    for name in NAMES[llama]:
+        getattr(block, name)._frozen = None
+    block.gate_proj.mos_lora_A.data = block.gate_proj.mos_lora_A.data.bfloat16()
+
+
+def elsewhere(block):
+    block.down_proj._frozen = block.down_proj._frozen._replace(kappa=torch.empty(E, device="meta"))
+
+
+def with_a_bias_elsewhere(block):
+    block.down_proj.bias = nn.Parameter(torch.empty(D, device="meta"))
+
+
+def of_a_lower_rank(block):
+    block.up_proj.mos_lora_B.data = block.up_proj.mos_lora_B.data[:, :, :1].contiguous()
+
+
+def with_few_curvatures(block):
+    block.up_proj._frozen = block.up_proj._frozen._replace(kappa=torch.zeros(E - 1))
+
+
+CHANGES = [
+    wrapped, with_own_router, of_other_experts, of_two_ranks, wide_weight, with_a_forward_of_its_own, called_otherwise,
+    with_biases_of_two_dtypes, with_one_bias, with_factors_of_two_dtypes, elsewhere, with_a_bias_elsewhere,
+    of_a_lower_rank, with_few_curvatures,
+]  # fmt: skip
 
 
 def test_together_by_default():
@@ -250,8 +289,33 @@ def test_modes_that_they_do_not_work_in():
         assert Decoding.of(*parts, x) is not None
         curved = adapted(llama, activation="silu")
         assert Decoding.of(*parts_of(curved), x) is None
+        with torch.autograd.forward_ad.dual_level():
+            assert Decoding.of(*parts, x) is None
         with pytest.raises(RuntimeError):
             torch.func.vmap(block)(torch.ones(3, 9, D))
+
+
+def test_fx_sees_the_modules():
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, (MoSLinear, MoSRouter, nn.SiLU)) or super().is_leaf_module(module, name)
+
+    with torch.no_grad():
+        graph = Tracer().trace(nn.Sequential(adapted(llama)))
+    targets = [node.target.removeprefix("0.") for node in graph.nodes if node.op == "call_module"]
+    assert targets[:3] == ["mos_router", "gate_proj", "up_proj"] and targets[-1] == "down_proj"
+
+
+def test_narrowed_weights():
+    """Structured pruning that leaves in_features as it was."""
+    block, kept, x = adapted(llama, frozen=False), HIDDEN - 7, torch.ones(9, D)
+    for layer in (block.gate_proj, block.up_proj):
+        layer.weight.data, layer.mos_lora_B.data = layer.weight.data[:kept], layer.mos_lora_B.data[:kept]
+    down = block.down_proj
+    down.weight.data, down.mos_lora_A.data = down.weight.data[:, :kept], down.mos_lora_A.data[:, :kept]
+    with torch.no_grad():
+        assert Decoding.of(*parts_of(block), x) is not None
+        torch.testing.assert_close(block(x), one_by_one(block, x), rtol=1e-5, atol=1e-5)
 
 
 def test_every_hook_is_called():

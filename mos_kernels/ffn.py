@@ -1,0 +1,77 @@
+"""An FFN block under one router: what such a block computes, and the forward that hands the gates to its linears."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mos_kernels.decoding import Decoding
+
+
+@dataclass(frozen=True)
+class FFNForm:
+    """What an FFN block computes, by the names of its children.
+
+    inputs: the linears that read the block's input: (gate, up), (fused gate_up,) or (up,).
+    fused: the one input linear holds gate and up, in this order.
+    activation: modules on the gate (or on the one input). hidden: modules between that and `down`. output: after it.
+    routed: the linears that take gates.
+    """
+
+    inputs: tuple[str, ...]
+    fused: bool
+    activation: tuple[str, ...]
+    hidden: tuple[str, ...]
+    down: str
+    output: tuple[str, ...]
+    routed: tuple[str, ...] = ()
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return (*self.inputs, self.down)
+
+
+def ffn_forward(block: nn.Module, form: FFNForm, *args, **kwargs) -> Tensor:
+    """The block's forward, with one router for all its adapted linears. x (..., d) -> (..., d)."""
+    (x,) = (*args, *kwargs.values())
+    decoding = decoding_of(block, form, x)
+    if decoding is not None:
+        inputs, logits = decoding.read()
+        last = functools.partial(decoding.write, logits=logits)
+    else:
+        gates = block.mos_router(x)
+        inputs = [_linear(block, form, name, x, gates) for name in form.inputs]
+        last = functools.partial(_linear, block, form, form.down, gates=gates)
+    if form.fused:
+        inputs = inputs[0].chunk(2, -1)
+    hidden = _through(block, form.activation, inputs[0])
+    if len(inputs) == 2:
+        hidden = hidden * inputs[1]
+    hidden = _through(block, form.hidden, hidden)
+    return _through(block, form.output, last(hidden))
+
+
+def decoding_of(block: nn.Module, form: FFNForm, x: Tensor) -> Decoding | None:
+    """How the block's linears share launches on x, or None where they are called one by one."""
+    if len(form.routed) < len(form.linears):
+        return None
+    return Decoding.of(block.mos_router, tuple(getattr(block, name) for name in form.linears), x)
+
+
+def bound_form(block: nn.Module) -> FFNForm | None:
+    """The form of a block whose forward has been bound to `ffn_forward`."""
+    bound = vars(block).get("_old_forward" if hasattr(block, "_hf_hook") else "forward")  # under accelerate's wrapper
+    return bound.args[1] if isinstance(bound, functools.partial) and bound.func is ffn_forward else None
+
+
+def _linear(block: nn.Module, form: FFNForm, name: str, x: Tensor, gates: Tensor) -> Tensor:
+    linear = getattr(block, name)
+    return linear(x, gates) if name in form.routed else linear(x)
+
+
+def _through(block: nn.Module, names: tuple[str, ...], x: Tensor) -> Tensor:
+    for name in names:
+        x = getattr(block, name)(x)
+    return x
