@@ -404,6 +404,7 @@ class DecodingTrial:
              ((1, 0, 0), 128), ((32, 32, 0), 2), ((16, 16, 5), 1)]
         )  # fmt: skip
         experts = sum(counts)
+        tokens = rng.choice([(), (0,), (1,), (2, 3), (17,), (33,), (64,)] if rank < 33 else [(1,), (2, 3)])
         mapping, domain = rng.choice([("stereographic", "ball"), ("stereographic", "raw"), ("exp_log", "ball")])
         config = MoSConfig(
             r=rank, spaces=dict(zip(("hyperbolic", "spherical", "euclidean"), counts, strict=True)),
@@ -414,7 +415,7 @@ class DecodingTrial:
         widths = [1, 2, 3, 7, 8, 16, 17, 31, 33, 48, 64, 65, 100]
         kappa = [rng.choice([0.0, 1e-9, -1e-9, *(round(rng.uniform(-3, 3), 2),) * 4]) for _ in range(experts)]
         drawn = {
-            "config": config, "tokens": rng.choice([(), (0,), (1,), (2, 3), (17,), (33,), (64,)]),
+            "config": config, "tokens": tokens,
             "d_in": rng.choice([*widths, 300]), "d_hidden": rng.choice(widths), "d_out": rng.choice(widths),
             "dtype": rng.choice(DTYPES), "seed": seed, "gated": rng.random() < 0.8, "bias": rng.random() < 0.5,
             "frozen": rng.random() < 0.6, "kappa": tuple(kappa),
