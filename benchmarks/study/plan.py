@@ -29,6 +29,8 @@ class Dataset:
     """A column of the rows, the one that tells methods apart."""
     delay: Mapping[int, int] = field(kw_only=True)
     """How much later a learning rate runs: first the one at which most methods leave the majority class."""
+    compared: tuple[int, int] = field(kw_only=True)
+    """The two learning rates at which settings are compared: where most of what is run leaves the majority class."""
     least_important: Mapping[int, int] = field(default_factory=dict, kw_only=True)
     """At these learning rates only entries up to this importance: there every method stays at the majority class."""
 
@@ -38,8 +40,8 @@ class Dataset:
         return min(self.delay, key=self.delay.__getitem__)
 
     def has(self, entry: Entry, rate: int) -> bool:
-        """Whether an entry is planned at one of its learning rates."""
-        return entry.importance <= self.least_important.get(rate, entry.importance)
+        """Whether an entry is planned at this learning rate."""
+        return rate in entry.rates and entry.importance <= self.least_important.get(rate, entry.importance)
 
     def options(self, data: Path) -> list[str]:
         folder = data / self.name
@@ -55,6 +57,7 @@ DATASETS = {
          "--rename-label", "Common-Divison=Common-Division"),
         "SVAMP.json",
         delay={10: 0, 3: 1, 30: 2, 1: 4},  # at x1 LoRA and MoS stay at the majority class with every seed
+        compared=(3, 10),
     ),
     "cola": Dataset(
         "cola",
@@ -63,6 +66,7 @@ DATASETS = {
         ("in_domain_dev.tsv", "out_of_domain_dev.tsv"),
         metric="matthews_correlation",  # 69% of it is one class
         delay={3: 0, 1: 1, 10: 2, 30: 3},
+        compared=(1, 3),
         least_important={10: 1, 30: 0},
     ),
 }  # fmt: skip

@@ -106,7 +106,9 @@ def tiny():
     columns = ("--text-column", "sentence", "--label-column", "label")
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(
-            plan.DATASETS, "tiny", Dataset("tiny", columns, "train.tsv", delay=plan.DATASETS["svamp"].delay)
+            plan.DATASETS,
+            "tiny",
+            Dataset("tiny", columns, "train.tsv", delay=plan.DATASETS["svamp"].delay, compared=(3, 10)),
         )
         yield
 
@@ -347,6 +349,25 @@ def test_the_report_shows_what_was_run_and_says_what_was_not(tmp_path, capsys):
     assert "| the majority class | 0.530 | 0.530 | 0.530 | 0.000 |" in overview
     assert study.main(["report", "--rows", str(tmp_path / "none.jsonl"), "--output", str(output)]) == 2
     assert "holds no rows" in capsys.readouterr().out
+
+
+def test_each_data_set_compares_its_own_rates_by_its_own_metric_and_leaves_out_what_is_not_planned():
+    made = indexed(
+        *(
+            made_up(entry, rate, seed, 70, "cola", matthews_correlation=0.1 * (entry == MOS) * rate + 0.01 * seed)
+            for entry in (MOS, RAW_UNITS)
+            for rate in (1, 3)
+            for seed in (0, 1, 2)
+        )
+    )
+    text = report.page(made)
+    heads = "accuracy, x1 | x3 | x1 and x3 | matthews, x1 | x3 | x1 and x3 | loss, x1 and x3"
+    assert f"| comparison | {heads} |" in text
+    line = next(line for line in text.splitlines() if line.startswith(f"| {MOS.name} − {RAW_UNITS.name} |"))
+    values = [cell.strip() for cell in line.split("|")[5:8]]
+    assert values == [f"+{mean}* (3: ± 0.000)" for mean in ("0.100", "0.300", "0.200")]
+    lines = [line for line in text.splitlines() if line.startswith("| MoS raw, unit √d, κ̂ 0.1 |")]
+    assert lines[0] == "| MoS raw, unit √d, κ̂ 0.1 |  | not run yet | not run yet |  |  |  |  |"
 
 
 def test_the_plan_command_says_what_is_done(tmp_path, capsys):
