@@ -152,7 +152,7 @@ def _differences(rows, dataset: str, listed: Iterable[Entry], seeds) -> str:
             line.append(_signed(one) if DATASETS[dataset].has(entry, rate) else "")
         rates = [compare.best_rate(rows, dataset, one, seeds) for one in (entry, LORA)]
         if None in rates:
-            line.append(NOT_RUN)
+            line.append(NOT_RUN if any(DATASETS[dataset].has(entry, rate) for rate in entry.rates) else "")
         else:
             ours, theirs = (
                 compare.runs(rows, dataset, one, rate, seeds) for one, rate in zip((entry, LORA), rates, strict=True)
