@@ -128,7 +128,7 @@ def test_one_graph_with_the_gradients_of_eager(family, scope):
             assert error <= 1e-5 * gradient.abs().max() + 1e-9, f"{i} {name}: {error}"
 
 
-@pytest.mark.parametrize("family", ["gemma", "bert"])
+@every_family
 def test_layers_compiled_one_by_one_see_the_mask_too(family):
     """Then the note is taken outside the graphs, whose input the mask is."""
     model = adapted(family=family).train()

@@ -103,7 +103,7 @@ def test_compiled_in_one_graph_with_the_same_numbers(scope, dtype, activation, w
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     compiled = torch.compile(run, fullgraph=True, backend=backend)
-    for shape in ((2, 3), (5, 7), (3, 70)):
+    for shape in ((2, 3), (5, 7), (4, 9), (3, 70)):
         x = normal(0, *shape, D_IN).to(dtype).requires_grad_()
         found = []
         for function in (run, compiled):

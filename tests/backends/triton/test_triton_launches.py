@@ -237,7 +237,7 @@ def bytes_a_token(run, dtype, *modules) -> tuple[int, int]:
     return (twice - once) // T, 2 * once - twice
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("share_a", [True, False])
 @pytest.mark.parametrize("activation", ["identity", "tanh"])
 def test_bytes_kept_for_backward(dtype, share_a, activation):

@@ -59,10 +59,8 @@ def test_several_tiles_of_everything(dtype, activation):
 @pytest.mark.parametrize("share_a", [True, False])
 def test_more_columns_than_a_tile_holds(share_a):
     """R + E > 128 columns in shrink, E·r > 128 in expand."""
-    options = (
-        {"r": 128, "spaces": {"hyperbolic": 1, "spherical": 1}, "num_experts_per_tok": 1} if share_a else {"r": 24}
-    )
-    config = MoSConfig(**options, share_a=share_a, router_scope="linear")
+    few = {"r": 128, "spaces": {"hyperbolic": 1, "spherical": 1, "euclidean": 2}, "num_experts_per_tok": 2}
+    config = MoSConfig(**(few if share_a else {"r": 24}), share_a=share_a, router_scope="linear")
     assert not Trial(config, tokens=(7,), d_in=37, d_out=35).failures()
 
 
