@@ -30,7 +30,10 @@ class Dataset:
     delay: Mapping[int, int] = field(kw_only=True)
     """How much later a learning rate runs: first the one at which most methods leave the majority class."""
     compared: tuple[int, int] = field(kw_only=True)
-    """The two learning rates at which settings are compared: where most of what is run leaves the majority class."""
+    """The two learning rates at which settings are compared: those with the most runs off the majority class.
+
+    Chosen once that was known.
+    """
     least_important: Mapping[int, int] = field(default_factory=dict, kw_only=True)
     """At these learning rates only entries up to this importance: there every method stays at the majority class."""
 
