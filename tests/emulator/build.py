@@ -15,9 +15,18 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "machine"
 # -march=native: a build is used on the machine that made it, and kept in its temporary folder.
-COMMAND = (
-    "g++ -std=c++17 -O2 -march=native -fwrapv -ffp-contract=off -fno-math-errno -ftree-vectorize -shared -fPIC"
-).split()
+COMMAND = [
+    "g++",
+    "-std=c++17",
+    "-O2",
+    "-march=native",
+    "-fwrapv",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-ftree-vectorize",
+    "-shared",
+    "-fPIC",
+]
 
 
 def missing() -> str | None:

@@ -16,16 +16,43 @@ import numpy as np
 from . import build, flow
 from .ptx import Address, Statement, Text, Unsupported, read
 
-OPERATIONS = (
-    "BRANCH RETURN BARRIER WARP_BARRIER NOTHING LOAD_GLOBAL STORE_GLOBAL LOAD_SHARED STORE_SHARED CP_ASYNC CP_COMMIT "
-    "CP_WAIT LDMATRIX STMATRIX MMA WGMMA WGMMA_FENCE WGMMA_COMMIT WGMMA_WAIT PROXY_FENCE SHUFFLE REDUX VOTE ELECT "
-    "UNPACK PACK"
-).split()
+OPERATIONS = [
+    "BRANCH",
+    "RETURN",
+    "BARRIER",
+    "WARP_BARRIER",
+    "NOTHING",
+    "LOAD_GLOBAL",
+    "STORE_GLOBAL",
+    "LOAD_SHARED",
+    "STORE_SHARED",
+    "CP_ASYNC",
+    "CP_COMMIT",
+    "CP_WAIT",
+    "LDMATRIX",
+    "STMATRIX",
+    "MMA",
+    "WGMMA",
+    "WGMMA_FENCE",
+    "WGMMA_COMMIT",
+    "WGMMA_WAIT",
+    "PROXY_FENCE",
+    "SHUFFLE",
+    "REDUX",
+    "VOTE",
+    "ELECT",
+    "UNPACK",
+    "PACK",
+]
 CODE = {name: 100_000 + i for i, name in enumerate(OPERATIONS)}
 """As in machine/state.h; below them are the lines of machine/elementwise.def."""
 
 INSTRUCTION = np.dtype(
-    [(name, "i4") for name in "op guard negated first count results a b c d line rank".split()] + [("offset", "i8")]
+    [
+        (name, "i4")
+        for name in ["op", "guard", "negated", "first", "count", "results", "a", "b", "c", "d", "line", "rank"]
+    ]
+    + [("offset", "i8")]
 )
 LANE_VALUES = ("%tid.x", "%laneid", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%warpid")
 LANES = 32

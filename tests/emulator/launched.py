@@ -28,9 +28,7 @@ class Log:
 
 
 @contextmanager
-def emulated(
-    architecture: str, schedules: Sequence[machine.Schedule] = (machine.EARLY, machine.LATE)
-) -> Iterator[Log]:
+def emulated(architecture: str, schedules: Sequence[machine.Schedule] = (machine.EARLY, machine.LATE)) -> Iterator[Log]:
     """Within, `kernel[grid](...)` on CPU tensors compiles for `architecture` and runs here, once in each schedule.
 
     The settings are those shipped for the architecture. A race, and a difference in any bit between two schedules, is a

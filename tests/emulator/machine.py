@@ -33,13 +33,16 @@ NOTES = frozenset({7, 10, 12})
 """Findings that are no fault of a kernel's author; docs/compiled-code.md says of each why."""
 
 COUNTS = np.dtype(
-    [(n, "u8") for n in "executed active requests sectors useful wavefronts least_wavefronts bytes".split()]
+    [
+        (n, "u8")
+        for n in ["executed", "active", "requests", "sectors", "useful", "wavefronts", "least_wavefronts", "bytes"]
+    ]
 )
 FOUND = np.dtype(
-    [(n, "i4") for n in "kind pc other_pc cta warp other_warp".split()] + [("address", "u8"), ("times", "u8")]
+    [(n, "i4") for n in ["kind", "pc", "other_pc", "cta", "warp", "other_warp"]] + [("address", "u8"), ("times", "u8")]
 )
 EVENT = np.dtype(
-    [(n, "i4") for n in "kind cta warp lane pc bytes".split()] + [("position", "u4"), ("epoch", "u4")]
+    [(n, "i4") for n in ["kind", "cta", "warp", "lane", "pc", "bytes"]] + [("position", "u4"), ("epoch", "u4")]
     + [("address", "u8"), ("ticket", "i8"), ("value", "V16")]
 )  # fmt: skip
 ORDERS = ("forward", "reverse", "random")

@@ -60,8 +60,9 @@ static bool shared_fits(u32 address, int bytes, int pc, int warp) {
 
 // wgmma reads by another path than st.shared writes: a fence has to stand between, on either side's way.
 static bool fenced(const SharedByte& s, const Warp& reader) {
-    if (s.write_event == 0 || reader.fence_epoch > s.written) return true;
-    return s.writers == bit(reader.id) && reader.fence_event > s.write_event;
+    bool alone = s.writers == bit(reader.id);
+    if (s.fenced && (s.fenced < epoch || alone)) return true;
+    return reader.fence_epoch > s.written || (alone && reader.fence_event > s.write_event);
 }
 
 static void shared_read(u32 address, int bytes, int pc, const Warp& w, int lane, bool by_product = false) {
@@ -98,7 +99,7 @@ static void shared_written(u32 address, const u8* value, int bytes, int pc, cons
             s.writers |= bit(w.id);
             if (s.write_lane != lane) s.write_lane = SEVERAL_LANES;
         } else { s.writers = bit(w.id); s.write_lane = lane; }
-        s.written = epoch; s.write_pc = pc; s.write_sync = w.sync; s.write_event = event_count; s.by_copy = by_copy;
+        s.written = epoch; s.write_pc = pc; s.write_sync = w.sync; s.write_event = event_count; s.fenced = 0; s.by_copy = by_copy;
     }
 }
 
@@ -117,7 +118,7 @@ static void copy_started(u32 address, int bytes, int pc, const Warp& w) {
 
 static void proxy_fence(Warp& w) {
     w.fence_epoch = epoch; w.fence_event = ++event_count;
-    if (L->check) for (auto& s : shared_history) if (s.writers & bit(w.id)) s.write_event = 0;
+    if (L->check) for (auto& s : shared_history) if (s.writers & bit(w.id) && !s.fenced) s.fenced = epoch;
 }
 
 // ---- global memory

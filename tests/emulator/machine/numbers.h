@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 using u8 = uint8_t; using s8 = int8_t; using u16 = uint16_t; using s16 = int16_t; using u32 = uint32_t; using s32 = int32_t;
 using u64 = uint64_t; using s64 = int64_t; using f32 = float; using f64 = double;
@@ -77,6 +78,15 @@ template <class T> static inline T to_integer(f32 a) {  // saturates; NaN become
     return (T)a;
 }
 
+// Division by zero is left open by PTX; the least number over -1 wraps, which C++ does not promise.
+template <class T> static inline T quotient(T a, T b) {
+    if constexpr (std::is_signed_v<T>) if (b == (T)-1) return (T)(0 - (u64)a);
+    return b == 0 ? (T)-1 : (T)(a / b);
+}
+template <class T> static inline T remainder_of(T a, T b) {
+    if constexpr (std::is_signed_v<T>) if (b == (T)-1) return 0;
+    return b == 0 ? a : (T)(a % b);
+}
 static inline u64 low_bits(u32 length) { return length >= 64 ? ~0ull : (1ull << length) - 1; }
 static inline u64 field(u64 a, u32 start, u32 length) {
     return start >= 64 ? 0 : (a >> start) & low_bits(length);

@@ -66,7 +66,8 @@ struct SharedByte {
     u32 copy_pc, product_pc;
     u16 copies, products;                         // in flight over it
     u8 write_lane, by_copy;
-    u64 write_event;                              // 0 once its writer passed a proxy fence
+    u64 write_event;
+    u32 fenced;                                   // the epoch in which its writer passed a proxy fence, or 0
 };
 
 struct Stop { std::string why; int pc; };
