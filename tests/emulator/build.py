@@ -16,17 +16,9 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "machine"
 # -march=native: a build is used on the machine that made it, and kept in its temporary folder.
 COMMAND = [
-    "g++",
-    "-std=c++17",
-    "-O2",
-    "-march=native",
-    "-fwrapv",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-ftree-vectorize",
-    "-shared",
-    "-fPIC",
-]
+    "g++", "-std=c++17", "-O2", "-march=native", "-fwrapv", "-ffp-contract=off", "-fno-math-errno", "-ftree-vectorize",
+    "-shared", "-fPIC",
+]  # fmt: skip
 
 
 def missing() -> str | None:

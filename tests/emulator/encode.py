@@ -17,33 +17,10 @@ from . import build, flow
 from .ptx import Address, Statement, Text, Unsupported, read
 
 OPERATIONS = [
-    "BRANCH",
-    "RETURN",
-    "BARRIER",
-    "WARP_BARRIER",
-    "NOTHING",
-    "LOAD_GLOBAL",
-    "STORE_GLOBAL",
-    "LOAD_SHARED",
-    "STORE_SHARED",
-    "CP_ASYNC",
-    "CP_COMMIT",
-    "CP_WAIT",
-    "LDMATRIX",
-    "STMATRIX",
-    "MMA",
-    "WGMMA",
-    "WGMMA_FENCE",
-    "WGMMA_COMMIT",
-    "WGMMA_WAIT",
-    "PROXY_FENCE",
-    "SHUFFLE",
-    "REDUX",
-    "VOTE",
-    "ELECT",
-    "UNPACK",
-    "PACK",
-]
+    "BRANCH", "RETURN", "BARRIER", "WARP_BARRIER", "NOTHING", "LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_SHARED",
+    "STORE_SHARED", "CP_ASYNC", "CP_COMMIT", "CP_WAIT", "LDMATRIX", "STMATRIX", "MMA", "WGMMA", "WGMMA_FENCE",
+    "WGMMA_COMMIT", "WGMMA_WAIT", "PROXY_FENCE", "SHUFFLE", "REDUX", "VOTE", "ELECT", "UNPACK", "PACK",
+]  # fmt: skip
 CODE = {name: 100_000 + i for i, name in enumerate(OPERATIONS)}
 """As in machine/state.h; below them are the lines of machine/elementwise.def."""
 

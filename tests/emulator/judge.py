@@ -1,9 +1,9 @@
 """Races by their definition, from the trace of a launch: the slow twin of machine/history.h.
 
-An access is an interval of its warp's instructions: one instruction, or from the start of a cp.async or wgmma to the wait
-that covers it. Two accesses are ordered if one's interval ends before the other's begins: for one warp in instructions, for
-two warps of a program in barriers passed. Two programs are never ordered. A race is two accesses of one byte that are not
-ordered, at least one of them a write, unless both are plain stores of one value.
+An access is an interval of its warp's instructions: one instruction, or from the start of a cp.async or wgmma to the
+wait that covers it. Two accesses are ordered if one's interval ends before the other's begins: for one warp in
+instructions, for two warps of a program in barriers passed. Two programs are never ordered. A race is two accesses of
+one byte that are not ordered, at least one of them a write, unless both are plain stores of one value.
 """
 
 from __future__ import annotations
@@ -17,23 +17,13 @@ import numpy as np
 from .encode import CODE, SLOT
 from .machine import Result
 
-KINDS = [
-    "READ_SHARED",
-    "WRITE_SHARED",
-    "READ_GLOBAL",
-    "WRITE_GLOBAL",
-    "COPY",
-    "COPY_OVER",
-    "PRODUCT",
-    "PRODUCT_READ",
-    "PRODUCT_OVER",
-    "FENCE",
-    "EXECUTED",
-]
-"""Of events, as in machine/history.h."""
-(READ_SHARED, WRITE_SHARED, READ_GLOBAL, WRITE_GLOBAL, COPY, COPY_OVER, PRODUCT, PRODUCT_READ, PRODUCT_OVER, FENCE,
- EXECUTED) = range(len(KINDS))  # fmt: skip
-WRITES, GLOBAL, SHARED = (WRITE_SHARED, WRITE_GLOBAL, COPY), (READ_GLOBAL, WRITE_GLOBAL), (0, 1, COPY, PRODUCT_READ)
+(
+    READ_SHARED, WRITE_SHARED, READ_GLOBAL, WRITE_GLOBAL, COPY, COPY_OVER, PRODUCT, PRODUCT_READ, PRODUCT_OVER, FENCE,
+    EXECUTED,
+) = range(11)  # fmt: skip
+"""Kinds of events, as in machine/history.h."""
+WRITES, GLOBAL = (WRITE_SHARED, WRITE_GLOBAL, COPY), (READ_GLOBAL, WRITE_GLOBAL)
+SHARED = (READ_SHARED, WRITE_SHARED, COPY, PRODUCT_READ)
 NEVER = 2**31
 
 
@@ -140,7 +130,7 @@ def _unfenced(accesses: list[Access], fences: dict[int, list[Access]]) -> set[tu
 
 
 def _registers(result: Result, over: dict[int, tuple[int, int]]) -> set[tuple[int, int]]:
-    """Instructions that touch an accumulator, or write an operand, of a product in flight; products in turn may add up."""
+    """Products in flight with instructions that touch their accumulators or write their operands."""
     events, code, operands = result.events, result.program.code, result.program.operands
     found, executed = set(), events[events["kind"] == EXECUTED]
     touched, written = {}, {}

@@ -33,11 +33,9 @@ NOTES = frozenset({7, 10, 12})
 """Findings that are no fault of a kernel's author; docs/compiled-code.md says of each why."""
 
 COUNTS = np.dtype(
-    [
-        (n, "u8")
-        for n in ["executed", "active", "requests", "sectors", "useful", "wavefronts", "least_wavefronts", "bytes"]
-    ]
-)
+    [("executed", "u8"), ("active", "u8"), ("requests", "u8"), ("sectors", "u8"), ("useful", "u8"),
+     ("wavefronts", "u8"), ("least_wavefronts", "u8"), ("bytes", "u8")]
+)  # fmt: skip
 FOUND = np.dtype(
     [(n, "i4") for n in ["kind", "pc", "other_pc", "cta", "warp", "other_warp"]] + [("address", "u8"), ("times", "u8")]
 )
@@ -52,14 +50,16 @@ class _Launch(ctypes.Structure):
     """As in machine/state.h."""
 
     _fields_ = [
-        ("code", ctypes.c_void_p), ("code_count", ctypes.c_int), ("operands", ctypes.c_void_p), ("wide", ctypes.c_void_p),
-        ("initial", ctypes.c_char_p), ("register_bytes", ctypes.c_int), ("lane_slots", ctypes.c_void_p),
-        ("memories", ctypes.c_void_p), ("memory_count", ctypes.c_int), ("global_history", ctypes.c_void_p),
-        ("grid", ctypes.c_int * 3), ("warps", ctypes.c_int), ("shared_bytes", ctypes.c_int), ("shared_base", ctypes.c_int),
-        ("ctas", ctypes.c_void_p), ("cta_count", ctypes.c_int), ("late_copies", ctypes.c_int), ("late_products", ctypes.c_int),
+        ("code", ctypes.c_void_p), ("code_count", ctypes.c_int), ("operands", ctypes.c_void_p),
+        ("wide", ctypes.c_void_p), ("initial", ctypes.c_char_p), ("register_bytes", ctypes.c_int),
+        ("lane_slots", ctypes.c_void_p), ("memories", ctypes.c_void_p), ("memory_count", ctypes.c_int),
+        ("global_history", ctypes.c_void_p), ("grid", ctypes.c_int * 3), ("warps", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int), ("shared_base", ctypes.c_int), ("ctas", ctypes.c_void_p),
+        ("cta_count", ctypes.c_int), ("late_copies", ctypes.c_int), ("late_products", ctypes.c_int),
         ("order", ctypes.c_int), ("seed", ctypes.c_int), ("check", ctypes.c_int), ("truncate", ctypes.c_int),
-        ("trace", ctypes.c_int), ("counts", ctypes.c_void_p), ("found", ctypes.c_void_p), ("found_room", ctypes.c_int),
-        ("found_count", ctypes.c_int), ("message", ctypes.c_char * 512), ("failed_pc", ctypes.c_int),
+        ("trace", ctypes.c_int), ("counts", ctypes.c_void_p), ("found", ctypes.c_void_p),
+        ("found_room", ctypes.c_int), ("found_count", ctypes.c_int), ("message", ctypes.c_char * 512),
+        ("failed_pc", ctypes.c_int),
     ]  # fmt: skip
 
 

@@ -94,10 +94,7 @@ def half(value: float, kind: str) -> int:
     quantum = max(math.frexp(value)[1] - digits, least)
     steps = round(Fraction(abs(value)) / Fraction(2) ** quantum)
     exponent = quantum + digits - 1 + bias  # of a number of `digits` digits
-    if quantum == least:
-        found = steps  # subnormal, or the first normal ones: the same count of steps
-    else:
-        found = (exponent << fraction) + steps - (1 << fraction)
+    found = steps if quantum == least else (exponent << fraction) + steps - (1 << fraction)
     return sign | min(found, infinity)
 
 

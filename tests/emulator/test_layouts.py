@@ -1,4 +1,4 @@
-"""Instructions of a whole warp against their published layouts: shuffles, ldmatrix, mma, and wgmma with its descriptors."""
+"""Instructions of a whole warp against their published layouts: shuffles, ldmatrix, mma, wgmma with its descriptors."""
 
 from __future__ import annotations
 
@@ -295,20 +295,19 @@ SWIZZLES = [0, 32, 64, 128]
 
 
 @pytest.mark.parametrize("schedule", [machine.EARLY, LATE], ids=["early", "late"])
-@pytest.mark.parametrize("kind", ["bf16", "f16"])
-@pytest.mark.parametrize("n", [8, 64, 256])
 @pytest.mark.parametrize(
-    ("a_from", "b_rows", "swizzle"),
-    [("registers", True, 128), *((f"rows {rows_a}", rows_b, s) for rows_a, rows_b in itertools.product((True, False), repeat=2) for s in SWIZZLES)],
-)  # fmt: skip
+    ("a_from", "b_rows", "swizzle", "n", "kind"),
+    [
+        *((a, b, swizzle, 64, "bf16") for a in ("rows", "columns") for b in (True, False) for swizzle in SWIZZLES),
+        *((a, True, 128, n, "f16") for a in ("registers", "rows", "columns") for n in (8, 64, 256)),
+    ],
+)
 def test_asynchronous_products(a_from, b_rows, swizzle, n, kind, schedule):
-    if kind == "f16" and (n != 64 or schedule is LATE):
-        n = 64
     rng, brain = np.random.default_rng(2), kind == "bf16"
     a, a_bits = halves(rng, 64, 16, brain=brain)
     b, b_bits = halves(rng, n, 16, brain=brain)  # [n, k]
     c = rng.integers(-9, 10, (64, n)).astype(np.float32)
-    size, a_rows = 16384, a_from != "rows False"
+    size, a_rows = 16384, a_from != "columns"
     fits = lambda rows, count: swizzle == 0 or (16 if rows else count) * 2 >= swizzle  # noqa: E731
     swizzle_a, swizzle_b = (s if ok else 0 for s, ok in ((swizzle, fits(a_rows, 64)), (swizzle, fits(b_rows, n))))
     shared_a, *offsets_a = laid_out(a_bits, a_rows, swizzle_a, size)
