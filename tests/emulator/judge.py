@@ -8,6 +8,7 @@ one byte that are not ordered, at least one of them a write, unless both are pla
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import combinations
@@ -83,27 +84,26 @@ def judge(result: Result) -> Verdict:
         value = bytes(value)
         for i in range(size):
             of_byte[space, address + i][numbers[key]].append(value[i : i + 1])
-    races, seen = set(), set()
-    fences = _fences(events)
-    unfenced = set()
-    for (space, _), found in of_byte.items():
-        if len(found) == 1:
-            continue
-        for i, j in combinations(found, 2):
+    alike: dict[tuple[int, ...], list[dict[int, list[bytes]]]] = defaultdict(list)  # bytes that the same accesses touch
+    for found in of_byte.values():
+        if len(found) > 1:
+            alike[tuple(found)].append(found)
+    races, unfenced, fences = set(), set(), _fences(events)
+    unordered = functools.cache(lambda i, j: _conflict(accesses[i], accesses[j]))
+    for numbers_of_byte, of_bytes in alike.items():
+        for i, j in combinations(numbers_of_byte, 2):
+            if not unordered(i, j):
+                continue
             a, b = accesses[i], accesses[j]
-            if not (a.writes or b.writes):
-                continue
-            one_value = a.kind == b.kind != COPY and a.writes and b.writes and set(found[i]) == set(found[j])
-            if (i, j, one_value) in seen:
-                continue
-            seen.add((i, j, one_value))
-            if a.before(b) or b.before(a):
-                continue
-            if not one_value:
+            stores = a.kind == b.kind and a.kind in (WRITE_SHARED, WRITE_GLOBAL)
+            if not stores or any(set(found[i]) != set(found[j]) for found in of_bytes):
                 races.add((min(a.pc, b.pc), max(a.pc, b.pc)))
-        if space is not None:
-            unfenced |= _unfenced([accesses[i] for i in found], fences)
+        unfenced |= _unfenced([accesses[i] for i in numbers_of_byte], fences)
     return Verdict(frozenset(races), frozenset(_registers(result, over)), frozenset(unfenced))
+
+
+def _conflict(a: Access, b: Access) -> bool:
+    return (a.writes or b.writes) and not a.before(b) and not b.before(a)
 
 
 def _fences(events: np.ndarray) -> dict[int, list[Access]]:
