@@ -6,8 +6,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "mos_kernels/__init__.py").read_text(), re.MULTILINE).group(1)
 
-# The lower bounds are those of tests/oldest.txt. With accelerate 1.12 a sharded checkpoint (FSDP2) did not resume to the
-# same state, with 1.7 a run in the middle of an epoch did not.
+# The lower bounds are those of tests/oldest.txt. With accelerate 1.12 a sharded checkpoint (FSDP2) did not resume to
+# the same state, with 1.7 a run in the middle of an epoch did not.
 HF = ["transformers>=5.0", "safetensors>=0.4.3", "accelerate>=1.13"]
 PEFT = [*HF, "peft>=0.21"]
 TRL = [*HF, "trl>=1.2"]

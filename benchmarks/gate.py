@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks import providers, qwen2
 from benchmarks.providers import Setting
 from mos_kernels import MoSLinear
-from mos_kernels.adapter import mos_linear
+from mos_kernels.functional import mos_linear
 from reference.layer import resolve_gates
 from reference.per_expert import mos_linear_per_expert
 

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["finetune"]:  # its options need transformers; the other commands do not
-        from mos_kernels.huggingface import finetune as command
+        from mos_kernels import finetune as command
 
         command.add_arguments(finetune)
         return command.run(parser.parse_args(arguments))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from mos_kernels.adapter import check_device, check_input
 from mos_kernels.backends import load_backend, resolve_backend
 from mos_kernels.config import MoSConfig
+from mos_kernels.functional import check_device, check_input
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSLinear, MoSRouter
 from mos_kernels.sharded import is_dtensor
 from mos_kernels.steps import Operands, linear_forward, pair_forward

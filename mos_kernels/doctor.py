@@ -9,9 +9,9 @@ import platform
 import torch
 
 from mos_kernels import __version__
-from mos_kernels.adapter import mos_linear
 from mos_kernels.backends import resolve_backend, selected_backend, why_not_triton
 from mos_kernels.config import MoSConfig
+from mos_kernels.functional import mos_linear
 from mos_kernels.layer import MoSLinear
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "peft", "pytest", "hypothesis", "matplotlib")

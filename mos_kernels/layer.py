@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mos_kernels.adapter import mos_linear, mos_route
 from mos_kernels.backends import eager, load_backend, resolve_backend
 from mos_kernels.config import MoSConfig
+from mos_kernels.functional import mos_linear, mos_route
 from mos_kernels.sharded import is_dtensor, whole
-from mos_kernels.token_mask import TokenMask
 
 ADAPTER_PARAMETERS = ("mos_lora_A", "mos_lora_B", "mos_router", "mos_curvature")
 """The trainable parameters of a layer, by name; a block's router contributes `mos_router.weight`."""
@@ -89,7 +88,7 @@ class MoSAdapter(Float32State):
     """What a linear is adapted with. A subclass has `config`, `in_features` and the parameters (see `MoSLayer`)."""
 
     _float32_state = ("mos_curvature", "mos_curvature_map", "mos_aux_weight")
-    token_mask: TokenMask | None = None
+    token_mask = None  # an object whose of(x) says which tokens are real, or None
 
     def _add_constants(self, config: MoSConfig) -> None:
         self.config = config
@@ -405,7 +404,7 @@ class MoSRouter(Float32State):
     """
 
     _float32_state = ("mos_aux_weight",)
-    token_mask: TokenMask | None = None
+    token_mask = None  # an object whose of(x) says which tokens are real, or None
 
     def __init__(self, in_features: int, config: MoSConfig, device=None, dtype=None):
         super().__init__()

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from mos_kernels.adapter import mos_linear, mos_route
 from mos_kernels.backends import resolve_backend
 from mos_kernels.ffn import bound_form, decoding_of
+from mos_kernels.functional import mos_linear, mos_route
 from mos_kernels.layer import MoSAdapter, MoSLayer, MoSRouter, device_and_dtype
 
 

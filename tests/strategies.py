@@ -17,8 +17,8 @@ from torch import Tensor
 
 import reference.layer
 from mos_kernels import MoSConfig
-from mos_kernels.adapter import mos_linear
 from mos_kernels.config import SPACES
+from mos_kernels.functional import mos_linear
 
 ACTIVATIONS = ("identity", "tanh", "silu", "gelu")
 GEOMETRIES = (("stereographic", "ball"), ("stereographic", "raw"), ("exp_log", "ball"))

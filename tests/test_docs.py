@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = {path.name: path for path in (ROOT / "tests").rglob("*.py") if path.name.startswith(("test_", "checks_"))}
-PAGES = {"training.md": None, "peft.md": "test_peft_tuner.py", "scale.md": None}
+PAGES = {"training.md": None, "peft.md": "test_peft_model.py", "scale.md": None}
 """Each page, and the file of names that stand alone in it; elsewhere that is the file named last."""
 SHORT = {
     **{name: f"checks_{name}.py" for name in ("ddp", "fsdp", "trainer_fsdp", "accelerate", "deepspeed")},

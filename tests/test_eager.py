@@ -26,8 +26,8 @@ from strategies import (
 
 import reference.routing
 from mos_kernels import MoSConfig, MoSLinear, MoSRouter
-from mos_kernels.adapter import mos_linear, mos_route
 from mos_kernels.backends import eager
+from mos_kernels.functional import mos_linear, mos_route
 
 OUTPUT, GRADIENT = 1e-10, 1e-9
 

@@ -94,7 +94,7 @@ def test_the_page_of_a_history(run_folder, capsys):
 
 
 def test_colours_are_those_of_the_plots_in_light_and_dark(run_folder):
-    from mos_kernels.huggingface import plots
+    from mos_kernels.finetune import plots
 
     assert plots.COLORS is COLORS
     drawn(run_folder)

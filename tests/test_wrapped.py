@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mos_kernels import MoSConfig, MoSLinear, MoSWrapped
-from mos_kernels.adapter import mos_linear
+from mos_kernels.functional import mos_linear
 
 ACTIVATIONS = ("identity", "silu")
 CONFIG = MoSConfig(r=3, router_scope="linear", init_lora_weights=False)

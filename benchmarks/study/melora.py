@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mos_kernels.config import MoSConfig
-from mos_kernels.huggingface.finetune_model import Method
+from mos_kernels.finetune.model import Method
 from mos_kernels.huggingface.targets import find_targets
 
 MINI_LORAS = 4

@@ -56,7 +56,7 @@ def execute(cell: Cell, place: Place, callbacks: Sequence = ()) -> dict:
     """Do or finish a run; its row. RuntimeError where the command refuses it or is interrupted."""
     from benchmarks.study.melora import METHODS
     from benchmarks.study.norms import ExpertNorms
-    from mos_kernels.huggingface import finetune
+    from mos_kernels import finetune
 
     parser = argparse.ArgumentParser()
     finetune.add_arguments(parser, METHODS)

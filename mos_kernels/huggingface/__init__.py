@@ -11,12 +11,12 @@ except ImportError as error:
     ) from error
 
 from mos_kernels.huggingface.apply import activated_parameters, apply_mos, remove_mos
+from mos_kernels.huggingface.attention_mask import follow_attention_mask
+from mos_kernels.huggingface.callback import MoSCallback, mos_param_groups
 from mos_kernels.huggingface.files import load_adapter, save_adapter
-from mos_kernels.huggingface.report import routing_report
+from mos_kernels.huggingface.from_lora import start_from_lora
+from mos_kernels.huggingface.routing_report import routing_report
 from mos_kernels.huggingface.targets import ffn_target_modules
-from mos_kernels.huggingface.token_masks import follow_attention_mask
-from mos_kernels.huggingface.training import MoSCallback, mos_param_groups
-from mos_kernels.huggingface.warm_start import start_from_lora
 from mos_kernels.run_report.log import last_complete_checkpoint
 
 __all__ = [
@@ -35,8 +35,8 @@ __all__ = [
 ]
 
 try:
-    from mos_kernels.huggingface.peft_config import MoSPeftConfig
-    from mos_kernels.huggingface.peft_tuner import MoSPeftModel
+    from mos_kernels.huggingface.peft.config import MoSPeftConfig
+    from mos_kernels.huggingface.peft.model import MoSPeftModel
 
     __all__ += ["MoSPeftConfig", "MoSPeftModel"]
 except ImportError as error:

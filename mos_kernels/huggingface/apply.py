@@ -12,18 +12,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
+from mos_kernels.huggingface.attention_mask import follow_attention_mask, forget_attention_mask
 from mos_kernels.huggingface.blocks import add_router, remove_router
-from mos_kernels.huggingface.plan import (
-    Plan,
+from mos_kernels.huggingface.modules import (
     adapter_parameters,
-    make_plan,
     mos_adapters,
     mos_modules,
     own_adapter_parameters,
     router_owners,
 )
+from mos_kernels.huggingface.plan import Plan, make_plan
 from mos_kernels.huggingface.targets import frozen_heads, refuse_offloaded
-from mos_kernels.huggingface.token_masks import follow_attention_mask, forget_attention_mask
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSRouter, MoSWrapped, offload_hook
 from mos_kernels.sharded import refuse_sharded, refuse_zero3
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import mos_kernels
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.apply import adapter_state, install, remove_mos
-from mos_kernels.huggingface.plan import adapter_parameters, adapter_shapes, make_plan
+from mos_kernels.huggingface.modules import adapter_parameters
+from mos_kernels.huggingface.plan import adapter_shapes, make_plan
 from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, offload_hook
 from mos_kernels.sharded import gathered, refuse_fsdp1, refuse_zero3, spread_like, whole_shape, write_once
 

@@ -14,8 +14,9 @@ from mos_kernels.backends.eager import compute_dtype
 from mos_kernels.config import MoSConfig
 from mos_kernels.ffn import FFNForm
 from mos_kernels.huggingface.blocks import recognise
+from mos_kernels.huggingface.modules import own_adapter_parameters
 from mos_kernels.huggingface.targets import Target, base_of, find_targets, in_features, layer_kind, out_features
-from mos_kernels.layer import ADAPTER_PARAMETERS, MoSAdapter, MoSLayer, MoSLinear, MoSRouter, device_and_dtype
+from mos_kernels.layer import MoSLayer, MoSLinear, MoSRouter, device_and_dtype
 
 
 @dataclass(frozen=True)
@@ -134,51 +135,6 @@ def adapter_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
         width = in_features(getattr(block.block, block.form.inputs[0]))
         shapes[f"{block.name}.mos_router.weight".lstrip(".")] = (block.config.num_experts, width)
     return shapes
-
-
-def own_adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters that this very module owns, by their names in it."""
-    if isinstance(module, MoSRouter):
-        return {"weight": module.weight}
-    if isinstance(module, MoSAdapter):
-        return {name: p for name in ADAPTER_PARAMETERS if (p := getattr(module, name)) is not None}
-    return {}
-
-
-def mos_modules(model: nn.Module, inactive: bool = False) -> dict[str, MoSAdapter | MoSRouter]:
-    """The adapters and routers of a model, by name; of peft's several, those that are active, or all."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, (MoSAdapter, MoSRouter))}
-    idle = set() if inactive else _inactive(model)
-    return {name: module for name, module in found.items() if module not in idle}
-
-
-def _inactive(model: nn.Module) -> set[nn.Module]:
-    idle = set()
-    for module in model.modules():
-        active, named = vars(module).get("_active_adapter"), module._modules.get("mos_adapter", module)
-        if active is not None and isinstance(named, nn.ModuleDict):
-            idle |= {named[name] for name in named if name not in ([active] if isinstance(active, str) else active)}
-    return idle
-
-
-def mos_adapters(model: nn.Module) -> dict[str, MoSAdapter]:
-    """The adapters of the linears among `mos_modules`."""
-    return {name: module for name, module in mos_modules(model).items() if isinstance(module, MoSAdapter)}
-
-
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter of the adapter on `model` (with peft: of those that are active), by name; empty without one."""
-    own = {id(p) for module in mos_modules(model).values() for p in own_adapter_parameters(module).values()}
-    return {name: p for name, p in model.named_parameters() if id(p) in own}
-
-
-def router_owners(model: nn.Module, inactive: bool = False) -> dict[str, nn.Module]:
-    """The modules that route, by name: MoSRouters and linears with a router of their own; `inactive` as above."""
-    return {
-        name: module
-        for name, module in mos_modules(model, inactive).items()
-        if isinstance(module, MoSRouter) or module.mos_router is not None
-    }
 
 
 def _by_parent(model: nn.Module, targets: list[Target]) -> dict[nn.Module, dict[str, Target]]:

@@ -16,9 +16,8 @@ from torch import nn
 from benchmarks.study import __main__ as study
 from benchmarks.study import compare, melora, norms, plan, report, rows, runner
 from benchmarks.study.plan import ADALORA, BASE, LORA, MELORA, MOS, PAPER, RAW_UNITS, TABLES, Cell, Dataset, Entry
-from mos_kernels import MoSConfig, MoSLinear
-from mos_kernels.huggingface import finetune
-from mos_kernels.huggingface.finetune_options import adapter_config, given_options
+from mos_kernels import MoSConfig, MoSLinear, finetune
+from mos_kernels.finetune.options import adapter_config, given_options
 from reference.layer import mos_expert
 
 # the plan

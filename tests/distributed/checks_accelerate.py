@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from two_processes import adapted, assert_equal_gradients, gradients, halves, inputs, own_part, truth, whole
 
 from mos_kernels.huggingface import load_adapter, mos_param_groups, save_adapter
-from mos_kernels.huggingface.plan import adapter_parameters, router_owners
+from mos_kernels.huggingface.modules import adapter_parameters, router_owners
 
 every_family = pytest.mark.parametrize("family", MATRIX)
 

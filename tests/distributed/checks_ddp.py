@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from two_processes import adapted, assert_equal_gradients, gradients, halves, inputs, own_part, plain, truth, with_peft
 
 from mos_kernels.huggingface import MoSCallback, load_adapter, save_adapter
-from mos_kernels.huggingface.plan import adapter_parameters, router_owners
+from mos_kernels.huggingface.modules import adapter_parameters, router_owners
 
 pytestmark = pytest.mark.usefixtures("process_group")
 every_family = pytest.mark.parametrize("family", MATRIX)

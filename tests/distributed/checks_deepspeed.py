@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from two_processes import adapted, halves, inputs, own_part, truth
 
 from mos_kernels.huggingface import apply_mos, load_adapter, remove_mos, routing_report, save_adapter
-from mos_kernels.huggingface.plan import adapter_parameters
+from mos_kernels.huggingface.modules import adapter_parameters
 from mos_kernels.layer import MoSLayer
 from mos_kernels.sharded import gathered
 

@@ -40,7 +40,7 @@ from two_processes import (
 
 from mos_kernels import layer as layer_module
 from mos_kernels.huggingface import apply_mos, load_adapter, remove_mos, routing_report, save_adapter
-from mos_kernels.huggingface.plan import adapter_parameters, router_owners
+from mos_kernels.huggingface.modules import adapter_parameters, router_owners
 from mos_kernels.layer import MoSLayer, MoSRouter
 
 pytestmark = pytest.mark.usefixtures("process_group")

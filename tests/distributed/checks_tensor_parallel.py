@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from two_processes import adapted, assert_equal_gradients, gradients, inputs, truth
 
 from mos_kernels.huggingface import apply_mos
-from mos_kernels.huggingface.plan import adapter_parameters
+from mos_kernels.huggingface.modules import adapter_parameters
 
 pytestmark = pytest.mark.usefixtures("process_group")
 COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj"), ("o_proj",)

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from two_processes import adapted, assert_equal_gradients, inputs, plain, truth, whole, with_peft
 
 from mos_kernels.huggingface import MoSCallback, load_adapter, save_adapter
-from mos_kernels.huggingface.plan import adapter_parameters
+from mos_kernels.huggingface.modules import adapter_parameters
 
 pytestmark = pytest.mark.usefixtures("process_group")
 every_family = pytest.mark.parametrize("family", MATRIX)

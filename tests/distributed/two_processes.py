@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mos_kernels import routing
 from mos_kernels.huggingface import MoSPeftConfig, apply_mos
-from mos_kernels.huggingface.plan import router_owners
+from mos_kernels.huggingface.modules import router_owners
 
 BATCH = 4
 

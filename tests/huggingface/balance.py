@@ -7,7 +7,7 @@ from tiny_models import mos, tiny
 from torch import nn
 
 from mos_kernels.huggingface import apply_mos
-from mos_kernels.huggingface.plan import adapter_parameters, router_owners
+from mos_kernels.huggingface.modules import adapter_parameters, router_owners
 from mos_kernels.routing import load_balancing_loss
 
 COEFFICIENT = 5.0

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from transformers import StaticCache, Trainer, TrainingArguments
 
 from mos_kernels.huggingface import MoSCallback, routing_report
-from mos_kernels.huggingface.plan import adapter_parameters, router_owners
-from mos_kernels.huggingface.report import measured_routing
+from mos_kernels.huggingface.modules import adapter_parameters, router_owners
+from mos_kernels.huggingface.routing_report import measured_routing
 
 pytestmark = pytest.mark.unpoisoned
 STEPS = 10

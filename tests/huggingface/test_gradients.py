@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from mos_kernels.huggingface import apply_mos
-from mos_kernels.huggingface.plan import router_owners
+from mos_kernels.huggingface.modules import router_owners
 from mos_kernels.layer import MoSLayer
 from mos_kernels.routing import load_balancing_loss
 

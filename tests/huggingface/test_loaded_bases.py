@@ -18,7 +18,7 @@ from mos_kernels.huggingface import (
     routing_report,
     save_adapter,
 )
-from mos_kernels.huggingface.plan import adapter_parameters
+from mos_kernels.huggingface.modules import adapter_parameters
 from mos_kernels.layer import MoSLayer
 
 SPLIT = {

@@ -21,7 +21,7 @@ from mos_kernels.huggingface import (
     routing_report,
     save_adapter,
 )
-from mos_kernels.huggingface.plan import adapter_parameters, router_owners
+from mos_kernels.huggingface.modules import adapter_parameters, router_owners
 
 SAMPLE = {"input_ids": ids(batch=1, length=6)[0], "labels": ids(batch=1, length=6)[0]}
 SAMPLE["labels"][0] = -100  # the first label is never predicted, and the Trainer of transformers 5.0 counts it

@@ -14,7 +14,7 @@ from tiny_models import MATRIX, batch, mos, tiny
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from mos_kernels.huggingface import MoSCallback, apply_mos, last_complete_checkpoint
-from mos_kernels.huggingface.plan import adapter_parameters
+from mos_kernels.huggingface.modules import adapter_parameters
 from mos_kernels.run_report.log import HISTORY, complete_lines
 
 STEPS, SAVES = 8, (3, 6)

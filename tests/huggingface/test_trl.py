@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from mos_kernels.huggingface import MoSCallback, MoSPeftConfig, last_complete_checkpoint, load_adapter, save_adapter
-from mos_kernels.huggingface.plan import adapter_parameters, router_owners
+from mos_kernels.huggingface.modules import adapter_parameters, router_owners
 
 LR = 0.5
 every_decoder = pytest.mark.parametrize("family", DECODERS)

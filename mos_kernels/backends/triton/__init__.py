@@ -17,6 +17,7 @@ from mos_kernels.backends.eager import operand
 from mos_kernels.backends.triton import activated, decode
 from mos_kernels.backends.triton import bridge as _bridge
 from mos_kernels.backends.triton import expand as _expand
+from mos_kernels.backends.triton import route as _route
 from mos_kernels.backends.triton import shrink as _shrink
 
 __all__ = [
@@ -133,12 +134,12 @@ def routing_logits_backward(x, router, dlogits, needs: tuple[bool, bool]):
 
 def route(logits, config):
     """Gates (T, E)."""
-    return _bridge.route_launch(logits, config)
+    return _route.route_launch(logits, config)
 
 
 def route_backward(dgates, logits, aux_weight, token_mask, config):
     """dlogits (T, E)."""
-    return _bridge.route_backward_launch(dgates.contiguous(), logits, aux_weight, _bytes(token_mask), config)
+    return _route.route_backward_launch(dgates.contiguous(), logits, aux_weight, _bytes(token_mask), config)
 
 
 def _bytes(token_mask):

@@ -14,21 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mos_kernels.backends.triton import launch
-from mos_kernels.backends.triton.bridge import (
-    balance,
-    balance_gradient,
-    gates_backward,
-    load_factors,
-    load_logits,
-    load_n,
-    load_p,
-    route_parts,
-    tile_settings,
-    top_k_gates,
-)
+from mos_kernels.backends.triton.bridge import load_factors, load_n, load_p, route_parts, tile_settings
 from mos_kernels.backends.triton.expand import plus_added
 from mos_kernels.backends.triton.geometry import inverse_projection_scale, mapping_code, projection_scale
 from mos_kernels.backends.triton.numerics import bounded, cast, dot, once, saturate
+from mos_kernels.backends.triton.route import balance, balance_gradient, gates_backward, load_logits, top_k_gates
 
 TANH, SILU, GELU = 0, 1, 2
 CODES = {"tanh": TANH, "silu": SILU, "gelu": GELU}

@@ -18,9 +18,9 @@ from strategies import Case, make_case, normal
 from torch import Tensor
 
 from mos_kernels import MoSConfig, MoSLinear, MoSRouter, set_backend
-from mos_kernels.adapter import mos_route
 from mos_kernels.backends import eager, selected_backend
 from mos_kernels.decoding import Decoding
+from mos_kernels.functional import mos_route
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("dense", "transposed", "rows apart", "columns apart", "expanded")

@@ -11,7 +11,7 @@ from strategies import leaf, make_case, normal
 
 import reference.routing
 from mos_kernels import MoSConfig
-from mos_kernels.adapter import mos_route
+from mos_kernels.functional import mos_route
 
 E, K, D_IN = 8, 3, 20
 

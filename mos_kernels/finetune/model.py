@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from mos_kernels.config import MoSConfig
+from mos_kernels.finetune.trainer import TRAINED, trained_parameters
 from mos_kernels.huggingface.apply import activated_parameters, adapter_state, apply_mos
 from mos_kernels.huggingface.files import save_adapter
-from mos_kernels.huggingface.finetune_trainer import TRAINED, trained_parameters
 from mos_kernels.huggingface.targets import ffn_target_modules
 from mos_kernels.layer import ADAPTER_PARAMETERS
 

@@ -19,17 +19,15 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
 from mos_kernels.config import MoSConfig
-from mos_kernels.huggingface import finetune_adalora as adalora
-from mos_kernels.huggingface import finetune_folder as folders
-from mos_kernels.huggingface import finetune_inputs as inputs
-from mos_kernels.huggingface import finetune_model as models
-from mos_kernels.huggingface import finetune_results as results
-from mos_kernels.huggingface import finetune_trainer as trainers
-from mos_kernels.huggingface.data import DataError
-from mos_kernels.huggingface.finetune_folder import FolderError
-from mos_kernels.huggingface.finetune_model import Method, ModelError
-from mos_kernels.huggingface.finetune_options import OptionError, adapter_config, add_adapter_arguments, given_options
-from mos_kernels.huggingface.training import mos_param_groups
+from mos_kernels.finetune import adalora, inputs, results
+from mos_kernels.finetune import folder as folders
+from mos_kernels.finetune import model as models
+from mos_kernels.finetune import trainer as trainers
+from mos_kernels.finetune.data import DataError
+from mos_kernels.finetune.folder import FolderError
+from mos_kernels.finetune.model import Method, ModelError
+from mos_kernels.finetune.options import OptionError, adapter_config, add_adapter_arguments, given_options
+from mos_kernels.huggingface.callback import mos_param_groups
 from mos_kernels.run_report.log import FINETUNE_LOG, TRAINER_STATE, checkpoint_step
 
 

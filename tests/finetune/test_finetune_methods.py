@@ -12,9 +12,10 @@ from finetune_setup import KillAt, Killed, parse, run, save_bert, sentences, wri
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from mos_kernels.huggingface import finetune, finetune_adalora
-from mos_kernels.huggingface.finetune_model import Method
-from mos_kernels.huggingface.finetune_trainer import FinetuneTrainer
+from mos_kernels import finetune
+from mos_kernels.finetune.adalora import schedule
+from mos_kernels.finetune.model import Method
+from mos_kernels.finetune.trainer import FinetuneTrainer
 
 pytest.importorskip("peft")
 
@@ -95,7 +96,7 @@ def test_adalora_refuses_what_has_no_effect_on_it(base, tmp_path, capsys):
 
 def test_the_rank_schedule_starts_with_more_and_ends_in_time():
     for steps in (4, 5, 66, 804):
-        phases = finetune_adalora.schedule(8, steps)
+        phases = schedule(8, steps)
         assert phases["init_r"] == 12 and phases["tinit"] < steps - phases["tfinal"]
 
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mos_kernels.huggingface import data
-from mos_kernels.huggingface.data import DataError
+from mos_kernels.finetune import data
+from mos_kernels.finetune.data import DataError
 
 FIELD = st.text("aé\"', \x0b\x1c\x85\u2028\ufeff", max_size=6)  # what str.splitlines and csv treat in a special way
 ANY_FIELD = st.text("aé\"',\t\n \x85\u2028", max_size=6)

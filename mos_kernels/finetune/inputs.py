@@ -8,8 +8,8 @@ from pathlib import Path
 
 from transformers import DataCollatorWithPadding
 
-from mos_kernels.huggingface import data
-from mos_kernels.huggingface.data import DataError
+from mos_kernels.finetune import data
+from mos_kernels.finetune.data import DataError
 
 
 def read_data(args: argparse.Namespace) -> tuple[dict, dict[str, dict], dict]:

@@ -8,7 +8,7 @@ pytest.importorskip("matplotlib")
 from finetune_setup import colours
 from matplotlib.image import imread
 
-from mos_kernels.huggingface import plots
+from mos_kernels.finetune import plots
 
 SPACES = ("hyperbolic", "hyperbolic", "spherical", "euclidean")
 

@@ -17,9 +17,9 @@ import transformers
 
 import mos_kernels
 from mos_kernels.config import MoSConfig
-from mos_kernels.huggingface import plots
-from mos_kernels.huggingface.finetune_model import parameter_counts
-from mos_kernels.huggingface.finetune_trainer import evaluations
+from mos_kernels.finetune import plots
+from mos_kernels.finetune.model import parameter_counts
+from mos_kernels.finetune.trainer import evaluations
 from mos_kernels.run_report.log import write_text
 
 

@@ -34,8 +34,8 @@ from mos_kernels.huggingface import (
     routing_report,
     save_adapter,
 )
-from mos_kernels.huggingface.peft_layer import MoSPeftLayer, MoSPeftRouter
-from mos_kernels.huggingface.plan import mos_adapters, router_owners
+from mos_kernels.huggingface.modules import mos_adapters, router_owners
+from mos_kernels.huggingface.peft.layer import MoSPeftLayer, MoSPeftRouter
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 both_scopes = pytest.mark.parametrize("scope", SCOPES)
@@ -482,7 +482,7 @@ def test_an_error_on_the_way_takes_the_adapter_off(place, monkeypatch):
 
     model = tiny()
     before = snapshot(model)
-    monkeypatch.setattr(f"mos_kernels.huggingface.peft_tuner.{place}", fail)
+    monkeypatch.setattr(f"mos_kernels.huggingface.peft.model.{place}", fail)
     with pytest.raises(RuntimeError, match="on the way"):
         get_peft_model(model, config(modules_to_save=["lm_head"]))
     after = snapshot(model)
@@ -492,7 +492,7 @@ def test_an_error_on_the_way_takes_the_adapter_off(place, monkeypatch):
     monkeypatch.undo()
     adapted = peft_model(target_modules=["gate_proj", "down_proj"])
     expected, types = logits(adapted), snapshot(adapted)["types"]
-    monkeypatch.setattr(f"mos_kernels.huggingface.peft_tuner.{place}", fail)
+    monkeypatch.setattr(f"mos_kernels.huggingface.peft.model.{place}", fail)
     with pytest.raises(RuntimeError, match="on the way"):
         adapted.add_adapter(
             "other", config(target_modules=["gate_proj", "up_proj", "q_proj"], modules_to_save=["lm_head"])
@@ -728,7 +728,7 @@ def test_a_base_with_accelerates_hook_runs_through_it():
 
 
 def test_the_type_is_registered_once():
-    from mos_kernels.huggingface.peft_config import MOSELORA, _add_peft_type
+    from mos_kernels.huggingface.peft.config import MOSELORA, _add_peft_type
 
     assert PeftType("MOSELORA") is PeftType.MOSELORA is PeftType["MOSELORA"] is MOSELORA is _add_peft_type("MOSELORA")
     assert list(PeftType).count(MOSELORA) == 1 and MOSELORA == "MOSELORA"
@@ -815,7 +815,7 @@ def test_a_configuration_goes_through_its_file(tmp_path):
 def test_an_adapter_that_cannot_be_put_on_leaves_parameters_trainable(monkeypatch):
     model = tiny()
     before = snapshot(model)
-    monkeypatch.setattr("mos_kernels.huggingface.peft_tuner.follow_attention_mask", lambda model: 1 / 0)
+    monkeypatch.setattr("mos_kernels.huggingface.peft.model.follow_attention_mask", lambda model: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         inject_adapter_in_model(config(), model)
     assert snapshot(model)["requires_grad"] == before["requires_grad"]

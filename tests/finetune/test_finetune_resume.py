@@ -9,7 +9,7 @@ import torch
 from finetune_setup import Killed, run, save_bert, sentences, write_tsv
 from safetensors.torch import load_file
 
-from mos_kernels.huggingface import finetune_results, finetune_trainer
+from mos_kernels.finetune import results, trainer
 from mos_kernels.run_report.log import TRAINER_STATE
 
 
@@ -83,7 +83,7 @@ def kill_at_call(monkeypatch, owner, name, call, before):
     monkeypatch.setattr(owner, name, wrapper)
 
 
-Trainer = finetune_trainer.FinetuneTrainer
+Trainer = trainer.FinetuneTrainer
 KILLS = {
     "before the first checkpoint": ("mos", Trainer, "training_step", 4, True),
     "between two checkpoints": ("mos", Trainer, "training_step", 10, False),
@@ -91,7 +91,7 @@ KILLS = {
     "before the optimizer of the second is written": ("mos", Trainer, "_save_optimizer_and_scheduler", 2, True),
     "before the second's random state is written": ("lora", Trainer, "_save_rng_state", 2, True),
     "after the last checkpoint": ("mos", Trainer, "_save_checkpoint", 3, False),
-    "while the results are written": ("mos", finetune_results, "_plot", 1, True),
+    "while the results are written": ("mos", results, "_plot", 1, True),
 }
 
 
@@ -110,7 +110,7 @@ def test_resume_equals_uninterrupted(when, base, uninterrupted, tmp_path, monkey
 def test_a_state_file_that_was_cut_off_is_no_checkpoint(base, uninterrupted, tmp_path, monkeypatch):
     arguments = (*base, "--output", tmp_path / "out")
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        kill_at_call(patched, finetune_results, "_plot", 1, True)
+        kill_at_call(patched, results, "_plot", 1, True)
         run(*arguments)
     state = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name[11:])) / TRAINER_STATE
     state.write_text(state.read_text()[:100])

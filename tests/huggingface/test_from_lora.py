@@ -14,7 +14,7 @@ from torch import nn
 
 from mos_kernels import MoSConfig, MoSRouter
 from mos_kernels.huggingface import load_adapter, save_adapter, start_from_lora
-from mos_kernels.huggingface.warm_start import expert_groups
+from mos_kernels.huggingface.from_lora import expert_groups
 from mos_kernels.layer import MoSLayer
 
 FFN = ["gate_proj", "up_proj", "down_proj"]

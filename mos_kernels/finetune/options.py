@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterable, Mapping
 
 from mos_kernels.config import MoSConfig
-from mos_kernels.huggingface.finetune_adalora import ADALORA_FIELDS
+from mos_kernels.finetune.adalora import ADALORA_FIELDS
 
 METHODS = ("mos", "hydralora", "mixture_of_lora", "lora", "dora", "adalora", "frozen")
 PRESETS = ("default", "paper", "hydralora", "mixture_of_lora")

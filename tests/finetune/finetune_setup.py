@@ -16,7 +16,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from mos_kernels.huggingface import finetune
+from mos_kernels import finetune
 
 WORDS = [
     "the",

@@ -19,9 +19,9 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
-from mos_kernels.huggingface.finetune_adalora import RankAllocation
-from mos_kernels.huggingface.report import measured_routing
-from mos_kernels.huggingface.training import MoSCallback
+from mos_kernels.finetune.adalora import RankAllocation
+from mos_kernels.huggingface.callback import MoSCallback
+from mos_kernels.huggingface.routing_report import measured_routing
 from mos_kernels.run_report.log import TIMINGS, append_line, checkpoint_step, complete_lines, write_lines
 
 TRAINED = "trained.safetensors"

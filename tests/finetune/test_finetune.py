@@ -12,9 +12,10 @@ from finetune_setup import colours, parse, run, save_bert, save_llama, sentences
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from mos_kernels import finetune
 from mos_kernels.config import MoSConfig
-from mos_kernels.huggingface import finetune, load_adapter
-from mos_kernels.huggingface.finetune_trainer import causal_sums, classification_scores, matthews_correlation
+from mos_kernels.finetune.trainer import causal_sums, classification_scores, matthews_correlation
+from mos_kernels.huggingface import load_adapter
 
 FAST = ("--batch-size", 10, "--epochs", 2, "--learning-rate", 1e-2, "--logging-steps", 1, "--quiet")
 
@@ -276,9 +277,7 @@ def test_bad_input_is_said_before_a_model_is_loaded(options, message, bert, file
     write_tsv(files / "unseen.tsv", [("maybe", "a cat")])
     write_tsv(files / "empty.tsv", [])
     (files / "broken.jsonl").write_text('{"label": "no", "sentence": "a"}\n{"label"\n')
-    monkeypatch.setattr(
-        "mos_kernels.huggingface.finetune_model.load_model", lambda *a: pytest.fail("a model was loaded")
-    )
+    monkeypatch.setattr("mos_kernels.finetune.model.load_model", lambda *a: pytest.fail("a model was loaded"))
     options = [str(option).format(files) if "{}" in str(option) else option for option in options]
     if "--train-file" in options:  # replaces the file that is always given
         base = ("--eval-file", files / "near.tsv")

@@ -20,14 +20,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from mos_kernels.ffn import FFNForm
+from mos_kernels.huggingface.attention_mask import follow_attention_mask, forget_attention_mask
 from mos_kernels.huggingface.blocks import add_router, recognise, remove_router
 from mos_kernels.huggingface.files import PREFIX as FILE_PREFIX
 from mos_kernels.huggingface.files import WEIGHTS_NAME, read_tensors, refuse_damaged, require_finite, require_fit
-from mos_kernels.huggingface.peft_config import MOSELORA, MoSPeftConfig
-from mos_kernels.huggingface.peft_layer import WHY_NO_MERGE, MoSPeftLayer, MoSPeftRouter, MoSTunerLayer
+from mos_kernels.huggingface.peft.config import MOSELORA, MoSPeftConfig
+from mos_kernels.huggingface.peft.layer import WHY_NO_MERGE, MoSPeftLayer, MoSPeftRouter, MoSTunerLayer
 from mos_kernels.huggingface.plan import Plan, PlannedBlock, adapter_shapes, make_plan
 from mos_kernels.huggingface.targets import ffn_target_modules, is_all_linear, is_target
-from mos_kernels.huggingface.token_masks import follow_attention_mask, forget_attention_mask
 from mos_kernels.layer import MoSLayer, MoSRouter
 
 PREFIX = "mos_"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mos_kernels import routing
 from mos_kernels.config import MoSConfig
-from mos_kernels.huggingface.plan import router_owners
+from mos_kernels.huggingface.modules import router_owners
 from mos_kernels.huggingface.targets import refuse_offloaded
 
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from mos_kernels.huggingface import apply_mos, load_adapter, remove_mos, routing_report
-from mos_kernels.huggingface.plan import adapter_parameters, router_owners
+from mos_kernels.huggingface.modules import adapter_parameters, router_owners
 from mos_kernels.routing import load_balancing_loss
 
 COEFFICIENT = 5.0

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 from mos_kernels.config import MoSConfig
-from mos_kernels.huggingface.finetune_options import given_options
-from mos_kernels.huggingface.finetune_trainer import remove_checkpoints_after
+from mos_kernels.finetune.options import given_options
+from mos_kernels.finetune.trainer import remove_checkpoints_after
 from mos_kernels.run_report.log import (
     FINETUNE_LOG,
     FINETUNE_SETTINGS,

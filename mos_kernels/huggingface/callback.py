@@ -13,8 +13,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, has_length
 
 from mos_kernels.config import SPACES
-from mos_kernels.huggingface.plan import mos_adapters, mos_modules, router_owners
-from mos_kernels.huggingface.report import measured_routing
+from mos_kernels.huggingface.modules import mos_adapters, mos_modules, router_owners
+from mos_kernels.huggingface.routing_report import measured_routing
 from mos_kernels.run_report.log import HISTORY, append_line, complete_lines, write_lines
 
 _SETTINGS = (
