@@ -7,9 +7,9 @@ TRITON ?= triton==3.6.0
 TORCH ?= $(if $(shell command -v nvidia-smi rocm-smi),torch,torch==2.13.0)
 
 RUN = OMP_NUM_THREADS=1 $(VENV)/bin/python
-APART = --ignore=tests/backends/triton --ignore=tests/compile --ignore=tests/gpu
+APART = --ignore=tests/backends/triton --ignore=tests/compile --ignore=tests/emulator --ignore=tests/gpu
 
-.PHONY: demo test test-oldest bench gpu gpu-full fuzz kernels clean
+.PHONY: demo test test-oldest bench gpu gpu-full fuzz fuzz-compiled kernel-counts kernels clean
 
 $(VENV)/.%: setup.py
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -24,7 +24,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(RUN) -m pytest -n 2 tests $(APART)
 	TRITON_INTERPRET=1 $(RUN) -m pytest -n 2 tests/backends/triton
-	$(RUN) -m pytest -n 2 tests/compile
+	$(RUN) -m pytest -n 2 tests/compile tests/emulator
 
 # The same tests with the oldest releases that setup.py admits, in a folder of its own.
 test-oldest:
@@ -50,6 +50,13 @@ gpu-full:
 
 fuzz:
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PRESENT) -m tests.fuzz
+
+# The compiled kernels on a CPU, trial after trial, until stopped; what they fetch, and where their accesses conflict.
+fuzz-compiled:
+	OMP_NUM_THREADS=1 $(PRESENT) -m tests.fuzz --compiled
+
+kernel-counts:
+	OMP_NUM_THREADS=1 $(PRESENT) -m tests.emulator.counts --lines
 
 kernels:
 	$(PRESENT) -m mos_kernels kernels

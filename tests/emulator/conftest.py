@@ -14,10 +14,6 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "backends" / "triton")]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full: of `make test-full` alone")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = build.missing()
     if os.environ.get("TRITON_INTERPRET") == "1":

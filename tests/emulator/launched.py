@@ -40,16 +40,16 @@ def emulated(architecture: str, schedules: Sequence[machine.Schedule] = (machine
         what, values = compilation.specialised(kernel, arguments, constants, architecture)
         made = compilation.compiled(what)
         spans = machine.extents(value for value in values if isinstance(value, torch.Tensor))
-        before, after = _contents(spans), None
+        before, after = contents(spans), None
         log.ran[what.name] += 1
         for schedule in schedules:
-            _restore(spans, before)
+            restore(spans, before)
             result = machine.run(made.program, grid, made.warps, made.shared_bytes, values, schedule)
             log.notes |= {(what.name, note) for note in result.notes()}
             problems = result.faults()
-            if after is not None and after != _contents(spans):
+            if after is not None and after != contents(spans):
                 problems.append("the results of two schedules differ")
-            after = _contents(spans)
+            after = contents(spans)
             log.problems += [f"{what.name}: {problem}\n      {what.constants} {grid}" for problem in problems]
 
     with on_cpu(architecture, run):
@@ -73,10 +73,10 @@ def on_cpu(architecture: str, run) -> Iterator[None]:
         yield
 
 
-def _contents(spans: list[tuple[int, int]]) -> list[bytes]:
+def contents(spans: list[tuple[int, int]]) -> list[bytes]:
     return [ctypes.string_at(start, end - start) for start, end in spans]
 
 
-def _restore(spans: list[tuple[int, int]], contents: list[bytes]) -> None:
+def restore(spans: list[tuple[int, int]], contents: list[bytes]) -> None:
     for (start, _), kept in zip(spans, contents, strict=True):
         ctypes.memmove(start, kept, len(kept))
