@@ -34,6 +34,8 @@ INSTRUCTION = np.dtype(
 LANE_VALUES = ("%tid.x", "%laneid", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%warpid")
 LANES = 32
 SLOT = 4 * LANES
+PARAMETERS = 64
+"""The address of the first parameter, in the space of parameters."""
 SHARED_BASE = 1024
 """Where shared memory begins: no address in it is 0, and it is aligned as the swizzles want it."""
 
@@ -147,6 +149,8 @@ class _Encoder:
             return int(hexadecimal.group(1), 16).to_bytes(width, "little")
         if operand in ("true", "false"):
             return int(operand == "true").to_bytes(width, "little")
+        if operand in self.parameters:  # its address, by which a selected one may be loaded
+            return (PARAMETERS + 8 * list(self.parameters).index(operand)).to_bytes(width, "little")
         if re.match(r"[A-Za-z_$]", operand):
             if "smem" not in operand:
                 raise KeyError(operand)
@@ -239,10 +243,23 @@ class _Encoder:
             return
         to, address = o
         assert address.offset == 0, "part of a parameter"
+        if address.base not in self.parameters:
+            self._load_selected(s, to, address.base)
+            return
         size, (at, width) = self._size_of(to), self.parameters[address.base]
         wider = "cvt.s64.s32" if parts[-1][0] == "s" else "cvt.u64.u32"
         move = "mov.b32" if size < 8 else "mov.b64" if width == 8 else wider
         self._emit(s, self.table[move][0], [self._slot(to, size), at], 1)
+
+    def _load_selected(self, s, to: str, address: str):
+        """The parameter of that width whose address is in a register."""
+        size, chosen = self._size_of(to), self._new(4)
+        for name, (at, width) in list(self.parameters.items()):
+            if width == size and name in (operand for operand, _ in self.slots):
+                place = self._slot(name, 4)
+                self._emit(s, self.table["setp.eq.u32"][0], [chosen, self._slot(address, 4), place], 1)
+                result = self._slot(to, size)
+                self._emit(s, self.table[f"selp.b{8 * size}"][0], [result, at, result, chosen], 1)
 
     def _op_st(self, s, parts, o):
         self._access(s, parts, o[1], o[0], load=False)
@@ -251,12 +268,20 @@ class _Encoder:
         space = "SHARED" if any(part.startswith("shared") for part in parts) else "GLOBAL"
         assert space == "SHARED" or "global" in parts, "an address space other than global and shared"
         bits = int(re.search(r"\d+$", parts[-1]).group())
-        slots = [self._slot(value, bits // 8) for value in (values if isinstance(values, list) else [values])]
+        values = values if isinstance(values, list) else [values]
         at, offset = self._address(address, 8 if space == "GLOBAL" else 4)
+        extended = [value for value in values if bits < 64 and value.startswith("%") and self._size_of(value) == 8]
+        narrow = {value: self._new(4) for value in extended}  # a narrow access to a wide register: to its low half
+        slots = [narrow[value] if value in narrow else self._slot(value, bits // 8) for value in values]
+        for value in () if load else narrow:
+            self._emit(s, self.table["cvt.u32.u64"][0], [narrow[value], self._slot(value, 8)], 1)
         self._emit(
             s, f"{'LOAD' if load else 'STORE'}_{space}", [*slots, at] if load else [at, *slots],
             len(slots) if load else 0, a=bits // 8, b=len(slots), c=parts[-1][0] == "s", offset=offset,
         )  # fmt: skip
+        widened = "cvt.s64.s32" if parts[-1][0] == "s" else "cvt.u64.u32"
+        for value in narrow if load else ():
+            self._emit(s, self.table[widened][0], [self._slot(value, 8), narrow[value]], 1)
 
     def _op_cp(self, s, parts, o):
         assert parts[1] == "async" and "bulk" not in parts, "a copy other than cp.async"

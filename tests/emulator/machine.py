@@ -56,7 +56,7 @@ class _Launch(ctypes.Structure):
         ("global_history", ctypes.c_void_p), ("grid", ctypes.c_int * 3), ("warps", ctypes.c_int),
         ("shared_bytes", ctypes.c_int), ("shared_base", ctypes.c_int), ("ctas", ctypes.c_void_p),
         ("cta_count", ctypes.c_int), ("late_copies", ctypes.c_int), ("late_products", ctypes.c_int),
-        ("order", ctypes.c_int), ("seed", ctypes.c_int), ("check", ctypes.c_int), ("truncate", ctypes.c_int),
+        ("order", ctypes.c_int), ("seed", ctypes.c_int), ("check", ctypes.c_int), ("rough", ctypes.c_int),
         ("trace", ctypes.c_int), ("counts", ctypes.c_void_p), ("found", ctypes.c_void_p),
         ("found_room", ctypes.c_int), ("found_count", ctypes.c_int), ("message", ctypes.c_char * 512),
         ("failed_pc", ctypes.c_int),
@@ -71,7 +71,7 @@ class Schedule:
     late_products: bool = False  # wgmma reads shared memory and writes its accumulators at its wait
     order: str = "forward"  # of the warps between two barriers, and of the programs: ORDERS
     seed: int = 0  # of a random order
-    truncate: bool = False  # each matrix instruction rounds its sums towards zero
+    rough: bool = False  # approximate instructions err as they may, matrix instructions round their sums towards zero
 
 
 EARLY, LATE = Schedule(), Schedule(late_copies=True, late_products=True, order="reverse")
@@ -161,7 +161,7 @@ def run(
         len(initial), program.lane_slots.ctypes.data, memories.ctypes.data, len(spans),
         pointers.ctypes.data if history else None, (ctypes.c_int * 3)(*grid), warps, shared_bytes, SHARED_BASE,
         chosen.ctypes.data, len(chosen), schedule.late_copies, schedule.late_products, ORDERS.index(schedule.order),
-        schedule.seed, check, schedule.truncate, trace, counts.ctypes.data, found.ctypes.data, len(found), 0, b"", 0,
+        schedule.seed, check, schedule.rough, trace, counts.ctypes.data, found.ctypes.data, len(found), 0, b"", 0,
     )  # fmt: skip
     library = build.library()
     if library.launch(ctypes.byref(launch)):

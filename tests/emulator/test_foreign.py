@@ -37,7 +37,7 @@ def launched(architecture: str, schedule: machine.Schedule, **options):
     return result, y, torch.softmax(a.double() @ b.double(), 1)
 
 
-SCHEDULES = [machine.EARLY, machine.LATE, machine.Schedule(order="random", truncate=True)]
+SCHEDULES = [machine.EARLY, machine.LATE, machine.Schedule(order="random", rough=True)]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from . import build, by_hand
+from . import build, by_hand, machine
 
 NAMES = sorted(build.elementwise()) if build.missing() is None else []
 THREADS = 128
@@ -363,3 +363,15 @@ def test_every_elementwise_instruction(name):
                 assert a == b or math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-37), shown
                 continue
         assert ours == theirs, shown
+
+
+def test_approximate_instructions_may_err_by_what_is_documented():
+    """In units of the last place, and by no more; the same for the same number."""
+    values = torch.linspace(0.1, 9.0, 32)
+    body = by_hand.own_part(2, 4) + "ld.global.b32 %r5, [%d51];\nrcp.approx.f32 %r6, %r5;\nst.global.b32 [%d52], %r6;\n"
+    exact, rough, again = (torch.zeros(32) for _ in range(3))
+    by_hand.run(body, [values, exact])
+    for found in (rough, again):
+        by_hand.run(body, [values, found], machine.Schedule(rough=True))
+    apart = (rough.view(torch.int32) - exact.view(torch.int32)).abs()
+    assert torch.equal(rough, again) and apart.max() == 1

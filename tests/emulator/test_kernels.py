@@ -31,6 +31,15 @@ def test_compiled_kernels(trial, architecture):
     assert failures + log.problems == [], str(trial)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("trial", [pytest.param(*one.values, id=one.id) for one in TRIALS if "options" in one.id])
+def test_results_hold_where_instructions_are_as_inexact_as_they_may_be(trial, architecture):
+    with launched.emulated(architecture, [machine.Schedule(rough=True)]) as log:
+        failures = trial.failures()
+    assert failures + log.problems == [], str(trial)
+
+
 def test_the_few_launch_every_kernel_of_the_package():
     sources = Path(backend.__file__).parent.glob("*.py")
     defined = {name for path in sources for name in re.findall(r"@triton.jit.*\ndef (\w+)_kernel\(", path.read_text())}

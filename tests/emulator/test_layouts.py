@@ -347,3 +347,36 @@ def test_asynchronous_products(a_from, b_rows, swizzle, n, kind, schedule):
     wanted = a @ b.T + c
     for i in range(n // 2):
         assert (accumulators[i].numpy() == wanted[row + i // 2 % 2 * 8, column + i // 4 * 8 + i % 2]).all(), i
+
+
+def test_a_narrow_access_to_a_wide_register():
+    """As Triton 3.9 writes it: zeros, or the sign, above what is loaded."""
+    body = by_hand.own_part(2, 8) + """mov.b32 %r1, global_smem;
+    mad.lo.s32 %r1, %r0, 4, %r1;
+    mov.b64 %d5, 0xFFFFFFFF80000001;
+    st.shared.b32 [%r1], %d5;
+    ld.shared.b32 %d6, [%r1];
+    st.global.b64 [%d51], %d6;
+    ld.shared.s32 %d6, [%r1];
+    st.global.b64 [%d52], %d6;
+    """  # fmt: skip
+    unsigned, signed = torch.zeros(32, dtype=torch.int64), torch.zeros(32, dtype=torch.int64)
+    assert by_hand.run(body, [unsigned, signed], shared_bytes=128).faults() == []
+    assert (unsigned == 0x80000001).all() and (signed == 0x80000001 - 2**32).all()
+
+
+def test_a_parameter_chosen_by_its_address():
+    body = """mov.b32 %r1, a1;
+    mov.b32 %r2, a2;
+    and.b32 %r3, %r0, 1;
+    setp.eq.s32 %p1, %r3, 0;
+    selp.b32 %r4, %r1, %r2, %p1;
+    ld.param.b64 %d5, [%r4];
+    mul.wide.u32 %d6, %r0, 4;
+    add.s64 %d5, %d5, %d6;
+    st.global.b32 [%d5], %r0;
+    """
+    even, odd = torch.zeros(32, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    assert by_hand.run(body, [even, odd]).faults() == []
+    threads = torch.arange(32, dtype=torch.int32)
+    assert torch.equal(even, threads * (threads % 2 == 0)) and torch.equal(odd, threads * (threads % 2))

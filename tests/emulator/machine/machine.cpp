@@ -26,6 +26,13 @@ extern "C" int elementwise_count() { return sizeof ELEMENTWISE / sizeof(Entry); 
 extern "C" const char* elementwise_name(int i) { return ELEMENTWISE[i].name; }
 extern "C" int elementwise_size(int i, int operand) { return ELEMENTWISE[i].sizes[operand]; }  // 0: there is none
 
+// Of a result of an approximate instruction: the same for the same number, whatever the schedule.
+static int error_of(f32 a, int most) { return (int)((bits(a) * 2654435761u >> 7) % (2 * most + 1)) - most; }
+static f32 off(f32 a, int units) {
+    return !L->rough || a == 0 || !std::isfinite(a) ? a : number(bits(a) + error_of(a, units));
+}
+static f32 off_by(f32 a, f32 error) { return L->rough && std::isfinite(a) ? a + error * error_of(a, 1) : a; }
+
 enum { BASE = __COUNTER__ + 1 };
 
 static void elementwise(char* r, const Instruction& in, const s32* o, int pc) {

@@ -2,10 +2,10 @@
 #pragma once
 #include "history.h"
 
-// A sum as float32: to nearest, or towards zero, which is further off than any tensor core is known to be.
+// A sum as float32: to nearest, or, if it is to be rough, towards zero, further off than any tensor core is known to be.
 static f32 narrowed(f64 a) {
     f32 f = (f32)a;
-    return L->truncate && std::fabs((f64)f) > std::fabs(a) ? std::nextafter(f, 0.0f) : f;
+    return L->rough && std::fabs((f64)f) > std::fabs(a) ? std::nextafter(f, 0.0f) : f;
 }
 
 // m16n8. a: k, 8 or 16; b: 1 bfloat16. Operands: four of d, k / 4 of A, k / 8 of B, four of c.

@@ -33,7 +33,7 @@ struct Launch {
     GlobalByte** global_history;                  // by memory, or null
     s32 grid[3], warps, shared_bytes, shared_base;
     const s32* ctas; s32 cta_count;               // linear numbers of those to run, in order
-    s32 late_copies, late_products, order, seed, check, truncate, trace;
+    s32 late_copies, late_products, order, seed, check, rough, trace;
     Counts* counts;                               // by instruction
     Found* found; s32 found_room, found_count;
     char message[512]; s32 failed_pc;             // where it stopped, and why
