@@ -63,8 +63,12 @@ def covering(
 
 
 def full_but(everyday: Sequence, values: Iterable) -> list:
-    """The values for `parametrize`, those that are not everyday's marked as full."""
-    return [value if value in everyday else pytest.param(value, marks=pytest.mark.full) for value in values]
+    """The values for `parametrize`, a tuple for several parameters; those that are not everyday's are marked full."""
+
+    def marked(value):
+        return pytest.param(*value if isinstance(value, tuple) else (value,), marks=pytest.mark.full)
+
+    return [value if value in everyday else marked(value) for value in values]
 
 
 class Budget:
