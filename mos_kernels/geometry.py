@@ -68,7 +68,7 @@ def _raw_inverse_stereographic(eps: float) -> Callable[[Tensor], ScaleAndSlope]:
         divisor = 1 + a
         held = divisor.abs() < eps
         limit = torch.full_like(divisor, eps)  # two numbers in a torch.where would be float32
-        value = 2 / torch.where(held, limit.copysign(divisor), divisor)
+        value = 2 / torch.where(held, torch.where(divisor < 0, -limit, limit), divisor)
         return value, torch.where(held, 0.0, value * value / -2)
 
     return scale
