@@ -210,12 +210,18 @@ def frozen_heads(model: nn.Module) -> list[str]:
 
 def _refuse_adapted(model: nn.Module) -> None:
     refuse_fsdp1(model)
+    refuse_peft(model)
+    for name, module in model.named_modules():
+        if isinstance(module, (MoSLayer, MoSRouter)):
+            raise ValueError(f"the model has a MoS adapter already, at {name!r}: call remove_mos(model) first")
+
+
+def refuse_peft(model: nn.Module) -> None:
+    """ValueError for a model with an adapter of peft's, beside which one of apply_mos has no place."""
     for name, module in model.named_modules():
         # the tuner layers of methods outside of peft, such as our own, have this attribute too
         if type(module).__module__.split(".")[0] == "peft" or hasattr(type(module), "adapter_layer_names"):
             raise ValueError(f"the model has a peft adapter, at {name!r} ({type(module).__name__}): unload it first")
-        if isinstance(module, (MoSLayer, MoSRouter)):
-            raise ValueError(f"the model has a MoS adapter already, at {name!r}: call remove_mos(model) first")
 
 
 def _refuse_3d_parameters(model: nn.Module, config: MoSConfig) -> None:
