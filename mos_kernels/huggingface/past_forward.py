@@ -1,7 +1,7 @@
 """Linears that a model uses past their forward, where an adapter on them would have no effect, or a wrong one.
 
-Found by reading the sources of torch 2.13 and transformers 5.24; `tests/huggingface/test_past_forward.py` reads those of
-the installed transformers again and names what is not in this table.
+Found by reading the sources of torch 2.13 and transformers 5.24; `tests/huggingface/test_past_forward.py` reads those
+of the installed transformers again and names what is not in this table.
 """
 
 from __future__ import annotations
@@ -23,8 +23,14 @@ _READERS = {
     "FalconMambaMixer": ("x_proj dt_proj out_proj", _KERNELS),
     "JambaMambaMixer": ("dt_proj", _KERNELS),
     **dict.fromkeys(
-        """Mamba2Mixer BambaMixer FalconH1Mixer GraniteMoeHybridMambaLayer NemotronHMamba2Mixer
-        Zamba2MambaMixer""".split(),
+        [
+            "Mamba2Mixer",
+            "BambaMixer",
+            "FalconH1Mixer",
+            "GraniteMoeHybridMambaLayer",
+            "NemotronHMamba2Mixer",
+            "Zamba2MambaMixer",
+        ],
         ("out_proj", _KERNELS),
     ),
     "WavLMAttention": ("q_proj k_proj v_proj out_proj", _ATTENTION),

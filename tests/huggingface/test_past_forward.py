@@ -19,8 +19,11 @@ from mos_kernels.huggingface.past_forward import _READERS, why_past_forward
 
 CALLED_TOO = {
     # called, after its weight's dtype was asked for
-    *((f"{name}DenseActDense", "wo") for name in "T5 MT5 UMT5 LongT5 Udop Pop2Piano SwitchTransformers".split()),
-    *((f"{name}DenseGatedActDense", "wo") for name in "T5 MT5 UMT5 Udop Pop2Piano Pix2StructText".split()),
+    *(
+        (f"{name}DenseActDense", "wo")
+        for name in ["T5", "MT5", "UMT5", "LongT5", "Udop", "Pop2Piano", "SwitchTransformers"]
+    ),
+    *((f"{name}DenseGatedActDense", "wo") for name in ["T5", "MT5", "UMT5", "Udop", "Pop2Piano", "Pix2StructText"]),
     ("Pix2StructVisionMlp", "wo"),
     ("Kosmos2_5VisionMlp", "wo"),
     ("NllbMoeDenseActDense", "fc2"),
@@ -114,7 +117,7 @@ MADE = re.compile(r"self\.(\w+) = (?:nn\.)?(?:Linear|Conv1D)\(")
 
 
 def read_past_forward(source: str) -> Iterator[tuple[str, str]]:
-    """(class, linear) for every linear of a class whose weight or bias one of its methods reads, but those that draw it."""
+    """(class, linear) for linears of a class whose weight or bias a method reads that does not draw it."""
     for kind in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
         linears = set(MADE.findall(ast.unparse(kind)))
         for method in (node for node in kind.body if isinstance(node, ast.FunctionDef) and "init" not in node.name):
