@@ -146,3 +146,8 @@ def test_resumed_from_a_later_checkpoint(family, uninterrupted, tmp_path):
 def test_a_folder_without_a_complete_checkpoint(tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_a_folder_that_is_not_there_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="nowhere is no folder"):
+        assert last_complete_checkpoint(tmp_path / "nowhere") is None

@@ -227,14 +227,13 @@ def with_one_bias(block):
     block.gate_proj.bias = nn.Parameter(torch.zeros(HIDDEN))
 
 
-def with_factors_of_two_dtypes(block):
-    for name in NAMES[llama]:
-        getattr(block, name)._frozen = None
-    block.gate_proj.mos_lora_A.data = block.gate_proj.mos_lora_A.data.bfloat16()
+def replace_kappa(layer, kappa):
+    kept = layer._frozen
+    layer._frozen = kept._replace(factors=kept.factors._replace(kappa=kappa))
 
 
 def elsewhere(block):
-    block.down_proj._frozen = block.down_proj._frozen._replace(kappa=torch.empty(E, device="meta"))
+    replace_kappa(block.down_proj, torch.empty(E, device="meta"))
 
 
 def with_a_bias_elsewhere(block):
@@ -246,13 +245,12 @@ def of_a_lower_rank(block):
 
 
 def with_few_curvatures(block):
-    block.up_proj._frozen = block.up_proj._frozen._replace(kappa=torch.zeros(E - 1))
+    replace_kappa(block.up_proj, torch.zeros(E - 1))
 
 
 CHANGES = [
     wrapped, with_own_router, of_other_experts, of_two_ranks, wide_weight, with_a_forward_of_its_own, called_otherwise,
-    with_biases_of_two_dtypes, with_one_bias, with_factors_of_two_dtypes, elsewhere, with_a_bias_elsewhere,
-    of_a_lower_rank, with_few_curvatures,
+    with_biases_of_two_dtypes, with_one_bias, elsewhere, with_a_bias_elsewhere, of_a_lower_rank, with_few_curvatures,
 ]  # fmt: skip
 
 
