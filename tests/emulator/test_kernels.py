@@ -23,6 +23,7 @@ TRIALS = [
 ]
 
 
+@pytest.mark.budget(15)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("trial", TRIALS)
 def test_compiled_kernels(trial, architecture):
