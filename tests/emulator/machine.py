@@ -26,7 +26,7 @@ FINDINGS = (
     "no proxy fence between a cp.async and the wgmma that reads it",
     "warps that store the same element at once have different values for it",
     "lanes of a warp that store the same element at once have different values for it",
-    "a wgmma operand register touched since the last wgmma.fence",
+    "a register written since the last wgmma.fence that a wgmma reads",
     "tensor memory touched while a product uses it",
     "tensor memory touched before a store to it was waited for",
     "tensor memory: two warps, no barrier between",
