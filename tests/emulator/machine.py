@@ -23,7 +23,7 @@ FINDINGS = (
     "shared memory read that was never written",
     "an address outside the arguments",
     "a misaligned address",
-    "no proxy fence between a cp.async and the wgmma that reads it",
+    "no proxy fence between a cp.async and the product that reads it",
     "warps that store the same element at once have different values for it",
     "lanes of a warp that store the same element at once have different values for it",
     "a register written since the last wgmma.fence that a wgmma reads",
