@@ -94,9 +94,10 @@ def test_the_race_of_shrink_backward_with_several_stages(stages):
     assert not error < 0.1  # and it would be seen in the numbers
 
 
-@pytest.mark.parametrize(
-    ("architecture", "stages"), [("sm_90", 1), ("sm_100", 1), ("sm_80", 1), ("sm_80", 2), ("sm_80", 3)]
-)
+NO_RACE = [("sm_90", 1), *((other, stages) for other in ("sm_80", "sm_100") for stages in (1, 2, 3))]
+
+
+@pytest.mark.parametrize(("architecture", "stages"), NO_RACE)
 def test_no_race_of_shrink_backward_with_one_stage_or_without_wgmma(architecture, stages):
     for schedule in (machine.EARLY, machine.LATE, machine.Schedule(late_products=True)):
         faults, error = shrink_backward(architecture, stages, schedule)
