@@ -91,6 +91,8 @@ def mos_route(
     """
     if x.shape[-1] != router.shape[-1]:
         raise ValueError(f"x has width {x.shape[-1]}, the router reads {router.shape[-1]}: pass the FFN block's input")
+    if router.shape[0] != config.num_experts:
+        raise ValueError(f"router has {router.shape[0]} rows, the configuration {config.num_experts} experts: one each")
     _check_mask(x, token_mask)
     check_device(x, router=router, aux_weight=aux_weight, token_mask=None if aux_weight is None else token_mask)
     backend = resolve_backend(backend, x)
