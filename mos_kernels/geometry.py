@@ -98,7 +98,8 @@ def _raw_inverse_stereographic(a: Tensor, limit: float, edge: float) -> ScaleAnd
     """Equation 5 on both sides of its pole a = -1, with |1 + a| held at or above a limit."""
     divisor = 1 + a
     held = divisor.abs() < limit
-    value = torch.where(held, torch.full_like(a, edge).copysign(divisor), 2 / divisor)
+    bound = torch.full_like(a, edge)  # two numbers in a torch.where would be float32
+    value = torch.where(held, torch.where(divisor < 0, -bound, bound), 2 / divisor)
     return value, torch.where(held, 0.0, value * value / -2)
 
 

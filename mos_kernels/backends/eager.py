@@ -252,8 +252,8 @@ def _squared_output_norm(h: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]
     """
     unit_gh = exact_matmul(h.transpose(0, 1), prepared.unit_gram).transpose(0, 1)
     wide = h.dtype if h.device.type == "mps" else torch.float64
-    q = (h.to(wide) * unit_gh).sum(-1) * prepared.trace
-    return q.clamp(0, geometry.SATURATION).to(h.dtype), unit_gh
+    q = (h.to(wide) * unit_gh.to(wide)).sum(-1) * prepared.trace.to(wide)
+    return q.clamp(0.0, geometry.SATURATION).to(h.dtype), unit_gh
 
 
 class Bridged(NamedTuple):
