@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
-from cases import DecodingTrial
+from cases import DecodingTrial, everyday_seeds, kinds
+from everyday import full_but
 from strategies import normal
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,12 +19,19 @@ from mos_kernels.decoding import Decoding
 transformers = pytest.importorskip("transformers")
 
 D, HIDDEN, R, E = 50, 70, 3, 8
+SEEDS = range(24)
+EVERYDAY = everyday_seeds(DecodingTrial, SEEDS)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", full_but(EVERYDAY, SEEDS))
 def test_an_ffn_drawn_from_a_seed(seed):
     trial = DecodingTrial.drawn(seed)
     assert not trial.failures(), trial
+
+
+def test_the_everyday_seeds_reach_what_all_of_them_do():
+    reached, everything = (set().union(*(kinds(DecodingTrial.drawn(s)) for s in some)) for some in (EVERYDAY, SEEDS))
+    assert reached == everything and len(everything) >= 60
 
 
 @pytest.mark.shipped_settings
