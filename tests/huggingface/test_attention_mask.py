@@ -380,3 +380,14 @@ def test_remove_takes_the_hooks_and_the_masks():
     assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
     gc.collect()
     assert not any(id(found) in sources for found in gc.get_objects() if type(found).__name__ == "TokenMask")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))])
+def test_a_block_copies_when_its_model_is_gone(copied):
+    model = tiny()
+    apply_mos(model, mos(model))
+    block = model.model.layers[0].mlp
+    del model
+    gc.collect()
+    x = torch.randn(2, block.mos_router.in_features, dtype=block.gate_proj.weight.dtype)
+    assert_close(copied(copied(block))(x), block(x))

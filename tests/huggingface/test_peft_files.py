@@ -214,7 +214,7 @@ DAMAGE = {
         "1 unexpected",
     ),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "the adapter has no weights"),
-    "no JSON": (lambda folder: (folder / CONFIG).write_text('{"peft_type": "MOSELORA", '), ""),
+    "no JSON": (lambda folder: (folder / CONFIG).write_text('{"peft_type": "MOSELORA", '), "property name|JSON"),
     "an option of the future": (lambda folder: reconfigure(folder, from_the_future=3), "from_the_future"),
 }
 ROUTER, BASE = "model.layers.0.mlp.mos_router.weight", "model.layers.0.self_attn.q_proj.weight"
@@ -284,6 +284,7 @@ def state_of(model) -> dict:
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("door", DOORS)
+@pytest.mark.one_at_a_time("door", "damage")
 def test_damaged_files_are_refused_and_the_model_is_what_it_was(with_head, door, damage):
     build, load = DOORS[door]
     spoil, message = DAMAGE[damage]
@@ -416,6 +417,7 @@ EXISTING = ("NaN", "NaN in the head", "a tensor of another shape", "a tensor too
 
 @pytest.mark.parametrize("damage", EXISTING)
 @pytest.mark.parametrize("door", ["load_adapter", "set_peft_model_state_dict"])
+@pytest.mark.one_at_a_time("door", "damage")
 def test_an_adapter_that_was_there_stays_on_with_its_values(with_head, door, damage):
     """As where a Trainer resumes, or loads the best model at the end."""
     DAMAGE[damage][0](with_head)

@@ -620,6 +620,7 @@ def test_a_data_parallel_replica_uses_its_own_parameters(family):
 
 
 @every_family
+@pytest.mark.budget(8)
 def test_a_block_compiles_in_one_graph_for_any_length(family):
     torch._dynamo.reset()
     block = layers_of(two_adapters(family, dtype=torch.float32).base_model.model)[0]
@@ -733,6 +734,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.budget(15)
 def test_without_peft_and_in_a_process_that_loads(tmp_path):
     tiny(dtype=torch.float32).save_pretrained(tmp_path / "base")
     base = AutoPeftModelForCausalLM._target_class.from_pretrained(tmp_path / "base")
