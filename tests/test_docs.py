@@ -1,4 +1,4 @@
-"""Every test and test file that a page of docs/ names exists, the test in the file that the page says."""
+"""Every test and test file that a page names exists, the test in the file that the page says."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = {path.name: path for path in (ROOT / "tests").rglob("*.py") if path.name.startswith(("test_", "checks_"))}
-PAGES = {"training.md": None, "peft.md": "test_peft_model.py", "scale.md": None}
+PAGES = {"tests/README.md": None, "docs/peft.md": "test_peft_model.py"}
 """Each page, and the file of names that stand alone in it; elsewhere that is the file named last."""
 SHORT = {
     **{name: f"checks_{name}.py" for name in ("ddp", "fsdp", "trainer_fsdp", "accelerate", "deepspeed")},
@@ -24,7 +24,7 @@ NAMED = re.compile(
 def named_in(page: str) -> set[tuple[str, str | None]]:
     """(file, test) of every test that the page names; the test None where it names a file alone."""
     found, file = set(), None
-    for match in NAMED.finditer((ROOT / "docs" / page).read_text(encoding="utf-8")):
+    for match in NAMED.finditer((ROOT / page).read_text(encoding="utf-8")):
         if match["short"]:
             file = SHORT[match["short"]]
             continue
