@@ -81,7 +81,7 @@ class TokenMask(PreHook):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not torch.is_grad_enabled():  # no backward follows, and what an earlier forward left is still wanted
             return
-        if self._is_first and self.outer is None and module.training and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._is_first and self.outer is None and module.training:
             self._is_first = False
             warn_without_factor(module)
         mask = kwargs.get(NAME)

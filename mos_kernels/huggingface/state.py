@@ -40,7 +40,7 @@ class AdapterState(PreHook):
         setattr(model, _STATE, self)
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self.note()
 
     def note(self) -> None:
