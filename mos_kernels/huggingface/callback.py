@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -169,8 +170,9 @@ class MoSCallback(TrainerCallback):
             self._measure(args, model)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        keeps_its_own = type(optimizer).__name__ == "DeepSpeedOptimizerWrapper"  # gradients, elsewhere
-        if not self._has_stepped and not keeps_its_own:
+        # DeepSpeed keeps gradients elsewhere, and these optimizers use them up during backward
+        kept = type(optimizer).__name__ != "DeepSpeedOptimizerWrapper" and not re.search("lomo|layerwise", args.optim)
+        if not self._has_stepped and kept:
             _warn_of_missing_gradients(model)
         self._has_stepped = True
 
