@@ -25,8 +25,11 @@ def main(argv: list[str] | None = None) -> int:
 
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["finetune"]:  # its options are those of transformers too; the other commands need none
-        from mos_kernels.finetune import run as run_finetune
-
+        try:
+            from mos_kernels.finetune import run as run_finetune
+        except ModuleNotFoundError as error:
+            print(f"error: finetune needs {error.name}: pip install 'mos_kernels[finetune]'", file=sys.stderr)
+            return 2
         return run_finetune(arguments[1:])
     options = parser.parse_args(arguments)
     if options.command == "doctor":

@@ -49,12 +49,9 @@ def run(argv: Sequence[str]) -> int:
             stream.reconfigure(errors="backslashreplace")  # names of classes that the terminal's encoding lacks
     try:
         finetune(argv)
-    except FinetuneError as error:
+    except (FinetuneError, FloatingPointError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (FloatingPointError, OSError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, FinetuneError) else 1
     except KeyboardInterrupt:
         print("\ninterrupted: the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -83,17 +80,19 @@ def finetune(argv: Sequence[str], methods: Mapping[str, Method] | None = None, c
         tokenizer, summary["max_length"] = _load_tokenizer(options)
         model, head = _load_model(options, summary.get("classes"), tokenizer, arguments.seed)
         if not targets_given and config is not None:
-            config = _with_targets(config, ffn_target_modules(model))
+            found = {"target_modules": ffn_target_modules(model)}
+            config = dataclasses.replace(config, **found) if isinstance(config, MoSConfig) else {**config, **found}
         rows = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
         steps = max(arguments.max_steps, 0) or math.ceil(arguments.num_train_epochs * math.ceil(len(train) / rows))
         model, names = _add_adapter(model, options.method, config, head, arguments.seed, methods or {}, steps)
         counts, where = results.parameter_counts(model, head), f" on {len(names)} linears" if names else ""
         print(f"model: {options.method}{where} trains {counts['trained']:,} parameters of {counts['total']:,}")
         trainer = _trainer(options, arguments, model, tokenizer, train, evaluation, summary, list(callbacks))
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             Path(arguments.output_dir).rmdir()  # where nothing was written into it
-        raise
+        # what get_peft_model, TRL's preparation and chat templates refuse
+        raise FinetuneError(error) if isinstance(error, (ValueError, TypeError)) else error from None
     with arguments.main_process_first():
         results.open_output(options, arguments, settings, checkpoint)
     mos, first = None, {}
@@ -101,7 +100,8 @@ def finetune(argv: Sequence[str], methods: Mapping[str, Method] | None = None, c
         mos = MoSCallback.add_to(trainer, MoSCallback(history_file=None))
         first = {"curvature": {n: [config.curvature_init * sign for sign in config.curvature_signs] for n in names}}
     step = checkpoint_step(checkpoint) if checkpoint else None
-    log = training.RunLog(Path(arguments.output_dir, FINETUNE_LOG), first, mos, step)
+    path = Path(arguments.output_dir, FINETUNE_LOG) if arguments.should_save else None
+    log = training.RunLog(path, first, mos, step)
     trainer.add_callback(log)
     _train(trainer, checkpoint)
     if trainer.outputs is None or "eval_loss" not in log.entries[-1]:  # not evaluated after the last step
@@ -184,13 +184,6 @@ def _load(source: str, load, **settings):
         logging.set_verbosity(before)
 
 
-def _with_targets(config, names):
-    """The configuration with these target_modules."""
-    if isinstance(config, MoSConfig):
-        return dataclasses.replace(config, target_modules=names)
-    return {**config, "target_modules": names}
-
-
 def _add_adapter(model, method: str, config, head: list[str], seed: int, methods: Mapping[str, Method], steps: int):
     """(model with its adapter, names of the linears adapted); all but adapter and head is frozen.
 
@@ -204,16 +197,13 @@ def _add_adapter(model, method: str, config, head: list[str], seed: int, methods
         whole = {"modules_to_save": list(head) or None, "task_type": "SEQ_CLS" if head else "CAUSAL_LM"}
         own = config.to_dict() if isinstance(config, MoSConfig) else config
         own = {k: list(v) if isinstance(v, tuple) else v for k, v in own.items() if v is not None} | whole
-        try:
-            if isinstance(config, MoSConfig):
-                made = MoSPeftConfig(**own)
-            elif method in methods:
-                made = methods[method].config(own, steps)
-            else:
-                made = LoraConfig(**own, use_dora=method == "dora")
-            model = get_peft_model(model, made)
-        except (TypeError, ValueError) as error:
-            raise FinetuneError(error) from error
+        if isinstance(config, MoSConfig):
+            made = MoSPeftConfig(**own)
+        elif method in methods:
+            made = methods[method].config(own, steps)
+        else:
+            made = LoraConfig(**own, use_dora=method == "dora")
+        model = get_peft_model(model, made)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
@@ -241,10 +231,7 @@ def _trainer(options: Options, arguments, model, tokenizer, train, evaluation, s
         score = training.classification_scores
     else:
         arguments.max_length, before = length, (len(train), len(held_out))
-        try:
-            trainer = training.causal_trainer()(**common, train_dataset=train, eval_dataset=held_out)
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:  # of chat templates, packing, loss masks
-            raise FinetuneError(f"the data cannot be prepared: {error}") from error
+        trainer = training.causal_trainer()(**common, train_dataset=train, eval_dataset=held_out)
         lost = 0 if arguments.packing else before[0] - len(trainer.train_dataset)
         lost += before[1] - len(trainer.eval_dataset)
         if lost:

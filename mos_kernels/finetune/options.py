@@ -152,6 +152,7 @@ def _completed(options: Options, values: dict) -> dict:
     if values["fp16"] and (values["use_cpu"] or not torch.cuda.is_available()):
         raise FinetuneError("float16 trains on CUDA only, and the device is another: use bfloat16 or float32")
     values["data_seed"] = values["seed"] if values["data_seed"] is None else values["data_seed"]
+    values["dataloader_pin_memory"] &= torch.cuda.is_available() and not values["use_cpu"]
     values["label_names"] = values["label_names"] or ["labels"]
     if "eval_packing" in values:  # predictions.jsonl and exact match need each row by itself
         values["eval_packing"] = values["eval_packing"] or False
@@ -174,11 +175,8 @@ def _check(options: Options, found: Mapping) -> None:
             need(0 <= value < 2**32, f"{_flag(name)} {value} must be in [0, 2^32)")
     for name in ("weight_decay", "max_grad_norm", "warmup_steps", "max_new_tokens"):
         need(found[name] >= 0, f"{_flag(name)} {found[name]:g} must be 0 or positive")
-    need(
-        not any(found[f"do_{name}"] for name in ("train", "eval", "predict")),
-        "--do_…: it trains and evaluates: drop it",
-    )
-    need(not found.get("eval_packing"), "--eval_packing: every row is evaluated by itself: drop it")
+    for name in ("do_train", "do_eval", "do_predict", "eval_packing", "batch_eval_metrics", "prediction_loss_only"):
+        need(not found.get(name), f"{_flag(name)}: the command trains, and evaluates each row by itself: drop it")
     need(found["output_dir"], "give --output, the folder for the adapter, metrics, log and report")
     need(not (options.resume and options.overwrite), "--resume and --overwrite exclude each other")
     need(bool(options.dataset) != bool(options.train_file), "give the training data: either --dataset or --train-file")

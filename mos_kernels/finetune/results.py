@@ -92,7 +92,8 @@ def open_output(options: Options, arguments, settings: Mapping, checkpoint: Path
             path.unlink()
         elif step is not None and step > (last or 0) or path.name == "adapter" and not options.resume:
             shutil.rmtree(path)
-    logs.write_text(folder / logs.FINETUNE_SETTINGS, json.dumps(settings, indent=2) + "\n")
+    if arguments.should_save:
+        logs.write_text(folder / logs.FINETUNE_SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
 def print_data(summary: Mapping) -> None:
@@ -151,11 +152,12 @@ def _prompt(row: Mapping, tokenizer) -> list[int] | None:
     return None
 
 
-def _predictions(trainer, classes: Sequence[str] | None, answers: Sequence[str | None]) -> str:
+def _predictions(trainer, tokenizer, classes: Sequence[str] | None, answers: Sequence[str | None]) -> str:
     """A JSON line for each evaluation row, in order: what it holds, and what the model made of it."""
     lines = []
     for row, output, answer in zip(trainer.eval_dataset, trainer.outputs, answers, strict=True):
         line = {key: row[key] for key in ("file", "text", "prompt", "completion", "messages") if key in row}
+        line = {k: v.removesuffix(tokenizer.eos_token or "") if isinstance(v, str) else v for k, v in line.items()}
         if classes is not None:
             line |= {"target": classes[row["labels"]], "predicted": classes[output.argmax()], "logits": output.tolist()}
         else:
@@ -177,7 +179,7 @@ def write_results(options: Options, trainer, config, names, head, settings, summ
     (half / "training_args.bin").unlink(missing_ok=True)  # a pickle, which loading an adapter does not need
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     half.rename(folder / "adapter")
-    logs.write_text(folder / "predictions.jsonl", _predictions(trainer, classes, answers))
+    logs.write_text(folder / "predictions.jsonl", _predictions(trainer, trainer.processing_class, classes, answers))
     unit = 2**20 if sys.platform == "darwin" else 2**10
     memory = {"peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)}
     if device.type == "cuda":
@@ -199,3 +201,5 @@ def write_results(options: Options, trainer, config, names, head, settings, summ
     print(f"written: {folder / 'adapter'}, and beside it metrics.json, predictions.jsonl and log.jsonl")
     if not options.no_plots:
         run_report.run(folder)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()

@@ -169,13 +169,14 @@ class RunLog(TrainerCallback):
     ends the run. Evaluations, and about ten losses where there is no progress bar, are printed.
     """
 
-    def __init__(self, path: Path, first: Mapping, mos: MoSCallback | None, resume_step: int | None = None) -> None:
-        """resume_step: continue the file after this step, dropping what was logged beyond the checkpoint."""
+    def __init__(self, path: Path | None, first: Mapping, mos: MoSCallback | None, resume_step: int | None) -> None:
+        """path: None in a process that does not write. resume_step: go on after it, what was logged beyond dropped."""
         self.path, self.mos, self.entries, self._shown = path, mos, [], 0
-        if resume_step is not None and path.is_file():
+        if resume_step is not None and path and path.is_file():
             self.entries = [entry for entry in complete_lines(path) if entry["step"] <= resume_step]
         self._started = time.perf_counter() - (self.entries[-1]["seconds"] if self.entries else 0.0)
-        write_lines(path, self.entries)
+        if path:
+            write_lines(path, self.entries)
         if not self.entries:
             self._write({"step": 0, **first})
 
@@ -185,7 +186,7 @@ class RunLog(TrainerCallback):
         return time.perf_counter() - self._started
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "train_runtime" in logs:  # the last knows nothing of an earlier part
+        if "train_runtime" in logs:  # the last knows nothing of an earlier part
             return
         entry = {"step": state.global_step, **{k: v.item() if hasattr(v, "item") else v for k, v in logs.items()}}
         for name, what in (("loss", "training"), ("eval_loss", "evaluation")):
@@ -198,10 +199,10 @@ class RunLog(TrainerCallback):
             for key in ("curvature", "share", "entropy"):
                 entry[key] = {_plain_name(name): value for name, value in self.mos.history[-1][key].items()}
         last = self.entries[-1]
-        if "eval_loss" in entry and "eval_loss" in last and last["step"] == entry["step"]:
-            self.entries.pop()  # a second evaluation takes the place of the first
-            write_lines(self.path, self.entries)
-        self._write(entry)
+        is_second = "eval_loss" in entry and "eval_loss" in last and last["step"] == entry["step"]
+        if is_second:  # an evaluation takes the place of an earlier one at the step
+            self.entries.pop()
+        self._write(entry, anew=is_second)
         if "eval_loss" in entry or (args.disable_tqdm and state.global_step - self._shown >= state.max_steps / 10):
             self._shown = state.global_step
             names = [k for k in entry if k == "loss" or k.startswith("eval_") and "/" not in k and k[5:] not in TIMINGS]
@@ -211,6 +212,9 @@ class RunLog(TrainerCallback):
                 f"step {entry['step']}/{state.max_steps} (epoch {state.epoch or 0:.2f}), {what}:  {values}", flush=True
             )
 
-    def _write(self, entry: Mapping) -> None:
+    def _write(self, entry: Mapping, anew: bool = False) -> None:
         self.entries.append({**entry, "seconds": round(self.seconds, 3)})
-        append_line(self.path, self.entries[-1])
+        if self.path and anew:
+            write_lines(self.path, self.entries)
+        elif self.path:
+            append_line(self.path, self.entries[-1])
