@@ -21,15 +21,6 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    TrainerState,
-    set_seed,
-)
 from transformers.trainer_callback import PrinterCallback
 
 from mos_kernels.config import MoSConfig
@@ -91,8 +82,9 @@ def finetune(argv: Sequence[str], methods: Mapping[str, Method] | None = None, c
     except BaseException as error:
         with contextlib.suppress(OSError):
             Path(arguments.output_dir).rmdir()  # where nothing was written into it
-        # what get_peft_model, TRL's preparation and chat templates refuse
-        raise FinetuneError(error) if isinstance(error, (ValueError, TypeError)) else error from None
+        if isinstance(error, (ValueError, TypeError)) and not isinstance(error, FinetuneError):
+            raise FinetuneError(error) from error  # what peft and the Trainer refuse
+        raise
     with arguments.main_process_first():
         results.open_output(options, arguments, settings, checkpoint)
     mos, first = None, {}
@@ -110,7 +102,7 @@ def finetune(argv: Sequence[str], methods: Mapping[str, Method] | None = None, c
 
 
 def _train(trainer, checkpoint: Path | None) -> None:
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE)) if checkpoint else None
+    state = transformers.TrainerState.load_from_json(str(checkpoint / TRAINER_STATE)) if checkpoint else None
     if state is None or state.global_step < state.max_steps:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     else:  # killed between the last checkpoint and the results
@@ -125,8 +117,8 @@ def _load_tokenizer(options: Options):
         raise FinetuneError(f"--model {path}: the folder holds no config.json, so it is no transformers model")
     if not path.is_dir() and (path.is_absolute() or options.model.startswith((".", "~")) or path.exists()):
         raise FinetuneError(f"--model {path}: no such folder; give a transformers model's, or a hub id (owner/name)")
-    config = _load(options.model, AutoConfig.from_pretrained)
-    tokenizer = _load(options.model, AutoTokenizer.from_pretrained)
+    config = _load(options.model, transformers.AutoConfig.from_pretrained)
+    tokenizer = _load(options.model, transformers.AutoTokenizer.from_pretrained)
     if tokenizer.eos_token is None and (options.task == "causal-lm" or tokenizer.pad_token is None):
         raise FinetuneError(f"--model {options.model}: the tokenizer has no end-of-sequence token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -147,10 +139,10 @@ def _load_model(options: Options, classes: list[str] | None, tokenizer, seed: in
     head: names of the modules outside the base model, and of those whose weights the checkpoint lacks: what a
     classifier trains besides its adapter. The seed fixes their start.
     """
-    set_seed(seed)
+    transformers.set_seed(seed)
     settings = {"dtype": getattr(torch, options.dtype), "output_loading_info": True}
     if classes is None:
-        model, info = _load(options.model, AutoModelForCausalLM.from_pretrained, **settings)
+        model, info = _load(options.model, transformers.AutoModelForCausalLM.from_pretrained, **settings)
         if info["missing_keys"]:
             raise FinetuneError(
                 f"--model {options.model} is no causal language model: it has no weights for "
@@ -160,7 +152,7 @@ def _load_model(options: Options, classes: list[str] | None, tokenizer, seed: in
     settings |= {"problem_type": "single_label_classification", "ignore_mismatched_sizes": True}
     settings |= {"num_labels": len(classes), "id2label": dict(enumerate(classes))}
     settings |= {"label2id": {name: i for i, name in enumerate(classes)}}
-    model, info = _load(options.model, AutoModelForSequenceClassification.from_pretrained, **settings)
+    model, info = _load(options.model, transformers.AutoModelForSequenceClassification.from_pretrained, **settings)
     base = getattr(model, model.base_model_prefix, None)
     head = [name for name, child in model.named_children() if child is not base and list(child.parameters())]
     absent = {key.rpartition(".")[0] for key in info["missing_keys"]}
@@ -189,7 +181,7 @@ def _add_adapter(model, method: str, config, head: list[str], seed: int, methods
 
     What is trained is float32, whatever the base is.
     """
-    set_seed(seed)  # the adapter's start does not depend on what the head drew
+    transformers.set_seed(seed)  # the adapter's start does not depend on what the head drew
     if config is None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(method == "full" or f".{name}".startswith(tuple(f".{part}." for part in head)))
@@ -225,13 +217,17 @@ def _trainer(options: Options, arguments, model, tokenizer, train, evaluation, s
 
         train, held_out = (part.map(encode, batched=True, keep_in_memory=True) for part in (train, held_out))
         trainer = training.ClassifierTrainer(
-            **common, train_dataset=train, eval_dataset=held_out, data_collator=DataCollatorWithPadding(tokenizer),
+            **common, train_dataset=train, eval_dataset=held_out,
+            data_collator=transformers.DataCollatorWithPadding(tokenizer),
             preprocess_logits_for_metrics=lambda logits, labels: logits[0] if isinstance(logits, tuple) else logits,
         )  # fmt: skip
         score = training.classification_scores
     else:
         arguments.max_length, before = length, (len(train), len(held_out))
-        trainer = training.causal_trainer()(**common, train_dataset=train, eval_dataset=held_out)
+        try:
+            trainer = training.causal_trainer()(**common, train_dataset=train, eval_dataset=held_out)
+        except Exception as error:  # of templates, loss masks, packing: jinja's, TRL's, the tokenizer's
+            raise FinetuneError(f"the data cannot be prepared: {type(error).__name__}: {error}") from error
         lost = 0 if arguments.packing else before[0] - len(trainer.train_dataset)
         lost += before[1] - len(trainer.eval_dataset)
         if lost:

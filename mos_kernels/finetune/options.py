@@ -13,14 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+from peft import LoraConfig
 from transformers import HfArgumentParser, TrainingArguments
 
 from mos_kernels.config import MoSConfig
 
-LORA_FIELDS = (
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
-)  # fmt: skip
+LORA_FIELDS = tuple(name for name in MoSConfig.__dataclass_fields__ if name in LoraConfig.__dataclass_fields__)
 """The fields of MoSConfig that peft's LoraConfig has too, with the same meaning."""
 
 DEFAULTS = {
