@@ -389,69 +389,66 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+_NO_MERGE = "It cannot be merged into the base model, since what it adds depends on the data."
+
+
 def with_import_note(card: str) -> str:
     """A model card, with what a process must import before it loads the adapter."""
     if "mos_kernels.huggingface" in card:
         return card
-    note = [
-        "## Loading",
-        "",
-        "This is a Mixture-of-Space adapter: MOSELORA, a peft method of the package `mos_kernels`, which must be",
-        "imported first:",
-        "",
-        "```python",
-        "import mos_kernels.huggingface  # first",
-        "from peft import AutoPeftModelForCausalLM  # or PeftModel.from_pretrained(base, ...)",
-        "",
-        'model = AutoPeftModelForCausalLM.from_pretrained("this folder")',
-        "```",
-        "",
-        "It cannot be merged into the base model, since what it adds depends on the data.",
-        "",
-    ]
-    return "\n".join([*([card.rstrip(), ""] if card.strip() else []), *note])
+    note = f"""## Loading
+
+This is a Mixture-of-Space adapter: MOSELORA, a peft method of the package `mos_kernels`, which must be
+imported first:
+
+```python
+import mos_kernels.huggingface  # first
+from peft import AutoPeftModelForCausalLM  # or PeftModel.from_pretrained(base, ...)
+
+model = AutoPeftModelForCausalLM.from_pretrained("this folder")
+```
+
+{_NO_MERGE}
+"""
+    return f"{card.rstrip()}\n\n{note}".lstrip()
 
 
 def _card(base: str | None, kind: type[nn.Module], config: MoSConfig) -> str:
     is_hub_id = base is not None and not os.path.exists(base)
-    header = ["---", *([f"base_model: {base}"] if is_hub_id else []), "tags:", "- mos-kernels", "- lora", "---"]
     spaces = ", ".join(f"{count} {name}" for name, count in config.spaces.items())
-    own = ["", f"model = ...  # the {kind.__name__} that the adapter was trained on"]
-    if kind.__module__.startswith("transformers."):
-        load_base = f"model = {kind.__name__}.from_pretrained({base or 'the base model'!r})"
-        own = [f"from transformers import {kind.__name__}", "", load_base]
-    by_peft = [
-        "",
-        "Or, where peft is installed:",
-        "",
-        "```python",
-        "import mos_kernels.huggingface  # first",
-        "from peft import AutoPeftModel",
-        "",
-        'model = AutoPeftModel.from_pretrained("this folder")',
-        "```",
-    ]
-    load = [
-        "import mos_kernels.huggingface  # first",
-        "from mos_kernels.huggingface import load_adapter",
-        *own,
-        'load_adapter(model, "this folder")',
-    ]
-    return "\n".join(
-        [
-            *header,
-            "",
-            "# A Mixture-of-Space adapter",
-            "",
-            f"Rank {config.r}, {config.num_experts} experts ({spaces}), {config.num_experts_per_tok} used by a token.",
-            "It cannot be merged into the base model, since what it adds depends on the data.",
-            "",
-            "A process that loads it must import `mos_kernels.huggingface` first:",
-            "",
-            "```python",
-            *load,
-            "```",
-            *(by_peft if base and kind.__module__.startswith("transformers.") else []),
-            "",
-        ]
-    )
+    is_transformers = kind.__module__.startswith("transformers.")
+    own = f"\nmodel = ...  # the {kind.__name__} that the adapter was trained on"
+    if is_transformers:
+        own = f"from transformers import {kind.__name__}\n\n"
+        own += f"model = {kind.__name__}.from_pretrained({base or 'the base model'!r})"
+    by_peft = """
+Or, where peft is installed:
+
+```python
+import mos_kernels.huggingface  # first
+from peft import AutoPeftModel
+
+model = AutoPeftModel.from_pretrained("this folder")
+```
+"""
+    base_line = f"base_model: {base}\n" if is_hub_id else ""
+    return f"""---
+{base_line}tags:
+- mos-kernels
+- lora
+---
+
+# A Mixture-of-Space adapter
+
+Rank {config.r}, {config.num_experts} experts ({spaces}), {config.num_experts_per_tok} used by a token.
+{_NO_MERGE}
+
+A process that loads it must import `mos_kernels.huggingface` first:
+
+```python
+import mos_kernels.huggingface  # first
+from mos_kernels.huggingface import load_adapter
+{own}
+load_adapter(model, "this folder")
+```
+{by_peft if base and is_transformers else ""}"""
