@@ -168,19 +168,16 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
         if isinstance(target, nn.Parameter):
             fixed = name.endswith("mos_curvature") and not config.learn_curvature
             target.requires_grad_(is_trainable and not fixed)
+    adapter_state(model).trains = is_trainable
     return list(layers)
 
 
-def refuse_damaged(folder: Path, shapes: dict[str, tuple[int, ...]] | None = None) -> None:
-    """Raise as `load_adapter` does for what is wrong with the files, whatever the model. Weights may be missing.
-
-    shapes: those of a model's adapter, which the tensors of its names must have; names may lack their beginning, or
-    have another (AutoModel's are shorter than those of a model with a head). What is missing or foreign passes.
-    """
-    config, _ = _read_config(folder)
+def refuse_damaged(folder: Path) -> None:
+    """Raise as `load_adapter` does for what is wrong with the files, whatever the model. Weights may be missing."""
     if not (folder / WEIGHTS_NAME).is_file() and not (folder / PICKLE_NAME).is_file():
         return
-    found = read_tensors(folder / WEIGHTS_NAME, prefixed=shapes is None)
+    config, _ = _read_config(folder)
+    found = read_tensors(folder / WEIGHTS_NAME)
     tensors = {name: tensor for name, tensor in found.items() if _is_adapter(name)}
     _require_floating(folder, tensors, {})
     require_finite(folder, found, {name: torch.float64 for name in found if name not in tensors})
@@ -192,10 +189,6 @@ def refuse_damaged(folder: Path, shapes: dict[str, tuple[int, ...]] | None = Non
             raise ValueError(
                 f"{folder}: {name} has shape {shape}, which r={own.r} and {own.num_experts} experts do not have"
             )
-        for other, wanted in (shapes or {}).items():
-            is_its = f".{other}".endswith(f".{name}") or f".{name}".endswith(f".{other}")
-            if is_its:
-                _require_shapes(folder, {other: tensor}, {other: wanted})
 
 
 def require_fit(
@@ -248,11 +241,8 @@ def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
     return config, modules
 
 
-def read_tensors(path: Path, prefixed: bool = True) -> dict[str, Tensor]:
-    """The tensors of an adapter's file by their names in the model; errors as of `load_adapter`.
-
-    prefixed: names without peft's prefix are an error.
-    """
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file by their names in the model; errors as of `load_adapter`."""
     if not path.is_file():
         pickled = path.with_name(PICKLE_NAME)
         why = f"; {pickled.name} is there, but pickles are never loaded: save it again as safetensors"
@@ -265,7 +255,7 @@ def read_tensors(path: Path, prefixed: bool = True) -> dict[str, Tensor]:
             f"{path} is truncated or damaged ({os.path.getsize(path)} bytes): {error}. Copy or save it again"
         ) from None
     foreign = [name for name in tensors if not name.startswith(PREFIX)]
-    if foreign and prefixed:
+    if foreign:
         raise ValueError(f"{path} has tensors without the prefix {PREFIX!r}, such as {foreign[0]!r}: no adapter file")
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 

@@ -16,9 +16,15 @@ from torch import Tensor, nn
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.modules import PreHook, adapter_parameters, own_adapter_parameters
+from mos_kernels.huggingface.targets import refuse_peft
+from mos_kernels.layer import MoSLayer
 from mos_kernels.sharded import is_dtensor, spread_like
 
 _STATE = "_mos_adapter"
+_OVER = (
+    "it was put over the adapter of apply_mos, which peft then froze. model = model.unload() takes it off; apply or "
+    "load the adapter below anew to train that one. A model has adapters of one or of the other"
+)
 
 
 class AdapterState(PreHook):
@@ -27,6 +33,7 @@ class AdapterState(PreHook):
     config: the adapter's. trainable_before: the parameters that were trainable before it. trained: the model's own
     tensors, by name, that belong to the adapter: trainable at some forward with gradients, or loaded with it.
     before: what the model had in place of those that were loaded, on the CPU (or in its parts, where it is sharded).
+    trains: whether the adapter was trainable when last seen.
 
     Copies and pickles of the model have one of their own. They share the tensors in `before`.
     """
@@ -34,6 +41,7 @@ class AdapterState(PreHook):
     def __init__(self, model: nn.Module, config: MoSConfig, trainable_before: frozenset[str]):
         self.config, self.trainable_before = config, trainable_before
         self.trained: set[str] = set()
+        self.trains = True
         self.before: dict[str, Tensor] = {}
         self._model = weakref.ref(model)
         self.attach(model)
@@ -41,7 +49,21 @@ class AdapterState(PreHook):
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            refuse_peft(module, _OVER)  # get_peft_model and model.add_adapter do not ask whose linears they are
+            self._warn_if_frozen(module)
             self.note()
+
+    def _warn_if_frozen(self, module: nn.Module) -> None:
+        layer = next((layer for layer in module.modules() if isinstance(layer, MoSLayer)), None)
+        if layer is None:
+            return
+        if self.trains and module.training and not layer.mos_lora_B.requires_grad:
+            warnings.warn(
+                "the Mixture-of-Space adapter takes no part in this training: something froze its parameters, as peft "
+                "does for any of its methods, prompt tuning included",
+                stacklevel=2,
+            )
+        self.trains = layer.mos_lora_B.requires_grad
 
     def note(self) -> None:
         """Remember what is trainable now."""
