@@ -171,7 +171,8 @@ def write_results(options: Options, trainer, config, names, head, settings, summ
     """Write adapter/, predictions, metrics.json (which marks a complete run) and the report, each in one step."""
     folder, device = Path(trainer.args.output_dir), trainer.args.device
     half, classes = folder / ".adapter", summary.get("classes")
-    shutil.rmtree(half, ignore_errors=True)
+    if trainer.args.should_save:
+        shutil.rmtree(half, ignore_errors=True)
     trainer.save_model(str(half), _internal_call=True)
     answers = generated(trainer, trainer.processing_class, options.max_new_tokens if classes is None else 0)
     if not trainer.args.should_save:
