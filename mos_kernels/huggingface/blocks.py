@@ -72,10 +72,10 @@ def recognise(block: nn.Module, routed: tuple[str, ...] = ()) -> FFNForm | None:
         return replace(bound, routed=routed)
     if not _has_class_forward(block):
         return None
-    traces = {_trace(block, training) for training in (True, False)}
-    if len(traces) != 1 or None in traces:
+    expression = _trace(block, training=True)
+    if expression is None or expression != _trace(block, training=False):
         return None
-    form = _parse(block, traces.pop())
+    form = _parse(block, expression)
     return replace(form, routed=routed) if form else None
 
 
@@ -139,10 +139,10 @@ def _trace(block: nn.Module, training: bool):
     parameters = list(inspect.signature(kind.forward).parameters.values())
     if len(parameters) != 2 or parameters[1].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
         return None
-    probe = copy.copy(block)
-    vars(probe)["training"] = training
-    probe.__class__ = type(kind.__name__, (kind,), {"__setattr__": _refuse, "__delattr__": _refuse})
     try:
+        probe = copy.copy(block)
+        vars(probe)["training"] = training
+        probe.__class__ = type(kind.__name__, (kind,), {"__setattr__": _refuse, "__delattr__": _refuse})
         return _expressions(_Tracer().trace(probe))
     except (_NotPlain, Exception):  # whatever a forward raises on a symbol, it is not one of the forms
         return None
