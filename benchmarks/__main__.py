@@ -20,6 +20,7 @@ from benchmarks.tables import duration
 
 MINUTES = {("cpu", "quick"): 13, ("cpu", "full"): 120, ("cuda", "quick"): 7.5, ("cuda", "full"): 60}
 MINUTES_HELP = "time for everything; default: 13 on a CPU, 7.5 on a GPU, with --full 120 and 60"
+TINY_HELP = "check that everything runs, at sizes whose times and ratios mean nothing"
 REPORT_SECONDS = 20
 """Kept back from the budget for tables and plots."""
 
@@ -35,7 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
     extent = run.add_mutually_exclusive_group()
     extent.add_argument("--quick", dest="mode", action="store_const", const="quick", help="the default")
     extent.add_argument("--full", dest="mode", action="store_const", const="full", help="every size, more rounds")
-    extent.add_argument("--tiny", dest="mode", action="store_const", const="tiny", help="check that everything runs, at sizes whose times and ratios mean nothing")
+    extent.add_argument(
+        "--tiny",
+        dest="mode",
+        action="store_const",
+        const="tiny",
+        help=TINY_HELP,
+    )
     run.add_argument("--budget", type=float, metavar="MINUTES", help=MINUTES_HELP)
     run.add_argument("--since", type=float, metavar="EPOCH", help="count the budget from this time, not from now")
     run.add_argument("--only", nargs="+", metavar="KIND", help="groups of these kinds alone, such as layer or steps")

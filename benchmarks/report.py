@@ -33,7 +33,7 @@ def machines(results: Path = RESULTS) -> dict[str, list[dict]]:
 
 
 def write_all(results: Path = RESULTS, page: Path | None = None, readme: Path | None = None) -> list[Path]:
-    """Every machine's report and plots, and what stands between the markers of a page and of a README; the files written.
+    """Every machine's report and plots, and what stands between the markers of a page and a README; the files written.
 
     page, readme: the project's own where the results are; None for results elsewhere: none.
     """
@@ -88,7 +88,7 @@ def machine_report(name: str, rows: list[dict], pictures: list[Path]) -> str:
 
 
 def _titled(rows: list[dict], wanted: tuple[tuple[str, str, str | None, str], ...]) -> list[str]:
-    """A title and a table for each (kind, axis, step, title). The title also has the widths, where they are one pair."""
+    """A title and a table for each (kind, axis, step, title); the title has the widths too, where they are one pair."""
     parts = []
     for kind, axis, step, title in wanted:
         shapes = {_shape(group) for group in tables.groups_of(rows, kind, step) if tables.first(group).get("d_out")}

@@ -15,7 +15,14 @@ from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
 from mos_kernels import MoSConfig
-from mos_kernels.huggingface import MoSCallback, apply_mos, ffn_target_modules, load_adapter, routing_report, save_adapter
+from mos_kernels.huggingface import (
+    MoSCallback,
+    apply_mos,
+    ffn_target_modules,
+    load_adapter,
+    routing_report,
+    save_adapter,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""MoSLinear in a module of one's own, without transformers: linears that route by themselves, and linears that share a router.
+"""MoSLinear in a module of your own, without transformers: linears with their own routers, and linears that share one.
 
     python examples/plain_torch.py
 
@@ -71,10 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
         block = kind(copy.deepcopy(up), copy.deepcopy(down))
         first, last = train(block, teacher, options.width, options.steps)
         print(f"{kind.__name__}: loss {first:.4f} at the first step, {last:.4f} at the last")
-        print(f"  curvature of each expert of {block.up.in_features}->{block.up.out_features}, times the squared length unit:")
-        unit = block.up.config.squared_length_unit(options.width)
-        spaces = block.up.config.expert_spaces
-        print("  " + ", ".join(f"{s} {k * unit:.2f}" for s, k in zip(spaces, block.up.curvature.tolist(), strict=True)))
+        dimensionless = block.up.curvature * block.up.config.squared_length_unit(options.width)
+        for space, curvature in zip(block.up.config.expert_spaces, dimensionless.tolist(), strict=True):
+            print(f"  {space} expert: curvature {curvature:.2f}")
 
 
 if __name__ == "__main__":
