@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 
+import torch
 from datasets import load_dataset
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +23,7 @@ def train(options: argparse.Namespace) -> None:
     arguments = SFTConfig(
         output_dir=options.output, learning_rate=options.learning_rate, max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size, gradient_accumulation_steps=2, max_length=options.max_length,
-        logging_steps=10, save_strategy="no", report_to="none",
+        logging_steps=10, save_strategy="no", report_to="none", use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(options.model),

@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from pages import prepare
+import torch.distributed as dist
+from datasets import load_dataset
+from pages import DATA, prepare
+from transformers import AutoModelForCausalLM
 
 from mos_kernels import MoSConfig
+from mos_kernels.huggingface import apply_mos
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -23,10 +27,23 @@ ROW = re.compile(r"^\| `(\w+)` \| `([^`]*)` \|", re.MULTILINE)
 LINK = re.compile(r"\]\(((?!https?:)[^)#\s]+)(?:#[^)]*)?\)")
 ELSEWHERE = {"peft.md": "tests/huggingface/test_peft_docs.py"}
 """Pages whose code another file runs."""
+APART = ("scale.md",)
+"""Pages whose blocks are alternatives: each starts from a model of its own."""
 
 
 def blocks(page: Path) -> list[str]:
     return [code for skipped, code in BLOCK.findall(page.read_text(encoding="utf-8")) if not skipped]
+
+
+@pytest.fixture(autouse=True)
+def a_process_of_one(request, tmp_path):
+    """What torchrun sets up, for the page about several processes."""
+    if "scale.md" not in request.node.name:
+        yield
+        return
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.mark.budget(12)
@@ -39,12 +56,26 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     torch.manual_seed(0)
     scope = setting(page.name)
     for code in blocks(page):
+        if page.name in APART:
+            scope = setting(page.name)
         exec(compile(code, page.name, "exec"), scope)
 
 
 def setting(page: str) -> dict:
     """The names that a page takes for given."""
-    return {"__name__": page}
+    names = {"__name__": page}
+    if page == "training.md":
+        rows = [{"input_ids": [2, 5, 6, 7], "labels": [2, 5, 6, 7]}] * 8
+        return {**names, "model": base(), "data": rows, "conversations": load_dataset(DATA, split="train")}
+    if page == "scale.md":
+        model = base()
+        apply_mos(model, MoSConfig(r=4))
+        return {**names, "model": model, "accumulation_steps": 4, "loaded": base(), "folder": "peft"}
+    return names
+
+
+def base():
+    return AutoModelForCausalLM.from_pretrained("base")
 
 
 def test_the_configuration_page_has_every_field_and_its_default():
