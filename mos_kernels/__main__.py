@@ -11,7 +11,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mos_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="say which backend would run here and why, and check it numerically")
-    finetune = commands.add_parser("finetune", help="fine-tune a model with MoS, LoRA and others under equal settings")
+    commands.add_parser("finetune", help="fine-tune a model with MoS, LoRA and others under equal settings")
     report = commands.add_parser("report", help="draw a run: one HTML page with loss, curvature and routing")
     report.add_argument("run", type=Path, help="the output folder of finetune, or a Trainer's output_dir")
     report.add_argument("--output", type=Path, help="where to write the page (default: report.html in that folder)")
@@ -24,11 +24,13 @@ def main(argv: list[str] | None = None) -> int:
     tune.add_argument("--dry-run", action="store_true", help="print the settings found and write nothing")
 
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] == ["finetune"]:  # its options need transformers; the other commands do not
-        from mos_kernels import finetune as command
-
-        command.add_arguments(finetune)
-        return command.run(parser.parse_args(arguments))
+    if arguments[:1] == ["finetune"]:  # its options are those of transformers too; the other commands need none
+        try:
+            from mos_kernels.finetune import run as run_finetune
+        except ModuleNotFoundError as error:
+            print(f"error: finetune needs {error.name}: pip install 'mos_kernels[finetune]'", file=sys.stderr)
+            return 2
+        return run_finetune(arguments[1:])
     options = parser.parse_args(arguments)
     if options.command == "doctor":
         from mos_kernels.doctor import run

@@ -93,6 +93,8 @@ def mos_route(
     refuse_transforms(x, router)
     if x.shape[-1] != router.shape[-1]:
         raise ValueError(f"x has width {x.shape[-1]}, the router reads {router.shape[-1]}: pass the FFN block's input")
+    if router.shape[0] != config.num_experts:
+        raise ValueError(f"router has {router.shape[0]} rows, the configuration {config.num_experts} experts: one each")
     tensors = RouteTensors(x, router, aux_weight, None if aux_weight is None else token_mask)
     check_mask(x, token_mask)
     check_device(tensors)

@@ -24,6 +24,9 @@ ONE_PRODUCT = 256
 CHUNK = 1 << 22
 """Numbers of an expert's output that exist at a time when an activation keeps the Gram form from holding."""
 
+CACHED = 1 << 18
+"""Numbers whose float32 copy stays in a CPU's cache until it is read again."""
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of everything narrow: float64 for float64, otherwise float32."""
@@ -97,9 +100,13 @@ def _bit_values(device: torch.device) -> Tensor:
 
 
 def squared_norm(x: Tensor) -> Tensor:
-    """n = ‖x‖² (T,), saturated. Through the norm: no copy of x in a wider dtype is made."""
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=compute_dtype(x.dtype))
-    return norm.square().clamp(max=geometry.SATURATION)
+    """n = ‖x‖² (T,), saturated. Summed from squares, a few rows at a time, so that no copy of x (T, d) is made.
+
+    A norm squared would round twice more, and a norm's own sum loses more digits: near κn = -1 they are ∂λ/∂κ's first.
+    """
+    dtype = compute_dtype(x.dtype)
+    parts = [x[rows].to(dtype).square().sum(-1) for rows in _chunks(*x.shape, CACHED if x.is_cpu else CHUNK)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).clamp(max=geometry.SATURATION)
 
 
 def shrink(
@@ -236,10 +243,14 @@ def _into_space(p: Tensor, n: Tensor, kappa: Tensor, config: MoSConfig) -> Curve
 
 
 def _squared_output_norm(h: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:
-    """q = hᵀGh (T, E), guarded, and G h / trace (T, E, r)."""
+    """q = hᵀGh (T, E), guarded, and G h / trace (T, E, r).
+
+    Summed in float64, where a device has it: a huge h makes terms of both signs that float32 cannot hold, inf - inf.
+    """
     unit_gh = exact_matmul(h.transpose(0, 1), prepared.unit_gram).transpose(0, 1)
-    q = (h * unit_gh).sum(-1) * prepared.trace
-    return q.clamp(0.0, geometry.SATURATION), unit_gh
+    wide = h.dtype if h.device.type == "mps" else torch.float64
+    q = (h.to(wide) * unit_gh.to(wide)).sum(-1) * prepared.trace.to(wide)
+    return q.clamp(0.0, geometry.SATURATION).to(h.dtype), unit_gh
 
 
 class Bridged(NamedTuple):
@@ -362,11 +373,12 @@ def _activation_slope(v: Tensor, name: str) -> Tensor:
     return 0.5 * (1 + torch.erf(v * 0.7071067811865476)) + v * density
 
 
-def _chunks(tokens: int, width: int) -> list[slice]:
+def _chunks(tokens: int, width: int, numbers: int) -> list[slice]:
+    """Rows in chunks of so many numbers, or one row; at least one chunk."""
     if torch.compiler.is_compiling():  # a loop over chunks would make the graph depend on the number of tokens
         return [slice(0, tokens)]
-    step = max(CHUNK // max(width, 1), 1)
-    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+    step = max(numbers // max(width, 1), 1)
+    return [slice(start, min(start + step, tokens)) for start in range(0, max(tokens, 1), step)]
 
 
 def bridge_expand(
@@ -387,7 +399,7 @@ def bridge_expand(
     B, gates = prepared.B, route(routed, config) if own_router else routed
     h = _into_space(p, n, kappa, config).h
     y0 = torch.empty(h.shape[0], B.shape[0], dtype=dtype, device=h.device)
-    for chunk in _chunks(*y0.shape):
+    for chunk in _chunks(*y0.shape, CHUNK):
         total = torch.zeros(y0[chunk].shape, dtype=h.dtype, device=h.device)
         if added is not None:
             total += added[chunk] if added.dim() == 2 else added
@@ -418,7 +430,7 @@ def bridge_expand_backward(
     h, dh = curved.h, torch.empty_like(curved.h)
     dgates, e_dkappa = torch.empty_like(curved.scale), torch.zeros_like(kappa, dtype=h.dtype)
     dB = torch.zeros(B.shape, dtype=h.dtype, device=B.device)
-    for chunk in _chunks(h.shape[0], B.shape[0]):
+    for chunk in _chunks(h.shape[0], B.shape[0], CHUNK):
         upstream = dy[chunk].to(h.dtype)
         for expert in range(B.shape[1]):
             v = narrow_matmul(h[chunk, expert], B[:, expert].t(), dy.dtype)
