@@ -280,7 +280,7 @@ ERRORS = [
     (("--model", "{}"), "holds no config.json"),
     (("--max-length", 1000), "--max-length 1000 exceeds the 64 tokens"),
     (("--resume_from_checkpoint", "{}"), "is no complete checkpoint"),
-    (("--r", 0), "r=0 must be an integer of at least 1"),
+    (("--r", 0), "r=0 must be an integer from 1 to"),
     (("--r", 2, 3), "r=[2, 3] must be an integer"),
     (("--num-experts-per-tok", 9), "exceeds the 8 experts"),
     (("--spaces", "flat=3"), "unknown geometries ['flat']"),
