@@ -130,7 +130,7 @@ def _unfenced(accesses: list[Access], fences: dict[int, list[Access]]) -> set[tu
 
 
 def _registers(result: Result, over: dict[int, tuple[int, int]]) -> set[tuple[int, int]]:
-    """Products with what touches their registers: while they are in flight, or since the last wgmma.fence."""
+    """Products with what touches their registers in flight, or writes what they read after the last wgmma.fence."""
     events, code, operands = result.events, result.program.code, result.program.operands
     found, executed = set(), events[events["kind"] == EXECUTED]
     touched, written = {}, {}
@@ -145,10 +145,11 @@ def _registers(result: Result, over: dict[int, tuple[int, int]]) -> set[tuple[in
         results = code["results"][pc]
         held = set(slots[:results].tolist())
         reads = set(slots[results : results + 4].tolist()) if code["b"][pc] & 1 else set()
+        read = reads | held if e["address"] else reads  # a product that adds nothing does not read its accumulators
         earlier = of_warp["pc"][of_warp["position"] < start]
         since = np.append(-1, np.flatnonzero(code["op"][earlier] == CODE["WGMMA_FENCE"]))[-1]
         for other in np.unique(earlier[since + 1 :]).tolist():
-            if since < 0 or (code["op"][other] != CODE["WGMMA"] and touched[other] & (held | reads)):
+            if code["op"][other] != CODE["WGMMA"] and written[other] & read:
                 found.add((min(pc, other), max(pc, other)))
         within = of_warp["pc"][(of_warp["position"] > start) & (of_warp["position"] < end)]
         for other in np.unique(within).tolist():

@@ -68,7 +68,7 @@ static bool fenced(const SharedByte& s, const Warp& reader) {
 
 static s64 ended_for(int warp);  // the last tcgen05 product that the warp knows to have ended
 
-static void shared_read(u32 address, int bytes, int pc, const Warp& w, int lane, bool by_product = false) {
+static void shared_read(u32 address, int bytes, int pc, const Warp& w, int lane, bool by_product = false, bool until_barrier = true) {
     if (!L->check) return;
     for (int i = 0; i < bytes; i++) {
         SharedByte& s = of_shared(address + i);
@@ -81,6 +81,7 @@ static void shared_read(u32 address, int bytes, int pc, const Warp& w, int lane,
         }
         if (by_product && s.written >= first_epoch && !fenced(s, w))
             report(s.by_copy ? UNFENCED_COPY : UNFENCED_WRITE, pc, s.write_pc, w.id, one_of(s.writers, w.id), address);
+        if (!until_barrier) continue;  // something else says when the read is over
         if (s.read != epoch) { s.read = epoch; s.readers = 0; }
         s.readers |= bit(w.id);
         s.read_pc = pc;

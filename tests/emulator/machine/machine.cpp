@@ -142,7 +142,7 @@ static void execute(Warp& w, const Instruction& in, int pc, u32 mask) {
             if (busy & 1 || (busy & 2 && i < in.results)) report(REGISTER_DURING_PRODUCT, pc, -1, w.id, -1, o[i]);
         }
     }
-    if (in.op != WGMMA) for (int i = 0; i < in.count; i++) w.unfenced[o[i] / 128] = 1;
+    if (in.op != WGMMA) for (int i = 0; i < in.results; i++) w.unfenced[o[i] / 128] = 1;
     bool by_registers = in.op < BRANCH || in.op == UNPACK || in.op == PACK, partial = by_registers && mask != ALL_LANES;
     char kept[4][8 * LANES];
     if (partial) for (int q = 0; q < in.results; q++) memcpy(kept[q], r + o[q], (L->wide[o[q] / 128] ? 8 : 4) * LANES);

@@ -56,7 +56,7 @@ struct Warp {
     std::deque<std::vector<Product>> product_groups;
     std::vector<u8> busy;                         // by slot: 1 accumulates, 2 is read by a product in flight
     int busy_count;
-    std::vector<u8> unfenced;                     // by slot: touched since the last wgmma.fence, not by a product
+    std::vector<u8> unfenced;                     // by slot: written since the last wgmma.fence, not by a product
 
     char* slot(s32 offset) { return registers.data() + offset; }
 };

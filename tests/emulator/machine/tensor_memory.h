@@ -8,7 +8,7 @@
 
 #include "products.h"
 
-struct Cell { u32 written, writers, write_pc, read, readers, read_pc; s64 ticket; int product_pc; u8 storing; };
+struct Cell { u32 written, writers, write_pc, read, readers, read_pc; s64 ticket; int product_pc; u8 storing, by_product; };
 struct TensorProduct { int pc, warp; u64 a, b; u32 to, a_column, shape; bool accumulate; s64 ticket; };
 struct MBarrier { int count, left; u32 phase; s64 ticket, committed; };
 
@@ -48,7 +48,8 @@ static void cell_read(u32 lane, u32 column, int pc, const Warp& w, bool by_produ
     if (!by_product && c.ticket > known[w.id]) report(TENSOR_DURING_PRODUCT, pc, c.product_pc, w.id, -1, address);
     if (c.storing) report(TENSOR_STORE_UNDER_WAY, pc, c.write_pc, w.id, c.storing - 1, address);
     if (c.written < first_epoch) report(NEVER_WRITTEN, pc, -1, w.id, -1, address);
-    else if (c.written == epoch && !(c.writers & bit(w.id))) report(RACE_TENSOR, pc, c.write_pc, w.id, one_of(c.writers, w.id), address);
+    else if (c.written == epoch && !c.by_product && !(c.writers & bit(w.id))) report(RACE_TENSOR, pc, c.write_pc, w.id, one_of(c.writers, w.id), address);
+    if (by_product) return;  // its ticket says when that is over
     if (c.read != epoch) { c.read = epoch; c.readers = 0; }
     c.readers |= bit(w.id);
     c.read_pc = pc;
@@ -59,9 +60,9 @@ static void cell_written(u32 lane, u32 column, int pc, const Warp& w, bool by_pr
     if (!by_product && c.ticket > known[w.id]) report(TENSOR_DURING_PRODUCT, pc, c.product_pc, w.id, -1, address);
     if (c.storing && (by_product || c.storing - 1 != w.id)) report(TENSOR_STORE_UNDER_WAY, pc, c.write_pc, w.id, c.storing - 1, address);
     if (c.read == epoch && but(c.readers, w.id)) report(RACE_TENSOR, pc, c.read_pc, w.id, one_of(but(c.readers, w.id), w.id), address);
-    if (c.written == epoch && but(c.writers, w.id)) report(RACE_TENSOR, pc, c.write_pc, w.id, one_of(but(c.writers, w.id), w.id), address);
+    if (c.written == epoch && !c.by_product && but(c.writers, w.id)) report(RACE_TENSOR, pc, c.write_pc, w.id, one_of(but(c.writers, w.id), w.id), address);
     c.written = epoch; c.writers = bit(w.id); c.write_pc = pc;
-    c.storing = by_product ? 0 : w.id + 1;
+    c.storing = by_product ? 0 : w.id + 1; c.by_product = by_product;
 }
 
 static int first_lane(u32 mask) { return __builtin_ctz(mask); }
@@ -156,7 +157,7 @@ static void issue_product(Warp& w, const Instruction& in, int pc, u32 mask) {
     if ((m != 64 && m != 128) || (p.shape >> 4 & 3) != 1 || p.shape >> 13 & 3) throw Stop{"a product of an unknown kind", pc};
     auto read = [&](u32 address, int, int) {
         if (!shared_fits(address, 16, pc, w.id)) return;
-        shared_read(address, 16, pc, w, WHOLE_WARP, true);
+        shared_read(address, 16, pc, w, WHOLE_WARP, true, false);
         if (L->check) for (int i = 0; i < 16; i++) { of_shared(address + i).tensor_ticket = p.ticket; of_shared(address + i).product_pc = pc; }
     };
     auto use = [&](u32 at, int columns, bool write) {
