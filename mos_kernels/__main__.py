@@ -1,4 +1,4 @@
-"""Commands: `python -m mos_kernels doctor | finetune | report | kernels | tune`."""
+"""Commands: `python -m mos_kernels doctor | finetune | export-lora | report | kernels | tune`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="say which backend would run here and why, and check it numerically")
     finetune = commands.add_parser("finetune", help="fine-tune a model with MoS, LoRA and others under equal settings")
+    export = commands.add_parser("export-lora", help="write the plain LoRA nearest to an adapter, which merges")
     report = commands.add_parser("report", help="draw a run: one HTML page with loss, curvature and routing")
     report.add_argument("run", type=Path, help="the output folder of finetune, or a Trainer's output_dir")
     report.add_argument("--output", type=Path, help="where to write the page (default: report.html in that folder)")
@@ -24,10 +25,15 @@ def main(argv: list[str] | None = None) -> int:
     tune.add_argument("--dry-run", action="store_true", help="print the settings found and write nothing")
 
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] == ["finetune"]:  # its options need transformers; the other commands do not
+    if arguments[:1] == ["finetune"]:  # the options of these two need transformers; the other commands do not
         from mos_kernels import finetune as command
 
         command.add_arguments(finetune)
+        return command.run(parser.parse_args(arguments))
+    if arguments[:1] == ["export-lora"]:
+        from mos_kernels.finetune import export as command
+
+        command.add_arguments(export)
         return command.run(parser.parse_args(arguments))
     options = parser.parse_args(arguments)
     if options.command == "doctor":
