@@ -1,4 +1,4 @@
-# make demo, make test and make bench set up .venv; the others use it where it is, else $(PYTHON) as it is.
+# make demo, the tests, make lint and make bench set up .venv; the others use it where it is, else $(PYTHON) as it is.
 PYTHON ?= python3
 VENV ?= .venv
 PRESENT = $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
@@ -7,9 +7,10 @@ TRITON ?= triton==3.6.0
 TORCH ?= $(if $(shell command -v nvidia-smi rocm-smi),torch,torch==2.13.0)
 
 RUN = OMP_NUM_THREADS=1 $(VENV)/bin/python
-APART = --ignore=tests/backends/triton --ignore=tests/compile --ignore=tests/gpu
+COMPILED = $(wildcard tests/compile tests/emulator)
+APART = --ignore=tests/backends/triton --ignore=tests/gpu $(COMPILED:%=--ignore=%)
 
-.PHONY: demo test test-oldest bench gpu gpu-full fuzz kernels clean
+.PHONY: demo test test-full test-oldest lint bench gpu gpu-full fuzz kernels clean
 
 $(VENV)/.%: setup.py
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -20,15 +21,30 @@ $(VENV)/.%: setup.py
 demo: $(VENV)/.demo
 	$(RUN) demo/demo.py
 
-# The interpreter is chosen when Triton is imported, so its tests and the compile tests are processes of their own.
-test: $(VENV)/.test
-	$(RUN) -m pytest -n 2 tests $(APART)
-	TRITON_INTERPRET=1 $(RUN) -m pytest -n 2 tests/backends/triton
-	$(RUN) -m pytest -n 2 tests/compile
+# The interpreter is chosen when Triton is imported, so its tests and those of compiled kernels are processes of their own.
+define SUITE
+$(RUN) -m pytest -n 2 $(CHOSEN) tests $(APART)
+TRITON_INTERPRET=1 $(RUN) -m pytest -n 2 $(CHOSEN) tests/backends/triton
+$(RUN) -m pytest -n 2 $(CHOSEN) $(COMPILED)
+endef
 
-# The same tests with the oldest releases that setup.py admits, in a folder of its own.
+# Every day: within 8 minutes on two cores. No test takes over 3 s of processor time, or it says so (tests/README.md).
+test: CHOSEN = -m "not full" --budget 3
+test: $(VENV)/.test
+	$(SUITE)
+
+# Everything, as in CI.
+test-full: CHOSEN = --durations=40
+test-full: $(VENV)/.test
+	$(SUITE)
+
+# The same with the oldest releases that setup.py admits, in a folder of its own.
 test-oldest:
-	PIP_CONSTRAINT=$(CURDIR)/tests/oldest.txt $(MAKE) test VENV=.venv-oldest TORCH=torch TRITON=triton
+	PIP_CONSTRAINT=$(CURDIR)/tests/oldest.txt $(MAKE) test-full VENV=.venv-oldest TORCH=torch TRITON=triton
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 # Within 15 minutes on a CPU.
 bench: $(VENV)/.bench

@@ -18,6 +18,7 @@ TEST = [
     *DEMO, *TRL, *BASES, "geoopt>=0.5", "tensorboard>=2.16", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100",
     "numpy<2.4",
 ]  # fmt: skip
+LINT = ["ruff==0.17.6"]
 
 setup(
     name="mos_kernels",
@@ -36,6 +37,7 @@ setup(
         "trl": TRL,
         "demo": DEMO,
         "test": TEST,
+        "lint": LINT,
         "bench": [*PEFT, "geoopt>=0.5", "matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=5"],
     },
 )

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from mos_kernels.backends import load_backend, resolve_backend
 from mos_kernels.config import MoSConfig
-from mos_kernels.functional import check_device, check_input
+from mos_kernels.functional import autocast_dtype, check_device, check_input
+from mos_kernels.kept import is_plain
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSLinear, MoSRouter
 from mos_kernels.sharded import is_dtensor
 from mos_kernels.steps import Operands, linear_forward, pair_forward
@@ -34,7 +34,9 @@ class Decoding(NamedTuple):
     @classmethod
     def of(cls, router: nn.Module, linears: tuple[nn.Module, ...], x: Tensor, backend: str = "auto") -> Decoding | None:
         """None where the modules have to be called one by one. linears: those that read x, and the last."""
-        if not _is_plain(x) or resolve_backend(backend, x) != "triton":
+        if not is_plain(x) or x.dim() == 0 or autocast_dtype(x) != x.dtype:
+            return None
+        if resolve_backend(backend, x) != "triton":
             return None
         few, tokens = load_backend("triton").shares_launches, x.shape[:-1].numel()
         if (
@@ -92,20 +94,6 @@ class Decoding(NamedTuple):
         )[0]  # fmt: skip
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether x is a tensor of tokens, and what is done to it is neither recorded, differentiated nor transformed."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or type(x) is not Tensor  # fx traces with proxies
-        or x.dim() == 0
-        or torch.jit.is_tracing()
-        or torch.is_autocast_enabled(x.device.type)
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
 def _runs_its_own_forward(module: nn.Module) -> bool:
     """Whether calling the module, in eval mode, would run its forward and nothing else.
 
@@ -130,7 +118,7 @@ def _routing(module: MoSLayer | MoSRouter) -> tuple[int, int, bool]:
 
 
 def _operands(linear: MoSLayer, x: Tensor, backend: str) -> Operands:
-    kappa, A, prepared = linear._factors(x, x.dtype, backend)
+    kappa, A, prepared = linear._factors(x, None, backend)
     return Operands(linear._dense_weight, linear.bias, A, linear.mos_lora_B, kappa, prepared)
 
 

@@ -6,11 +6,15 @@ ops of `mos_kernels.ops` instead, which keep one graph. Both are `mos_kernels.st
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mos_kernels import ops
 from mos_kernels.backends import load_backend, resolve_backend
+from mos_kernels.kept import count_backward
 from mos_kernels.steps import linear_backward, linear_forward, route_backward, route_forward
 
 
@@ -55,6 +59,7 @@ def mos_linear(
     it, those with d_in in x's (under autocast in autocast's). float64 goes only with float64. Second derivatives are
     not offered. Raises ValueError for shapes or dtypes that do not fit, before anything is computed.
     """
+    refuse_transforms(x, weight, bias, A, B, kappa, gates, router, base_output)
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, bias, A, B, kappa, gates, router, base_output, config)
     _check_mask(x, token_mask)
@@ -66,7 +71,7 @@ def mos_linear(
     added = bias if base_output is None else base_output
     inputs = (x, weight, added, A, B, kappa, gates, router)
     differentiable = not inference or _needs_gradients(inputs)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         # Drawn out here: a recomputation inside torch.compile draws again only what it sees drawn.
         dropout = load_backend(backend).draw_dropout(x, dropout_p) if dropout_p > 0 else (None,)
         inputs = (*inputs, aux_weight, dropout[0], token_mask, dropout_p)
@@ -89,13 +94,14 @@ def mos_route(
 
     aux_weight, token_mask, inference: as in `mos_linear`.
     """
+    refuse_transforms(x, router)
     if x.shape[-1] != router.shape[-1]:
         raise ValueError(f"x has width {x.shape[-1]}, the router reads {router.shape[-1]}: pass the FFN block's input")
     _check_mask(x, token_mask)
     check_device(x, router=router, aux_weight=aux_weight, token_mask=None if aux_weight is None else token_mask)
     backend = resolve_backend(backend, x)
     differentiable = not inference or _needs_gradients((x, router))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if backend == "triton" and torch.compiler.is_compiling():
             return ops.route(x, router, aux_weight, token_mask, config.json, backend, differentiable)[0]
         return _MoSRoute.apply(x, router, aux_weight, token_mask, config, backend, differentiable)
@@ -105,13 +111,52 @@ def _needs_gradients(inputs: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
+def _is_autocast(x: Tensor) -> bool:
+    """Whether autocast would cast x. It leaves float64 alone, and there is none for the meta device."""
+    return not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a dense base and its adapter read x: autocast's where it is on, else x's."""
+    return torch.get_autocast_dtype(x.device.type) if _is_autocast(x) else x.dtype
+
+
+def without_autocast(x: Tensor):
+    """A context in which autocast is off on x's device."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def _autocast(x: Tensor, *base: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast does for nn.Linear: the wide operands in its dtype, differentiably. float64 is left alone."""
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+    """What autocast does for nn.Linear: the wide operands in its dtype, differentiably."""
+    if not _is_autocast(x):
         return x, *base
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(x)
     return tuple(None if t is None else t.to(dtype) for t in (x, *base))
+
+
+UNSUPPORTED = (
+    "a Mixture-of-Space layer does not support {}: its gradients are written out, for torch.autograd alone. Call it as "
+    "it is, under torch.compile, or through torch.export.export (from which torch.onnx.export(..., dynamo=True) starts)"
+)
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError under torch.jit.trace, torch.func's transforms (vmap, grad, jvp, …), and for duals."""
+    if torch.compiler.is_compiling():
+        return
+    if torch.jit.is_tracing():
+        raise NotImplementedError(UNSUPPORTED.format("torch.jit.trace"))
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(UNSUPPORTED.format("the transforms of torch.func (vmap, grad, vjp, jvp, …)"))
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError(UNSUPPORTED.format("forward-mode derivatives (jvp)"))
+
+
+def refuse_scripting() -> None:
+    """Raise NotImplementedError: what a module's `__prepare_scriptable__` does under torch.jit.script."""
+    raise NotImplementedError(UNSUPPORTED.format("torch.jit.script"))
 
 
 def _check(x, weight, bias, A, B, kappa, gates, router, base_output, config) -> None:
@@ -205,7 +250,8 @@ class _MoSLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         _refuse_second_derivatives()
-        with torch.autocast(dy.device.type, enabled=False):
+        count_backward()
+        with without_autocast(dy):
             gradients = linear_backward(
                 dy, *ctx.saved_tensors, *ctx.options, needs=ctx.needs_input_grad[:8], token_mask=ctx.token_mask
             )
@@ -224,7 +270,7 @@ class _MoSRoute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dgates):
         _refuse_second_derivatives()
-        with torch.autocast(dgates.device.type, enabled=False):
+        with without_autocast(dgates):
             gradients = route_backward(
                 dgates, *ctx.saved_tensors, *ctx.options, needs=ctx.needs_input_grad[:2], token_mask=ctx.token_mask
             )

@@ -6,7 +6,8 @@ Every mapping here is radial, and depends on curvature κ and squared norm only 
 
 so that ∂/∂‖·‖² = κ f'(a) and ∂/∂κ = ‖·‖² f'(a). A mapping is therefore two functions of one number; nothing else in the
 package knows which one runs. Guards are radial projections: beyond a limit l of a, the vector is projected onto the
-sphere a = l, which makes the scale f(l) √(l/a), with derivative -scale / (2a).
+sphere a = l, which makes the scale edge / √|a| with edge = f(l) √|l|, and its derivative -scale / (2a). Limits and
+edges follow from `boundary_eps` alone and are formed in float64: next to the pole, f at a rounded limit is not f(l).
 """
 
 from __future__ import annotations
@@ -23,36 +24,68 @@ SATURATION = 1e30
 EXP_LOG_HOLD = math.asinh(2.0**15)
 """Largest c‖x‖ that the hyperbolic exponential map is given."""
 
+_HYPERBOLIC_LIMIT, _HYPERBOLIC_EDGE = -(EXP_LOG_HOLD**2), math.sinh(EXP_LOG_HOLD)
+
 ScaleAndSlope = tuple[Tensor, Tensor]
+
+
+def guard_into(config) -> tuple[float, float]:
+    """The limit of a = κ‖x‖² on the way into the space, and the edge, λ √|a| beyond it.
+
+    In the raw domain: the least |1 + a|, and λ there.
+    """
+    eps = config.boundary_eps
+    rho = 1 - eps
+    if config.mapping == "exp_log":
+        return (rho * math.pi / 2) ** 2, math.sin(rho * math.pi / 2)
+    if config.domain == "ball":
+        gap = eps * (2 - eps)  # 1 - ρ²
+        return gap - 1, 2 * rho / gap
+    return eps, 2 / eps
+
+
+def guard_back(config) -> tuple[float, float]:
+    """The limit of a = κ‖u‖² on the way out of the space, and the edge, e √a beyond it."""
+    eps = config.boundary_eps
+    rho, gap = 1 - eps, eps * (2 - eps)
+    if config.mapping == "exp_log":
+        return rho**2, math.atan2(rho, math.sqrt(gap))  # asin ρ
+    return rho**2, rho / (1 + math.sqrt(gap))
 
 
 def inverse_projection_scale(n: Tensor, kappa: Tensor, config) -> tuple[Tensor, Tensor, Tensor]:
     """λ and its derivatives. n: (T,) squared norms of the tokens; kappa: (E,). Returns λ, ∂λ/∂n, ∂λ/∂κ, each (T, E)."""
-    rho = 1 - config.boundary_eps
-    if config.mapping == "exp_log":
-        scale, low, high = _exp_scale, -(EXP_LOG_HOLD**2), (rho * math.pi / 2) ** 2
-    elif config.domain == "ball":
-        scale, low, high = _inverse_stereographic, -(rho**2), math.inf
-    else:
-        scale, low, high = _raw_inverse_stereographic(config.boundary_eps), -math.inf, math.inf
+    limit, edge = guard_into(config)
     n = n.unsqueeze(-1)
-    value, slope = _held(scale, kappa * n, low, high)
+    a = kappa * n
+    if config.mapping == "exp_log":
+        value, slope = _held(_exp_scale, a, _HYPERBOLIC_LIMIT, _HYPERBOLIC_EDGE, limit, edge)
+    elif config.domain == "ball":
+        value, slope = _held(_inverse_stereographic, a, limit, edge, math.inf, edge)
+    else:
+        value, slope = _raw_inverse_stereographic(a, limit, edge)
     return value, torch.where(n < SATURATION, kappa * slope, 0.0), n * slope
 
 
 def projection_scale(q: Tensor, kappa: Tensor, config) -> tuple[Tensor, Tensor, Tensor]:
     """e and its derivatives. q: (T, E) squared norms of the experts' outputs; kappa: (E,). Returns e, ∂e/∂q, ∂e/∂κ."""
-    rho = 1 - config.boundary_eps
-    scale, high = (_log_scale, rho**2) if config.mapping == "exp_log" else (_stereographic, rho**2)
-    value, slope = _held(scale, kappa * q, -math.inf, high)
+    scale = _log_scale if config.mapping == "exp_log" else _stereographic
+    limit, edge = guard_back(config)
+    value, slope = _held(scale, kappa * q, -math.inf, edge, limit, edge)
     return value, torch.where(q < SATURATION, kappa * slope, 0.0), q * slope
 
 
-def _held(scale: Callable[[Tensor], ScaleAndSlope], a: Tensor, low: float, high: float) -> ScaleAndSlope:
+def _held(
+    scale: Callable[[Tensor], ScaleAndSlope], a: Tensor, low: float, low_edge: float, high: float, high_edge: float
+) -> ScaleAndSlope:
     held = a.clamp(low, high)
+    inside, root = a == held, a.abs().sqrt()
     value, slope = scale(held)
-    value = value * torch.where(a == held, 1.0, (held / a).sqrt())
-    return value, torch.where(a == held, slope, value / (-2 * a))
+    beyond = high_edge / root
+    if low_edge != high_edge:
+        beyond = torch.where(a < 0, low_edge / root, beyond)
+    value = torch.where(inside, value, beyond)
+    return value, torch.where(inside, slope, value / (-2 * a))
 
 
 def _inverse_stereographic(a: Tensor) -> ScaleAndSlope:
@@ -61,17 +94,13 @@ def _inverse_stereographic(a: Tensor) -> ScaleAndSlope:
     return value, value * value / -2
 
 
-def _raw_inverse_stereographic(eps: float) -> Callable[[Tensor], ScaleAndSlope]:
-    """Equation 5 on both sides of its pole a = -1, with |1 + a| held at or above eps."""
-
-    def scale(a: Tensor) -> ScaleAndSlope:
-        divisor = 1 + a
-        held = divisor.abs() < eps
-        limit = torch.full_like(divisor, eps)  # two numbers in a torch.where would be float32
-        value = 2 / torch.where(held, limit.copysign(divisor), divisor)
-        return value, torch.where(held, 0.0, value * value / -2)
-
-    return scale
+def _raw_inverse_stereographic(a: Tensor, limit: float, edge: float) -> ScaleAndSlope:
+    """Equation 5 on both sides of its pole a = -1, with |1 + a| held at or above a limit."""
+    divisor = 1 + a
+    held = divisor.abs() < limit
+    bound = torch.full_like(a, edge)  # two numbers in a torch.where would be float32
+    value = torch.where(held, torch.where(divisor < 0, -bound, bound), 2 / divisor)
+    return value, torch.where(held, 0.0, value * value / -2)
 
 
 def _stereographic(a: Tensor) -> ScaleAndSlope:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,15 @@ from torch.autograd.function import once_differentiable
 
 from mos_kernels.backends import eager, load_backend, resolve_backend
 from mos_kernels.config import MoSConfig
-from mos_kernels.functional import mos_linear, mos_route
+from mos_kernels.functional import (
+    autocast_dtype,
+    mos_linear,
+    mos_route,
+    refuse_scripting,
+    refuse_transforms,
+    without_autocast,
+)
+from mos_kernels.kept import Factors, Kept, Use, is_capturing, is_plain
 from mos_kernels.sharded import is_dtensor, whole
 
 ADAPTER_PARAMETERS = ("mos_lora_A", "mos_lora_B", "mos_router", "mos_curvature")
@@ -22,16 +29,6 @@ ADAPTER_PARAMETERS = ("mos_lora_A", "mos_lora_B", "mos_router", "mos_curvature")
 
 ROUTER_INIT_STD = 0.02
 _DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class Frozen(NamedTuple):
-    """What only training changes, computed once by `freeze_for_inference`."""
-
-    backend: str
-    dtype: torch.dtype  # of the base's input and output
-    kappa: Tensor
-    A: Tensor  # in the base's dtype
-    prepared: tuple  # the backend's, from B
 
 
 class Float32State(nn.Module):
@@ -93,7 +90,7 @@ class MoSAdapter(Float32State):
     def _add_constants(self, config: MoSConfig) -> None:
         self.config = config
         self.aux_coefficient = config.router_aux_loss_coef
-        self._frozen: Frozen | None = None
+        self._frozen: Kept | None = None
         # κ = offset + gain·θ, a row each; the gain of a Euclidean expert is 0
         self.register_buffer("mos_curvature_map", None, persistent=False)
         self.register_buffer("mos_aux_weight", None, persistent=False)
@@ -149,12 +146,13 @@ class MoSAdapter(Float32State):
         base_output: Tensor | None,
     ) -> Tensor:
         """The base, given as in `mos_linear`, plus the adapter. gates: None for the adapter's own router."""
+        refuse_transforms(x)  # before κ is formed
         if is_dtensor(self.mos_lora_B):
             raise ValueError(
                 "the layer's parameters are DTensors in forward: a linear with an adapter cannot be tensor-parallel, "
                 "leave it out of the plan; with FSDP2, call the module that fully_shard was called on"
             )
-        kappa, A, prepared = self._factors(x, x.dtype if base_output is None else base_output.dtype, backend)
+        kappa, A, prepared = self._factors(x, base_output, backend)
         router = self.mos_router if gates is None else None
         aux_weight = None if router is None else _injected_aux_weight(self)
         return mos_linear(
@@ -165,11 +163,44 @@ class MoSAdapter(Float32State):
             prepared=prepared, backend=backend,
         )  # fmt: skip
 
-    def _factors(self, x: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor, tuple | None]:
-        """κ, A, and what the backend prepared of B where it is frozen. dtype: of the base's output."""
-        if self._frozen is not None and self._may_use_frozen(x, dtype, backend):
-            return self._frozen[2:]
-        return self.curvature, self.mos_lora_A, None
+    def _factors(self, x: Tensor, base_output: Tensor | None, backend: str) -> Factors:
+        """κ, A and what is prepared of B: in eval mode without gradients as kept (see `mos_kernels.kept`)."""
+        if self.training or torch.is_grad_enabled():
+            if self._frozen is not None:
+                self._frozen = None
+        elif is_plain(x) and x.device == self.mos_lora_B.device:
+            x_dtype = autocast_dtype(x)
+            y_dtype = x_dtype if base_output is None else base_output.dtype
+            kept = self._kept(x_dtype, y_dtype, resolve_backend(backend, x), is_capturing(x))
+            if kept is not None:
+                return kept.factors
+        return Factors(self.curvature, self.mos_lora_A, None)
+
+    def _kept(
+        self, x_dtype: torch.dtype, y_dtype: torch.dtype, backend: str, capturing: bool = False, frozen: bool = False
+    ) -> Kept | None:
+        """What is kept for this use, made anew where it is not valid; None where it cannot be told or not be made now.
+
+        A captured graph would show later changes of the parameters, if it computes from them; so what is kept goes
+        into it only where `freeze_for_inference` made it.
+        """
+        if getattr(self, "_is_fsdp_managed_module", False):  # it fills one tensor again and again, at one version
+            return None
+        tensors = (self.mos_curvature, self.mos_curvature_map, self.mos_lora_A, self.mos_lora_B)
+        use, kept = Use(backend, x_dtype, y_dtype, self.config), self._frozen
+        if kept is not None and kept.is_valid(tensors, use) and not frozen:
+            return kept if kept.frozen or not capturing else None
+        if capturing:
+            return None
+
+        def form() -> Factors:
+            steps = load_backend(backend)
+            with without_autocast(tensors[3]):
+                A, prepared = steps.operand(tensors[2], x_dtype), steps.prepare(tensors[3], y_dtype, self.config)
+                return Factors(self.curvature, A, prepared)
+
+        self._frozen = Kept.make(tensors, use, form, frozen)
+        return self._frozen
 
     def routing_logits(self, x: Tensor) -> Tensor:
         """The logits (..., E) of the layer's own router on x (..., d_in), detached from the graph."""
@@ -178,26 +209,21 @@ class MoSAdapter(Float32State):
         return _routing_logits(x, self.mos_router)
 
     def _freeze(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Compute once what only training changes, for a base on `device` whose input and output have `dtype`."""
-        name = resolve_backend("auto", torch.empty(0, device=device, dtype=dtype))
-        backend = load_backend(name)
-        with torch.no_grad():
-            A = backend.operand(self.mos_lora_A, dtype)
-            self._frozen = Frozen(name, dtype, self.curvature, A, backend.prepare(self.mos_lora_B, dtype, self.config))
-
-    def _may_use_frozen(self, x: Tensor, dtype: torch.dtype, backend: str) -> bool:
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            return False
-        if not x.dtype == dtype == self._frozen.dtype or x.device != self._frozen.A.device:  # as in a replica
-            return False
-        return self._frozen.backend == resolve_backend(backend, x)
+        """Compute what is kept now, for a base on `device` whose input and output have `dtype`."""
+        backend = resolve_backend("auto", torch.empty(0, device=device, dtype=dtype))
+        self._kept(dtype, dtype, backend, frozen=True)
 
     def train(self, mode: bool = True):
-        if mode:
-            self._frozen = None
-            if self.mos_curvature.dtype in (torch.bfloat16, torch.float16):  # cast by assigning to .data, as TRL does
-                self.mos_curvature.data = self.mos_curvature.data.float()
+        self._frozen = None
+        if mode and self.mos_curvature.dtype in (torch.bfloat16, torch.float16):  # cast through .data, as TRL does
+            self.mos_curvature.data = self.mos_curvature.data.float()
         return super().train(mode)
+
+    def __prepare_scriptable__(self):
+        refuse_scripting()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_frozen": None}  # of a copy's or a pickle's own tensors nothing is known yet
 
     def _apply(self, fn, recurse=True):
         self._frozen = None
@@ -252,10 +278,13 @@ class MoSLayer(MoSAdapter):
         return self._adapt(x, gates, backend, *self._base(x))
 
     def freeze_for_inference(self):
-        """Switch to eval mode and compute once what only training changes: κ, G and the factors in the base's dtype.
+        """Switch to eval mode and compute what follows from the parameters now: κ, G, the factors in the base's dtype.
 
-        Used while gradients are off. `train()`, moving, casting or loading the layer undo it; changing a parameter in
-        place does not, so freeze after that. Returns the layer.
+        The first call in eval mode without gradients does so by itself, and it is kept while the parameters are the
+        same tensors at the same versions (see `mos_kernels.kept`, which says what cannot be seen). Only a CUDA graph
+        has to be asked for: one that is captured after this call holds what was computed here, so a change of the
+        parameters asks for a new capture; without this call it computes from the parameters at each replay. `train()`
+        and `eval()` undo the call. Returns the layer.
         """
         self.eval()
         self._freeze(*self._base_device_and_dtype())
@@ -438,6 +467,9 @@ class MoSRouter(Float32State):
             inference=not self.training, backend=backend,
         )  # fmt: skip
 
+    def __prepare_scriptable__(self):
+        refuse_scripting()
+
     def routing_logits(self, x: Tensor) -> Tensor:
         """The logits (..., E) of x, detached from the graph."""
         return _routing_logits(x, self.weight)
@@ -519,7 +551,7 @@ def _known_mask(owner: nn.Module, x: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def _routing_logits(x: Tensor, router: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return eager.routing_logits(x.reshape(-1, x.shape[-1]), whole(router)).view(*x.shape[:-1], router.shape[0])
 
 

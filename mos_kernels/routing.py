@@ -10,8 +10,17 @@ def top_k_mask(logits: Tensor, k: int) -> Tensor:
     """The k largest logits of each token, ties to the lower index (torch.topk does not promise it). (T, E) bool."""
     if k == logits.shape[-1]:
         return torch.ones_like(logits, dtype=torch.bool)
+    if torch.compiler.is_exporting():  # ONNX has no stable sort
+        return _rank(logits) < k
     order = logits.sort(dim=-1, descending=True, stable=True).indices
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order[..., :k], True)
+
+
+def _rank(logits: Tensor) -> Tensor:
+    """How many experts come before each: those with a larger logit, or with an equal one and a lower index."""
+    before, own = logits.unsqueeze(-2), logits.unsqueeze(-1)
+    lower = torch.ones(before.shape[-1], before.shape[-1], dtype=torch.bool, device=logits.device).tril(-1)
+    return ((before > own) | ((before == own) & lower)).sum(-1)
 
 
 def route(logits: Tensor, k: int, norm_topk_prob: bool) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from mos_kernels.backends import resolve_backend
+from mos_kernels.backends import load_backend, resolve_backend
 from mos_kernels.ffn import bound_form, decoding_of
 from mos_kernels.functional import mos_linear, mos_route
 from mos_kernels.layer import MoSAdapter, MoSLayer, MoSRouter, device_and_dtype
@@ -32,10 +32,7 @@ def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
         x_dtype = dtype or x_dtype
         if resolve_backend("auto", torch.empty(0, dtype=x_dtype, device=device)) != "triton":
             continue
-        frozen = _frozen(module, x_dtype)
-        key = (
-            type(base), module.config.json, shape, module.in_features, x_dtype, device, bias, module.training, frozen,
-        )  # fmt: skip
+        key = type(base), module.config.json, shape, module.in_features, x_dtype, device, bias, module.training
         if key not in seen:
             seen.add(key)
             _run(module, base, x_dtype, device)
@@ -55,12 +52,7 @@ def _run_blocks(model: nn.Module) -> None:
         if not linears or not all(isinstance(linear, MoSLayer) for linear in linears):
             continue
         kinds = [
-            (
-                type(m),
-                m.config.json,
-                tuple(map(_kind, m.parameters(recurse=False))),
-                getattr(m, "_frozen", None) is None,
-            )
+            (type(m), m.config.json, tuple(map(_kind, m.parameters(recurse=False))))
             for m in (block.mos_router, *linears)
         ]
         if tuple(kinds) in seen:
@@ -69,7 +61,7 @@ def _run_blocks(model: nn.Module) -> None:
         training = [module for module in (block.mos_router, *linears) if module.training]
         try:
             for module in training:
-                module.training = False  # not .eval(), which may drop what freeze_for_inference computed
+                module.training = False  # not .eval(), which drops what freeze_for_inference computed
             with torch.no_grad():
                 weight = linears[0].weight
                 x = torch.zeros(DECODE_TOKENS, linears[0].in_features, dtype=weight.dtype, device=weight.device)
@@ -84,11 +76,6 @@ def _run_blocks(model: nn.Module) -> None:
 
 def _kind(t: Tensor) -> tuple:
     return tuple(t.shape), t.dtype, t.device
-
-
-def _frozen(module: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether input of `dtype` meets what `freeze_for_inference` computed, whose A is in the base's dtype."""
-    return isinstance(module, MoSAdapter) and module._frozen is not None and module._frozen.dtype == dtype
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -113,14 +100,14 @@ def _run(module: nn.Module, base: nn.Module, dtype: torch.dtype, device: torch.d
                     y = _forward(module, base, x, differentiable, masked)
                 if differentiable:
                     y.sum().backward()
-            if _frozen(module, dtype):
-                x = torch.zeros(tokens, module.in_features, dtype=dtype, device=device)
-                gates = torch.zeros(tokens, module.config.num_experts, device=device)
-                with torch.no_grad():
-                    module._adapt(x, gates if module.mos_router is None else None, "auto", *base._base(x))
+                elif isinstance(module, MoSAdapter):  # what is kept of the parameters has the inputs' dtype
+                    with torch.no_grad():
+                        _forward(module, base, x, False, False, kept=True)
 
 
-def _forward(module: nn.Module, base: nn.Module, x: Tensor, differentiable: bool, masked: bool) -> Tensor:
+def _forward(
+    module: nn.Module, base: nn.Module, x: Tensor, differentiable: bool, masked: bool, kept: bool = False
+) -> Tensor:
     def stand_in(t: Tensor | None, needs_grad: bool = True) -> Tensor | None:
         return None if t is None else t.detach().requires_grad_(differentiable and needs_grad)
 
@@ -134,9 +121,14 @@ def _forward(module: nn.Module, base: nn.Module, x: Tensor, differentiable: bool
     gates = None if own else stand_in(torch.zeros(x.shape[0], config.num_experts, device=x.device))
     weight, bias, base_output = base._base(x)
     weight = None if weight is None else stand_in(weight, False).to(x.dtype)
+    A, prepared = stand_in(module.mos_lora_A), None
+    if kept:
+        steps = load_backend(resolve_backend("auto", x))
+        y_dtype = x.dtype if base_output is None else base_output.dtype
+        A, prepared = steps.operand(A, x.dtype), steps.prepare(module.mos_lora_B, y_dtype, config)
     return mos_linear(
-        x, weight, stand_in(bias, False), stand_in(module.mos_lora_A), stand_in(module.mos_lora_B),
-        stand_in(module.curvature), config=config, base_output=base_output, gates=gates,
+        x, weight, stand_in(bias, False), A, stand_in(module.mos_lora_B),
+        stand_in(module.curvature), config=config, prepared=prepared, base_output=base_output, gates=gates,
         router=stand_in(module.mos_router), aux_weight=aux if own else None,
         token_mask=mask if own else None,
         dropout_p=config.lora_dropout if module.training else 0.0, inference=not differentiable,

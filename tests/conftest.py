@@ -13,9 +13,11 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+import everyday  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
+from everyday import pytest_addoption, pytest_collection_modifyitems  # noqa: E402, F401
 from hypothesis import HealthCheck, settings  # noqa: E402
 from torch.utils._device import _device_constructors  # noqa: E402
 
@@ -38,6 +40,7 @@ _POISONED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: torch.empty keeps its own contents in this test")
+    everyday.pytest_configure(config)
 
 
 def _poisoned(allocate):

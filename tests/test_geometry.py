@@ -25,8 +25,7 @@ def config_of(mapping, domain, eps=4e-3):
 def ours(direction, norms, kappa, config):
     """The scale and its two derivatives at pairs of norms (T,) and kappa (T,), each (T,)."""
     if direction == "into":
-        pairs = [inverse_projection_scale(n[None], k[None], config) for n, k in zip(norms, kappa, strict=True)]
-        return [torch.cat([pair[i].flatten() for pair in pairs]) for i in range(3)]
+        return [value.diagonal() for value in inverse_projection_scale(norms, kappa, config)]
     return [value.squeeze(-1) for value in projection_scale(norms.unsqueeze(-1), kappa[:, None], config)]
 
 
@@ -177,6 +176,66 @@ def test_float32_is_as_accurate_as_torch_at_every_seam(direction, mapping, domai
         ):
             error, torch_error = ((v.double() - truth).abs().max().item() for v in (value, torch_value))
             assert error <= 2 * torch_error + 1e-6 * truth.abs().max().item(), (name, seam, error, torch_error)
+
+
+EDGES = (1e-1, 4e-3, 1e-3, 1e-6)
+
+
+def held_by_torch(direction, norms, kappa, config):
+    """The scale and its derivatives with MATH.md's own form beyond each radial guard: edge / √|a|, -scale / (2a)."""
+    a, found = kappa * norms, by_autograd(direction, norms, kappa, config)
+    if direction == "into" and config.domain == "raw":
+        return found
+    for limit in thresholds(direction, config):
+        outside = a < limit if limit < 0 else a > limit
+        ones = torch.ones(1, dtype=torch.float64)
+        edge = by_autograd(direction, ones, ones * limit * (1 - 1e-15), config)[0].item() * abs(limit) ** 0.5
+        scale = edge / a.abs().sqrt()
+        beyond = (scale, -scale / (2 * norms), -scale / (2 * kappa))
+        found = [torch.where(outside, b, f) for b, f in zip(beyond, found, strict=True)]
+    return found
+
+
+def points_about_the_guards(direction, config, draw) -> torch.Tensor:
+    """Values of κ·norm well inside, close to, and far beyond each threshold, drawn, none within 2e-6 of it."""
+    values = []
+    for threshold in thresholds(direction, config):
+        close = [
+            1 + sign * 10.0**e for e in draw(st.lists(st.floats(-5, -1), min_size=4, max_size=4)) for sign in (1, -1)
+        ]
+        far = [10.0**e for e in draw(st.lists(st.floats(0.3, 8), min_size=4, max_size=4))]
+        inside = draw(st.lists(st.floats(0.01, 0.9), min_size=4, max_size=4))
+        values += [threshold * factor for factor in (*close, *far, *inside)]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@geometries
+@directions
+@pytest.mark.parametrize("eps", EDGES)
+@given(data=st.data(), exponent=st.floats(-6, 3))
+def test_float32_at_the_guards_is_as_accurate_as_torch(direction, mapping, domain, eps, data, exponent):
+    """Each point by itself, relative to its own size: nothing else is near to hide an error.
+
+    Within exp/log's domain, where the closed forms of both lose digits at random, the largest over all points.
+    """
+    config = config_of(mapping, domain, eps)
+    a = points_about_the_guards(direction, config, data.draw)
+    kappa = (a.sign() * 10.0**exponent).float()
+    norms = (a / kappa.double()).float()
+    limits = torch.tensor(thresholds(direction, config), dtype=torch.float64)
+    against = (norms.double() * kappa.double())[:, None] / limits
+    clear = (against - 1).abs().amin(-1) > 2e-6
+    norms, kappa, beyond = norms[clear], kappa[clear], (against > 1).any(-1)[clear]
+    for name, value, by_torch, truth in zip(
+        ("scale", "by norm", "by curvature"), ours(direction, norms, kappa, config),
+        held_by_torch(direction, norms, kappa, config), ours(direction, norms.double(), kappa.double(), config),
+        strict=True,
+    ):  # fmt: skip
+        error, torch_error = (((v.double() - truth) / truth.abs().clamp(min=1e-30)).abs() for v in (value, by_torch))
+        if mapping == "exp_log":
+            torch_error = torch.where(beyond, torch_error, torch_error.amax())
+        wrong = error > 2 * torch_error.clamp(min=2.0**-22)
+        assert not wrong.any(), (name, norms[wrong], kappa[wrong], error[wrong], torch_error[wrong])
 
 
 @pytest.mark.parametrize("seam", [0.25, 1.0])

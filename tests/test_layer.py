@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+from everyday import full_but
 from strategies import normal
 from torch import nn
 from torch.testing import assert_close
@@ -288,14 +289,6 @@ def test_curvature_crosses_zero():
 # inference
 
 
-def _undo(layer):
-    yield "train", lambda: layer.train()
-    yield "load_state_dict", lambda: layer.load_state_dict(layer_of(seed=7).state_dict())
-    yield "cast", lambda: layer.double()
-    yield "move", lambda: layer.to("cpu")
-    yield "reset", lambda: layer.reset_adapter_parameters()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["identity", "silu"])
 def test_freezing_for_inference_changes_no_number(dtype, activation):
@@ -308,31 +301,6 @@ def test_freezing_for_inference_changes_no_number(dtype, activation):
     assert torch.equal(layer(x), before)  # with gradients on, the parameters themselves
     layer(x).sum().backward()
     assert layer.mos_lora_B.grad is not None
-
-
-def test_freezing_reads_the_parameters_once():
-    layer = layer_of().freeze_for_inference()
-    with torch.no_grad():
-        before = layer(tokens())
-        layer.mos_curvature.add_(1.0)
-        assert torch.equal(layer(tokens()), before)
-        layer.freeze_for_inference()
-        assert not torch.equal(layer(tokens()), before)
-
-
-@pytest.mark.parametrize("index", range(5))
-def test_freezing_is_undone_by(index):
-    layer = layer_of().freeze_for_inference()
-    name, undo = list(_undo(layer))[index]
-    with torch.no_grad():
-        layer(tokens())
-        undo()
-        layer.mos_lora_B.normal_()
-        layer.mos_curvature.add_(0.5)
-        layer.eval()
-        x = tokens(dtype=layer.weight.dtype)
-        now = layer(x)
-    assert torch.equal(now, layer(x).detach()), name  # the second is with gradients on, and never frozen
 
 
 def test_a_frozen_layer_copies_and_runs_under_autocast():
@@ -596,7 +564,8 @@ def _trainable(module):
 
 
 @pytest.mark.unpoisoned
-@pytest.mark.parametrize("activation", ["identity", "silu"])
+@pytest.mark.parametrize("activation", full_but(("identity",), ["identity", "silu"]))
+@pytest.mark.budget(10)
 def test_compiled_in_one_graph_without_recompiling_over_lengths(activation):
     from torch._dynamo.backends.debugging import aot_eager
 

@@ -242,7 +242,7 @@ def _squared_output_norm(h: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]
     """q = hᵀGh (T, E), guarded, and G h / trace (T, E, r)."""
     unit_gh = exact_matmul(h.transpose(0, 1), prepared.unit_gram).transpose(0, 1)
     q = (h * unit_gh).sum(-1) * prepared.trace
-    return q.clamp(0, geometry.SATURATION), unit_gh
+    return q.clamp(0.0, geometry.SATURATION), unit_gh
 
 
 class Bridged(NamedTuple):

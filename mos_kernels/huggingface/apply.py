@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,22 +18,15 @@ from mos_kernels.huggingface.modules import (
     mos_adapters,
     mos_modules,
     own_adapter_parameters,
+    refuse_parallel,
     router_owners,
+    unwrap,
 )
 from mos_kernels.huggingface.plan import Plan, make_plan
+from mos_kernels.huggingface.state import AdapterState, adapter_state
 from mos_kernels.huggingface.targets import frozen_heads, refuse_offloaded
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSRouter, MoSWrapped, offload_hook
 from mos_kernels.sharded import refuse_sharded, refuse_zero3
-
-_STATE = "_mos_adapter"
-
-
-@dataclass(frozen=True)
-class AdapterState:
-    """What apply_mos leaves on the model: its configuration, and the parameters that were trainable before."""
-
-    config: MoSConfig
-    trainable_before: frozenset[str]
 
 
 class AppliedMoS(list):
@@ -68,12 +60,16 @@ def apply_mos(model: nn.Module, config: MoSConfig) -> AppliedMoS:
     """Put an adapter on the linears that `config` names, and freeze everything else, in place.
 
     FFN blocks of a known form get one router each (router_scope="ffn"); a linear outside of one gets its own, and the
-    returned list's `report()` says so. Works on the meta device. The load-balancing coefficient is divided by the
-    number of routers. Everything is planned and built before the model changes, so an error leaves it as it was.
+    returned list's `report()` says so. Works on the meta device, and on a model that torch.compile has wrapped. The
+    load-balancing coefficient is divided by the number of routers. Everything is planned and built before the model
+    changes, so an error leaves it as it was.
 
     Returns the names of the adapted linears. Raises ValueError or TypeError where `config` asks for what the model does
     not have: an entry that matches nothing, 3-D expert parameters, a module that is no plain linear, a second adapter.
+    So does a model in DataParallel, DistributedDataParallel or a DeepSpeed engine: adapt it first.
     """
+    refuse_parallel(model)
+    model = unwrap(model)
     plan = make_plan(model, config)
     install(model, plan)
     heads = [
@@ -102,7 +98,7 @@ def install(model: nn.Module, plan: Plan) -> None:
             add_router(block.block, block.form, router)
         plan.share_balance(owner for owner in (*routers, *layers) if owner.mos_aux_weight is not None)
         follow_attention_mask(model)
-        setattr(model, _STATE, AdapterState(plan.config, frozenset(trainable)))
+        AdapterState(model, plan.config, frozenset(trainable))
     except BaseException:  # such as an interrupt
         _uninstall(model, plan)
         for parameter in trainable.values():
@@ -125,8 +121,9 @@ def _uninstall(model: nn.Module, plan: Plan) -> None:
 def remove_mos(model: nn.Module) -> list[str]:
     """Take the adapter off: plain linears that share the base's parameters, the blocks' own forwards, no routers.
 
-    What was trainable before apply_mos is trainable again. Returns the names of the restored linears; ValueError where
-    the model has no adapter.
+    Modules that load_adapter loaded beside it, such as a head, have again what they had before. What was trainable
+    before apply_mos is trainable again. Returns the names of the restored linears; ValueError where the model has no
+    adapter. Warns where a module was trained in place beside it, which stays as it is.
     """
     places: dict[MoSLayer, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -150,15 +147,8 @@ def remove_mos(model: nn.Module) -> list[str]:
     for module in model.modules():  # the adapter may have been applied to a part of the model
         state = adapter_state(module)
         if state is not None:
-            for name, parameter in module.named_parameters():
-                parameter.requires_grad_(name in state.trainable_before)
-            delattr(module, _STATE)
+            state.remove()
     return [names[0] for names in places.values()]
-
-
-def adapter_state(model: nn.Module) -> AdapterState | None:
-    """What apply_mos left on this module, or None."""
-    return getattr(model, _STATE, None)
 
 
 def activated_parameters(model: nn.Module) -> ParameterCount:

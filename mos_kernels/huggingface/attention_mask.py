@@ -93,7 +93,8 @@ class TokenMask:
             self._note(self.outer._current(None))
 
     def remove(self) -> None:
-        self.handle.remove()
+        if self.handle is not None:
+            self.handle.remove()
 
     def _note(self, mask: Tensor | None) -> None:
         self._traced = mask
@@ -119,7 +120,8 @@ class TokenMask:
         self._traced: Tensor | None = None
 
     def __getstate__(self) -> dict:
-        return {"position": self.position, "outer": self.outer, "handle": self.handle}
+        gone = self.handle is None or self.handle.hooks_dict_ref() is None  # the module; its handle does not copy then
+        return {"position": self.position, "outer": self.outer, "handle": None if gone else self.handle}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)

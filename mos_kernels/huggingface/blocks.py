@@ -1,6 +1,6 @@
 """FFN blocks: which form a block has, and the forward that hands its router's gates to its linears.
 
-A block takes part only where its own forward, run on a symbolic input, is one of
+A block takes part only where its own forward, traced by torch.fx, is one of
 
     down(act(gate(x)) * up(x))                                     Llama, Qwen, Mistral, Gemma
     down(act(first) * second)   first, second = gate_up(x).chunk(2, -1)     Phi-3, GLM
@@ -12,12 +12,15 @@ not matter. So a forward that computes something else is never replaced.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import operator
 import types
 from dataclasses import replace
 
 from torch import nn
+from torch.fx import Graph, Node, Proxy, Tracer
 
 from mos_kernels.ffn import FFNForm, bound_form, ffn_forward
 from mos_kernels.huggingface.targets import is_linear
@@ -56,7 +59,7 @@ def _replicate(block: nn.Module, form: FFNForm) -> nn.Module:
     return replica
 
 
-# recognition: the block's own forward, run on symbols
+# recognition: the block's own forward, traced on a symbol
 
 
 def recognise(block: nn.Module, routed: tuple[str, ...] = ()) -> FFNForm | None:
@@ -85,92 +88,86 @@ class _NotPlain(BaseException):
     """The forward does something with its input that the forms do not have. No `except Exception` in it hides that."""
 
 
-class _Value:
-    """A symbolic tensor. expression: ("x",), ("call", child, e), ("mul", e, e) or ("half", 0 or 1, e).
+def _refuse(*_):
+    raise _NotPlain
 
-    Everything that is not recorded raises, so that no branch can depend on the input unseen.
+
+class _Value(Proxy):
+    """A symbolic tensor, which may be passed to a child, multiplied and halved.
+
+    Where torch.fx would answer otherwise than for a tensor, or leave no trace, this raises: so no branch depends on the
+    input unseen.
     """
-
-    def __init__(self, *expression):
-        self.expression = expression
-
-    def __mul__(self, other):
-        if type(other) is not _Value:
-            raise _NotPlain
-        return _Value("mul", self.expression, other.expression)
 
     def chunk(self, chunks, dim=0):
         if (chunks, dim) != (2, -1):
             raise _NotPlain
-        return tuple(_Value("half", i, self.expression) for i in range(2))
+        return tuple(self.tracer.create_proxy("call_function", _half, (self, i), {}) for i in range(2))
 
     def __getattr__(self, name):
         raise _NotPlain
-
-    def _refuse(self, *_):
-        raise _NotPlain
-
-    __class__ = property(_refuse)  # no isinstance either: it would answer otherwise than for a tensor
-    __hash__ = None
 
     @classmethod
     def __torch_function__(cls, *_):
         raise _NotPlain
 
-
-_REFUSED = """add radd sub rsub rmul imul iadd truediv rtruediv matmul rmatmul pow rpow neg abs invert and or
-eq ne lt le gt ge bool len iter getitem setitem contains int float index"""
-for _operation in _REFUSED.split():
-    setattr(_Value, f"__{_operation}__", _Value._refuse)
+    __class__ = property(_refuse)  # isinstance asks for it
+    __bool__ = __len__ = __iter__ = __contains__ = __int__ = __float__ = __index__ = __hash__ = _refuse
+    __imul__ = __setitem__ = _refuse
 
 
-class _Child:
-    """Stands for a child module: calling it with one symbolic value is recorded, anything else raises."""
-
-    def __init__(self, name: str):
-        self._name = name
-
-    def __call__(self, *args):
-        if len(args) != 1 or type(args[0]) is not _Value:
-            raise _NotPlain
-        return _Value("call", self._name, args[0].expression)
-
-    def __getattr__(self, name):
-        raise _NotPlain
+def _half(x, index: int):
+    """Stands for x.chunk(2, -1)[index]."""
 
 
-class _Self:
-    """Stands for the block in its own forward: children are symbols, methods run, everything else is the block's."""
+class _Tracer(Tracer):
+    """Records the calls of a block's children, none of which runs."""
 
-    def __init__(self, block: nn.Module, training: bool):
-        object.__setattr__(self, "_block", block)
-        object.__setattr__(self, "training", training)
+    def is_leaf_module(self, module, name):
+        return True
 
-    __class__ = property(lambda self: type(self._block))  # for super()
+    def proxy(self, node):
+        return _Value(node, self)
 
-    def __getattr__(self, name):
-        value = getattr(self._block, name)
-        if isinstance(value, nn.Module):
-            return _Child(name)
-        if inspect.ismethod(value) and value.__self__ is self._block:
-            return types.MethodType(value.__func__, self)
-        return value
-
-    def __setattr__(self, name, value):
-        raise _NotPlain
+    def create_arg(self, value):
+        return value.node if type(value) is _Value else super().create_arg(value)
 
 
 def _trace(block: nn.Module, training: bool):
-    """The expression that forward(x) computes, or None."""
-    forward = type(block).forward
-    parameters = list(inspect.signature(forward).parameters.values())
+    """What forward(x) computes, or None: ("x",), ("call", child, e), ("mul", e, e) or ("half", 0 or 1, e)."""
+    kind = type(block)
+    parameters = list(inspect.signature(kind.forward).parameters.values())
     if len(parameters) != 2 or parameters[1].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
         return None
+    probe = copy.copy(block)
+    vars(probe)["training"] = training
+    probe.__class__ = type(kind.__name__, (kind,), {"__setattr__": _refuse, "__delattr__": _refuse})
     try:
-        result = forward(_Self(block, training), _Value("x"))
+        return _expressions(_Tracer().trace(probe))
     except (_NotPlain, Exception):  # whatever a forward raises on a symbol, it is not one of the forms
         return None
-    return result.expression if type(result) is _Value else None
+
+
+def _expressions(graph: Graph):
+    """The graph as one expression; all of it must be in that."""
+    found: dict[Node, tuple] = {}
+    for node in graph.nodes:
+        inputs = [found[arg] for arg in node.args if isinstance(arg, Node)]
+        kind = node.target if node.op == "call_function" else node.op
+        if node.op == "output":
+            return found[node.args[0]]
+        if node.kwargs or not node.users:
+            raise _NotPlain
+        if kind == "placeholder":
+            found[node] = ("x",)
+        elif kind == "call_module" and len(inputs) == len(node.args) == 1:
+            found[node] = ("call", node.target, *inputs)
+        elif kind is operator.mul and len(inputs) == 2:
+            found[node] = ("mul", *inputs)
+        elif kind is _half:
+            found[node] = ("half", node.args[1], *inputs)
+        else:
+            raise _NotPlain
 
 
 def _parse(block: nn.Module, expression) -> FFNForm | None:
@@ -222,4 +219,4 @@ def _unwind(expression) -> tuple[tuple[str, ...], tuple]:
 
 
 def _is_linear(block: nn.Module, name: str) -> bool:
-    return is_linear(getattr(block, name))
+    return is_linear(block.get_submodule(name))

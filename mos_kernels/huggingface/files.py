@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import uuid
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,11 +21,18 @@ from torch import Tensor, nn
 
 import mos_kernels
 from mos_kernels.config import MoSConfig
-from mos_kernels.huggingface.apply import adapter_state, install, remove_mos
-from mos_kernels.huggingface.modules import adapter_parameters
-from mos_kernels.huggingface.plan import adapter_shapes, make_plan
+from mos_kernels.huggingface.apply import install, remove_mos
+from mos_kernels.huggingface.modules import adapter_parameters, refuse_parallel, unwrap
+from mos_kernels.huggingface.plan import adapter_shapes, make_plan, parameter_shapes
+from mos_kernels.huggingface.state import adapter_state, tensors_of
+from mos_kernels.huggingface.targets import refuse_peft
 from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, offload_hook
-from mos_kernels.sharded import gathered, refuse_fsdp1, refuse_zero3, spread_like, whole_shape, write_once
+from mos_kernels.sharded import gathered, refuse_zero3, spread_like, whole_shape, write_once
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -39,20 +48,25 @@ auto_mapping modules_to_save"""
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Write the adapter of `model`, and every other module that has trainable parameters, to `folder`.
+    """Write the adapter of `model`, and every other module that was trained or loaded with it, to `folder`.
+
+    Such a module need not be trainable at the moment: a forward with gradients, a copy of the model, MoSCallback and
+    mos_param_groups note what is. Only a model that runs compiled, by a loop of one's own, and is frozen before its
+    first save does not know.
 
     Files are replaced whole, the configuration last: an interrupted save leaves the old files or a folder without
     adapter_config.json, never a mixture. Where parameters are spread over processes (FSDP2, ZeRO-3) every process must
     call this: it gathers them, the first process writes, and all return when it has. Raises ValueError without an
-    adapter, or with weights on the meta device.
+    adapter, beside one of peft's, or with weights on the meta device.
     """
-    model = _unwrap(model)
+    model = unwrap(model)
     state = adapter_state(model)
     if state is None and hasattr(model, "peft_config"):
         raise ValueError("the adapter was put on by peft: call model.save_pretrained(folder), whose files are the same")
     if state is None:
         raise ValueError(f"{type(model).__name__} has no MoS adapter: call apply_mos(model, config) first")
-    modules = _modules_to_save(model)
+    refuse_peft(model)  # whose parameters would be saved as modules of the base
+    modules = state.modules_to_save()
     whole = tensors_of(model, [*modules, *_named_by_ending(model, modules)])
     parameters = {**adapter_parameters(model), **whole}
     offloaded = [name for name, tensor in parameters.items() if tensor.is_meta]
@@ -78,6 +92,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
 
 def _write(folder: Path, tensors: dict[str, Tensor], config: dict, card: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
     with contextlib.ExitStack() as stack:
         weights = _staged(stack, folder / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
         description = _staged(stack, folder / CONFIG_NAME, json.dumps(config, indent=2).encode() + b"\n")
@@ -97,19 +112,21 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
 
     Values are copied into parameters on the model's device, whatever device or dtype they were saved from. With
     `is_trainable` the adapter and the modules saved with it train on; otherwise they are frozen. With FSDP2, apply the
-    adapter (or load it) before fully_shard; then every process can load another one. Returns the names of the adapted
-    linears.
+    adapter (or load it) before fully_shard; then every process can load another one. What the modules loaded beside it
+    had before is kept, on the CPU, until remove_mos, or another load_adapter, gives it back. Returns the names of the
+    adapted linears.
 
     Everything is checked before the model is touched: FileNotFoundError for a missing folder or file, ValueError for
     files that are damaged, of another method, of another architecture, or not finite. Never unpickles anything.
     """
-    model = _unwrap(model)
+    outer, model = model, unwrap(model)
     folder = Path(folder)
     config, modules = _read_config(folder)
     tensors = read_tensors(folder / WEIGHTS_NAME)
 
     applied = adapter_state(model)
     if applied is None:
+        refuse_parallel(outer)
         plan = make_plan(model, config)
         shapes = adapter_shapes(plan)
         on_meta = [linear.name for linear in plan.linears if is_meta(linear.target.module)]
@@ -117,11 +134,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
         _require_equal(applied.config, config)
         shapes = {name: whole_shape(parameter) for name, parameter in adapter_parameters(model).items()}
         on_meta = [name for name, parameter in adapter_parameters(model).items() if parameter.is_meta]
-    if on_meta:
-        raise ValueError(f"{on_meta[0]!r} is on the meta device: load the base model's weights before the adapter")
     endings = _named_by_ending(model, modules)
     modules += [name for name in endings if any(tensor.startswith(f"{name}.") for tensor in tensors)]
     extra = tensors_of(model, modules)
+    on_meta += [name for name, tensor in extra.items() if tensor.is_meta]
+    if on_meta:
+        raise ValueError(f"{on_meta[0]!r} is on the meta device: load the base model's weights before the adapter")
     require_fit(folder, tensors, shapes, extra)
     require_untied(folder, model, extra, tensors)
     if applied is not None:
@@ -130,15 +148,16 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
     if applied is None:
         install(model, plan)
     try:
-        own = adapter_parameters(model)
-        targets = {**own, **tensors_of(model, modules)}
+        own, extra = adapter_parameters(model), tensors_of(model, modules)
+        targets = own | extra
         values = {name: spread_like(tensors[name], target) for name, target in targets.items()}
+        adapter_state(model).replace({name: values[name] for name in extra})
     except BaseException:
         if applied is None:
             remove_mos(model)
         raise
     with torch.no_grad():
-        for name, target in targets.items():
+        for name, target in own.items():
             target.copy_(values[name])
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoSLayer)}
     for layer in layers.values():
@@ -163,18 +182,14 @@ def refuse_damaged(folder: Path, shapes: dict[str, tuple[int, ...]] | None = Non
     tensors = {name: tensor for name, tensor in found.items() if _is_adapter(name)}
     _require_floating(folder, tensors, {})
     require_finite(folder, found, {name: torch.float64 for name in found if name not in tensors})
-    E = config.num_experts
     for name, tensor in tensors.items():
         module, _, kind = name.removesuffix(".weight").rpartition(".")
-        r, shape = config.for_module(module).r, tuple(tensor.shape)
-        fits = {
-            "mos_lora_A": shape[:-1] == ((r,) if config.share_a else (E, r)),
-            "mos_lora_B": shape[1:] == (E, r),
-            "mos_curvature": shape == (E,),
-            "mos_router": len(shape) == 2 and shape[0] == E,
-        }
-        if not fits[kind]:
-            raise ValueError(f"{folder}: {name} has shape {shape}, which r={r} and {E} experts do not have")
+        own, shape = config.for_module(module), tuple(tensor.shape)
+        wanted = parameter_shapes(dataclasses.replace(own, router_scope="linear"), d_in=shape[-1], d_out=shape[0])[kind]
+        if shape != wanted:
+            raise ValueError(
+                f"{folder}: {name} has shape {shape}, which r={own.r} and {own.num_experts} experts do not have"
+            )
         for other, wanted in (shapes or {}).items():
             is_its = f".{other}".endswith(f".{name}") or f".{name}".endswith(f".{other}")
             if is_its:
@@ -310,20 +325,6 @@ def require_finite(where, tensors: dict[str, Tensor], dtypes: dict[str, torch.dt
         raise ValueError(f"{where}: {len(bad)} tensors have values that are not finite, such as {bad[0]}")
 
 
-def _modules_to_save(model: nn.Module) -> list[str]:
-    """The modules that own trainable parameters which are not the adapter's."""
-    adapter = {id(p) for p in adapter_parameters(model).values()}
-    named = model.named_parameters(remove_duplicate=False)  # all names of a tied one: peft gives each module its own
-    trainable = [name for name, p in named if p.requires_grad and id(p) not in adapter]
-    rootless = [name for name in trainable if "." not in name]
-    if rootless:
-        raise ValueError(
-            f"the trainable parameter {rootless[0]!r} belongs to no submodule, and modules_to_save cannot name it: "
-            "freeze it, or move it into a module"
-        )
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in trainable))
-
-
 def _named_by_ending(model: nn.Module, entries: list[str]) -> list[str]:
     """The modules that peft takes for named by the end of a word, as pre_classifier by "classifier"."""
     return [
@@ -347,36 +348,6 @@ def require_untied(where, model: nn.Module, whole: dict[str, Tensor], values: di
                 )
 
 
-def tensors_of(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of the named modules (peft's rule for names), without the adapter's.
-
-    peft names the heads of every classifier; what the model does not have is nothing.
-    """
-    adapter = adapter_parameters(model)
-    found = {}
-    for entry in modules:
-        matches = [
-            (name, module) for name, module in model.named_modules() if name == entry or name.endswith("." + entry)
-        ]
-        for name, module in matches:
-            found |= {f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
-    return {name: tensor for name, tensor in found.items() if name not in adapter}
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's, the data-parallel and DeepSpeed's wrappers."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif type(model).__name__ == "DeepSpeedEngine":
-            model = model.module
-        else:
-            refuse_fsdp1(model)
-            return model
-
-
 def _class_of(model: nn.Module) -> type[nn.Module]:
     """The model's class, not the one that fully_shard makes on the fly and puts in its place."""
     kinds = (kind for kind in type(model).__mro__ if issubclass(kind, nn.Module))
@@ -384,14 +355,39 @@ def _class_of(model: nn.Module) -> type[nn.Module]:
 
 
 def _staged(stack: contextlib.ExitStack, path: Path, content: bytes) -> Path:
-    """A finished temporary file beside `path`, gone at the end of `stack` unless renamed."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A finished temporary file beside `path`, gone at the end of `stack` unless renamed. Locked for as long."""
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     stack.callback(staged.unlink, missing_ok=True)
-    with open(staged, "wb") as file:
+    file = open(staged, "xb")  # noqa: SIM115
+    with contextlib.nullcontext() if _lock(file) else file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    stack.callback(file.close)
     return staged
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files of saves that were killed: the lock of a file goes with its process.
+
+    An empty file may be one that another process is about to lock.
+    """
+    for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME):
+        for staged in folder.glob(f".{name}.*.tmp"):
+            with contextlib.suppress(OSError), open(staged, "rb") as file:
+                if os.fstat(file.fileno()).st_size and _lock(file):
+                    staged.unlink()
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether the file could be locked; where there are no such locks, as on Windows, none can be."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mos_kernels.config import MoSConfig
-from mos_kernels.huggingface.apply import AppliedMoS, adapter_state, install
+from mos_kernels.huggingface.apply import AppliedMoS, install
 from mos_kernels.huggingface.files import (
     CONFIG_NAME,
     PREFIX,
@@ -34,11 +34,13 @@ from mos_kernels.huggingface.files import (
     read_tensors,
     require_finite,
     require_untied,
-    tensors_of,
 )
+from mos_kernels.huggingface.modules import refuse_parallel, unwrap
 from mos_kernels.huggingface.plan import Plan, make_plan
+from mos_kernels.huggingface.state import adapter_state, tensors_of
 from mos_kernels.huggingface.targets import in_features, out_features
 from mos_kernels.layer import ROUTER_INIT_STD, MoSLayer, MoSRouter
+from mos_kernels.sharded import spread_like
 
 CURVATURE_STEP = 0.1
 """By how much of curvature_init experts of one space in one group differ, which would else stay each other's copies."""
@@ -80,6 +82,8 @@ def start_from_lora(
     function: an activation, DoRA, trained biases, an initialisation that changed the base (PiSSA and the like), smaller
     ranks, linears that `config` leaves out; and for damaged or foreign files as `load_adapter` does.
     """
+    refuse_parallel(model)
+    model = unwrap(model)
     if adapter_state(model) is not None or hasattr(model, "peft_config"):
         raise ValueError("the model has an adapter already: pass the plain base model (remove_mos, or unload of peft)")
     found = _read_model(lora, adapter_name) if isinstance(lora, nn.Module) else _read_folder(Path(lora))
@@ -87,6 +91,7 @@ def start_from_lora(
     size = _group_size(config)
     plan = make_plan(model, config)
     on_meta = [linear.name for linear in plan.linears if is_meta(linear.target.module)]
+    on_meta += [name for name, tensor in tensors_of(model, found.modules).items() if tensor.is_meta]
     if on_meta:
         raise ValueError(f"{on_meta[0]!r} is on the meta device: load the base model's weights first")
     _require_same_function(found, plan)
@@ -105,10 +110,11 @@ def start_from_lora(
                 layer.mos_router.copy_(_router(layer.mos_router, layer.config))
         for router in (module for module in model.modules() if isinstance(module, MoSRouter)):
             router.weight.copy_(_router(router.weight, router.config))
-        for name, tensor in modules.items():
-            tensor.copy_(found.module_tensors[name])
-            if isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(True)
+    modules = tensors_of(model, found.modules)
+    adapter_state(model).replace({n: spread_like(found.module_tensors[n], tensor) for n, tensor in modules.items()})
+    for tensor in modules.values():
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(True)
     return AppliedMoS([linear.name for linear in plan.linears], plan.report())
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mos_kernels.layer import ADAPTER_PARAMETERS, MoSAdapter, MoSRouter
+from mos_kernels.sharded import refuse_fsdp1
 
 
 def own_adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -50,3 +52,30 @@ def router_owners(model: nn.Module, inactive: bool = False) -> dict[str, nn.Modu
         for name, module in mos_modules(model, inactive).items()
         if isinstance(module, MoSRouter) or module.mos_router is not None
     }
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, the data-parallel and DeepSpeed's wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif _is_parallel(model):
+            model = model.module
+        else:
+            refuse_fsdp1(model)
+            return model
+
+
+def refuse_parallel(model: nn.Module) -> None:
+    """ValueError for a model that is in a wrapper which would not see, or not train, what is put on it now."""
+    while hasattr(model, "_orig_mod"):  # compiles anew
+        model = model._orig_mod
+    if _is_parallel(model):
+        raise ValueError(
+            f"the model is in {type(model).__name__}: put the adapter on the model itself, before it is wrapped "
+            f"(the model is wrapper.module: adapt that, and wrap it anew)"
+        )
+
+
+def _is_parallel(model: nn.Module) -> bool:
+    return isinstance(model, (nn.DataParallel, DistributedDataParallel)) or type(model).__name__ == "DeepSpeedEngine"

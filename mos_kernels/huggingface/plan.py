@@ -14,9 +14,8 @@ from mos_kernels.backends.eager import compute_dtype
 from mos_kernels.config import MoSConfig
 from mos_kernels.ffn import FFNForm
 from mos_kernels.huggingface.blocks import recognise
-from mos_kernels.huggingface.modules import own_adapter_parameters
 from mos_kernels.huggingface.targets import Target, base_of, find_targets, in_features, layer_kind, out_features
-from mos_kernels.layer import MoSLayer, MoSLinear, MoSRouter, device_and_dtype
+from mos_kernels.layer import MoSLayer, MoSRouter, device_and_dtype
 
 
 @dataclass(frozen=True)
@@ -129,12 +128,20 @@ def adapter_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for linear in plan.linears:
         base = linear.target.module
-        layer = MoSLinear(in_features(base), out_features(base), config=linear.config, device="meta")
-        shapes |= {f"{linear.name}.{name}": tuple(p.shape) for name, p in own_adapter_parameters(layer).items()}
+        own = parameter_shapes(linear.config, in_features(base), out_features(base))
+        shapes |= {f"{linear.name}.{name}": shape for name, shape in own.items()}
     for block in plan.blocks:
         width = in_features(getattr(block.block, block.form.inputs[0]))
         shapes[f"{block.name}.mos_router.weight".lstrip(".")] = (block.config.num_experts, width)
     return shapes
+
+
+def parameter_shapes(config: MoSConfig, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a linear's adapter, by name. Builds nothing: a damaged file may ask for sizes that nothing has."""
+    E, r = config.num_experts, config.r
+    shapes = {"mos_lora_A": (r, d_in) if config.share_a else (E, r, d_in), "mos_lora_B": (d_out, E, r)}
+    router = {"mos_router": (E, d_in)} if config.router_scope == "linear" else {}
+    return {**shapes, **router, "mos_curvature": (E,)}
 
 
 def _by_parent(model: nn.Module, targets: list[Target]) -> dict[nn.Module, dict[str, Target]]:

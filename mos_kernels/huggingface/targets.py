@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
+from mos_kernels.huggingface.past_forward import why_past_forward
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSLinear, MoSRouter, MoSWrapped, is_dense, offload_hook
 from mos_kernels.sharded import refuse_fsdp1, refuse_sharded
 
@@ -209,12 +210,18 @@ def frozen_heads(model: nn.Module) -> list[str]:
 
 def _refuse_adapted(model: nn.Module) -> None:
     refuse_fsdp1(model)
+    refuse_peft(model)
+    for name, module in model.named_modules():
+        if isinstance(module, (MoSLayer, MoSRouter)):
+            raise ValueError(f"the model has a MoS adapter already, at {name!r}: call remove_mos(model) first")
+
+
+def refuse_peft(model: nn.Module) -> None:
+    """ValueError for a model with an adapter of peft's, beside which one of apply_mos has no place."""
     for name, module in model.named_modules():
         # the tuner layers of methods outside of peft, such as our own, have this attribute too
         if type(module).__module__.split(".")[0] == "peft" or hasattr(type(module), "adapter_layer_names"):
             raise ValueError(f"the model has a peft adapter, at {name!r} ({type(module).__name__}): unload it first")
-        if isinstance(module, (MoSLayer, MoSRouter)):
-            raise ValueError(f"the model has a MoS adapter already, at {name!r}: call remove_mos(model) first")
 
 
 def _refuse_3d_parameters(model: nn.Module, config: MoSConfig) -> None:
@@ -260,12 +267,15 @@ def _require_matches(model: nn.Module, config: MoSConfig, matched: list[str], na
 
 def _require_plain_linear(name: str, module: nn.Module, model: nn.Module, config: MoSConfig) -> None:
     kind = type(module)
-    is_uncalled = kind is nn.modules.linear.NonDynamicallyQuantizableLinear
-    if is_uncalled or not is_linear(module):
-        exclude = f"Leave it out with exclude_modules=[{name.rsplit('.', 1)[-1]!r}]"
-        why = "no linear"
-        if is_uncalled:
-            why = "whose forward nn.MultiheadAttention never calls, so that an adapter would have no effect"
+    parent, _, child = name.rpartition(".")
+    why = "no linear"
+    if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        why = "whose forward nn.MultiheadAttention never calls, so that an adapter would have no effect"
+    elif is_linear(module):
+        past_forward = why_past_forward(model.get_submodule(parent), child)
+        why = past_forward and f"which an adapter would not reach there: {past_forward}"
+    if why:
+        exclude = f"Leave it out with exclude_modules=[{child!r}]"
         raise TypeError(
             f"target_modules={_shown(config.target_modules)} matches {name!r}, a {kind.__module__}.{kind.__qualname__}"
             f", {why}: supported are nn.Linear and its quantised forms, and transformers' Conv1D. {exclude}, or name "

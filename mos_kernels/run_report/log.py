@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,7 +120,10 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> Path | None:
     """The latest checkpoint-* of a Trainer whose writing was not interrupted; None without one.
 
     Trainer writes its state last, and takes the highest number for the last checkpoint even where that was cut off.
+    Warns where there is no such folder, since training then starts from nothing.
     """
+    if not Path(folder).is_dir():
+        warnings.warn(f"{folder} is no folder, so it has no checkpoint: is its name right?", stacklevel=2)
     complete = [(s["global_step"], p) for p in Path(folder).glob("checkpoint-*") if (s := checkpoint_state(p))]
     return max(complete)[1] if complete else None
 

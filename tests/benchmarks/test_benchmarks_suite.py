@@ -24,6 +24,7 @@ CONTEXT = suite.Context(CPU, torch.float32, "tiny")
 TOP = Ceilings(1e9, 1e9)
 
 
+@pytest.mark.full
 def test_everything_runs_at_tiny_sizes(tmp_path):
     """Every provider of every group, the Triton backend in the interpreter: none fails, none is left out."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -9,11 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from everyday import full_but
 
 from mos_kernels import MoSConfig
 from mos_kernels.backends.triton import compiled
 
+pytestmark = pytest.mark.budget(40)
+"""Compiling takes what it takes; each process compiles a kernel once."""
 NVIDIA, EVERY = ("sm_80", "sm_90", "sm_100"), tuple(compiled.TARGETS)
+EVERYDAY = ("sm_90",)
+every_target = pytest.mark.parametrize("architecture", full_but(EVERYDAY, EVERY))
+every_nvidia = pytest.mark.parametrize("architecture", full_but(EVERYDAY, NVIDIA))
 SHARED = {**dict.fromkeys(NVIDIA, 101_376), "gfx942": 65_536}
 """Bytes: what the smallest GPUs of a generation give a program (sm_86, sm_89 and sm_120 have 99 KB)."""
 
@@ -27,15 +33,17 @@ FEW = ("bridge_expand", "bridge_expand_pair")
 WIDE_OF = {TRAIN: WIDE, DECODE: (*(name for name in WIDE if name != "expand"), *FEW)}
 
 
+default_launches = functools.cache(compiled.default_launches)
+layer_launches = functools.cache(compiled.layer_launches)
+
+
 @functools.cache
 def compiled_for(architecture: str, launch: compiled.Launch):
     return compiled.compile_launch(launch, architecture)
 
 
 def launches(T: int, *configs: MoSConfig, dtype=torch.bfloat16, architecture="sm_90") -> list[compiled.Launch]:
-    found = [
-        launch for config in configs for launch in compiled.layer_launches(architecture, config, T, D_IN, D_OUT, dtype)
-    ]
+    found = [launch for config in configs for launch in layer_launches(architecture, config, T, D_IN, D_OUT, dtype)]
     return list(dict.fromkeys(found))
 
 
@@ -56,9 +64,9 @@ def linear(**options) -> MoSConfig:
 
 
 @pytest.mark.parametrize("T", [TRAIN, DECODE])
-@pytest.mark.parametrize("architecture", EVERY)
+@every_target
 def test_the_defaults_compile_without_spills(architecture, T):
-    found = compiled.default_launches(architecture, T)
+    found = default_launches(architecture, T)
     narrow = {"gram", "bridge", "bridge_backward", "bridge_reduce", "route"}
     assert {launch.name for launch in found} >= {*WIDE_OF[T], *narrow}
     assert_fits(architecture, found)
@@ -67,25 +75,25 @@ def test_the_defaults_compile_without_spills(architecture, T):
 def test_every_kernel_of_the_package_is_compiled_here():
     sources = Path(compiled.__file__).parent.glob("*.py")
     defined = {name for path in sources for name in re.findall(r"@triton.jit.*\ndef (\w+)_kernel\(", path.read_text())}
-    assert defined == {one.name for T in (TRAIN, DECODE) for one in compiled.default_launches("sm_90", T)}
+    assert defined == {one.name for T in (TRAIN, DECODE) for one in default_launches("sm_90", T)}
 
 
 @pytest.mark.parametrize("T", [TRAIN, DECODE])
 def test_the_table_tells_the_variants_of_a_kernel_apart(T):
-    launches = compiled.default_launches("sm_90", T)
+    launches = default_launches("sm_90", T)
     lines = {(launch.name, variant) for launch, variant in zip(launches, compiled.distinctions(launches), strict=True)}
     assert len(lines) == len(launches)
 
 
 def test_spills_are_seen():
     """A kernel held to far too few registers: what the other tests assert to be 0 is not 0 by construction."""
-    launch = [one for one in compiled.default_launches("sm_90", TRAIN) if one.name == "bridge_backward"][0]
+    launch = [one for one in default_launches("sm_90", TRAIN) if one.name == "bridge_backward"][0]
     starved = dataclasses.replace(launch, options=(*launch.options, ("maxnreg", 32)))
     used = compiled.resources(compiled.compile_launch(starved, "sm_90"), "sm_90", 4)
     assert used.registers <= 32 and used.spills > 0
 
 
-@pytest.mark.parametrize("options", [{"r": 32}, {"r": 128}, {"share_a": False}], ids=str)
+@pytest.mark.parametrize("options", full_but([{"r": 32}], [{"r": 32}, {"r": 128}, {"share_a": False}]), ids=str)
 def test_no_stage_is_refilled_under_a_product_in_two_halves(options):
     """dW of over 32 rows of the stack is one: Triton 3.6 waits for its first half alone before it loads x anew."""
     (backward,) = [launch for launch in launches(TRAIN, linear(**options)) if launch.name == "shrink_backward"]
@@ -99,6 +107,7 @@ def test_no_stage_is_refilled_under_a_product_in_two_halves(options):
 @pytest.mark.parametrize("T", [TRAIN, DECODE])
 @pytest.mark.parametrize("activation", ["identity", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.one_at_a_time("T", "activation", "dtype")
 def test_other_dtypes_without_spills(dtype, activation, T):
     assert_fits("sm_90", launches(T, linear(activation=activation), dtype=dtype))
 
@@ -113,20 +122,23 @@ def test_other_dtypes_without_spills(dtype, activation, T):
     ],
     ids=str,
 )  # fmt: skip
+@pytest.mark.one_at_a_time("T", "options")
 def test_options_without_spills(options, T):
     assert_fits("sm_90", launches(T, linear(**options)))
 
 
 @pytest.mark.parametrize("T", [TRAIN, DECODE])
 @pytest.mark.parametrize("activation", ["identity", "silu"])
-@pytest.mark.parametrize("r", [1, 4, 16, 32, 64, 128])
+@pytest.mark.parametrize("r", full_but((1, 128), [1, 4, 16, 32, 64, 128]))
+@pytest.mark.one_at_a_time("r", "activation", "T")
 def test_ranks_without_spills(r, activation, T):
     assert_fits("sm_90", launches(T, linear(r=r, activation=activation)))
 
 
-@pytest.mark.parametrize("architecture", NVIDIA)
+@every_nvidia
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("experts", "r"), [(1, 128), (8, 16), (64, 2)])
+@pytest.mark.one_at_a_time("experts", "dtype")
 def test_few_tokens_with_as_many_columns_as_one_launch_takes(experts, r, dtype, architecture):
     spaces = {"hyperbolic": (experts + 1) // 2, "spherical": experts // 2}
     options = {"r": r, "spaces": spaces, "num_experts_per_tok": min(4, experts)}
@@ -136,7 +148,10 @@ def test_few_tokens_with_as_many_columns_as_one_launch_takes(experts, r, dtype, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("r", "share_a"), [(1, True), (16, True), (8, False), (16, False)])
+@pytest.mark.parametrize(
+    ("r", "share_a"), full_but([(1, True), (16, False)], [(1, True), (16, True), (8, False), (16, False)])
+)
+@pytest.mark.one_at_a_time("r", "dtype")
 def test_linears_that_share_launches(r, share_a, dtype):
     found = launches(DECODE, MoSConfig(r=r, share_a=share_a), dtype=dtype)
     pairs = [one for one in named(found, "shrink", "bridge_expand_pair") if dict(one.constants).get("PAIR", True)]
@@ -146,12 +161,13 @@ def test_linears_that_share_launches(r, share_a, dtype):
 
 @pytest.mark.parametrize("activation", ["identity", "silu"])
 @pytest.mark.parametrize("r", [64, 128])
+@pytest.mark.full
 def test_large_ranks_in_float32_without_spills(r, activation):
     assert_fits("sm_90", launches(TRAIN, linear(r=r, activation=activation), dtype=torch.float32))
 
 
 @pytest.mark.parametrize("T", [TRAIN, DECODE])
-@pytest.mark.parametrize("experts", [1, 2, 16, 64])
+@pytest.mark.parametrize("experts", full_but((64,), [1, 2, 16, 64]))
 def test_numbers_of_experts_without_spills(experts, T):
     share = {"spaces": {"hyperbolic": (experts + 1) // 2, "spherical": experts // 2}}
     options = {**share, "num_experts_per_tok": min(4, experts)}
@@ -159,13 +175,14 @@ def test_numbers_of_experts_without_spills(experts, T):
     assert_fits("sm_90", launches(T, linear(**options), curved, linear(**options, activation="silu")))
 
 
-def test_sizes_of_one_compile():
+@pytest.mark.parametrize("options", full_but([{}], [{}, {"lora_dropout": 0.1}, {"activation": "gelu"}]), ids=str)
+def test_sizes_of_one_compile(options):
     """Triton makes a constant of an argument that is 1, which is then no tensor."""
     one = {"r": 1, "spaces": {"euclidean": 1}, "num_experts_per_tok": 1}
-    for config in (linear(**one), MoSConfig(**one, lora_dropout=0.1), MoSConfig(**one, activation="gelu")):
-        found = [one for T in (1, 100) for one in compiled.layer_launches("sm_90", config, T, 1, 1, torch.bfloat16)]
-        assert any(dict(launch.constants).get("N") == 1 for launch in found)
-        assert_fits("sm_90", list(dict.fromkeys(found)))
+    config = MoSConfig(**one, **options, router_scope="ffn" if options else "linear")
+    found = [one for T in (1, 100) for one in layer_launches("sm_90", config, T, 1, 1, torch.bfloat16)]
+    assert any(dict(launch.constants).get("N") == 1 for launch in found)
+    assert_fits("sm_90", list(dict.fromkeys(found)))
 
 
 # instructions
@@ -183,26 +200,26 @@ def test_wide_products_in_training_use_the_tensor_cores_of_sm_90(dtype):
         assert "wgmma.mma_async" in compiled_for("sm_90", launch).asm["ptx"], (launch.name, launch.constants)
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
+@pytest.mark.parametrize("architecture", full_but(("sm_80",), ["sm_80", "sm_100"]))
 def test_wide_products_in_training_use_tensor_cores_elsewhere(architecture):
     instruction = {"sm_80": "mma.sync", "sm_100": ("tcgen05.mma", "mma.sync")}[architecture]
     instructions = (instruction,) if isinstance(instruction, str) else instruction
-    for launch in named(compiled.default_launches(architecture, TRAIN), *WIDE):
+    for launch in named(default_launches(architecture, TRAIN), *WIDE):
         text = compiled_for(architecture, launch).asm["ptx"]
         assert any(name in text for name in instructions), launch.name
 
 
 def test_wide_products_use_matrix_instructions_on_gfx942():
-    for launch in named(compiled.default_launches("gfx942", TRAIN), *WIDE):
+    for launch in named(default_launches("gfx942", TRAIN), *WIDE):
         assert "v_mfma" in compiled_for("gfx942", launch).asm["amdgcn"], launch.name
 
 
-@pytest.mark.parametrize("architecture", EVERY)
+@every_target
 def test_float32_is_never_multiplied_in_tf32(architecture):
     text = "amdgcn" if architecture.startswith("gfx") else "ptx"
     configs = (linear(), linear(activation="silu"))
     float32 = launches(TRAIN, *configs, dtype=torch.float32, architecture=architecture)
-    for launch in [*float32, *compiled.default_launches(architecture, TRAIN)]:
+    for launch in [*float32, *default_launches(architecture, TRAIN)]:
         code = compiled_for(architecture, launch).asm[text]
         assert not re.search(r"tf32|xf32", code), (launch.name, launch.constants)
     for launch in named(float32, *WIDE) if text == "ptx" else ():
@@ -214,28 +231,28 @@ SIXTEEN_BYTES = re.compile(r"ld\.global[.\w]*\.v4\.b32|cp\.async\.cg\.shared\.gl
 
 
 @pytest.mark.parametrize("T", [TRAIN, DECODE])
-@pytest.mark.parametrize("architecture", NVIDIA)
+@every_nvidia
 def test_narrow_numbers_are_loaded_sixteen_bytes_at_a_time(architecture, T):
     """dz, B and the gates, in the kernels that make no wide product."""
     reading = ("gram", "bridge_backward", "bridge_reduce", "norm_gradient", "route", "route_backward")
-    for launch in named(compiled.default_launches(architecture, T), *reading):
+    for launch in named(default_launches(architecture, T), *reading):
         assert SIXTEEN_BYTES.search(compiled_for(architecture, launch).asm["ptx"]), (launch.name, launch.constants)
 
 
-@pytest.mark.parametrize("architecture", NVIDIA)
+@every_nvidia
 def test_bridge_reads_and_writes_all_that_a_thread_has_at_once(architecture):
     """Of 32 tokens a thread of 128 has two numbers of p, and sixteen of z."""
-    for launch in named(compiled.default_launches(architecture, TRAIN), "bridge"):
+    for launch in named(default_launches(architecture, TRAIN), "bridge"):
         ptx = compiled_for(architecture, launch).asm["ptx"]
         assert re.search(r"ld\.global[.\w]*\.v2\.b32", ptx) and re.search(r"st\.global[.\w]*\.v4\.b32", ptx)
 
 
-@pytest.mark.parametrize("architecture", NVIDIA)
+@every_nvidia
 @pytest.mark.parametrize("T", [TRAIN, DECODE])
 def test_curvature_factors_are_computed_once(architecture, T):
     """λ and e take three roots. Without `once`, each of the threads that share a token's expert takes them all."""
     kernels = ("bridge", "bridge_backward", *(FEW if T == DECODE else ()))
-    for launch in named(compiled.default_launches(architecture, T), *kernels):
+    for launch in named(default_launches(architecture, T), *kernels):
         constants, threads = dict(launch.constants), 32 * dict(launch.options)["num_warps"]
         factors = -(-constants["BLOCK_T"] * constants["BLOCK_E"] // threads)
         roots = len(re.findall(r"sqrt\.rn\.f32", compiled_for(architecture, launch).asm["ptx"]))
@@ -251,11 +268,11 @@ def test_loads_run_ahead_of_the_wide_products(dtype):
 
 
 @pytest.mark.parametrize("T", [TRAIN, DECODE])
-@pytest.mark.parametrize("architecture", NVIDIA)
+@every_nvidia
 def test_wide_operands_are_loaded_sixteen_bytes_at_a_time(architecture, T):
     """Those of x, dy, z and B; h is read in pieces of r."""
     reading = [name for name in WIDE_OF[T] if name != "activated_expand"]
-    for launch in named(compiled.default_launches(architecture, T), *reading):
+    for launch in named(default_launches(architecture, T), *reading):
         if launch.name == "activated_norm" and not dict(launch.constants)["BACKWARD"]:
             continue
         assert SIXTEEN_BYTES.search(compiled_for(architecture, launch).asm["ptx"]), (launch.name, launch.constants)
@@ -274,12 +291,12 @@ def test_wide_operands_are_loaded_sixteen_bytes_at_a_time(architecture, T):
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_no_new_kernel_over_varying_T(dtype, config, widths, wrapped):
     for counts in ((1, 2, 3, 7, 16, 33, 48, 64), (65, 66, 128, 1000, 8192, 99_999)):
-        found = {frozenset(compiled.layer_launches("sm_90", config, T, *widths, dtype, wrapped)) for T in counts}
+        found = {frozenset(layer_launches("sm_90", config, T, *widths, dtype, wrapped)) for T in counts}
         assert len(found) == 1
 
 
 def test_a_specialised_T_would_be_seen():
     """The description of a launch tells sizes that Triton specialises on apart."""
     config = MoSConfig()
-    narrow, wide = (compiled.layer_launches("sm_90", config, 16, d_in, 64, torch.bfloat16) for d_in in (1536, 1537))
+    narrow, wide = (layer_launches("sm_90", config, 16, d_in, 64, torch.bfloat16) for d_in in (1536, 1537))
     assert set(narrow) != set(wide)

@@ -127,6 +127,7 @@ def trained(folder, samples, family, **options):
 
 @every_family
 @pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.one_at_a_time("accumulation", "family")
 def test_trainer_steps_by_the_mean_over_processes_and_accumulated_batches(tmp_path, accumulation, family):
     batches = [inputs(batch=1, seed=seed, family=family) for seed in range(2 * accumulation)]
     samples = [{name: value[0] for name, value in batch.items()} for batch in batches]
@@ -138,6 +139,7 @@ def test_trainer_steps_by_the_mean_over_processes_and_accumulated_batches(tmp_pa
 
 @every_family
 @pytest.mark.parametrize("make", [adapted, with_peft])
+@pytest.mark.one_at_a_time("make", "family")
 def test_trainer_resumes_and_its_adapter_is_saved(shared_folder, make, family, monkeypatch):
     """Four steps with dropout, and the last two again from the checkpoint: the same, bit for bit."""
     batches = [inputs(batch=1, seed=seed, family=family) for seed in range(8)]

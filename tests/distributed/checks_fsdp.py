@@ -66,6 +66,7 @@ def whole_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("ffn", [False, True], ids=["layers", "layers and FFN blocks"])
 @pytest.mark.parametrize("scope", ["ffn", "linear"])
 @every_family
+@pytest.mark.one_at_a_time("family", "scope", "ffn")
 def test_gradients_equal_those_of_one_process(family, scope, ffn):
     for coefficient, dtype in ((0.0, torch.float32), (5.0, torch.float32), (5.0, torch.float64)):
         curvature = {"learn_curvature": dtype == torch.float32}
@@ -239,6 +240,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds, family: str
 @every_family
 @every_wrapper
 @pytest.mark.parametrize("make", [adapted, with_peft])
+@pytest.mark.one_at_a_time("make", "wrap", "family")
 def test_a_sharded_checkpoint_resumes_to_identical_states(shared_folder, make, wrap, family):
     model = wrap(make(family))
     optimizer = optimizer_of(model)
@@ -332,6 +334,7 @@ def peft_loads_into_shards() -> bool:
 
 @every_family
 @every_wrapper
+@pytest.mark.one_at_a_time("wrap", "family")
 def test_files_of_the_peft_method(wrap, family, shared_folder):
     """peft's save_pretrained is given the tensors whole, and its load_adapter spreads those of a file."""
     plain = with_peft(family).eval()

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from peft import PeftModel
+from peft_setup import in_file
 from tiny_models import MATRIX, ids, layers_of
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
@@ -73,7 +74,7 @@ def test_with_peft_the_step_is_the_same(shared_folder, family):
         trainer.train()
     expected = {name: whole(p) for name, p in adapter_parameters(trainers[0].model).items()}
     trained = {n: whole(p) for n, p in trainers[1].model.named_parameters() if "mos_" in n}
-    found = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in trained.items()}
+    found = {in_file(name): value for name, value in trained.items()}
     assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,14 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ACCELERATE = ("accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0", "--config_file")
 
 
-def passes_in_each_process(launcher: tuple[str, ...], *checks: str, **environment: str) -> None:
-    tests = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore")
+@pytest.fixture
+def passes_in_each_process(request):
+    """The checks that `-m` chooses here too, in a launch."""
+    return partial(_passes_in_each_process, request.config.getoption("markexpr"))
+
+
+def _passes_in_each_process(chosen: str, launcher: tuple[str, ...], *checks: str, **environment: str) -> None:
+    tests = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", "-m", chosen)
     done = subprocess.run(
         [sys.executable, "-m", *launcher, *tests, *(str(HERE / name) for name in checks)], cwd=HERE.parents[1],
         env={**os.environ, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400,
@@ -29,20 +36,24 @@ def passes_in_each_process(launcher: tuple[str, ...], *checks: str, **environmen
     assert done.stdout.count(" passed") == 2 and " skipped" not in done.stdout, done.stdout[-20000:]
 
 
-def test_torchrun():
+@pytest.mark.budget(100)
+def test_torchrun(passes_in_each_process):
     passes_in_each_process(TORCHRUN, "checks_fsdp.py", "checks_tensor_parallel.py", "checks_ddp.py")
 
 
-def test_trainer():
+@pytest.mark.full
+def test_trainer(passes_in_each_process):
     """In a launch of its own, since accelerate's state is one for a process."""
     passes_in_each_process(TORCHRUN, "checks_trainer_fsdp.py")
 
 
 @pytest.mark.parametrize("settings", ["accelerate_ddp.yaml", "accelerate_fsdp2.yaml"])
-def test_accelerate(settings):
+@pytest.mark.full
+def test_accelerate(passes_in_each_process, settings):
     passes_in_each_process((*ACCELERATE, str(HERE / settings)), "checks_accelerate.py")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-def test_deepspeed():
+@pytest.mark.full
+def test_deepspeed(passes_in_each_process):
     passes_in_each_process(TORCHRUN, "checks_deepspeed.py", DS_ACCELERATOR="cpu")

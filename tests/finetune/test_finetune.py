@@ -181,6 +181,7 @@ def test_accumulated_batches_count_as_one(bert, files, tmp_path):
     assert math.isclose(whole["grad_norm"], halves["grad_norm"], rel_tol=0.2)
 
 
+@pytest.mark.budget(8)
 def test_gradient_checkpointing_changes_nothing(llama, files, tmp_path):
     task = (
         "--task",
@@ -203,6 +204,7 @@ def test_gradient_checkpointing_changes_nothing(llama, files, tmp_path):
         torch.testing.assert_close(recomputed[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.budget(8)
 def test_json_pairs_and_renamed_labels(bert, tmp_path):
     rows = [{"Body": text, "Question": "cat or dog", "Type": label} for label, text in sentences(40)]
     rows[3]["Type"] = "noo"

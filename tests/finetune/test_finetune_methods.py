@@ -78,6 +78,7 @@ def test_the_saved_adalora_predicts_what_was_measured(adalora, base):
 
 
 @pytest.mark.parametrize("step", [3, 14])
+@pytest.mark.full
 def test_adalora_resumes_with_the_ranks_and_averages_it_had(step, adalora, base, tmp_path):
     killed_and_resumed(step, tmp_path / "run", *base, "--method", "adalora", "--r", 2)
     assert losses(tmp_path / "run") == losses(adalora)
@@ -118,6 +119,7 @@ def padding(batches):
     return sum(ids.count(0) for batch in batches for ids in batch)
 
 
+@pytest.mark.full
 def test_like_lengths_share_a_batch_and_every_method_gets_the_same_ones(base, tmp_path, monkeypatch):
     random = batches_of(monkeypatch, *base, "--method", "lora", "--output", tmp_path / "random")
     grouped = {
@@ -130,6 +132,7 @@ def test_like_lengths_share_a_batch_and_every_method_gets_the_same_ones(base, tm
     assert epochs[0] == epochs[1] and grouped["lora"][:8] != grouped["lora"][8:]
 
 
+@pytest.mark.full
 def test_a_run_with_like_lengths_resumes_in_the_middle_of_an_epoch(base, tmp_path):
     arguments = (*base, "--method", "mos", "--r", 2, "--group-by-length")
     assert run(*arguments, "--output", tmp_path / "whole", "--no-plots") == 0
@@ -137,6 +140,7 @@ def test_a_run_with_like_lengths_resumes_in_the_middle_of_an_epoch(base, tmp_pat
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+@pytest.mark.budget(12)
 def test_evaluation_keeps_the_order_of_the_data(base, tmp_path):
     arguments = (*base, "--method", "frozen", "--group-by-length", "--no-plots")
     assert run(*arguments, "--eval-batch-size", 3, "--output", tmp_path / "run") == 0
@@ -153,6 +157,7 @@ def test_evaluation_keeps_the_order_of_the_data(base, tmp_path):
         np.testing.assert_allclose([row["logits"] for row in found], logits.numpy(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.budget(9)
 def test_a_method_of_the_callers_own(base, tmp_path, capsys):
     def add(model, config):
         model.bert.encoder.layer[0].lora_shift = torch.nn.Parameter(torch.full((config["r"],), 0.5))

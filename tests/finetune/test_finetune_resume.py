@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from everyday import full_but
 from finetune_setup import Killed, run, save_bert, sentences, write_tsv
 from safetensors.torch import load_file
 
@@ -95,7 +96,11 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("when", KILLS)
+EVERYDAY = ("with the weights of the first checkpoint written", "after the last checkpoint")
+
+
+@pytest.mark.parametrize("when", full_but(EVERYDAY, KILLS))
+@pytest.mark.budget(15)
 def test_resume_equals_uninterrupted(when, base, uninterrupted, tmp_path, monkeypatch):
     method, *kill = KILLS[when]
     arguments = (*base, "--method", method, "--output", tmp_path / "out")
@@ -107,6 +112,7 @@ def test_resume_equals_uninterrupted(when, base, uninterrupted, tmp_path, monkey
     assert_same_run(tmp_path / "out", uninterrupted[method])
 
 
+@pytest.mark.full
 def test_a_state_file_that_was_cut_off_is_no_checkpoint(base, uninterrupted, tmp_path, monkeypatch):
     arguments = (*base, "--output", tmp_path / "out")
     with monkeypatch.context() as patched, pytest.raises(Killed):

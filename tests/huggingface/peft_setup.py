@@ -23,3 +23,9 @@ def peft_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
     model = tiny(family, dtype)
     torch.manual_seed(seed)
     return get_peft_model(model, config(family, **options)).eval()
+
+
+def in_file(name: str, adapter: str = "default") -> str:
+    """What `save_adapter` calls a parameter or tensor of either door."""
+    name = name.removeprefix("base_model.model.").replace(f".mos_adapter.{adapter}.", ".")
+    return name.replace(f".mos_router.{adapter}.weight", ".mos_router.weight").removesuffix(f".{adapter}")

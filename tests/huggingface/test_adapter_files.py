@@ -2,12 +2,16 @@
 
 import json
 import os
+import signal
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, ids, mos, snapshot, tiny
@@ -375,6 +379,15 @@ def test_saving_without_an_adapter(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_beside_a_lora_of_pefts_nothing_is_saved(tmp_path):
+    model = tiny()
+    apply_mos(model, mos(model))
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="has a peft adapter, at 'model.layers.0.self_attn.q_proj'.*unload it first"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("stop_at", range(12))
 def test_an_interrupted_save_never_leaves_a_mixture(tmp_path, monkeypatch, stop_at):
     old = saved(tmp_path)
@@ -409,3 +422,55 @@ def test_an_interrupted_save_never_leaves_a_mixture(tmp_path, monkeypatch, stop_
         assert_close(fresh(ids()).logits, expected(ids()).logits, rtol=0, atol=0)
     else:
         assert not finished and "interrupted" in refused(fresh, tmp_path, FileNotFoundError)
+
+
+# what interrupted saves leave
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
+    saved(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted([CONFIG, WEIGHTS, "README.md"])
+
+
+KILLED = """
+import contextlib, os, pathlib, signal, sys
+from mos_kernels.huggingface import files
+files._staged(contextlib.ExitStack(), pathlib.Path(sys.argv[1]) / files.WEIGHTS_NAME, b"much of it")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_two_saves_at_once_leave_each_others_files_alone(tmp_path, monkeypatch):
+    original = files._staged
+
+    def interleaved(stack, path, content):
+        staged = original(stack, path, content)
+        files._remove_abandoned(tmp_path)
+        assert staged.read_bytes() == content
+        return staged
+
+    monkeypatch.setattr(files, "_staged", interleaved)
+    model = saved(tmp_path)
+    fresh = tiny()
+    load_adapter(fresh, tmp_path)
+    assert_close(fresh(ids()).logits, model(ids()).logits, rtol=0, atol=0)
+
+
+def test_where_files_cannot_be_locked_nothing_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    left = tmp_path / f".{WEIGHTS}.0.tmp"
+    left.write_bytes(b"x")
+    saved(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted([left.name, CONFIG, WEIGHTS, "README.md"])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"r": 10**30}, {"spaces": {"euclidean": 10**9}}, {"rank_pattern": {"up_proj": 10**30}}]
+)
+def test_sizes_that_nothing_has_are_refused_before_anything_is_built(tmp_path, changes):
+    saved(tmp_path)
+    reconfigure(tmp_path, **changes)
+    assert str(tmp_path) in refused(tiny(), tmp_path)

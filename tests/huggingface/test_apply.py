@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from everyday import full_but
 from tiny_models import FAMILIES, ids, mos, snapshot, tiny
 from torch import nn
 from torch.testing import assert_close
@@ -13,7 +14,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from mos_kernels import MoSConfig, MoSConv1D, MoSLinear, MoSRouter
-from mos_kernels.huggingface import activated_parameters, apply_mos, ffn_target_modules, remove_mos
+from mos_kernels.huggingface import (
+    activated_parameters,
+    apply_mos,
+    ffn_target_modules,
+    load_adapter,
+    remove_mos,
+    save_adapter,
+)
 from mos_kernels.layer import MoSLayer
 
 HAND_WRITTEN = {
@@ -269,7 +277,8 @@ def test_a_data_parallel_replica_uses_its_own_parts():
     assert_close(replica(x), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+@pytest.mark.parametrize("family", full_but(("llama",), ["llama", "phi3", "gpt2"]))
+@pytest.mark.budget(12)
 def test_a_block_compiles_to_one_graph(family):
     model = tiny(family, torch.float32)
     apply_mos(model, mos(model))
@@ -371,3 +380,28 @@ def test_conv1d_and_linear_types():
     assert all(isinstance(model.get_submodule(name), MoSConv1D) for name in applied)
     assert isinstance(model.transformer.h[0].attn.c_proj, Conv1D)
     assert isinstance(model.transformer.h[0].mlp.mos_router, MoSRouter)
+
+
+@pytest.mark.parametrize("door", ["apply_mos", "load_adapter"])
+def test_wrappers_that_would_not_see_the_adapter_are_refused(tmp_path, door):
+    model, adapted = tiny(), tiny()
+    apply_mos(adapted, mos(adapted))
+    save_adapter(adapted, tmp_path)
+    parallel = nn.DataParallel(model)
+    wrappers = [parallel, nn.DataParallel(torch.compile(model)), torch.compile(parallel)]
+    before = snapshot(model)
+    for wrapped in wrappers:
+        with pytest.raises(ValueError, match="in DataParallel: put the adapter on the model itself"):
+            apply_mos(wrapped, mos(model)) if door == "apply_mos" else load_adapter(wrapped, tmp_path)
+    assert snapshot(model) == before
+    load_adapter(nn.DataParallel(adapted), tmp_path)  # whose adapter is there
+
+
+def test_a_compiled_model_is_adapted_inside_its_wrapper(tmp_path):
+    model = tiny()
+    compiled = torch.compile(model)
+    names = apply_mos(compiled, mos(model))
+    assert names[0] == "model.layers.0.mlp.gate_proj" and isinstance(model.get_submodule(names[0]), MoSLinear)
+    save_adapter(compiled, tmp_path)
+    load_adapter(tiny(), tmp_path)
+    assert remove_mos(compiled)

@@ -108,6 +108,7 @@ def test_padded_equals_each_sequence_alone(family, scope, side, use_reentrant):
 @pytest.mark.parametrize("family", MATRIX)
 def test_with_peft(family, scope, use_reentrant, tmp_path):
     from peft import get_peft_model
+    from peft_setup import in_file
 
     from mos_kernels.huggingface import MoSPeftConfig
 
@@ -121,9 +122,7 @@ def test_with_peft(family, scope, use_reentrant, tmp_path):
     equal = tiny(family)
     load_adapter(equal, tmp_path, is_trainable=True)
     expected = gradients(equal.train(), tokens, mask)
-    assert_near(
-        {name.removeprefix("base_model.model.").replace(".default", ""): g for name, g in found.items()}, expected
-    )
+    assert_near({in_file(name): gradient for name, gradient in found.items()}, expected)
 
 
 @pytest.mark.parametrize("scope", ["ffn", "linear"])
@@ -381,3 +380,14 @@ def test_remove_takes_the_hooks_and_the_masks():
     assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
     gc.collect()
     assert not any(id(found) in sources for found in gc.get_objects() if type(found).__name__ == "TokenMask")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))])
+def test_a_block_copies_when_its_model_is_gone(copied):
+    model = tiny()
+    apply_mos(model, mos(model))
+    block = model.model.layers[0].mlp
+    del model
+    gc.collect()
+    x = torch.randn(2, block.mos_router.in_features, dtype=block.gate_proj.weight.dtype)
+    assert_close(copied(copied(block))(x), block(x))

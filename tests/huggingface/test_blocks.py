@@ -99,9 +99,43 @@ def _remembers(self, x):
     return self.second(self.act(self.first(x)))
 
 
+def _swallows_what_cannot_be_asked(self, x):
+    with contextlib.suppress(Exception):
+        x = self.act(x) if len(x) > 1 else x
+    return self.second(self.act(self.first(x)))
+
+
+def _adds_in_place(self, x):
+    x.add_(1)
+    return self.second(self.act(self.first(x)))
+
+
+def _multiplies_in_place(self, x):
+    hidden = self.first(x)
+    gate = hidden
+    gate *= self.act(x)
+    return self.second(hidden)
+
+
+def _counts(self, x):
+    self.calls = 1
+    return self.second(self.act(self.first(x)))
+
+
+def _calls_for_nothing(self, x):
+    self.act(x)
+    return self.second(self.act(self.first(x)))
+
+
 @pytest.mark.parametrize(
     "forward",
     [
+        _swallows_what_cannot_be_asked,
+        _adds_in_place,
+        _multiplies_in_place,
+        _counts,
+        _calls_for_nothing,
+        lambda self, x: self.second(self.act(self.first(*x))),
         lambda self, x: self.second(self.act(self.first(x))) + x,
         lambda self, x: self.second(self.act(self.first(x)) * 2),
         lambda self, x: self.second(2 * self.act(self.first(x))),
@@ -128,7 +162,9 @@ def _remembers(self, x):
     ],
 )
 def test_anything_else_in_the_forward_is_refused(forward):
-    assert recognise(variant(forward)) is None
+    block = variant(forward)
+    attributes = sorted(vars(block))
+    assert recognise(block) is None and sorted(vars(block)) == attributes
     assert recognise(variant(lambda self, x: self.second(self.act(self.first(x))))) is not None
 
 

@@ -48,6 +48,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("family", MATRIX)
+@pytest.mark.one_at_a_time("family", "damage")
 def test_refused_through_both_doors(family, damage, tmp_path):
     peft_model(family).save_pretrained(tmp_path)
     for door in (load_adapter, PeftModel.from_pretrained):  # both open them whole

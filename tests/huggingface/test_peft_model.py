@@ -18,7 +18,7 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from peft_setup import FAMILIES, SCOPES, config, peft_model
+from peft_setup import FAMILIES, SCOPES, config, in_file, peft_model
 from tiny_models import DECODERS, batch, first_linear, ids, layers_of, logits, mos, snapshot, tiny
 from torch import nn
 
@@ -90,7 +90,7 @@ def test_gradients_are_those_of_apply_mos(family, scope, tmp_path):
         model.train()
         model(ids()).logits.square().mean().backward()
         grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and "mos_" in n}
-        found.append({n.removeprefix("base_model.model.").replace(".default", ""): grad for n, grad in grads.items()})
+        found.append({in_file(name): grad for name, grad in grads.items()})
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-9, atol=1e-12, msg=name)
@@ -208,7 +208,7 @@ def test_adapters_are_added_set_disabled_and_deleted(family, tmp_path):
         assert torch.equal(logits(model), base)
     assert torch.equal(logits(model), second) and not torch.equal(first, second)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trainable and all(".other" in name for name in trainable)
+    assert trainable and all(".other." in name for name in trainable)
     model.set_adapter("default")
     assert torch.equal(logits(model), first)
     model.save_pretrained(tmp_path)
@@ -272,8 +272,7 @@ def test_the_second_adapter_leaves_the_first_ones_router_trainable_or_not():
     model = peft_model()
     model.add_adapter("other", config())
     by_name = dict(model.named_parameters())
-    assert all(p.requires_grad == name.replace(".weight", "").endswith(".default") or "mos_" not in name
-               for name, p in by_name.items())  # fmt: skip
+    assert all(p.requires_grad == (".default." in name) for name, p in by_name.items() if "mos_" in name)
     model.set_adapter("other")
     assert by_name["base_model.model.model.layers.0.mlp.mos_router.other.weight"].requires_grad
     assert not by_name["base_model.model.model.layers.0.mlp.mos_router.default.weight"].requires_grad
@@ -334,8 +333,7 @@ def test_transformers_own_methods(family, scope, tmp_path, any_peft_version):
     assert torch.equal(logits(model), expected)
     model.delete_adapter("second")
     assert not any("second" in name for name, _ in model.named_parameters())
-    names = {name.removeprefix("base_model.model.") for name in saved.state_dict() if "mos_" in name}
-    assert {name for name in model.state_dict() if "mos_" in name} == names
+    assert {in_file(name) for name in model.state_dict()} == {in_file(name) for name in saved.state_dict()}
 
 
 @every_family
@@ -416,13 +414,11 @@ def test_trls_cast_of_everything_trainable_is_undone_before_training(door, famil
     assert all(c.grad.dtype == torch.float32 for c in curvatures(model))
 
 
-def test_casts_of_one_dictionary_alone():
-    model = peft_model(dtype=torch.float32)
-    layer = next(iter(layers(model).values()))
-    layer.mos_curvature.half()
+def test_a_cast_of_one_adapter_alone():
+    layer = next(iter(layers(peft_model(dtype=torch.float32)).values()))
+    layer.mos_adapter["default"].half()
     assert layer.mos_curvature["default"].dtype == torch.float32
-    layer.mos_curvature["default"] = nn.Parameter(torch.zeros(8, dtype=torch.float16))
-    assert layer.mos_curvature["default"].dtype == torch.float32
+    assert layer.mos_lora_A["default"].dtype == torch.float16
 
 
 # what cannot be
@@ -577,9 +573,8 @@ def test_copies_and_pickles(family):
         assert torch.equal(logits(other), logits(model))
         with torch.no_grad():
             for layer in layers(other).values():
-                for parameters in (layer.mos_lora_B, layer.mos_router):
-                    for parameter in parameters.values():
-                        parameter.zero_()
+                for adapter in layer.mos_adapter.values():
+                    adapter.mos_lora_B.zero_()
         assert torch.equal(logits(other), logits(tiny(family))) and not torch.equal(logits(other), logits(model))
 
 
@@ -625,6 +620,7 @@ def test_a_data_parallel_replica_uses_its_own_parameters(family):
 
 
 @every_family
+@pytest.mark.budget(8)
 def test_a_block_compiles_in_one_graph_for_any_length(family):
     torch._dynamo.reset()
     block = layers_of(two_adapters(family, dtype=torch.float32).base_model.model)[0]
@@ -682,18 +678,15 @@ def test_conv1d(tmp_path):
 
 
 @every_family
-@pytest.mark.parametrize("offload", [True, False])
-def test_offloaded_parameters_are_there_or_asked_for(offload, family):
+@pytest.mark.parametrize("preload", [None, ["MoSPeftLayer"]])
+def test_offloaded_parameters_are_there_when_they_are_needed(preload, family):
     from accelerate import cpu_offload
 
     model = peft_model(family)
     expected = logits(model)
-    cpu_offload(model, torch.device("cpu"), preload_module_classes=["MoSPeftLayer"] if offload else None)
-    if offload:
-        assert torch.equal(logits(model), expected)
-    else:
-        with pytest.raises(RuntimeError, match="preload_module_classes"):
-            logits(model)
+    cpu_offload(model, torch.device("cpu"), preload_module_classes=preload)
+    assert all(parameter.is_meta for name, parameter in model.named_parameters() if "mos_" in name)
+    assert torch.equal(logits(model), expected)
 
 
 def test_nothing_of_the_size_of_x_is_kept_but_x_itself():
@@ -741,6 +734,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.budget(15)
 def test_without_peft_and_in_a_process_that_loads(tmp_path):
     tiny(dtype=torch.float32).save_pretrained(tmp_path / "base")
     base = AutoPeftModelForCausalLM._target_class.from_pretrained(tmp_path / "base")
@@ -790,9 +784,8 @@ def test_its_fields_are_those_of_mos_config():
     "options", [{"r": 0}, {"num_experts_per_tok": 9}, {"spaces": {"flat": 1}}, {"mapping": "none"}, {"unheard_of": 1}]
 )
 def test_bad_values_and_unknown_options(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
+    with pytest.raises(TypeError if "unheard_of" in options else ValueError, match=next(iter(options))):
         MoSPeftConfig(**options)
-    assert MoSPeftConfig(unheard_of=None).r == 8
 
 
 def test_peft_given_the_other_configuration_names_its_own():

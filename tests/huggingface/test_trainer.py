@@ -71,6 +71,8 @@ def trained(folder, samples, callback=True, family="llama", **options):
 
 @every_family
 @pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.budget(7)
+@pytest.mark.one_at_a_time("accumulation", "family")
 def test_accumulated_gradients_equal_that_of_one_batch(tmp_path, accumulation, family):
     samples, options = [sample_for(family)] * accumulation, {"gradient_accumulation_steps": accumulation}
     single, _ = trained(tmp_path, samples[:1], family=family)
@@ -99,6 +101,7 @@ def test_the_single_batch_gradient_is_that_of_loss_and_load_balancing(tmp_path):
 
 
 @every_family
+@pytest.mark.budget(9)
 def test_a_shorter_last_group_of_an_epoch_counts_its_own_steps(tmp_path, family):
     sample, of = sample_for(family), {"family": family}
     two_steps, _ = trained(tmp_path, [sample] * 2, **of)
@@ -131,6 +134,7 @@ def pad(samples):
     [(1, None, False), (2, False, False), (4, True, False), (2, True, True), (4, False, True)],
 )
 @every_family
+@pytest.mark.one_at_a_time("accumulation", "family")
 def test_the_injected_gradient_in_padded_batches(tmp_path, accumulation, use_reentrant, bf16, family):
     """Averaged over a step's batches, however many tokens with a loss Trainer divides the rest by."""
     samples = ragged(3 * accumulation)
@@ -170,6 +174,7 @@ class Watch(TrainerCallback):
 
 @every_family
 @pytest.mark.parametrize("ignore_data_skip", [False, True])
+@pytest.mark.one_at_a_time("ignore_data_skip", "family")
 def test_the_factors_are_right_after_resuming_within_an_epoch(tmp_path, ignore_data_skip, family):
     samples, count = [sample_for(family)] * 5, len(router_owners(adapted(family)))
     options = {"gradient_accumulation_steps": 2, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1}

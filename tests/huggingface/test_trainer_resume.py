@@ -120,7 +120,8 @@ def assert_same(resumed, whole):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed runs are forked, and this system has no fork")
-@pytest.mark.parametrize(("when", "goes_on_from"), zip(KILLS, (3, 3, 3), strict=True))
+@pytest.mark.parametrize(("when", "goes_on_from"), [(when, 3) for when in KILLS])
+@pytest.mark.full
 def test_killed_and_resumed_equals_uninterrupted(when, goes_on_from, killed, uninterrupted):
     """On a Llama alone: what a killed process leaves does not depend on the model."""
     folder = killed[when]
@@ -146,3 +147,8 @@ def test_resumed_from_a_later_checkpoint(family, uninterrupted, tmp_path):
 def test_a_folder_without_a_complete_checkpoint(tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_a_folder_that_is_not_there_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="nowhere is no folder"):
+        assert last_complete_checkpoint(tmp_path / "nowhere") is None

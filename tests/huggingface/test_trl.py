@@ -1,10 +1,12 @@
 """TRL's SFTTrainer and DPOTrainer on models with an adapter: the injected gradient, and what else must hold."""
 
+import math
+
 import pytest
 import torch
 from balance import adapted, assert_injected, balance_gradients, batches_seen, values
 from finetune_setup import WORDS, save_tokenizer
-from tiny_models import DECODERS, tiny
+from tiny_models import DECODERS, logits, tiny
 
 pytest.importorskip("trl")
 from datasets import Dataset
@@ -143,6 +145,30 @@ def test_with_peft_the_same_is_injected(tmp_path, tokenizer, make, accumulation,
     expected = balance_gradients(batches, family=family)
     assert len(policy) == accumulation
     assert_injected(*after, expected, LR, False)
+
+
+@pytest.mark.parametrize("scope", ["ffn", "linear"])
+def test_the_reference_of_dpo_is_the_adapter_as_it_was(tmp_path, tokenizer, scope):
+    """Given a PeftModel and no reference, TRL copies its adapter: the first loss is ln 2, whatever it has learned."""
+    save_adapter(adapted(router_scope=scope), tmp_path / "start")
+    model = PeftModel.from_pretrained(tiny(dtype=torch.float32), tmp_path / "start", is_trainable=True)
+    trainer = dpo(tmp_path / "run", tokenizer, model, None, 2, max_steps=1)
+    model = trainer.model.eval()
+    outputs = {}
+    for name in ("ref", "default"):
+        model.set_adapter(name)
+        outputs[name] = logits(model)
+    assert torch.equal(outputs["ref"], outputs["default"])
+    assert not torch.equal(outputs["ref"], logits(model.unload()))
+
+
+def test_the_first_loss_of_dpo_is_ln_2(tmp_path, tokenizer):
+    save_adapter(adapted(), tmp_path / "start")
+    model = PeftModel.from_pretrained(tiny(dtype=torch.float32), tmp_path / "start", is_trainable=True)
+    trainer = dpo(tmp_path / "run", tokenizer, model, None, 2, max_steps=1)
+    trainer.train()
+    (loss,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert loss == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize("make", [sft, lambda *a, **o: dpo(*a[:3], None, *a[3:], **o)], ids=["sft", "dpo"])

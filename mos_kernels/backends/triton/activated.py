@@ -19,6 +19,7 @@ from mos_kernels.backends.triton.expand import plus_added
 from mos_kernels.backends.triton.geometry import inverse_projection_scale, mapping_code, projection_scale
 from mos_kernels.backends.triton.numerics import bounded, cast, dot, once, saturate
 from mos_kernels.backends.triton.route import balance, balance_gradient, gates_backward, load_logits, top_k_gates
+from mos_kernels.geometry import guard_back, guard_into
 
 TANH, SILU, GELU = 0, 1, 2
 CODES = {"tanh": TANH, "silu": SILU, "gelu": GELU}
@@ -46,7 +47,7 @@ def activation(v, ACTIVATION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def curve_kernel(
-    p, n, kappa, h, T, eps, E: tl.constexpr, r: tl.constexpr,
+    p, n, kappa, h, T, in_limit, in_edge, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr, SHARED: tl.constexpr, MAPPING: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +58,8 @@ def curve_kernel(
     o_r = tl.arange(0, BLOCK_R)
     m_t, row = o_t < T, o_t.to(tl.int64)
     b_kappa = tl.load(kappa + o_e, mask=o_e < E, other=0.0)
-    scale, _, _ = inverse_projection_scale(load_n(n, o_t, m_t, T, SPLITS)[:, None], b_kappa[None, :], eps, MAPPING)
+    b_n = load_n(n, o_t, m_t, T, SPLITS)[:, None]
+    scale, _, _ = inverse_projection_scale(b_n, b_kappa[None, :], in_limit, in_edge, MAPPING)
     b_h = once(scale)[:, :, None] * load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
     offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
     mask = m_t[:, None, None] & (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
@@ -117,7 +119,8 @@ def _load_planes(planes, row, m_t, o_e, T, E, SPLITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def coefficients_kernel(
-    planes, routed, kappa, share, weight, token_mask, through_dy, through_u, drouted, dkappa, T, scaling, eps,
+    planes, routed, kappa, share, weight, token_mask, through_dy, through_u, drouted, dkappa, T, scaling,
+    out_limit, out_edge,
     E: tl.constexpr,
     BLOCK_T: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, ROUTE_SPLITS: tl.constexpr,
     ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, MAPPING: tl.constexpr, BACKWARD: tl.constexpr,
@@ -137,7 +140,7 @@ def coefficients_kernel(
         gates = top_k_gates(logits, o_e, ALL_E, K, NORMALISE)
     b_kappa = tl.load(kappa + o_e, mask=o_e < E, other=0.0)[None, :]
     q = saturate(_load_planes(planes, row, m_t, o_e, T, E, SPLITS))
-    e, e_dq, e_dkappa = projection_scale(q, b_kappa, eps, MAPPING)
+    e, e_dq, e_dkappa = projection_scale(q, b_kappa, out_limit, out_edge, MAPPING)
     tl.store(through_dy + flat, scaling * gates * e, mask=m)
     if BACKWARD:
         t = _load_planes(planes + tl.cast(SPLITS, tl.int64) * T * E, row, m_t, o_e, T, E, SPLITS)
@@ -234,7 +237,7 @@ def activated_weight_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def uncurve_kernel(
-    planes, p, n, kappa, dp, dn, dkappa, T, eps, E: tl.constexpr, r: tl.constexpr,
+    planes, p, n, kappa, dp, dn, dkappa, T, in_limit, in_edge, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, ALL_E: tl.constexpr,
     SPLITS: tl.constexpr, SHARED: tl.constexpr, MAPPING: tl.constexpr,
 ):  # fmt: skip
@@ -250,7 +253,7 @@ def uncurve_kernel(
         m_e = m_t[:, None] & (o_e[None, :] < E)
         mask = m_e[:, :, None] & (o_r[None, None, :] < r)
         b_kappa = tl.load(kappa + o_e, mask=o_e < E, other=0.0)[None, :]
-        scale, scale_dn, scale_dkappa = inverse_projection_scale(b_n[:, None], b_kappa, eps, MAPPING)
+        scale, scale_dn, scale_dkappa = inverse_projection_scale(b_n[:, None], b_kappa, in_limit, in_edge, MAPPING)
         offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
         dh = load_factors(planes, row, m_t, o_e, o_r, T, E, r, SPLITS)
         dscale = once(tl.sum(dh * load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, 1), 2))
@@ -280,7 +283,7 @@ def _curve(p, n, kappa, dtype: torch.dtype, config) -> Tensor:
     grid = (triton.cdiv(T, tile["BLOCK_T"]), tile.pop("ALL_E") // tile["BLOCK_E"])
     tile.pop("K")
     launch.launch(
-        curve_kernel, grid, p, (p, n, kappa, h, T, config.boundary_eps),
+        curve_kernel, grid, p, (p, n, kappa, h, T, *guard_into(config)),
         E=E, r=r, SPLITS=n.shape[0], SHARED=config.share_a, MAPPING=mapping_code(config), **tile,
     )  # fmt: skip
     return h
@@ -316,7 +319,7 @@ def _coefficients(planes, routed, own_router: bool, kappa, aux_weight, token_mas
     launch.launch(
         coefficients_kernel, (triton.cdiv(T, settings["BLOCK_T"]),), planes,
         (planes, routed, kappa, share, weight, mask, through_dy, through_u, drouted, dkappa, T, config.scaling,
-         config.boundary_eps),
+         *guard_back(config)),
         E=E, ALL_E=all_e, K=config.num_experts_per_tok, SPLITS=splits,
         ROUTE_SPLITS=routed.shape[0] if parts else 1, ROUTE_PARTS=parts, NORMALISE=config.norm_topk_prob,
         MAPPING=mapping_code(config), BACKWARD=kinds == 2, **constants, **settings,
@@ -371,7 +374,7 @@ def activated_backward_launch(
     tile.pop("K")
     launch.launch(
         uncurve_kernel, (triton.cdiv(T, tile["BLOCK_T"]),), h,
-        (dh, p, n, kappa, dp, dn, dkappa, T, config.boundary_eps),
+        (dh, p, n, kappa, dp, dn, dkappa, T, *guard_into(config)),
         E=E, r=r, SPLITS=dh.shape[0], SHARED=config.share_a, MAPPING=mapping_code(config), **tile,
     )  # fmt: skip
     return drouted, dkappa.sum(0), dn, dp, launch.sum_planes(dB)

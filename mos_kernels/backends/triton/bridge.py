@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mos_kernels.backends.triton import launch
-from mos_kernels.backends.triton.geometry import inverse_projection_scale, mapping_code, projection_scale
+from mos_kernels.backends.triton.geometry import guards, inverse_projection_scale, mapping_code, projection_scale
 from mos_kernels.backends.triton.numerics import bounded, cast, dot, once, saturate
 from mos_kernels.backends.triton.route import (
     balance,
@@ -107,7 +107,8 @@ def load_trace(gram, o_e, o_r, E, r):
 
 @triton.jit
 def bridge_tile(
-    p, n, routed, kappa, gram, o_t, o_e, o_r, T, scaling, eps, E: tl.constexpr, r: tl.constexpr,
+    p, n, routed, kappa, gram, o_t, o_e, o_r, T, scaling,
+    in_limit, in_edge, out_limit, out_edge, E: tl.constexpr, r: tl.constexpr,
     BLOCK_E: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr,
     NORMALISE: tl.constexpr, SHARED: tl.constexpr, MAPPING: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +116,8 @@ def bridge_tile(
     m_t, row = o_t < T, o_t.to(tl.int64)
     b_kappa = tl.load(kappa + o_e, mask=o_e < E, other=0.0)
     gates = _load_gates(routed, row, m_t, o_e, T, E, BLOCK_E, ALL_E, K, SPLITS, ROUTE_PARTS, NORMALISE)
-    scale, _, _ = inverse_projection_scale(load_n(n, o_t, m_t, T, SPLITS)[:, None], b_kappa[None, :], eps, MAPPING)
+    b_n = load_n(n, o_t, m_t, T, SPLITS)[:, None]
+    scale, _, _ = inverse_projection_scale(b_n, b_kappa[None, :], in_limit, in_edge, MAPPING)
     scale = once(scale)
     b_p = load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
     if SPLITS > 1:  # or the planes are added up again in each layout, which does not fit the registers
@@ -124,13 +126,13 @@ def bridge_tile(
     trace = load_trace(gram, o_e, o_r, E, r)
     unit_gh = _gram_times(p, b_p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
     q = _squared_output_norm(h, unit_gh, trace)
-    e, _, _ = projection_scale(once(q), b_kappa[None, :], eps, MAPPING)
+    e, _, _ = projection_scale(once(q), b_kappa[None, :], out_limit, out_edge, MAPPING)
     return once(scaling * gates * e)[:, :, None] * h
 
 
 @triton.jit(do_not_specialize=["T"])
 def bridge_kernel(
-    p, n, routed, kappa, gram, z, T, scaling, eps, E: tl.constexpr, r: tl.constexpr,
+    p, n, routed, kappa, gram, z, T, scaling, in_limit, in_edge, out_limit, out_edge, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr,
     SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
     MAPPING: tl.constexpr,
@@ -140,7 +142,8 @@ def bridge_kernel(
     o_e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     o_r = tl.arange(0, BLOCK_R)
     b_z = bridge_tile(
-        p, n, routed, kappa, gram, o_t, o_e, o_r, T, scaling, eps, E, r, BLOCK_E, ALL_E, K, SPLITS, ROUTE_PARTS,
+        p, n, routed, kappa, gram, o_t, o_e, o_r, T, scaling,
+        in_limit, in_edge, out_limit, out_edge, E, r, BLOCK_E, ALL_E, K, SPLITS, ROUTE_PARTS,
         NORMALISE, SHARED, MAPPING,
     )  # fmt: skip
     offsets = (o_t.to(tl.int64)[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
@@ -168,7 +171,8 @@ def _load_gates(
 
 @triton.jit(do_not_specialize=["T"])
 def bridge_backward_kernel(
-    dz, p, n, routed, kappa, gram, share, weight, token_mask, dp, dn, drouted, dq_scale, dkappa, T, scaling, eps,
+    dz, p, n, routed, kappa, gram, share, weight, token_mask, dp, dn, drouted, dq_scale, dkappa, T, scaling,
+    in_limit, in_edge, out_limit, out_edge,
     E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr,
     SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
@@ -196,14 +200,14 @@ def bridge_backward_kernel(
         mask = m_e[:, :, None] & (o_r[None, None, :] < r)
         b_kappa = tl.load(kappa + o_e, mask=o_e < E, other=0.0)[None, :]
         b_gates = gates if BLOCK_E == ALL_E else take(gates, o_all, o_e)
-        scale, scale_dn, scale_dkappa = inverse_projection_scale(b_n[:, None], b_kappa, eps, MAPPING)
+        scale, scale_dn, scale_dkappa = inverse_projection_scale(b_n[:, None], b_kappa, in_limit, in_edge, MAPPING)
         scale = once(scale)
         b_p = load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, 1)
         h = scale[:, :, None] * b_p
         trace = load_trace(gram, o_e, o_r, E, r)
         unit_gh = _gram_times(p, b_p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED, 1)
         q = _squared_output_norm(h, unit_gh, trace)
-        e, e_dq, e_dkappa = projection_scale(once(q), b_kappa, eps, MAPPING)
+        e, e_dq, e_dkappa = projection_scale(once(q), b_kappa, out_limit, out_edge, MAPPING)
 
         offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
         b_dz = load_factors(dz, row, m_t, o_e, o_r, T, E, r, DZ_PLANES)
@@ -285,7 +289,7 @@ def bridge_launch(p, n, routed, own_router: bool, kappa, gram, dtype: torch.dtyp
     tile = tile_settings(config, T, p.device, "bridge")
     launch.launch(
         bridge_kernel, (triton.cdiv(T, tile["BLOCK_T"]), tile["ALL_E"] // tile["BLOCK_E"]), p,
-        (p, n, routed, kappa, gram, z, T, config.scaling, config.boundary_eps),
+        (p, n, routed, kappa, gram, z, T, config.scaling, *guards(config)),
         E=E, r=r, SPLITS=n.shape[0], ROUTE_PARTS=route_parts(routed, own_router, config),
         NORMALISE=config.norm_topk_prob, SHARED=config.share_a, MAPPING=mapping_code(config), **tile,
     )  # fmt: skip
@@ -316,7 +320,7 @@ def bridge_backward_launch(
     launch.launch(
         bridge_backward_kernel, (triton.cdiv(T, tile["BLOCK_T"]),), p,
         (dz, p, n, routed, kappa, gram, share, weight, mask, dp, dn, drouted, dq_scale, dkappa, T, config.scaling,
-         config.boundary_eps),
+         *guards(config)),
         E=E, r=r, SPLITS=1, ROUTE_PARTS=route_parts(routed, own_router, config), NORMALISE=config.norm_topk_prob,
         SHARED=config.share_a, MAPPING=mapping_code(config), DZ_PLANES=dz.shape[0], **constants, **tile,
     )  # fmt: skip

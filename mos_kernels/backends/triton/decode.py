@@ -15,7 +15,7 @@ from torch import Tensor
 from mos_kernels.backends.triton import launch
 from mos_kernels.backends.triton.bridge import bridge_tile, route_parts
 from mos_kernels.backends.triton.expand import plus_added
-from mos_kernels.backends.triton.geometry import mapping_code
+from mos_kernels.backends.triton.geometry import guards, mapping_code
 from mos_kernels.backends.triton.numerics import cast, dot
 
 MAX_COLUMNS = 128
@@ -24,7 +24,8 @@ MAX_COLUMNS = 128
 
 @triton.jit
 def _bridge_expand_tile(
-    p, n, routed, kappa, gram, B, added, y, T, N, scaling, eps, E: tl.constexpr, r: tl.constexpr,
+    p, n, routed, kappa, gram, B, added, y, T, N, scaling,
+    in_limit, in_edge, out_limit, out_edge, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, K: tl.constexpr,
     SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
     MAPPING: tl.constexpr, ADDED: tl.constexpr,
@@ -46,7 +47,8 @@ def _bridge_expand_tile(
         B + o_n[None, :].to(tl.int64) * (E * r) + column[:, None], mask=m_n[None, :] & m_c[:, None], other=0.0
     )
     z = bridge_tile(
-        p, n, routed, kappa, gram, o_t, tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_R), T, scaling, eps, E, r, BLOCK_E,
+        p, n, routed, kappa, gram, o_t, tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_R), T, scaling,
+        in_limit, in_edge, out_limit, out_edge, E, r, BLOCK_E,
         BLOCK_E, K, SPLITS, ROUTE_PARTS, NORMALISE, SHARED, MAPPING,
     )  # fmt: skip
     b_z = cast(tl.reshape(z, [BLOCK_T, BLOCK_E * BLOCK_R]), B.dtype.element_ty)
@@ -57,21 +59,24 @@ def _bridge_expand_tile(
 
 @triton.jit(do_not_specialize=["T"])
 def bridge_expand_kernel(
-    p, n, routed, kappa, gram, B, added, y, T, N, scaling, eps, E: tl.constexpr, r: tl.constexpr,
+    p, n, routed, kappa, gram, B, added, y, T, N, scaling,
+    in_limit, in_edge, out_limit, out_edge, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, K: tl.constexpr,
     SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
     MAPPING: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     """y[t, n] = Σ_e z[t, e] @ B[n, e] + added[n] or added[t, n]"""
     _bridge_expand_tile(
-        p, n, routed, kappa, gram, B, added, y, T, N, scaling, eps, E, r, BLOCK_T, BLOCK_N, BLOCK_E, BLOCK_R, K,
+        p, n, routed, kappa, gram, B, added, y, T, N, scaling,
+        in_limit, in_edge, out_limit, out_edge, E, r, BLOCK_T, BLOCK_N, BLOCK_E, BLOCK_R, K,
         SPLITS, ROUTE_PARTS, NORMALISE, SHARED, MAPPING, ADDED,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
 def bridge_expand_pair_kernel(
-    p, n, routed, kappa, gram, B, added, kappa_2, gram_2, B_2, added_2, y, T, N, scaling, eps,
+    p, n, routed, kappa, gram, B, added, kappa_2, gram_2, B_2, added_2, y, T, N, scaling,
+    in_limit, in_edge, out_limit, out_edge,
     E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, K: tl.constexpr,
     SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
@@ -84,7 +89,8 @@ def bridge_expand_pair_kernel(
         y += T * N
     _bridge_expand_tile(
         p, n, routed, tl.where(is_second, kappa_2, kappa), tl.where(is_second, gram_2, gram),
-        tl.where(is_second, B_2, B), tl.where(is_second, added_2, added), y, T, N, scaling, eps, E, r, BLOCK_T,
+        tl.where(is_second, B_2, B), tl.where(is_second, added_2, added), y, T, N, scaling,
+        in_limit, in_edge, out_limit, out_edge, E, r, BLOCK_T,
         BLOCK_N, BLOCK_E, BLOCK_R, K, SPLITS, ROUTE_PARTS, NORMALISE, SHARED, MAPPING, ADDED,
     )  # fmt: skip
 
@@ -110,7 +116,7 @@ def bridge_expand_launch(
     blocks, constants = _shape(n, N, B.dtype, routed, own_router, added, config)
     launch.launch(
         bridge_expand_kernel, (blocks,), p,
-        (p, n, routed, kappa, gram, B, p if added is None else added, y, T, N, config.scaling, config.boundary_eps),
+        (p, n, routed, kappa, gram, B, p if added is None else added, y, T, N, config.scaling, *guards(config)),
         **constants,
     )  # fmt: skip
     return y
@@ -128,7 +134,7 @@ def bridge_expand_pair_launch(p, n, logits, linears, config) -> Tensor:
     launch.launch(
         bridge_expand_pair_kernel, (blocks, 2), p,
         (p, n, logits, kappa, gram, B, p if bias is None else bias, kappa_2, gram_2, B_2,
-         p if bias is None else bias_2, y, T, N, config.scaling, config.boundary_eps),
+         p if bias is None else bias_2, y, T, N, config.scaling, *guards(config)),
         **constants,
     )  # fmt: skip
     return y

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
-from mos_kernels.geometry import EXP_LOG_HOLD
+from mos_kernels import geometry
 
 STEREOGRAPHIC_BALL, STEREOGRAPHIC_RAW, EXP_LOG = 0, 1, 2
 
 _STEREOGRAPHIC_RAW = tl.constexpr(STEREOGRAPHIC_RAW)
 _EXP_LOG = tl.constexpr(EXP_LOG)
-_LOW_EXP = tl.constexpr(-(EXP_LOG_HOLD**2))
+_LOW_EXP = tl.constexpr(-(geometry.EXP_LOG_HOLD**2))
+_LOW_EXP_EDGE = tl.constexpr(math.sinh(geometry.EXP_LOG_HOLD))
 _HALF_PI = tl.constexpr(1.5707963267948966)
 # enough for float32 within the radius of each series
 _EXP_TERMS = tl.constexpr(8)
@@ -25,56 +28,53 @@ def mapping_code(config) -> int:
     return STEREOGRAPHIC_RAW if config.domain == "raw" else STEREOGRAPHIC_BALL
 
 
+def guards(config) -> tuple[float, float, float, float]:
+    """Limit and edge of the way into the space, and of the way back, as arguments of a kernel."""
+    return *geometry.guard_into(config), *geometry.guard_back(config)
+
+
 @triton.jit
-def inverse_projection_scale(n, kappa, eps, MAPPING: tl.constexpr):
-    """λ, ∂λ/∂n, ∂λ/∂κ for squared norms n and curvatures kappa that broadcast."""
+def inverse_projection_scale(n, kappa, limit, edge, MAPPING: tl.constexpr):
+    """λ, ∂λ/∂n, ∂λ/∂κ for squared norms n and curvatures kappa that broadcast; limit, edge: `geometry.guard_into`."""
     a = kappa * n
-    rho = 1.0 - eps
     if MAPPING == _EXP_LOG:
-        limit = rho * _HALF_PI
-        low = _LOW_EXP
-        held = tl.minimum(tl.maximum(a, low), limit * limit)
+        held = tl.minimum(tl.maximum(a, _LOW_EXP), limit)
         value, slope = _exp_scale(held)
-        value, slope = _radial_guard(a, held, value, slope)
+        value, slope = _radial_guard(a, held, value, slope, tl.where(a < 0.0, _LOW_EXP_EDGE, edge))
     elif MAPPING == _STEREOGRAPHIC_RAW:
         divisor = 1.0 + a
-        inside = tl.abs(divisor) >= eps
-        value = tl.div_rn(2.0 + 0.0 * a, tl.where(inside, divisor, tl.where(divisor < 0.0, -eps, eps)))
+        inside = tl.abs(divisor) >= limit
+        value = tl.div_rn(2.0 + 0.0 * a, tl.where(inside, divisor, 1.0))
+        value = tl.where(inside, value, tl.where(divisor < 0.0, -edge, edge))
         value = tl.where(a == a, value, a)
         slope = tl.where(inside, value * value * -0.5, 0.0)
     else:
-        held = tl.maximum(a, -_squared_rho(eps))
+        held = tl.maximum(a, limit)
         value = tl.div_rn(2.0 + 0.0 * held, 1.0 + held)
-        value, slope = _radial_guard(a, held, value, value * value * -0.5)
+        value, slope = _radial_guard(a, held, value, value * value * -0.5, edge)
     return value, tl.where(n < 1e30, kappa * slope, 0.0), n * slope
 
 
 @triton.jit
-def projection_scale(q, kappa, eps, MAPPING: tl.constexpr):
-    """e, ∂e/∂q, ∂e/∂κ for squared norms q and curvatures kappa that broadcast."""
+def projection_scale(q, kappa, limit, edge, MAPPING: tl.constexpr):
+    """e, ∂e/∂q, ∂e/∂κ for squared norms q and curvatures kappa that broadcast; limit, edge: `geometry.guard_back`."""
     a = kappa * q
-    held = tl.minimum(a, _squared_rho(eps))
+    held = tl.minimum(a, limit)
     if MAPPING == _EXP_LOG:
         value, slope = _log_scale(held)
     else:
         w = tl.sqrt_rn(1.0 - held)
         value = tl.div_rn(1.0 + 0.0 * w, 1.0 + w)
         slope = value * tl.div_rn(value, 2.0 * w)
-    value, slope = _radial_guard(a, held, value, slope)
+    value, slope = _radial_guard(a, held, value, slope, edge)
     return value, tl.where(q < 1e30, kappa * slope, 0.0), q * slope
 
 
 @triton.jit
-def _squared_rho(eps):
-    """(1 - eps)², rounded once: 1 minus it, which the guards meet, has few digits to lose."""
-    return 1.0 - eps * (2.0 - eps)
-
-
-@triton.jit
-def _radial_guard(a, held, value, slope):
+def _radial_guard(a, held, value, slope, edge):
     inside = a == held
     safe = tl.where(inside, 1.0, a)
-    value = value * tl.sqrt_rn(tl.div_rn(tl.where(inside, 1.0, held), safe))
+    value = tl.where(inside, value, tl.div_rn(edge + 0.0 * safe, tl.sqrt_rn(tl.abs(safe))))
     return value, tl.where(inside, slope, tl.div_rn(value * -0.5, safe))
 
 

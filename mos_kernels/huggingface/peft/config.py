@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import inspect
 import os
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftType
 
@@ -77,9 +77,12 @@ class MoSPeftConfig(PeftConfig):
     alpha_pattern: dict[str, float] | None = None
     modules_to_save: list[str] | None = None
     mos_kernels_version: str | None = None
+    bias: InitVar[str] = "none"
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, bias: str) -> None:
         super().__post_init__()
+        if bias != "none":
+            raise ValueError(f"bias={bias!r}: the base's biases stay frozen; leave it out, or train them by hand")
         self.peft_type = MOSELORA
         self.mos_kernels_version = mos_kernels.__version__
         for name, value in self.to_mos_config().to_dict().items():
@@ -101,24 +104,17 @@ class MoSPeftConfig(PeftConfig):
         # what a loader sets leaves it the configuration of its file; changed otherwise (get_peft_model notes the base
         # model in it), it is one for an adapter of its own
         if name not in ("inference_mode", "modules_to_save"):
-            vars(self).pop("_read_from", None)
-            self.forget_weights()
+            self.forget_folder()
         super().__setattr__(name, value)
 
     @property
     def read_from(self) -> Path | None:
-        """The folder of the adapter that this describes, if it was read from there and not changed since."""
+        """The folder of the adapter that this describes, until it is changed or an adapter was made by it."""
         return vars(self).get("_read_from")
 
-    @property
-    def weights_in(self) -> Path | None:
-        """The folder that `PeftConfig.from_pretrained` read this from, its weights downloaded if it is on the Hub."""
-        source = vars(self).get("_weights_in")
-        return source and _folder_of(*source)
-
-    def forget_weights(self) -> None:
-        """Drop `weights_in`, with the options of the download: a token is not to stay with a model and be pickled."""
-        vars(self).pop("_weights_in", None)
+    def forget_folder(self) -> None:
+        """Drop `read_from`: this is the configuration of any adapter from now on."""
+        vars(self).pop("_read_from", None)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **kwargs) -> MoSPeftConfig:
@@ -127,19 +123,30 @@ class MoSPeftConfig(PeftConfig):
         From the Hub that downloads the weights too. The tuner checks them against the model that they are put on.
         """
         folder = _folder_of(pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
-        if folder is not None:
+        if folder is not None and any((folder / name).is_file() for name in (WEIGHTS_NAME, PICKLE_NAME)):
             refuse_damaged(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config.forget_weights()  # the folder is enough
         if not kwargs.get("ignore_mismatched_sizes"):
             vars(config)["_read_from"] = folder and folder.absolute()
         return config
 
+    @classmethod
+    def check_kwargs(cls, **kwargs) -> dict:
+        """A file's options. ValueError for those that are not here, unless they are off; peft drops them all."""
+        known = inspect.signature(cls).parameters
+        unknown = {name: value for name, value in kwargs.items() if name not in known}
+        wanted = sorted(name for name, value in unknown.items() if value not in (None, False, [], {}))
+        if wanted:
+            raise ValueError(f"unknown options {wanted}: MoSPeftConfig has {sorted(known)}")
+        return {name: value for name, value in kwargs.items() if name in known}
+
     def save_pretrained(self, save_directory, **kwargs) -> None:
-        """As peft's; and the model card beside it says what to import before loading."""
+        """As peft's; and the model card beside it has the package's tag, and says what to import before loading."""
         super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory) / CARD_NAME
-        card.write_text(with_import_note(card.read_text(encoding="utf-8") if card.is_file() else ""), encoding="utf-8")
+        path = Path(save_directory) / CARD_NAME
+        card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "")
+        card.data.tags = sorted({*(card.data.tags or []), "mos-kernels"})
+        path.write_text(with_import_note(str(card)), encoding="utf-8")
 
 
 def _folder_of(source: str | os.PathLike, subfolder: str | None, options: dict) -> Path | None:
@@ -159,43 +166,3 @@ def _folder_of(source: str | os.PathLike, subfolder: str | None, options: dict) 
     except Exception:  # as in peft, which asks again
         return None
     return folder
-
-
-def _without_unknown(init):
-    """peft drops options that a configuration does not have, with a warning; an option here is never dropped."""
-
-    @functools.wraps(init)
-    def checked(self, *args, **kwargs):
-        known = {f.name for f in dataclasses.fields(self)}
-        unknown = {name: value for name, value in kwargs.items() if name not in known}
-        if kwargs.get("bias", "none") != "none":
-            raise ValueError(
-                f"bias={kwargs['bias']!r}: the base's biases stay frozen; leave it out, or train them by hand"
-            )
-        unknown.pop("bias", None)
-        wanted = sorted(name for name, value in unknown.items() if value not in (None, False, [], {}))
-        if wanted:
-            raise ValueError(f"unknown options {wanted}: MoSPeftConfig has {sorted(known)}")
-        init(self, *args, **{name: value for name, value in kwargs.items() if name in known})
-
-    return checked
-
-
-def _remembering(read):
-    """transformers' loaders read the configuration so, put the adapter on, and only then look at the weights.
-
-    They ask the method for nothing in between, so what they read remembers from where, and the tuner looks first.
-    """
-
-    @functools.wraps(read)
-    def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **kwargs):
-        config = read(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if config.peft_type == MOSELORA:
-            vars(config)["_weights_in"] = pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0]
-        return config
-
-    return classmethod(from_pretrained)
-
-
-MoSPeftConfig.__init__ = _without_unknown(MoSPeftConfig.__init__)
-PeftConfig.from_pretrained = _remembering(PeftConfig.from_pretrained.__func__)

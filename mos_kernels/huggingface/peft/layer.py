@@ -1,10 +1,13 @@
 """The layers of the peft method: a base with several adapters by name, and the routers of an FFN block by adapter.
 
-Parameters are named `<linear>.mos_lora_A.<adapter>` and `<block>.mos_router.<adapter>.weight`, peft's convention, so
-that a file holds the names of `save_adapter`.
+A model's parameters are named `<linear>.mos_adapter.<adapter>.mos_lora_A` and `<block>.mos_router.<adapter>.weight`:
+what looks for an adapter by `.<adapter>.`, as TRL does for its reference, finds all of them. Files have the names that
+`save_adapter` gives.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,15 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.targets import in_features, layer_kind, out_features
-from mos_kernels.layer import (
-    ADAPTER_PARAMETERS,
-    Float32State,
-    MoSAdapter,
-    MoSRouter,
-    MoSWrapped,
-    adapter_tensors,
-    device_and_dtype,
-)
+from mos_kernels.layer import MoSAdapter, MoSRouter, MoSWrapped, adapter_tensors, device_and_dtype
 
 WHY_NO_MERGE = (
     "a Mixture-of-Space adapter cannot be merged into the base weights: what it adds depends on the token (top-k "
@@ -30,42 +25,28 @@ WHY_NO_MERGE = (
 )
 
 
-class Float32Parameters(Float32State, nn.ParameterDict):
-    """Parameters that stay float32, whatever the layer, a loader or a caster does."""
-
-    @property
-    def _float32_state(self) -> tuple[str, ...]:
-        return tuple(self.keys())
-
-    def __setitem__(self, key: str, value: Tensor) -> None:
-        if value.dtype != torch.float32:
-            value = nn.Parameter(value.detach().float(), requires_grad=value.requires_grad)
-        super().__setitem__(key, value)
-
-    def _refill_constants(self) -> None:
-        pass
-
-
 class MoSPeftAdapter(MoSAdapter):
-    """One adapter of a `MoSPeftLayer`, whose parameters lie in the layer's dictionaries."""
+    """One adapter of a `MoSPeftLayer`: the parameters of `MoSLayer`, all but the curvature in the base's dtype.
 
-    def __init__(self, layer: MoSPeftLayer, name: str, config: MoSConfig):
+    peft then casts them to float32, unless autocast_adapter_dtype=False.
+    """
+
+    def __init__(self, layer: MoSPeftLayer, config: MoSConfig):
         super().__init__()
-        self._layer, self.name = (layer,), name  # a tuple: not a submodule of its own child
         self.in_features = layer.in_features
         self._add_constants(config)
+        device, dtype = device_and_dtype(layer.get_base_layer())
+        tensors = adapter_tensors(config, layer.in_features, layer.out_features, device, dtype)
+        for name, tensor in tensors.items():
+            if tensor is not None and name not in self._float32_state:
+                tensor = nn.Parameter(tensor.data.to(dtype))
+            self.register_parameter(name, tensor)
+        self.reset_adapter_parameters()
 
-    def _parameter(self, name: str) -> nn.Parameter | None:
-        parameters = getattr(self._layer[0], name)
-        return parameters.get(self.name)
-
-    mos_lora_A = property(lambda self: self._parameter("mos_lora_A"))
-    mos_lora_B = property(lambda self: self._parameter("mos_lora_B"))
-    mos_curvature = property(lambda self: self._parameter("mos_curvature"))
-    mos_router = property(lambda self: self._parameter("mos_router"))
-
-    def _constants_device(self) -> torch.device:
-        return device_and_dtype(self._layer[0].get_base_layer())[0]  # parameters may be on the meta device yet
+    @property
+    def trains_curvature(self) -> bool:
+        """Whether θ does anything: at κ = 0, of Euclidean experts alone, it does not."""
+        return self.config.learn_curvature and any(self.config.curvature_signs)
 
     def forward(
         self,
@@ -78,10 +59,7 @@ class MoSPeftAdapter(MoSAdapter):
     ) -> Tensor:
         """The base, given as in `mos_linear`, plus this adapter."""
         if self.mos_lora_A.is_meta:
-            raise RuntimeError(
-                f"the parameters of the adapter {self.name!r} are on the meta device: load them, or, where accelerate "
-                "offloads them, pass it preload_module_classes=['MoSPeftLayer']"
-            )
+            raise RuntimeError("the adapter's parameters are on the meta device: load them first")
         return self._adapt(x, gates, backend, weight, bias, base_output)
 
     def extra_repr(self) -> str:
@@ -89,8 +67,36 @@ class MoSPeftAdapter(MoSAdapter):
         return f"r={self.config.r}, experts=({spaces}), k={self.config.num_experts_per_tok}"
 
 
+class ByAdapter(nn.Module):
+    """`layer.mos_lora_A` and the like: one parameter of each of the layer's adapters, by adapter, as peft's `lora_A`.
+
+    The adapters own them. transformers' loader gets and sets them here, as attributes.
+    """
+
+    def __init__(self, adapters: nn.ModuleDict, parameter: str):
+        super().__init__()
+        self._of = adapters._modules, parameter
+
+    def __getitem__(self, adapter_name: str) -> nn.Parameter:
+        adapters, parameter = self._of
+        return getattr(adapters[adapter_name], parameter)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._of[0])
+
+    def __getattr__(self, name: str):
+        return self[name] if name in vars(self)["_of"][0] else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name not in vars(self).get("_of", ((),))[0]:
+            return super().__setattr__(name, value)
+        setattr(self._of[0][name], self._of[1], value.requires_grad_(self[name].requires_grad))
+
+
 class MoSTunerLayer(BaseTunerLayer):
     """What peft asks of any of its layers."""
+
+    cast_input_dtype_enabled = False  # no input is cast, whatever peft.helpers.disable_input_dtype_casting says
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(WHY_NO_MERGE)
@@ -105,48 +111,40 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
     A dense base and the first active adapter are one operation, as in MoSLinear; any other base runs as it is.
     """
 
-    adapter_layer_names = ADAPTER_PARAMETERS
-    other_param_names = ("mos_adapter",)
+    adapter_layer_names = ("mos_adapter",)
+    mos_lora_A = property(lambda self: ByAdapter(self.mos_adapter, "mos_lora_A"))
+    mos_lora_B = property(lambda self: ByAdapter(self.mos_adapter, "mos_lora_B"))
+    mos_curvature = property(lambda self: ByAdapter(self.mos_adapter, "mos_curvature"))
+    mos_router = property(lambda self: ByAdapter(self.mos_adapter, "mos_router"))
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoSConfig, inference_mode: bool = False):
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoSConfig, in_peft_model: bool = True):
+        """in_peft_model: False for transformers' own adapters, which it looks for by other names in the state dict."""
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features(base_layer), out_features(base_layer)
-        self.mos_lora_A, self.mos_lora_B = nn.ParameterDict(), nn.ParameterDict()
-        self.mos_curvature, self.mos_router = Float32Parameters(), nn.ParameterDict()
         self.mos_adapter = nn.ModuleDict()
         self._disable_adapters, self.merged_adapters = False, []
         self._active_adapter = adapter_name
         base_layer.requires_grad_(False)
-        self.update_layer(adapter_name, config, inference_mode)
+        self.update_layer(adapter_name, config)
         self.train(base_layer.training)
+        if not in_peft_model:
+            self.register_state_dict_post_hook(_name_adapter_last)
 
-    def update_layer(self, adapter_name: str, config: MoSConfig, inference_mode: bool = False) -> None:
+    def update_layer(self, adapter_name: str, config: MoSConfig) -> None:
         """Add an adapter at its start. config: with this linear's rank, alpha and router_scope."""
-        device, dtype = device_and_dtype(self.get_base_layer())
-        tensors = adapter_tensors(config, self.in_features, self.out_features, device, dtype)
-        for name, tensor in tensors.items():
-            if tensor is not None:  # in the base's dtype, as peft's, which then casts to float32 unless told not to
-                getattr(self, name)[adapter_name] = nn.Parameter(tensor.data.to(dtype))
-        adapter = MoSPeftAdapter(self, adapter_name, config).train(self.training)
-        self.mos_adapter[adapter_name] = adapter
-        adapter.reset_adapter_parameters()
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.mos_adapter[adapter_name] = MoSPeftAdapter(self, config).train(self.training)
+        self._freeze_non_trainable_peft_weights()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As peft's, but that values which were loaded are not rounded to the base's dtype."""
-        device = device_and_dtype(self.get_base_layer())[0] if device is None else device
-        for name in ADAPTER_PARAMETERS:
-            parameters = getattr(self, name)
-            if adapter_name in parameters and not parameters[adapter_name].is_meta:
-                parameters[adapter_name].data = parameters[adapter_name].data.to(device)
-        if adapter_name in self.mos_adapter and not self.mos_curvature[adapter_name].is_meta:
-            self.mos_adapter[adapter_name].to(device)
+        if adapter_name in self.mos_adapter and not self.mos_lora_A[adapter_name].is_meta:
+            self.mos_adapter[adapter_name].to(device or device_and_dtype(self.get_base_layer())[0])
 
     def _freeze_non_trainable_peft_weights(self, adapter_names=None) -> None:
-        for name, adapter in self.mos_adapter.items():
-            if not adapter.config.learn_curvature:
-                self.mos_curvature[name].requires_grad_(False)
+        for adapter in self.mos_adapter.values():
+            if not adapter.trains_curvature:
+                adapter.mos_curvature.requires_grad_(False)
 
     def forward(self, x: Tensor, gates: dict[str, Tensor] | None = None, backend: str = "auto") -> Tensor:
         """y = base(x) + the active adapters' outputs. x (..., d_in) -> (..., d_out).
@@ -159,10 +157,7 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
         gates = {} if gates is None else gates
         base = self._base(x)
         for name in active:
-            adapter = self.mos_adapter[name]
-            if adapter._layer[0] is not self:  # DataParallel's copies of the two
-                adapter._layer = (self,)
-            y = adapter(x, gates.get(name), backend, *base)
+            y = self.mos_adapter[name](x, gates.get(name), backend, *base)
             base = (None, None, y)
         return y
 
@@ -182,8 +177,28 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
             adapter._freeze(*device_and_dtype(self.get_base_layer()))
         return self
 
+    def _names(self, prefix: str) -> dict[str, str]:
+        """The names of the adapters' parameters in a state dict, by those that end in the adapter's name."""
+        return {
+            f"{prefix}{parameter}.{name}": f"{prefix}mos_adapter.{name}.{parameter}"
+            for name, adapter in self.mos_adapter.items()
+            for parameter, _ in adapter.named_parameters()
+        }
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        for name, own in self._names(prefix).items():  # of transformers, and of whole models saved by version 0.1
+            if name in state_dict:
+                state_dict[own] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def __repr__(self) -> str:
         return "mos." + super().__repr__()
+
+
+def _name_adapter_last(layer: MoSPeftLayer, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """transformers takes a file's name with the adapter's at its end for the name in the state dict."""
+    for name, own in layer._names(prefix).items():
+        state_dict[name] = state_dict.pop(own)
 
 
 class MoSPeftRouter(nn.ModuleDict, MoSTunerLayer):
@@ -192,11 +207,10 @@ class MoSPeftRouter(nn.ModuleDict, MoSTunerLayer):
     adapter_layer_names = ("routers",)
     weight = bias = None  # BaseTunerLayer's would look for a base
 
-    def __init__(self, reads: nn.Module, adapter_name: str):
+    def __init__(self, reads: nn.Module):
         super().__init__()
         self._reads = (reads,)  # the linear whose device the routers follow; not a submodule
         self._disable_adapters, self.merged_adapters = False, []
-        self._active_adapter = adapter_name
 
     @property
     def routers(self) -> MoSPeftRouter:
@@ -206,13 +220,14 @@ class MoSPeftRouter(nn.ModuleDict, MoSTunerLayer):
         return self._reads[0]
 
     def update_layer(self, adapter_name: str, router: MoSRouter, active_adapters, inference_mode: bool = False) -> None:
-        """Add the router of an adapter."""
+        """Add the router of an adapter; the other adapters' stay trainable or frozen."""
         self[adapter_name] = router.to(device_and_dtype(self._reads[0])[1])
-        self.set_adapter(active_adapters, inference_mode=inference_mode)
+        router.requires_grad_(adapter_name in active_adapters and not inference_mode)
+        self._active_adapter = active_adapters
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name in self and not self[adapter_name].weight.is_meta:
-            self[adapter_name].to(device_and_dtype(self._reads[0])[0] if device is None else device)
+            self[adapter_name].to(device or device_and_dtype(self._reads[0])[0])
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """The gates (..., E) of the active adapters, by name."""

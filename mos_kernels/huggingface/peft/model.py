@@ -15,20 +15,20 @@ from accelerate import init_empty_weights
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import register_peft_method
+from peft.utils import NoMatchingPeftModuleError, register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from mos_kernels.ffn import FFNForm
 from mos_kernels.huggingface.attention_mask import follow_attention_mask, forget_attention_mask
 from mos_kernels.huggingface.blocks import add_router, recognise, remove_router
+from mos_kernels.huggingface.files import CONFIG_NAME, WEIGHTS_NAME, read_tensors, require_finite, require_fit
 from mos_kernels.huggingface.files import PREFIX as FILE_PREFIX
-from mos_kernels.huggingface.files import WEIGHTS_NAME, read_tensors, refuse_damaged, require_finite, require_fit
 from mos_kernels.huggingface.peft.config import MOSELORA, MoSPeftConfig
 from mos_kernels.huggingface.peft.layer import WHY_NO_MERGE, MoSPeftLayer, MoSPeftRouter, MoSTunerLayer
 from mos_kernels.huggingface.plan import Plan, PlannedBlock, adapter_shapes, make_plan
-from mos_kernels.huggingface.targets import ffn_target_modules, is_all_linear, is_target
-from mos_kernels.layer import MoSLayer, MoSRouter
+from mos_kernels.huggingface.targets import ffn_target_modules, is_all_linear, is_target, layer_index
+from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, MoSRouter
 
 PREFIX = "mos_"
 
@@ -39,6 +39,10 @@ class MoSPeftModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = MoSTunerLayer
     target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], *args, **kwargs) -> None:
+        self._in_peft_model = isinstance(peft_config, dict)  # else transformers, or who injects as it does
+        super().__init__(model, peft_config, *args, **kwargs)
 
     def inject_adapter(
         self,
@@ -53,19 +57,18 @@ class MoSPeftModel(BaseTuner):
         Where `config` was read from a folder and is as it was, the weights there must be those of this adapter.
         """
         config = self.peft_config[adapter_name]
+        if state_dict is not None:  # whose names say which linears to adapt: a block's router belongs to none
+            named = {name.removeprefix(FILE_PREFIX): value for name, value in state_dict.items()}
+            state_dict = {name: value for name, value in named.items() if not name.endswith(".mos_router.weight")}
         try:
-            plan = _plan(model, config, adapter_name)
+            self._plan = plan = _plan(model, config, adapter_name, state_dict)
         except BaseException:
             if not _has_adapter(model, adapter_name):  # the model's list, where it has one, names the adapter by now
                 del self.peft_config[adapter_name]
             raise
         if is_all_linear(config.target_modules):
-            config.target_modules = [name for linear in plan.linears for name in linear.target.names]
-        if state_dict is not None:  # whose names say which linears to adapt: a block's router belongs to none
-            named = {name.removeprefix(FILE_PREFIX): value for name, value in state_dict.items()}
-            state_dict = {name: value for name, value in named.items() if not name.endswith(".mos_router.weight")}
-        self._plan = plan
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            config.target_modules = [_uncompiled(name) for linear in plan.linears for name in linear.target.names]
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             for block in plan.blocks:
@@ -74,27 +77,26 @@ class MoSPeftModel(BaseTuner):
             follow_attention_mask(model)
         except BaseException:
             _withdraw(model, adapter_name, self.active_adapters)
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
             raise
         finally:
             del self._plan
+        config.forget_folder()
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
     ) -> None:
-        planned = next((linear for linear in self._plan.linears if current_key in linear.target.names), None)
+        names = {_uncompiled(name): linear for linear in self._plan.linears for name in linear.target.names}
+        planned = names.get(_uncompiled(current_key))
         if planned is None:
             if isinstance(target, MoSPeftRouter):  # of another adapter, matched by a regular expression
                 return
-            raise ValueError(
-                f"{current_key!r} is adapted in the state dict but not by target_modules={peft_config.target_modules}"
-            )
+            raise ValueError(f"{current_key!r} is adapted by peft's rules for target_modules, but not by those here")
         if isinstance(target, MoSPeftLayer):
-            target.update_layer(adapter_name, planned.config, peft_config.inference_mode)
+            target.update_layer(adapter_name, planned.config)
             return
-        layer = MoSPeftLayer(target, adapter_name, planned.config, peft_config.inference_mode)
-        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        layer = MoSPeftLayer(target, adapter_name, planned.config, self._in_peft_model)
         for name in planned.target.names:
             _put(self.model, name, layer)
 
@@ -103,18 +105,21 @@ class MoSPeftModel(BaseTuner):
             router = planned.build()
         routers = planned.block._modules.get("mos_router")
         if routers is None:
-            routers = MoSPeftRouter(planned.reads_input, adapter_name)
-        _bind(planned.block, planned.form, routers)
+            routers = MoSPeftRouter(planned.reads_input)
         routers.update_layer(adapter_name, router, self.active_adapters, config.inference_mode)
+        _bind(planned.block, planned.form, routers)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         setattr(parent, child_name, new_module)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)  # which passes over what is named after the prefix
         for router in _routers(self.model):
             router.delete_adapter(adapter_name)
-            router.set_adapter(self.active_adapters)
+        for layer in self.model.modules():
+            if was_active and isinstance(layer, MoSTunerLayer):  # else they keep what is trainable and what is frozen
+                layer.set_adapter(self.active_adapters)
 
     def unload(self) -> nn.Module:
         """The base model: plain linears, the blocks' own forwards, no routers."""
@@ -138,32 +143,48 @@ class MoSPeftModel(BaseTuner):
         yield
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        inner = f".mos_adapter.{adapter_name}."
+        return key.replace(inner, ".") if inner in key else super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        by_transformers = tuple(f".{parameter}.{adapter_name}" for parameter in ADAPTER_PARAMETERS)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return found | {name: tensor for name, tensor in state_dict.items() if name.endswith(by_transformers)}
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict[str, Tensor]:
         """As peft's. ValueError, before a value is loaded, for tensors missing, foreign, misshapen or not finite."""
-        found = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
-        )
-        adapter = (f".{adapter_name}", f".mos_router.{adapter_name}.weight")
-        own = {name: p for name, p in model.named_parameters() if ".mos_" in name and name.endswith(adapter)}
-        named = {name if name in own else name.removeprefix(FILE_PREFIX): tensor for name, tensor in found.items()}
-        missing = [name for name in own if name not in named]
-        copies = {name for name in named if f".modules_to_save.{adapter_name}." in name}
-        kept = copies.union(name.removeprefix(FILE_PREFIX) for name in _embeddings(model))
-        base = {name.removeprefix(FILE_PREFIX) for name in model.state_dict()} - own.keys() - kept
-        foreign = [name for name in named if name not in own and (".mos_" in name or name in base)]
-        reshaped = [name for name in own if name in named and named[name].shape != own[name].shape]
+        endings = f".mos_adapter.{adapter_name}", f".mos_router.{adapter_name}"
+        own = {name: p for name, p in model.named_parameters() if name.rpartition(".")[0].endswith(endings)}
+        in_file = {
+            cls._remove_adapter_name_from_key(name, adapter_name).removeprefix(FILE_PREFIX): name for name in own
+        }
+        found = {in_file.get(name.removeprefix(FILE_PREFIX), name): tensor for name, tensor in state_dict.items()}
+        missing = [name for name in own if name not in found]
+        base = {name.removeprefix(FILE_PREFIX) for name in model.state_dict()}
+        base -= {name.removeprefix(FILE_PREFIX) for name in _embeddings(model)}
+        others = [name for name in found if name not in own and f".modules_to_save.{adapter_name}." not in name]
+        foreign = [name for name in others if ".mos_" in name or name.removeprefix(FILE_PREFIX) in base]
+        reshaped = [name for name in own if name in found and found[name].shape != own[name].shape]
         for problem, tensors in (("missing", missing), ("unexpected", foreign), ("of another shape", reshaped)):
             if tensors:
                 raise ValueError(
                     f"the adapter for {adapter_name!r} is of another architecture than this model's: {len(tensors)} "
                     f"tensors are {problem}, such as {tensors[0]}. Load the base model that it was trained on"
                 )
-        dtypes = {name: torch.float64 for name in named if name not in own}
-        require_finite(f"the adapter for {adapter_name!r}", named, dtypes)
+        dtypes = {name: torch.float64 for name in found if name not in own}
+        require_finite(f"the adapter for {adapter_name!r}", found, dtypes)
         return found
 
 
-def _plan(model: nn.Module, config: MoSPeftConfig, adapter_name: str) -> Plan:
+def _uncompiled(name: str) -> str:
+    """A module's name in the model that torch.compile wrapped: peft's for a state dict, and a file's."""
+    return name.removeprefix("_orig_mod.")
+
+
+def _plan(model: nn.Module, config: MoSPeftConfig, adapter_name: str, state_dict: dict[str, Tensor] | None) -> Plan:
     """Where the adapter goes; errors where the model, or the file that `config` was read from, has none for it."""
     folder = config.read_from
     modules = _modules_to_adapt(model, config)
@@ -173,14 +194,24 @@ def _plan(model: nn.Module, config: MoSPeftConfig, adapter_name: str) -> Plan:
             f"adapter_name {adapter_name!r} is part of a tensor's name in this model, and peft tells the tensors of "
             "adapters apart by it: choose another name"
         )
-    if config.target_modules is None:
+    if config.target_modules is None and state_dict is None:
         config.target_modules = _default_targets(model, config, modules)
-    plan = make_plan(model, config.to_mos_config(), modules)
+    elif isinstance(config.target_modules, list):
+        config.target_modules = _without_excluded(model, config, modules)
+    chosen = config.to_mos_config()
+    if state_dict is not None:
+        names = [_uncompiled(name).removesuffix(".mos_lora_A") for name in state_dict if name.endswith(".mos_lora_A")]
+        everywhere = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+        chosen = dataclasses.replace(chosen, target_modules=names, **everywhere)
+        config.target_modules = config.target_modules or names
+    try:
+        plan = make_plan(model, chosen, modules)
+    except ValueError as error:
+        if is_all_linear(chosen.target_modules) or any(is_target(chosen, name) for name, _ in modules):
+            raise
+        raise NoMatchingPeftModuleError(str(error)) from None
     if folder is not None:
         _refuse_misfit(model, config, plan, folder)
-    elif (folder := config.weights_in) is not None:
-        refuse_damaged(folder, adapter_shapes(plan))
-        config.forget_weights()
     return plan
 
 
@@ -209,6 +240,8 @@ def _modules_to_adapt(model: nn.Module, config: MoSPeftConfig) -> list[tuple[str
 
 def _refuse_misfit(model: nn.Module, config: MoSPeftConfig, plan: Plan, folder: Path) -> None:
     """ValueError unless the weights in `folder` are those that peft will load: all of them, and nothing else."""
+    if not (folder / CONFIG_NAME).is_file():
+        return  # it is gone: nothing will be loaded from there
     if getattr(model, "_checkpoint_conversion_mapping", None):
         return  # they come under other names
     tensors = read_tensors(folder / WEIGHTS_NAME)
@@ -246,17 +279,41 @@ def _embeddings(model: nn.Module) -> dict[str, Tensor]:
 def _default_targets(model: nn.Module, config: MoSPeftConfig, modules: list[tuple[str, nn.Module]]) -> list[str] | str:
     """The FFN linears of the model; of a list, the entries that the other options leave something of."""
     known = ffn_target_modules(model)
+    layers = config.layers_to_transform
+    if isinstance(known, str) and layers is not None:  # which chooses from lists alone: each of them by its name
+        layers = [layers] if isinstance(layers, int) else layers
+        every = dataclasses.replace(config.to_mos_config(), target_modules=known, layers_to_transform=None)
+        named = [name for name, _ in modules if is_target(every, name)]
+        return [name for name in named if layer_index(name, config.layers_pattern) in layers] or known
     if isinstance(known, str):
         return known
-    chosen = {entry: dataclasses.replace(config.to_mos_config(), target_modules=[entry]) for entry in known}
-    left = [entry for entry, own in chosen.items() if any(is_target(own, name) for name, _ in modules)]
-    return left or known
+    return [entry for entry in known if _chooses(config, entry, modules)] or known
+
+
+def _without_excluded(model: nn.Module, config: MoSPeftConfig, modules: list[tuple[str, nn.Module]]) -> list[str]:
+    """target_modules, of which other entries of the configuration may take some back."""
+    kept = {name for name, _ in modules}
+    taken = [(name, module) for name, module in model.named_modules() if name not in kept]
+    every = dataclasses.replace(config, exclude_modules=None, modules_to_save=None)
+    left = [
+        entry
+        for entry in config.target_modules
+        if _chooses(config, entry, modules) or not _chooses(every, entry, [*modules, *taken])
+    ]
+    return left or config.target_modules
+
+
+def _chooses(config: MoSPeftConfig, entry: str, modules: list[tuple[str, nn.Module]]) -> bool:
+    own = dataclasses.replace(config.to_mos_config(), target_modules=[entry])
+    return any(is_target(own, name) for name, _ in modules)
 
 
 def _share_balance(model: nn.Module, adapter_name: str, plan: Plan) -> None:
     """Give each of the adapter's routers its part of the load-balancing coefficient."""
     owners = [router[adapter_name] for router in _routers(model) if adapter_name in router]
-    owners += [layer.mos_adapter[adapter_name] for _, layer in _named_layers(model) if adapter_name in layer.mos_router]
+    for _, layer in _named_layers(model):
+        if adapter_name in layer.mos_adapter and layer.mos_router[adapter_name] is not None:
+            owners.append(layer.mos_adapter[adapter_name])
     plan.share_balance(owners)
 
 

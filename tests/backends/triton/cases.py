@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from dropout_mask import keep_mask, packed
+from everyday import covering
 from strategies import Case, make_case, normal
 from torch import Tensor
 
@@ -490,3 +492,46 @@ class DecodingTrial:
             layer.bias.data = case.bias
         layer.mos_curvature_map[0] = case.kappa
         return layer.freeze_for_inference() if self.frozen else layer
+
+
+# which of the drawn trials run every day
+
+
+def kinds(trial: Trial | RouterTrial | DecodingTrial) -> set[tuple]:
+    """What a trial is one of: each of its fields' values, and those pairs of values that have code of their own."""
+    config, found = trial.config, {**vars(trial.config), **vars(trial)}
+    E, k = config.num_experts, config.num_experts_per_tok
+    found |= {"experts": E, "num_experts_per_tok": {1: "one", E: "all"}.get(k, "some")}
+    found |= {"geometry": (config.mapping, config.domain), "tokens": math.prod(trial.tokens)}
+    found["activated"] = config.activation != "identity"
+    several = {"kappa": map(_kind_of_curvature, trial.kappa or ())} if hasattr(trial, "kappa") else {}
+    for name in ("frozen", "norms"):
+        if isinstance(found.get(name), (tuple, frozenset)):
+            several[name] = found[name]
+    several["spaces"] = config.spaces.items()
+    for name in ("config", "seed", "json", "kappa", "target_modules", *several):
+        found.pop(name, None)
+    pairs = [
+        ("activation", "dtype"), ("activated", "base_dtype"), ("dtype", "dropout_p"), ("dtype", "masked"),
+        ("dtype", "frozen"), ("geometry", "own_router"), ("share_a", "norm_topk_prob", "own_router"),
+        ("num_experts_per_tok", "norm_topk_prob"),
+    ]  # fmt: skip
+    single = {(name, value) for name, value in found.items() if not isinstance(value, (dict, list))}
+    of_many = {(name, value) for name, values in several.items() for value in values}
+    together = {(*pair, *(found[name] for name in pair)) for pair in pairs if found.keys() >= set(pair)}
+    return single | of_many | together
+
+
+def _kind_of_curvature(kappa: float) -> str | float:
+    return kappa if abs(kappa) < 1e-6 else math.copysign(1, kappa)
+
+
+def cost(trial: Trial | RouterTrial | DecodingTrial) -> float:
+    """Roughly what it takes in the interpreter."""
+    columns = trial.config.num_experts * trial.config.r
+    return 1 + columns / (64 if trial.config.share_a else 16)
+
+
+def everyday_seeds(kind: type, seeds: Iterable[int]) -> list[int]:
+    """Few of the seeds that draw every kind of trial which all of them draw."""
+    return covering(seeds, lambda seed: kinds(kind.drawn(seed)), lambda seed: cost(kind.drawn(seed)))

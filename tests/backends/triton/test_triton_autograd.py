@@ -26,6 +26,7 @@ def linear_case(activation="identity", own_router=True, tokens=(9,)):
 @pytest.mark.parametrize("activation", ["identity", "silu"])
 @pytest.mark.parametrize("own_router", [True, False])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.one_at_a_time("activation", "own_router", "dropout_p")
 def test_each_gradient_alone_and_nothing_else_is_written(activation, own_router, dropout_p):
     case = linear_case(activation, own_router)
     dy = case.upstream(torch.float32)

@@ -19,6 +19,7 @@ P = 0.4
 @pytest.mark.parametrize("activation", ["identity", "tanh"])
 @pytest.mark.parametrize("share_a", [True, False])
 @pytest.mark.parametrize("own_router", [True, False])
+@pytest.mark.one_at_a_time("dtype", "activation", "share_a", "own_router")
 def test_dropout_under_the_kernels_own_mask(dtype, activation, share_a, own_router):
     scope = "linear" if own_router else "ffn"
     config = MoSConfig(r=3, activation=activation, share_a=share_a, router_scope=scope)

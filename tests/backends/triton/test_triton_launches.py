@@ -134,6 +134,7 @@ CASES = [("identity", "linear"), ("identity", "ffn"), ("gelu", "linear")]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("activation", "scope"), CASES)
 @pytest.mark.parametrize("T", [1, 33, 65])
+@pytest.mark.one_at_a_time("dtype", "activation", "scope", "T")
 def test_without_gradients_and_frozen_the_output_is_as_right(dtype, activation, scope, T):
     """Parts of d_in that the bridge adds up (SPLITS > 1), and what freeze_for_inference computed ahead."""
     set_backend("triton")
@@ -189,6 +190,8 @@ def test_decoding_splits_d_in(training, gradients, T, split, frozen, monkeypatch
 @pytest.mark.parametrize(("dtype", "activation"), [(torch.float32, "identity"), (torch.bfloat16, "silu")])
 @pytest.mark.parametrize("own_router", [True, False])
 @pytest.mark.parametrize("counts", [(64, 1, 17), (150, 65, 97)])
+@pytest.mark.budget(10)
+@pytest.mark.one_at_a_time("dtype", "own_router", "counts")
 def test_a_token_does_not_depend_on_the_others(dtype, activation, own_router, counts, monkeypatch):
     """Bitwise, within a launch bucket. W = 0 and the interpreter multiplies by einsum: BLAS lacks the property."""
     monkeypatch.setattr(numpy, "matmul", lambda a, b, dtype: numpy.einsum("ij,jk->ik", a, b, dtype=dtype))
@@ -240,7 +243,8 @@ def bytes_a_token(run, dtype, *modules) -> tuple[int, int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("share_a", [True, False])
 @pytest.mark.parametrize("activation", ["identity", "tanh"])
-def test_bytes_kept_for_backward(dtype, share_a, activation):
+def test_bytes_kept_for_backward(dtype, share_a, activation, monkeypatch):
+    monkeypatch.setattr(launch, "launch", lambda *_, **__: None)  # the sizes alone count
     parts = 1 if dtype == torch.float32 else 2
     rank = R if share_a else E * R
     options = {"share_a": share_a, "activation": activation}

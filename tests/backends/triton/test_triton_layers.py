@@ -6,21 +6,23 @@ import itertools
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, UPSTREAM_LAYOUTS, RouterTrial, Trial, compare, error
+from cases import DTYPES, LAYOUTS, UPSTREAM_LAYOUTS, RouterTrial, Trial, compare, error, everyday_seeds, kinds
+from everyday import full_but
 
 from mos_kernels import MoSConfig
 from mos_kernels.backends.triton import launch
 
 SEEDS, ROUTER_SEEDS = range(100), (*range(40), 175959192)  # the last: one expert takes all but 1e-6
+EVERYDAY, ROUTER_EVERYDAY = everyday_seeds(Trial, SEEDS), everyday_seeds(RouterTrial, ROUTER_SEEDS[:-1])
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", full_but(EVERYDAY, SEEDS))
 def test_a_drawn_layer(seed):
     trial = Trial.drawn(seed)
     assert not trial.failures(), str(trial)
 
 
-@pytest.mark.parametrize("seed", ROUTER_SEEDS)
+@pytest.mark.parametrize("seed", full_but((*ROUTER_EVERYDAY, ROUTER_SEEDS[-1]), ROUTER_SEEDS))
 def test_a_drawn_router(seed):
     trial = RouterTrial.drawn(seed)
     assert not trial.failures(), str(trial)
@@ -45,10 +47,24 @@ def test_the_seeds_reach_every_kind_of_layer():
     assert reached((None, *DTYPES), ("identity", "silu"), of=lambda t: (t.base_dtype, t.config.activation))
 
 
-@pytest.mark.shipped_settings
 @pytest.mark.parametrize(
-    ("dtype", "activation"), [(torch.float32, "identity"), (torch.bfloat16, "identity"), (torch.float16, "gelu")]
+    ("kind", "seeds", "chosen"), [(Trial, SEEDS, EVERYDAY), (RouterTrial, ROUTER_SEEDS[:-1], ROUTER_EVERYDAY)]
 )
+def test_the_everyday_seeds_reach_what_all_of_them_do(kind, seeds, chosen):
+    reached, everything = (set().union(*(kinds(kind.drawn(seed)) for seed in some)) for some in (chosen, seeds))
+    assert reached == everything and len(everything) >= 60
+    assert set(chosen) < set(seeds)
+
+
+@pytest.mark.shipped_settings
+@pytest.mark.budget(20)
+@pytest.mark.parametrize(
+    ("dtype", "activation"),
+    [
+        (torch.float32, "identity"), pytest.param(torch.bfloat16, "identity", marks=pytest.mark.full),
+        pytest.param(torch.float16, "gelu", marks=pytest.mark.full),
+    ],
+)  # fmt: skip
 def test_several_tiles_of_everything(dtype, activation):
     """More tokens, inputs, outputs and columns of rank than one tile holds, and more than one part of each split."""
     config = MoSConfig(r=20, activation=activation, router_scope="linear", num_experts_per_tok=3)
@@ -56,7 +72,8 @@ def test_several_tiles_of_everything(dtype, activation):
     assert not trial.failures()
 
 
-@pytest.mark.parametrize("share_a", [True, False])
+@pytest.mark.budget(8)
+@pytest.mark.parametrize("share_a", [pytest.param(True, marks=pytest.mark.full), False])
 def test_more_columns_than_a_tile_holds(share_a):
     """R + E > 128 columns in shrink, E·r > 128 in expand."""
     few = {"r": 128, "spaces": {"hyperbolic": 1, "spherical": 1, "euclidean": 2}, "num_experts_per_tok": 2}

@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 
 @pytest.mark.unpoisoned
+@pytest.mark.full
 def test_a_compiled_model_keeps_one_graph_with_padding_left_out():
     from mos_kernels.huggingface import apply_mos
 

@@ -29,6 +29,7 @@ def positive_case(config, dtype, router):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 @pytest.mark.parametrize("k", [1, K])
+@pytest.mark.one_at_a_time("dtype", "norm_topk_prob", "k")
 def test_one_expert_takes_all_and_one_takes_none(dtype, norm_topk_prob, k):
     config = config_of(k, norm_topk_prob=norm_topk_prob)
     router = 0.2 * normal(3, E, D_IN)
@@ -117,6 +118,8 @@ def test_the_injected_gradient_is_that_of_the_loss(masked, k):
 
 @pytest.mark.parametrize("activation", ["identity", "tanh"])
 @pytest.mark.parametrize("masked", ["some", "all"])
+@pytest.mark.budget(12)
+@pytest.mark.one_at_a_time("masked", "activation")
 def test_a_linear_with_its_own_router_leaves_padding_out(masked, activation):
     case = make_case(config_of(activation=activation), (2, 19), d_in=D_IN, own_router=True).to(torch.float32)
     mask = torch.zeros(2, 19, dtype=torch.bool) if masked == "all" else normal(2, 2, 19) > 0

@@ -1,0 +1,116 @@
+"""What follows from an adapter's parameters alone, κ, G and the factors in the base's dtype, kept between calls.
+
+It is kept in eval mode without gradients, and valid for the very tensors that it was made from, at the same address and
+version. A change in place, a tensor in another's place (`functional_call`, `load_state_dict`, `swap_tensors`, an
+assignment to the parameter or to its `.data`), a backward through any adapter of the process, `model.train()` and
+`model.eval()` end it.
+
+A write through `.data` (`p.data.copy_(...)`) or through numpy leaves no trace in a tensor: call `model.eval()` after
+it. Torch's fused optimizers leave none either, which is why a backward counts and a parameter with a gradient is
+never kept from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from mos_kernels.config import MoSConfig
+from mos_kernels.sharded import is_zero3
+
+_generation = 0
+"""How many backwards have run: a fused optimizer's step changes no version, nor does a copy made through `.data`."""
+
+
+class Use(NamedTuple):
+    """What the factors are made for."""
+
+    backend: str
+    x_dtype: torch.dtype  # A's
+    y_dtype: torch.dtype  # B's
+    config: MoSConfig
+
+
+class Factors(NamedTuple):
+    """What a call wants of the parameters."""
+
+    kappa: Tensor
+    A: Tensor
+    prepared: Any  # the backend's, of B; None where the call makes it
+
+
+class Kept(NamedTuple):
+    """Factors, and what they are valid for."""
+
+    factors: Factors
+    use: Use
+    tensors: tuple[Tensor, ...]
+    marks: tuple[tuple, ...]
+    storages: tuple[torch.UntypedStorage, ...]  # held, or another tensor might be put at the same address
+    generation: int
+    frozen: bool  # asked for by name: what a CUDA graph may capture
+
+    @classmethod
+    def make(
+        cls, tensors: tuple[Tensor, ...], use: Use, form: Callable[[], Factors], frozen: bool = False
+    ) -> Kept | None:
+        """What `form` makes of the tensors, or None where a change of them would not be seen."""
+        if not all(map(_shows_changes, tensors)):
+            return None
+        generation, marks = _generation, tuple(map(_mark, tensors))  # before: a change meanwhile ends it
+        with torch.inference_mode(False), torch.no_grad():
+            factors = form()
+        return cls(factors, use, tensors, marks, tuple(t.untyped_storage() for t in tensors), generation, frozen)
+
+    def is_valid(self, tensors: tuple[Tensor, ...], use: Use) -> bool:
+        return (
+            self.generation == _generation
+            and self.use == use
+            and all(
+                a is b and a.grad is None and _mark(a) == mark
+                for a, b, mark in zip(tensors, self.tensors, self.marks, strict=True)
+            )
+        )
+
+
+def count_backward() -> None:
+    """A backward runs: the parameters of any adapter may change without a trace from here on."""
+    global _generation
+    if not torch.compiler.is_compiling():
+        _generation += 1
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is a plain tensor, and what is done to it is neither recorded, differentiated nor transformed."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or type(x) not in (Tensor, nn.Parameter)  # fx traces with proxies, and others with tensors of their own
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: what is computed now holds numbers at a replay alone."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _mark(t: Tensor) -> tuple:
+    return t.data_ptr(), t._version, t.dtype, t.shape, t.stride()
+
+
+def _shows_changes(t: Tensor) -> bool:
+    """Whether a change of t is seen: not by an optimizer's step to come, of an inference tensor, of memory shared by
+    processes, or of what ZeRO gathers anew."""
+    return (
+        type(t) in (Tensor, nn.Parameter)
+        and t.grad is None
+        and not (t.is_meta or t.is_inference() or is_zero3(t))
+        and not (t.device.type == "cpu" and t.is_shared())
+    )

@@ -1,0 +1,324 @@
+"""What is kept of an adapter's parameters without gradients: used while they are the same, and never after."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from mos_kernels import MoSConfig, MoSLinear, MoSWrapped, kept
+from mos_kernels.backends import eager
+
+CONFIG = MoSConfig(
+    r=4, spaces={"hyperbolic": 2, "spherical": 1, "euclidean": 1}, num_experts_per_tok=2, router_scope="linear",
+    init_lora_weights=False,
+)  # fmt: skip
+
+
+def layer_of(dtype=torch.float32, kind=MoSLinear, seed=0) -> nn.Module:
+    torch.manual_seed(seed)
+    return kind.from_linear(nn.Linear(16, 12, dtype=dtype), CONFIG).eval()
+
+
+def x_of(dtype=torch.float32):
+    return torch.randn(5, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.fixture
+def prepares(monkeypatch):
+    """How often the backend has prepared B."""
+    calls, prepare = [], eager.prepare
+    monkeypatch.setattr(eager, "prepare", lambda *args: calls.append(1) or prepare(*args))
+    return calls
+
+
+def fresh(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The output from the parameters as they are now."""
+    return layer(x.clone().requires_grad_()).detach()
+
+
+@pytest.mark.parametrize("kind", [MoSLinear, MoSWrapped])
+def test_it_is_computed_once(prepares, kind):
+    layer, x = layer_of(kind=kind), x_of()
+    with torch.no_grad():
+        first = layer(x)
+        assert len(prepares) == 1
+        assert torch.equal(layer(x), first) and layer(x[:2]).shape == (2, 12)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), first)
+    assert len(prepares) == 1
+    assert torch.equal(fresh(layer, x), first)
+
+
+def test_under_autocast_it_is_kept_in_autocasts_dtype(prepares):
+    layer, x = layer_of(), x_of()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        first = layer(x)
+        assert first.dtype == torch.bfloat16 and torch.equal(layer(x), first) and len(prepares) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fresh(layer, x), first)
+    with torch.no_grad():
+        assert layer(x).dtype == torch.float32 and len(prepares) == 3
+
+
+new = {name: tensor.detach() * 2 for name, tensor in layer_of().named_parameters()}
+
+
+def functional_call(layer):
+    return lambda x: torch.func.functional_call(layer, new, (x,))
+
+
+def assigned(layer):
+    for name, value in new.items():
+        setattr(layer, name, nn.Parameter(value.clone(), requires_grad=False))
+
+
+def same_memory_assigned(layer):
+    """A parameter over the same memory counts versions of its own."""
+    layer.mos_lora_B = nn.Parameter(layer.mos_lora_B.data)
+    layer.mos_lora_B.data = layer.mos_lora_B.data
+    with torch.no_grad():
+        layer.mos_lora_B.mul_(2)
+
+
+def swapped(layer):
+    for name, value in new.items():
+        torch.utils.swap_tensors(getattr(layer, name), nn.Parameter(value.clone(), requires_grad=False))
+
+
+def swapped_again_and_again(layer):
+    """Whatever the allocator puts at an address that was free again."""
+    for factor in range(2, 20):
+        value = nn.Parameter(layer.mos_lora_B.detach() * factor, requires_grad=False)
+        torch.utils.swap_tensors(layer.mos_lora_B, value)
+        del value
+        with torch.no_grad():
+            assert torch.equal(layer(x_of()), fresh(layer, x_of()))
+
+
+def loaded(layer):
+    layer.load_state_dict(new, strict=False)
+
+
+def loaded_by_assignment(layer):
+    layer.load_state_dict(new, strict=False, assign=True)
+
+
+def changed_in_place(layer):
+    with torch.no_grad():
+        layer.mos_lora_B.mul_(2)
+
+
+def changed_under_inference_mode(layer):
+    with torch.inference_mode():
+        layer.mos_curvature.add_(1)
+
+
+def data_assigned(layer):
+    layer.mos_lora_A.data = layer.mos_lora_A.data * 2
+
+
+def data_assigned_as_a_view(layer):
+    layer.mos_lora_B.data = layer.mos_lora_B.data.transpose(1, 2)  # the same address, of E = r
+
+
+def vector_to_parameters(layer):
+    vector = nn.utils.parameters_to_vector(layer.parameters())
+    nn.utils.vector_to_parameters(vector * 2, layer.parameters())
+
+
+def curvatures_map(layer):
+    layer.mos_curvature_map[0] += 0.1
+
+
+def reconfigured(layer):
+    layer.config = MoSConfig.from_dict({**CONFIG.to_dict(), "lora_alpha": 3.0})
+
+
+def drawn_anew(layer):
+    layer.reset_adapter_parameters()
+
+
+def cast(layer):
+    layer.double()
+
+
+def moved(layer):
+    layer.to("cpu")
+    with torch.no_grad():
+        layer.mos_lora_A.neg_()
+
+
+def trained_by_a_fused_optimizer(layer):
+    """Which changes no version; here in eval mode."""
+    optimizer = torch.optim.AdamW([layer.mos_lora_A, layer.mos_lora_B], lr=0.1, fused=True)
+    for _ in range(2):
+        layer(x_of()).sum().backward()
+        with torch.no_grad():
+            layer(x_of())
+        optimizer.step()
+        with torch.no_grad():
+            assert torch.equal(layer(x_of()), fresh(layer, x_of()))
+        optimizer.zero_grad()
+        with torch.no_grad():
+            layer(x_of())
+
+
+def data_changed_then_eval(layer):
+    """What leaves no trace in a tensor, as copies of moving averages."""
+    layer.mos_lora_B.data.mul_(2)
+    layer.eval()
+
+
+def synchronised_from_a_layer_in_training(layer):
+    """As a reference model is, through `.data`, after a step of the model in training."""
+    other = layer_of(seed=3)
+    other(x_of()).sum().backward()
+    with torch.no_grad():
+        layer.mos_lora_B.data.mul_(0.5).add_(other.mos_lora_B.data, alpha=0.5)
+
+
+CHANGES = [
+    functional_call, assigned, same_memory_assigned, swapped, swapped_again_and_again, loaded, loaded_by_assignment,
+    changed_in_place, changed_under_inference_mode, data_assigned, data_assigned_as_a_view, vector_to_parameters,
+    curvatures_map, reconfigured, drawn_anew, cast, moved, trained_by_a_fused_optimizer, data_changed_then_eval,
+    synchronised_from_a_layer_in_training,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen(change, frozen):
+    layer = layer_of()
+    if frozen:
+        layer.freeze_for_inference()
+    with torch.no_grad():
+        before = layer(x_of())
+    call = change(layer) or layer
+    x = x_of(layer.weight.dtype)
+    with torch.no_grad():
+        now = call(x)
+        assert torch.equal(call(x), now)
+    assert torch.equal(now, call(x.clone().requires_grad_()).detach())
+    assert not torch.equal(now.float(), before.float())
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_has_its_own(make):
+    layer = layer_of().freeze_for_inference()
+    other = make(layer)
+    assert other._frozen is None and layer._frozen is not None
+    with torch.no_grad():
+        assert torch.equal(other(x_of()), layer(x_of()))
+        other.mos_lora_B.neg_()
+        assert not torch.equal(other(x_of()), layer(x_of()))
+    assert torch.equal(other(x_of()), fresh(other, x_of()))
+
+
+def test_nothing_is_kept_where_a_change_would_not_be_seen():
+    layer = layer_of()
+    layer.share_memory()  # another process may write
+    with torch.inference_mode():
+        tensors = layer_of()  # these have no versions
+    with torch.no_grad():
+        layer(x_of())
+    with torch.inference_mode():
+        tensors(x_of())
+    assert layer._frozen is None and tensors._frozen is None
+    managed = layer_of()
+    managed._is_fsdp_managed_module = True  # FSDP fills one tensor again and again, at one version
+    with torch.no_grad():
+        assert torch.equal(managed(x_of()), layer_of()(x_of()))
+    assert managed._frozen is None
+    assert managed.freeze_for_inference()._frozen is None
+
+
+@pytest.mark.parametrize("what", ["gradients", "training"])
+def test_nothing_is_held_in_training(what):
+    layer = layer_of().freeze_for_inference()
+    assert layer._frozen is not None
+    if what == "training":
+        layer.train()
+    layer(x_of())
+    assert layer._frozen is None
+
+
+def test_a_graph_being_captured_computes_from_the_parameters_unless_frozen(monkeypatch):
+    layer = layer_of()
+    with torch.no_grad():
+        layer(x_of())
+        monkeypatch.setattr("mos_kernels.layer.is_capturing", lambda x: True)
+        factors = layer._factors(x_of(), None, "auto")
+        assert factors.prepared is None and factors.A is layer.mos_lora_A and not layer._frozen.frozen
+        layer._frozen = None
+        assert layer._factors(x_of(), None, "auto").prepared is None and layer._frozen is None
+        monkeypatch.undo()
+        layer.freeze_for_inference()
+        monkeypatch.setattr("mos_kernels.layer.is_capturing", lambda x: True)
+        assert layer._factors(x_of(), None, "auto") is layer._frozen.factors
+        layer.mos_lora_B.neg_()
+        assert layer._factors(x_of(), None, "auto").prepared is None
+
+
+def test_a_compiled_layer_computes_from_the_parameters():
+    layer, graphs = layer_of(), []
+    compiled = torch.compile(layer, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    with torch.no_grad():
+        layer(x_of())
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x_of()), layer(x_of()))
+            layer.mos_lora_B.mul_(2)
+    assert len(graphs) == 1
+
+
+def test_threads():
+    layer, failed = layer_of(), []
+    expected = fresh(layer, x_of())
+
+    def run():
+        with torch.no_grad():
+            for _ in range(20):
+                layer._frozen = None
+                if not torch.equal(layer(x_of()), expected):
+                    failed.append(1)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+def test_a_change_while_it_is_made_ends_it():
+    tensor = nn.Parameter(torch.ones(2), requires_grad=False)
+    use = kept.Use("eager", torch.float32, torch.float32, CONFIG)
+    made = kept.Kept.make((tensor,), use, lambda: tensor.add_(1))
+    assert not made.is_valid((tensor,), use)
+
+
+def test_the_peft_door_keeps_and_forgets_too():
+    pytest.importorskip("peft")
+    from peft import get_peft_model
+
+    from mos_kernels.huggingface import MoSPeftConfig
+
+    torch.manual_seed(0)
+    config = MoSPeftConfig(target_modules=["0"], router_scope="linear", init_lora_weights=False, r=4)
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 12)), config).eval()
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        before = model(x_of())
+        first = layer.mos_adapter["default"]._frozen
+        model(x_of())
+        assert first is not None and layer.mos_adapter["default"]._frozen is first
+        layer.mos_lora_B["default"].mul_(2)
+        doubled = model(x_of())
+        layer.mos_lora_B["default"] = nn.Parameter(layer.mos_lora_B["default"] / 2)
+        again = model(x_of())
+    assert torch.equal(again, before) and not torch.equal(doubled, before)
+    assert torch.equal(again, fresh(model, x_of()))
