@@ -86,7 +86,7 @@ def _export(args: argparse.Namespace) -> ExportReport:
     model, _ = models.load_model(args.model, heads, tokenizer, getattr(torch, args.dtype), seed=0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device if args.device == "auto" else args.device).eval()
-    load_adapter(model, args.adapter, is_trainable=True)  # whatever was trained with it goes along
+    load_adapter(model, args.adapter)
 
     def batches(part: dict) -> list[dict]:
         return _batches(args, part, tokenizer, length, is_classifier, names)

@@ -29,7 +29,8 @@ from transformers.pytorch_utils import Conv1D
 import mos_kernels
 from mos_kernels.functional import mos_linear, mos_route
 from mos_kernels.huggingface import files
-from mos_kernels.huggingface.modules import adapter_parameters, mos_adapters
+from mos_kernels.huggingface.modules import adapter_parameters, mos_adapters, unwrap
+from mos_kernels.huggingface.state import adapter_state, tensors_of
 from mos_kernels.huggingface.targets import HEADS, refuse_offloaded
 from mos_kernels.layer import MoSAdapter, MoSConv1D, MoSLayer
 from mos_kernels.sharded import gathered, refuse_sharded, refuse_zero3
@@ -117,8 +118,7 @@ def export_lora(
     """Write the LoRA nearest to the adapter of `model` on the calibration tokens into `folder`, as peft's LoRA.
 
     `PeftModel.from_pretrained(base, folder)` loads it, `merge_and_unload()` merges it, and what serves or quantises
-    LoRAs takes it. Modules that are trained whole (a classifier's head) go with it, as in save_adapter: load an adapter
-    that has such with is_trainable=True.
+    LoRAs takes it. Modules that were trained whole beside the adapter, and a classifier's head, go with it.
 
     Args:
         model: with the adapter, of apply_mos, load_adapter or peft; left as it is.
@@ -142,7 +142,7 @@ def export_lora(
     _check_batches("calibration_batches", calibration_batches)
     if evaluation_batches is not None:
         _check_batches("evaluation_batches", evaluation_batches)
-    outer = files._unwrap(model)
+    outer = unwrap(model)
     inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
     linears = _linears(inner)
     whole = _modules_saved_whole(outer, inner)
@@ -202,8 +202,9 @@ class _Linear:
     mode: "adapter" runs it as it is; "collect" does too, and adds to the statistics; "lora" runs the export.
     """
 
-    def __init__(self, name: str, layer: nn.Module, adapter: MoSAdapter) -> None:
-        self.name, self.layer, self.adapter = name, layer, adapter
+    def __init__(self, name: str, layer: nn.Module, adapter: MoSAdapter, adapter_name: str | None) -> None:
+        """adapter_name: that of peft's, by which the gates are given."""
+        self.name, self.layer, self.adapter, self.adapter_name = name, layer, adapter, adapter_name
         self.d_out, self.d_in = adapter.mos_lora_B.shape[0], adapter.mos_lora_A.shape[-1]
         self.mode, self.calls, self.on_call = "adapter", 0, None
         self.tokens, self.error, self.factors = 0, None, None
@@ -232,7 +233,7 @@ class _Linear:
         """Add tokens: x (..., d_in), gates (..., E), or by adapter, or None for the linear's own router."""
         adapter, config = self.adapter, self.adapter.config
         if isinstance(gates, Mapping):
-            gates = gates.get(adapter.name)
+            gates = gates.get(self.adapter_name)
         mask = self.mask_of(x)
         x = x.reshape(-1, self.d_in) if mask is None else x[mask]
         x = x if x.dtype == torch.float64 else x.float()
@@ -314,25 +315,22 @@ def _linears(model: nn.Module) -> list[_Linear]:
     for name, layer in model.named_modules():
         named = layer._modules.get("mos_adapter")
         if isinstance(layer, MoSLayer):
-            adapters = [layer]
+            adapters = {None: layer}
         elif isinstance(named, nn.ModuleDict):
-            adapters = [adapter for adapter in named.values() if id(adapter) in active]
-            idle |= {key for key, adapter in named.items() if id(adapter) not in active}
+            adapters = {key: adapter for key, adapter in named.items() if id(adapter) in active}
+            idle |= named.keys() - adapters.keys()
             if len(adapters) > 1:
-                raise ValueError(
-                    f"{name!r} has several active adapters, {[adapter.name for adapter in adapters]}: choose one with "
-                    "set_adapter"
-                )
+                raise ValueError(f"{name!r} has several active adapters, {list(adapters)}: choose one with set_adapter")
             if layer.disable_adapters:
                 raise ValueError(f"the adapters of {name!r} are disabled: export outside of disable_adapter()")
         else:
             continue
         refuse_sharded(name, layer)
         refuse_offloaded(name, layer)
-        for adapter in adapters:
+        for adapter_name, adapter in adapters.items():
             if adapter.mos_lora_A.is_meta:
                 raise ValueError(f"{name!r} is on the meta device: load the adapter's values first")
-            found.append(_Linear(name, layer, adapter))
+            found.append(_Linear(name, layer, adapter, adapter_name))
     if not found:
         others = f": it has {sorted(idle)}, choose one with set_adapter" if idle else ""
         raise ValueError(
@@ -531,12 +529,13 @@ def _modules_saved_whole(outer: nn.Module, inner: nn.Module) -> tuple[list[str],
         tensors = {k.removeprefix(files.PREFIX): v for k, v in found.items() if not files._is_adapter(k)}
         modules = list(outer.peft_config[name].modules_to_save or [])
     else:
-        modules = files._modules_to_save(inner)
-        tensors = files.tensors_of(inner, [*modules, *files._named_by_ending(inner, modules)])
+        state = adapter_state(inner)
+        modules = [] if state is None else state.modules_to_save()
+        tensors = tensors_of(inner, [*modules, *files._named_by_ending(inner, modules)])
     for head in HEADS if _task_type(files._class_of(inner)) in WITH_HEAD else ():
         if head in inner._modules and not any(name.startswith(f"{head}.") for name in tensors):
             modules.append(head)
-            tensors |= files.tensors_of(inner, [head])
+            tensors |= tensors_of(inner, [head])
     present = [name for name in modules if any(f".{name}." in f".{tensor}" for tensor in tensors)]
     return list(dict.fromkeys(present)), tensors
 

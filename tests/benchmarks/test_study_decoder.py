@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.study import rows
 from benchmarks.study.decoder import __main__ as command
-from benchmarks.study.decoder import plan, problems, runner, training
+from benchmarks.study.decoder import export, plan, problems, runner, training
 from benchmarks.study.decoder.model import adapted, load
 from benchmarks.study.decoder.plan import ENTRIES, EUCLIDEAN, LORA, LORA_MATCHED, MOS, Cell
 
@@ -226,6 +226,18 @@ def test_runs_are_done_in_their_order_and_once(place, tmp_path, capsys, monkeypa
     assert done == [c for c in planned if c.rate == 1]
     assert command.main(["plan", "--rows", str(path), "--dataset", "mawps", "--seeds", "0", "--entries", "MoS"]) == 0
     assert "1 of 3 runs are done" in capsys.readouterr().out
+
+
+def test_an_adapter_is_exported_and_scored(row, place, tmp_path, capsys):
+    cells = [CELL, dataclasses.replace(CELL, seed=1)]  # the second was not run
+    rows.append(tmp_path / "rows.jsonl", row)
+    export.run_all(cells, place, tmp_path / "rows.jsonl", tmp_path / "exports.jsonl", 4, 20)
+    assert "the LoRA of rank 4" in capsys.readouterr().out
+    (found,) = rows.read(tmp_path / "exports.jsonl")
+    assert found["of"] == CELL.key and found["eval_rows"] == 3 and len(found["answers"]) == 3
+    assert 0 <= found["agreement"] <= 1 and found["kl"] >= 0 and found["positions"] > 3
+    export.run_all(cells, place, tmp_path / "rows.jsonl", tmp_path / "exports.jsonl", 4, 20)
+    assert len(rows.read(tmp_path / "exports.jsonl")) == 1
 
 
 def test_a_data_folder_that_is_not_there(tmp_path, capsys):

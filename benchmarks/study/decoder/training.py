@@ -54,6 +54,14 @@ def collate(examples: Sequence[dict], pad: int) -> dict[str, Tensor]:
     return batch | {"labels": torch.tensor(labels)}
 
 
+def with_labels(examples: Sequence[dict], pad: int) -> dict[str, Tensor]:
+    """The batch of `collate` with labels as wide as the tokens, as transformers' models take them."""
+    batch = collate(examples, pad)
+    width = batch["input_ids"].shape[1]
+    prompt = torch.full((len(examples), width - batch["labels"].shape[1]), IGNORED)
+    return batch | {"labels": torch.cat([prompt, batch["labels"]], 1)}
+
+
 def equation_losses(model: nn.Module, batch: dict[str, Tensor], reduction: str) -> Tensor:
     """Cross entropy in nats: the mean over the equations' tokens, or with "none" (B, L), 0 on the prompt."""
     labels = batch["labels"]
