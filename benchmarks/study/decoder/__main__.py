@@ -1,4 +1,4 @@
-"""`python -m benchmarks.study.decoder plan | run | export`: what is to be run, the runs, and their adapters as LoRAs."""
+"""`python -m benchmarks.study.decoder plan | run | export`: what is run, the runs, and their adapters as LoRAs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What export_lora loses: the adapters that runs left, exported on training problems and scored on the test problems."""
+"""What export_lora loses: the adapters that runs left, exported on training problems, scored on the test's."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def run_all(planned: Sequence[Cell], place: Place, path: Path, exports: Path, ra
         with rows.only_writer(exports):
             rows.append(exports, row)
         print(
-            f"{cell.key}: the mixture solves {finished[cell.key]['solved']}, the LoRA of rank {rank} {row['solved']} of "
-            f"{row['eval_rows']}; KL {row['kl']:.4g}, agreement {row['agreement']:.3f}, error {row['error']:.3g}",
+            f"{cell.key}: the mixture solves {finished[cell.key]['solved']} of {row['eval_rows']}, the LoRA of rank "
+            f"{rank} {row['solved']}; KL {row['kl']:.4g}, agreement {row['agreement']:.3f}, error {row['error']:.3g}",
             flush=True,
         )
     return 0
