@@ -61,6 +61,10 @@ class MoSConfig:
 
     Where it is applied (as in peft): target_modules (a list of name endings, one regular expression, or "all-linear"),
     exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern.
+
+    spaces_pattern: as rank_pattern, other numbers of experts by geometry for some linears, such as
+        {"q_proj|k_proj|v_proj|o_proj": {"euclidean": 1}}. They use num_experts_per_tok of their experts, or all where
+        they have fewer. A single Euclidean expert (activation "identity") is a plain LoRA.
     """
 
     r: int = 8
@@ -89,9 +93,10 @@ class MoSConfig:
     layers_pattern: str | Sequence[str] | None = None
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
+    spaces_pattern: Mapping[str, Mapping[str, int]] | None = None
 
     def __post_init__(self) -> None:
-        self._check_spaces()
+        object.__setattr__(self, "spaces", _ordered_spaces("spaces", self.spaces))
         _require_int("r", self.r, 1)
         _require_int("num_experts_per_tok", self.num_experts_per_tok, 1)
         if self.num_experts_per_tok > self.num_experts:
@@ -132,19 +137,6 @@ class MoSConfig:
         self._check_targets()
         object.__setattr__(self, "json", json.dumps(self.to_dict(), sort_keys=True))  # what the registered ops take
 
-    def _check_spaces(self) -> None:
-        if not isinstance(self.spaces, Mapping):
-            raise ValueError(f"spaces={self.spaces!r} must map {SPACES} to numbers of experts")
-        unknown = sorted(set(self.spaces) - set(SPACES), key=str)
-        if unknown:
-            raise ValueError(f"spaces has unknown geometries {unknown}: use {SPACES}")
-        for name, count in self.spaces.items():
-            _require_int(f"spaces[{name!r}]", count, 0)
-        ordered = {name: self.spaces[name] for name in SPACES if self.spaces.get(name, 0)}
-        if not ordered:
-            raise ValueError(f"spaces={dict(self.spaces)} holds no experts: give a geometry a positive number")
-        object.__setattr__(self, "spaces", ordered)
-
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
@@ -177,18 +169,21 @@ class MoSConfig:
         for name, check in (
             ("rank_pattern", lambda key, v: _require_int(key, v, 1)),
             ("alpha_pattern", lambda key, v: _require_number(key, v, lambda a: a > 0, "positive")),
+            ("spaces_pattern", _ordered_spaces),
         ):
             pattern = getattr(self, name)
             if pattern is None:
                 continue
             if not isinstance(pattern, Mapping):
-                raise ValueError(f"{name}={pattern!r} must map module names to numbers")
+                raise ValueError(f"{name}={pattern!r} must map module names to what they have")
+            values = dict(pattern)
             for key, value in pattern.items():
                 if not isinstance(key, str):
                     raise ValueError(f"{name} has the key {key!r}, which must be a module name or a regular expression")
                 _require_regex(name, key)
-                check(f"{name}[{key!r}]", value)
-            object.__setattr__(self, name, dict(pattern))
+                checked = check(f"{name}[{key!r}]", value)
+                values[key] = value if checked is None else checked
+            object.__setattr__(self, name, values)
 
     # presets
 
@@ -242,18 +237,26 @@ class MoSConfig:
         """The factor on the adapter's output: α/r, or α/√r with `use_rslora`."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
+    @property
+    def is_lora(self) -> bool:
+        """Whether the adapter is one Euclidean expert, whose gate is 1: a LoRA, with neither router nor curvature."""
+        return self.spaces == {"euclidean": 1} and self.activation == "identity"
+
     def squared_length_unit(self, in_features: int) -> float:
         """length_unit², by which κ̂ is divided, for a linear of width `in_features`."""
         return float(in_features) if self.length_unit == "sqrt_dim" else float(self.length_unit) ** 2
 
     def for_module(self, name: str) -> MoSConfig:
-        """This configuration with the rank and alpha that the patterns give to the module `name` (as in peft)."""
+        """This configuration with what the patterns give to the module `name` (as in peft): rank, alpha and spaces."""
         changes = {}
-        for attribute, pattern in (("r", self.rank_pattern), ("lora_alpha", self.alpha_pattern)):
+        patterns = {"r": self.rank_pattern, "lora_alpha": self.alpha_pattern, "spaces": self.spaces_pattern}
+        for attribute, pattern in patterns.items():
             for key, value in (pattern or {}).items():
                 if re.match(rf"(.*\.)?({key})$", name):
                     changes[attribute] = value
                     break
+        if "spaces" in changes:
+            changes["num_experts_per_tok"] = min(self.num_experts_per_tok, sum(changes["spaces"].values()))
         return dataclasses.replace(self, **changes) if changes else self
 
     def to_dict(self) -> dict:
@@ -271,8 +274,23 @@ class MoSConfig:
 
 def _plain(value):
     if isinstance(value, Mapping):
-        return dict(value)
+        return {key: _plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
+
+
+def _ordered_spaces(name: str, value) -> dict[str, int]:
+    """Numbers of experts by geometry, in the order of SPACES and without zeros; ValueError for anything else."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}={value!r} must map {SPACES} to numbers of experts")
+    unknown = sorted(set(value) - set(SPACES), key=str)
+    if unknown:
+        raise ValueError(f"{name} has unknown geometries {unknown}: use {SPACES}")
+    for space, count in value.items():
+        _require_int(f"{name}[{space!r}]", count, 0)
+    ordered = {space: value[space] for space in SPACES if value.get(space, 0)}
+    if not ordered:
+        raise ValueError(f"{name}={dict(value)} holds no experts: give a geometry a positive number")
+    return ordered
 
 
 def _require_int(name: str, value, minimum: int) -> None:

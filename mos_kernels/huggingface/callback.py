@@ -129,7 +129,7 @@ class MoSCallback(TrainerCallback):
         self._step_in_epoch = None
         self._next_measured = 0
         for layer in mos_adapters(model).values():
-            if layer.mos_curvature.dtype != torch.float32:
+            if layer.mos_curvature is not None and layer.mos_curvature.dtype != torch.float32:
                 layer.mos_curvature.data = layer.mos_curvature.data.float()
         self._open_history(args, state, model)
 
@@ -239,8 +239,8 @@ def _steps_per_epoch(args, train_dataloader) -> int | None:
 
 
 def _dimensionless_curvature(model: nn.Module) -> dict[str, list[float]]:
-    """κ̂ of every expert, by layer."""
-    layers = mos_adapters(model)
+    """κ̂ of every expert, by layer; a LoRA has none."""
+    layers = {name: layer for name, layer in mos_adapters(model).items() if not layer.config.is_lora}
     if not layers:
         return {}
     with torch.no_grad():

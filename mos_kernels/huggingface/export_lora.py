@@ -232,8 +232,8 @@ class _Linear:
     def add(self, x: Tensor, gates) -> None:
         """Add tokens: x (..., d_in), gates (..., E), or by adapter, or None for the linear's own router."""
         adapter, config = self.adapter, self.adapter.config
-        if isinstance(gates, Mapping):
-            gates = gates.get(self.adapter_name)
+        if isinstance(gates, Mapping):  # of a block that may hold linears with routers of their own
+            gates = gates.get(self.adapter_name) if adapter.mos_router is None else None
         mask = self.mask_of(x)
         x = x.reshape(-1, self.d_in) if mask is None else x[mask]
         x = x if x.dtype == torch.float64 else x.float()
@@ -242,12 +242,15 @@ class _Linear:
         if x.shape[0] == 0:
             return
         with torch.autocast(x.device.type, enabled=False):
-            if gates is None:
-                gates = mos_route(x, adapter.mos_router, config=config, inference=True)
-            delta = mos_linear(
-                x, None, None, adapter.mos_lora_A, adapter.mos_lora_B, adapter.curvature, config=config,
-                base_output=x.new_zeros(x.shape[0], self.d_out), gates=gates, inference=True,
-            )  # fmt: skip
+            if config.is_lora:
+                gates, delta = x.new_ones(x.shape[0], 1), product(x, self._flat(x.new_ones(1)).to(x.dtype))
+            else:
+                if gates is None:
+                    gates = mos_route(x, adapter.mos_router, config=config, inference=True)
+                delta = mos_linear(
+                    x, None, None, adapter.mos_lora_A, adapter.mos_lora_B, adapter.curvature, config=config,
+                    base_output=x.new_zeros(x.shape[0], self.d_out), gates=gates, inference=True,
+                )  # fmt: skip
         if self.C is None:
             self._clear("cpu" if x.device.type == "mps" else x.device, config.num_experts)
         x, delta, gates = (t.to(self.C.device, torch.float64) for t in (x, delta, gates))

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -185,8 +186,10 @@ def refuse_damaged(folder: Path, shapes: dict[str, tuple[int, ...]] | None = Non
     for name, tensor in tensors.items():
         module, _, kind = name.removesuffix(".weight").rpartition(".")
         own, shape = config.for_module(module), tuple(tensor.shape)
-        wanted = parameter_shapes(dataclasses.replace(own, router_scope="linear"), d_in=shape[-1], d_out=shape[0])[kind]
-        if shape != wanted:
+        if name.endswith(".mos_router.weight"):  # a block's: of the experts that its linears have
+            own = _with_experts(config, shape[0] if shape else 0)
+        routed = dataclasses.replace(own, router_scope="linear")
+        if shape != parameter_shapes(routed, d_in=shape[-1], d_out=shape[0]).get(kind):
             raise ValueError(
                 f"{folder}: {name} has shape {shape}, which r={own.r} and {own.num_experts} experts do not have"
             )
@@ -194,6 +197,14 @@ def refuse_damaged(folder: Path, shapes: dict[str, tuple[int, ...]] | None = Non
             is_its = f".{other}".endswith(f".{name}") or f".{name}".endswith(f".{other}")
             if is_its:
                 _require_shapes(folder, {other: tensor}, {other: wanted})
+
+
+def _with_experts(config: MoSConfig, E: int) -> MoSConfig:
+    """`config`, with the spaces of its spaces_pattern that are E experts, where there are any."""
+    for spaces in (config.spaces, *(config.spaces_pattern or {}).values()):
+        if sum(spaces.values()) == E:
+            return dataclasses.replace(config, spaces=spaces, num_experts_per_tok=min(config.num_experts_per_tok, E))
+    return config
 
 
 def require_fit(
@@ -422,10 +433,14 @@ def with_import_note(card: str) -> str:
     return "\n".join([*([card.rstrip(), ""] if card.strip() else []), *note])
 
 
+def _listed(spaces: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in spaces.items())
+
+
 def _card(base: str | None, kind: type[nn.Module], config: MoSConfig) -> str:
     is_hub_id = base is not None and not os.path.exists(base)
     header = ["---", *([f"base_model: {base}"] if is_hub_id else []), "tags:", "- mos-kernels", "- lora", "---"]
-    spaces = ", ".join(f"{count} {name}" for name, count in config.spaces.items())
+    spaces, elsewhere = _listed(config.spaces), config.spaces_pattern or {}
     own = ["", f"model = ...  # the {kind.__name__} that the adapter was trained on"]
     if kind.__module__.startswith("transformers."):
         load_base = f"model = {kind.__name__}.from_pretrained({base or 'the base model'!r})"
@@ -454,7 +469,9 @@ def _card(base: str | None, kind: type[nn.Module], config: MoSConfig) -> str:
             "# A Mixture-of-Space adapter",
             "",
             f"Rank {config.r}, {config.num_experts} experts ({spaces}), {config.num_experts_per_tok} used by a token.",
-            "It cannot be merged into the base model, since what it adds depends on the data.",
+            *(f"Linears that match `{name}` have {_listed(own)}." for name, own in elsewhere.items()),
+            "It cannot be merged into the base model, since what it adds depends on the data:",
+            "`mos_kernels.huggingface.export_lora` writes the nearest plain LoRA, which can.",
             "",
             "A process that loads it must import `mos_kernels.huggingface` first:",
             "",

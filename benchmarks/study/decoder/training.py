@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from benchmarks.study.decoder.problems import Problem, solves
-from mos_kernels.finetune.trainer import training_arguments
 from mos_kernels.huggingface import MoSCallback, last_complete_checkpoint, mos_param_groups
 from mos_kernels.huggingface.modules import mos_adapters
 from mos_kernels.run_report.log import write_text
@@ -126,9 +125,9 @@ def train(
     times = _Times(output)
     trainer = _Trainer(
         model,
-        training_arguments(
+        TrainingArguments(
             output_dir=str(output), num_train_epochs=1, per_device_train_batch_size=batch_size, seed=seed,
-            learning_rate=learning_rate, lr_scheduler_type="linear", warmup_ratio=0.1, max_grad_norm=1.0,
+            learning_rate=learning_rate, lr_scheduler_type="linear", warmup_steps=0.1, max_grad_norm=1.0,
             bf16=True, use_cpu=True, logging_steps=1, save_steps=save_steps, save_total_limit=1, report_to=[],
             remove_unused_columns=False, disable_tqdm=True,
         ),

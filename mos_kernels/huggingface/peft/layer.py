@@ -57,7 +57,9 @@ class MoSPeftAdapter(MoSAdapter):
         bias: Tensor | None = None,
         base_output: Tensor | None = None,
     ) -> Tensor:
-        """The base, given as in `mos_linear`, plus this adapter."""
+        """The base, given as in `mos_linear`, plus this adapter. gates: of its block's router, where it has none."""
+        if self.mos_router is not None or self.config.is_lora:
+            gates = None
         if self.mos_lora_A.is_meta:
             raise RuntimeError("the adapter's parameters are on the meta device: load them first")
         return self._adapt(x, gates, backend, weight, bias, base_output)
@@ -143,7 +145,7 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
 
     def _freeze_non_trainable_peft_weights(self, adapter_names=None) -> None:
         for adapter in self.mos_adapter.values():
-            if not adapter.trains_curvature:
+            if adapter.mos_curvature is not None and not adapter.trains_curvature:
                 adapter.mos_curvature.requires_grad_(False)
 
     def forward(self, x: Tensor, gates: dict[str, Tensor] | None = None, backend: str = "auto") -> Tensor:
