@@ -102,7 +102,7 @@ def test_the_matched_lora_has_as_many_parameters_on_smollm2():
     for entry in (LORA_MATCHED, MOS, EUCLIDEAN):
         model = adapted(LlamaForCausalLM(config), entry.method, entry.options)
         counts.append(30 * sum(p.numel() for p in model.parameters() if p.requires_grad))
-    assert counts == [7_793_280, 7_788_240, 7_788_240]
+    assert counts == [7_793_280, 7_788_240, 7_787_520]  # of Euclidean experts no curvature trains
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
