@@ -18,7 +18,6 @@ pytestmark = pytest.mark.budget(40)
 """Compiling takes what it takes; each process compiles a kernel once."""
 NVIDIA, EVERY = ("sm_80", "sm_90", "sm_100"), tuple(compiled.TARGETS)
 EVERYDAY = ("sm_90",)
-every_target = pytest.mark.parametrize("architecture", full_but(EVERYDAY, EVERY))
 every_nvidia = pytest.mark.parametrize("architecture", full_but(EVERYDAY, NVIDIA))
 SHARED = {**dict.fromkeys(NVIDIA, 101_376), "gfx942": 65_536}
 """Bytes: what the smallest GPUs of a generation give a program (sm_86, sm_89 and sm_120 have 99 KB)."""
@@ -64,7 +63,7 @@ def linear(**options) -> MoSConfig:
 
 
 @pytest.mark.parametrize("T", [TRAIN, DECODE])
-@every_target
+@pytest.mark.parametrize("architecture", full_but((*EVERYDAY, "gfx942"), EVERY))
 def test_the_defaults_compile_without_spills(architecture, T):
     found = default_launches(architecture, T)
     narrow = {"gram", "bridge", "bridge_backward", "bridge_reduce", "route"}
@@ -214,7 +213,7 @@ def test_wide_products_use_matrix_instructions_on_gfx942():
         assert "v_mfma" in compiled_for("gfx942", launch).asm["amdgcn"], launch.name
 
 
-@every_target
+@pytest.mark.parametrize("architecture", full_but(EVERYDAY, EVERY))
 def test_float32_is_never_multiplied_in_tf32(architecture):
     text = "amdgcn" if architecture.startswith("gfx") else "ptx"
     configs = (linear(), linear(activation="silu"))

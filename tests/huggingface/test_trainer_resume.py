@@ -121,7 +121,6 @@ def assert_same(resumed, whole):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed runs are forked, and this system has no fork")
 @pytest.mark.parametrize(("when", "goes_on_from"), [(when, 3) for when in KILLS])
-@pytest.mark.full
 def test_killed_and_resumed_equals_uninterrupted(when, goes_on_from, killed, uninterrupted):
     """On a Llama alone: what a killed process leaves does not depend on the model."""
     folder = killed[when]
