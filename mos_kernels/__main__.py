@@ -10,7 +10,9 @@ from pathlib import Path
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mos_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="say which backend would run here and why, and check it numerically")
+    doctor = commands.add_parser("doctor", help="say which backend would run here and why, and check it numerically")
+    doctor.add_argument("--model", type=Path, help="instead, check that all of the adapter in this folder takes part")
+    doctor.add_argument("--base", help="the base model of --model, where the adapter does not name it")
     finetune = commands.add_parser("finetune", help="fine-tune a model with MoS, LoRA and others under equal settings")
     export = commands.add_parser("export-lora", help="write the plain LoRA nearest to an adapter, which merges")
     report = commands.add_parser("report", help="draw a run: one HTML page with loss, curvature and routing")
@@ -36,6 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         command.add_arguments(export)
         return command.run(parser.parse_args(arguments))
     options = parser.parse_args(arguments)
+    if options.command == "doctor" and options.model is not None:
+        from mos_kernels.huggingface.participation import run as check
+
+        return check(options.model, options.base)
     if options.command == "doctor":
         from mos_kernels.doctor import run
 
