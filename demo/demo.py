@@ -21,10 +21,11 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # run from a checkout, the package need not be installed
 METHODS = ("lora", "mos")
 BATCH = 64
-PLOTS = {
-    "loss.png": "training and evaluation loss",
-    "curvature.png": "each expert's curvature over the steps, layer by layer",
-    "routing.png": "share of tokens that each expert serves",
+REPORT = {
+    "report.html": "the whole run as one page",
+    "report-loss.svg": "training and evaluation loss",
+    "report-curvature.svg": "each expert's curvature over the steps, layer by layer",
+    "report-routing.svg": "share of tokens that each expert serves",
 }
 
 
@@ -107,8 +108,8 @@ def main() -> int:
     results = {method: finetune(model, method, output / method, args.epochs) for method in METHODS}
     print_table(results)
     equal = compare_reloaded(model, output / "mos", results["mos"]["data"]["classes"])
-    print("\nplots:")
-    for name, what in PLOTS.items():
+    print("\nreport:")
+    for name, what in REPORT.items():
         print(f"  {output / 'mos' / name}: {what}")
     print(f"\ndemo finished in {time.perf_counter() - started:.0f} s")
     return 0 if equal else 1

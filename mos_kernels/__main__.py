@@ -13,8 +13,8 @@ def main(argv: list[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="say which backend would run here and why, and check it numerically")
     doctor.add_argument("--model", type=Path, help="instead, check that all of the adapter in this folder takes part")
     doctor.add_argument("--base", help="the base model of --model, where the adapter does not name it")
-    finetune = commands.add_parser("finetune", help="fine-tune a model with MoS, LoRA and others under equal settings")
-    export = commands.add_parser("export-lora", help="write the plain LoRA nearest to an adapter, which merges")
+    commands.add_parser("finetune", help="fine-tune a model with MoS, LoRA and others under equal settings")
+    commands.add_parser("export-lora", help="write the plain LoRA nearest to an adapter, which merges and serves")
     report = commands.add_parser("report", help="draw a run: one HTML page with loss, curvature and routing")
     report.add_argument("run", type=Path, help="the output folder of finetune, or a Trainer's output_dir")
     report.add_argument("--output", type=Path, help="where to write the page (default: report.html in that folder)")
@@ -27,16 +27,14 @@ def main(argv: list[str] | None = None) -> int:
     tune.add_argument("--dry-run", action="store_true", help="print the settings found and write nothing")
 
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] == ["finetune"]:  # the options of these two need transformers; the other commands do not
-        from mos_kernels import finetune as command
-
-        command.add_arguments(finetune)
-        return command.run(parser.parse_args(arguments))
-    if arguments[:1] == ["export-lora"]:
-        from mos_kernels.finetune import export as command
-
-        command.add_arguments(export)
-        return command.run(parser.parse_args(arguments))
+    if arguments[:1] in (["finetune"], ["export-lora"]):  # their options need transformers; the other commands' none
+        try:
+            from mos_kernels.finetune import export
+            from mos_kernels.finetune import run as run_finetune
+        except ModuleNotFoundError as error:
+            print(f"error: {arguments[0]} needs {error.name}: pip install 'mos_kernels[finetune]'", file=sys.stderr)
+            return 2
+        return (run_finetune if arguments[0] == "finetune" else export.run)(arguments[1:])
     options = parser.parse_args(arguments)
     if options.command == "doctor" and options.model is not None:
         from mos_kernels.huggingface.participation import run as check

@@ -7,19 +7,16 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 SPACES = ("hyperbolic", "spherical", "euclidean")
 """The order of the experts, whatever the order in which `spaces` was written or read back."""
 
+MAX_RANK, MAX_EXPERTS = 65536, 4096
+"""Beyond these a configuration is a slip or damaged: the layer's tensors would fit no machine."""
+
 _SIGN = {"hyperbolic": -1.0, "spherical": 1.0, "euclidean": 0.0}
-_CHOICES = {
-    "router_scope": ("ffn", "linear"),
-    "activation": ("identity", "tanh", "silu", "gelu"),
-    "mapping": ("stereographic", "exp_log"),
-    "domain": ("ball", "raw"),
-}
 
 
 def default_spaces() -> dict[str, int]:
@@ -31,15 +28,17 @@ class MoSConfig:
     """Options of a Mixture-of-Space adapter (MoSELoRA, arXiv 2602.14490). Bad values raise `ValueError`.
 
     Low rank (names and meaning as in peft's `LoraConfig`):
-        r: rank of every expert.
-        lora_alpha: the adapter's output is scaled by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+        r: rank of every expert, at most 65,536.
+        lora_alpha: the adapter's output is scaled by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`;
+            from 1e-10 to 1e10.
         lora_dropout: dropout probability on the adapter's input, in [0, 1).
         init_lora_weights: True: A kaiming-uniform, B zero. "gaussian": A normal(0, 1/r), B zero. False: B random too,
             so that the adapter starts with an effect (for tests).
         share_a: one A for all experts (HydraLoRA's asymmetry), or one A per expert.
 
     Experts and routing (names as in transformers' MoE models):
-        spaces: number of experts by geometry; always ordered hyperbolic, spherical, euclidean. E is their sum.
+        spaces: number of experts by geometry; always ordered hyperbolic, spherical, euclidean. E is their sum, at most
+            4,096. Kept as a dict that cannot be changed in place, as are the patterns below.
         num_experts_per_tok: k, the experts a token uses.
         norm_topk_prob: renormalise the k kept routing weights to sum to 1.
         router_scope: "ffn": one router per FFN block, reading the block's input; "linear": one router per linear.
@@ -57,7 +56,7 @@ class MoSConfig:
         mapping: "stereographic" (the paper's) or "exp_log" (exponential and logarithmic map at the origin).
         domain: for hyperbolic experts under the stereographic mapping: "ball" projects tokens into the ball where the
             inverse projection is defined, "raw" is equation 5 as printed.
-        boundary_eps: distance kept from poles and equators, relative, in (0, 1).
+        boundary_eps: distance kept from poles and equators, relative, from 1e-7 (float32 holds no closer) to below 1.
 
     Where it is applied (as in peft): target_modules (a list of name endings, one regular expression, or "all-linear"),
     exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern.
@@ -96,94 +95,18 @@ class MoSConfig:
     spaces_pattern: Mapping[str, Mapping[str, int]] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "spaces", _ordered_spaces("spaces", self.spaces))
-        _require_int("r", self.r, 1)
-        _require_int("num_experts_per_tok", self.num_experts_per_tok, 1)
+        for name, rule in _RULES.items():
+            object.__setattr__(self, name, rule(name, getattr(self, name)))
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds the {self.num_experts} experts of "
-                f"spaces={dict(self.spaces)}: lower it or add experts"
+                f"spaces={self.spaces}: lower it or add experts"
             )
-        for name in ("use_rslora", "norm_topk_prob", "learn_curvature", "share_a"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
-        _require_number("lora_alpha", self.lora_alpha, lambda v: v > 0, "positive")
-        _require_number("lora_dropout", self.lora_dropout, lambda v: 0 <= v < 1, "in [0, 1)")
-        _require_number("router_aux_loss_coef", self.router_aux_loss_coef, lambda v: v >= 0, "0 or positive")
-        _require_number("curvature_init", self.curvature_init, lambda v: 0 <= v <= 1e10, "from 0 to 1e10")
-        _require_number("curvature_lr_ratio", self.curvature_lr_ratio, lambda v: 0 < v <= 1e10, "positive, to 1e10")
-        _require_number("boundary_eps", self.boundary_eps, lambda v: 0 < v < 1, "in (0, 1)")
-        if self.curvature_max_grad_norm is not None:
-            _require_number(
-                "curvature_max_grad_norm", self.curvature_max_grad_norm, lambda v: v > 0, "positive or None"
-            )
-        if self.length_unit != "sqrt_dim":
-            if isinstance(self.length_unit, str):
-                raise ValueError(f"length_unit={self.length_unit!r} must be 'sqrt_dim' or a positive number")
-            sensible = "'sqrt_dim' or a number from 1e-10 to 1e10"  # κ̂ / length_unit² is a float32
-            _require_number("length_unit", self.length_unit, lambda v: 1e-10 <= v <= 1e10, sensible)
-        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
-            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} must be True, False or 'gaussian'")
-        if self.mapping == "exp/log":
-            object.__setattr__(self, "mapping", "exp_log")
-        if self.activation == "relu":
-            raise ValueError(
-                "activation='relu' is not offered: its derivative is zero at B = 0, and the layer never learns; "
-                f"use one of {_CHOICES['activation']}"
-            )
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {choices}")
-        self._check_targets()
-        object.__setattr__(self, "json", json.dumps(self.to_dict(), sort_keys=True))  # what the registered ops take
-
-    def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            value = getattr(self, name)
-            if value is None or isinstance(value, str):
-                if value == "" or (value is None and name == "target_modules"):
-                    raise ValueError(
-                        f"{name}={value!r} names nothing: give name endings, a regular expression or 'all-linear'"
-                    )
-                if isinstance(value, str):
-                    _require_regex(name, value)
-                continue
-            if not isinstance(value, (Sequence, set, frozenset)):
-                raise ValueError(f"{name}={value!r} must be a string or a list of strings")
-            value = tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
-            if not value or not all(isinstance(item, str) and item for item in value):
-                raise ValueError(f"{name}={value!r} must be a string or a non-empty list of non-empty strings")
-            object.__setattr__(self, name, value)
-        layers = self.layers_to_transform
-        if layers is not None:
-            if not isinstance(layers, (int, Sequence)) or isinstance(layers, str):
-                raise ValueError(f"layers_to_transform={layers!r} must be a layer's index or a list of them")
-            layers = layers if isinstance(layers, int) else tuple(layers)
-            for index in (layers,) if isinstance(layers, int) else layers:
-                _require_int("layers_to_transform", index, 0)
-            object.__setattr__(self, "layers_to_transform", layers)
-        if self.layers_pattern is not None and layers is None:
+        if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform: give both"
             )
-        for name, check in (
-            ("rank_pattern", lambda key, v: _require_int(key, v, 1)),
-            ("alpha_pattern", lambda key, v: _require_number(key, v, lambda a: a > 0, "positive")),
-            ("spaces_pattern", _ordered_spaces),
-        ):
-            pattern = getattr(self, name)
-            if pattern is None:
-                continue
-            if not isinstance(pattern, Mapping):
-                raise ValueError(f"{name}={pattern!r} must map module names to what they have")
-            values = dict(pattern)
-            for key, value in pattern.items():
-                if not isinstance(key, str):
-                    raise ValueError(f"{name} has the key {key!r}, which must be a module name or a regular expression")
-                _require_regex(name, key)
-                checked = check(f"{name}[{key!r}]", value)
-                values[key] = value if checked is None else checked
-            object.__setattr__(self, name, values)
+        object.__setattr__(self, "json", json.dumps(self.to_dict(), sort_keys=True))  # what the registered ops take
 
     # presets
 
@@ -266,10 +189,27 @@ class MoSConfig:
     @classmethod
     def from_dict(cls, values: Mapping) -> MoSConfig:
         """The configuration written by `to_dict`. Unknown names raise `ValueError`: an option is never dropped."""
-        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a configuration maps options to values, and this is {_shown(values)}: give a mapping")
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)}, key=str)
         if unknown:
             raise ValueError(f"unknown options {unknown}: this version of mos_kernels does not have them")
         return cls(**values)
+
+
+class FrozenDict(dict):
+    """A dict that cannot be changed in place, as the configuration's hash follows from it; `copy()` gives one that can.
+
+    It is written, pickled, copied and compared as a dict is.
+    """
+
+    def _refuse(self, *_, **__):
+        raise TypeError("a configuration's mapping cannot be changed: make another by dataclasses.replace(config, …)")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self):
+        return type(self), (dict(self),)
 
 
 def _plain(value):
@@ -278,34 +218,162 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def _ordered_spaces(name: str, value) -> dict[str, int]:
-    """Numbers of experts by geometry, in the order of SPACES and without zeros; ValueError for anything else."""
+# the rule of every field: (name, value) -> the value as it is kept, or a ValueError that names both and what is wanted
+
+Rule = Callable[[str, object], object]
+
+
+def _shown(value) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        text = f"<{type(value).__name__} of over 4,300 digits>"
+    return text if len(text) <= 300 else f"{text[:300]}…"
+
+
+def _refuse(name: str, value, wanted: str):
+    raise ValueError(f"{name}={_shown(value)} must be {wanted}")
+
+
+def _one_of(*choices, **because: str) -> Rule:
+    """because: what to say of a value that users may expect."""
+
+    def rule(name, value):
+        if isinstance(value, str) and value in because:
+            raise ValueError(f"{name}={value!r} is not offered: {because[value]}; use one of {choices}")
+        if not any(value is choice or isinstance(value, str) and value == choice for choice in choices):
+            _refuse(name, value, f"one of {choices}")
+        return value
+
+    return rule
+
+
+def _integer(least: int, most: float = math.inf) -> Rule:
+    wanted = f"an integer of at least {least}" if most == math.inf else f"an integer from {least} to {most}"
+
+    def rule(name, value):
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            _refuse(name, value, wanted)
+        return value
+
+    return rule
+
+
+def _number(accepts: Callable[[float], bool], wanted: str, *others) -> Rule:
+    """others: what may stand in a number's place."""
+
+    def rule(name, value):
+        if any(value is other or isinstance(value, str) and value == other for other in others):
+            return value
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        if not is_number or not accepts(value):
+            _refuse(name, value, wanted)
+        return float(value) + 0.0  # 16 and 16.0 are one configuration, and so are 0.0 and -0.0
+
+    return rule
+
+
+def _regex(name: str, value: str) -> str:
+    try:
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{name}={_shown(value)} is not a valid regular expression: {error}") from None
+    return value
+
+
+def _spaces(name: str, value) -> FrozenDict:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name}={value!r} must map {SPACES} to numbers of experts")
-    unknown = sorted(set(value) - set(SPACES), key=str)
-    if unknown:
+        raise ValueError(f"{name}={_shown(value)} must map {SPACES} to numbers of experts")
+    if unknown := sorted(set(value) - set(SPACES), key=str):
         raise ValueError(f"{name} has unknown geometries {unknown}: use {SPACES}")
     for space, count in value.items():
-        _require_int(f"{name}[{space!r}]", count, 0)
+        _integer(0, MAX_EXPERTS)(f"{name}[{space!r}]", count)
     ordered = {space: value[space] for space in SPACES if value.get(space, 0)}
     if not ordered:
         raise ValueError(f"{name}={dict(value)} holds no experts: give a geometry a positive number")
-    return ordered
+    if sum(ordered.values()) > MAX_EXPERTS:
+        raise ValueError(f"{name}={ordered} holds {sum(ordered.values())} experts: give at most {MAX_EXPERTS}")
+    return FrozenDict(ordered)
 
 
-def _require_int(name: str, value, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}")
+def _names(optional: bool) -> Rule:
+    def rule(name, value):
+        if value is None and optional:
+            return None
+        if value is None or value == "":
+            raise ValueError(f"{name}={value!r} names nothing: give name endings, a regular expression or 'all-linear'")
+        if isinstance(value, str):
+            return _regex(name, value)
+        if not isinstance(value, (Sequence, set, frozenset)):
+            _refuse(name, value, "a string or a list of strings")
+        names = tuple(value)
+        if not names or not all(isinstance(item, str) and item for item in names):
+            _refuse(name, value, "a string or a non-empty list of non-empty strings")
+        return tuple(sorted(names)) if isinstance(value, (set, frozenset)) else names
+
+    return rule
 
 
-def _require_number(name: str, value, accept, wanted: str) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if not is_number or not accept(value):
-        raise ValueError(f"{name}={value!r} must be {wanted}")
+def _layers(name: str, value):
+    index = _integer(0)
+    if value is None or isinstance(value, int):
+        return value if value is None else index(name, value)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        _refuse(name, value, "a layer's index or a list of them")
+    return tuple(index(name, item) for item in value)
 
 
-def _require_regex(name: str, value: str) -> None:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{name}={value!r} is not a valid regular expression: {error}") from None
+def _pattern(entries: Rule, wanted: str = "numbers") -> Rule:
+    def rule(name, value):
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name}={_shown(value)} must map module names to {wanted}")
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"{name} has the key {key!r}, which must be a module name or a regular expression")
+            _regex(name, key)
+        return FrozenDict({key: entries(f"{name}[{key!r}]", entry) for key, entry in value.items()})
+
+    return rule
+
+
+def _mapping(name: str, value):
+    return _one_of("stereographic", "exp_log")(name, "exp_log" if value == "exp/log" else value)
+
+
+# Most numbers meet float32 in the layer, whose range ends at 1e38, as products of several.
+_ALPHA = _number(lambda v: 1e-10 <= v <= 1e10, "a number from 1e-10 to 1e10")
+_FLAG = _one_of(True, False)
+
+_RULES: dict[str, Rule] = {
+    "r": _integer(1, MAX_RANK),
+    "lora_alpha": _ALPHA,
+    "lora_dropout": _number(lambda v: 0 <= v < 1, "a number in [0, 1)"),
+    "use_rslora": _FLAG,
+    "init_lora_weights": _one_of(True, False, "gaussian"),
+    "spaces": _spaces,
+    "num_experts_per_tok": _integer(1, MAX_EXPERTS),
+    "norm_topk_prob": _FLAG,
+    "router_scope": _one_of("ffn", "linear"),
+    "router_aux_loss_coef": _number(lambda v: 0 <= v <= 1e10, "a number from 0 to 1e10"),
+    "curvature_init": _number(lambda v: 0 <= v <= 1e10, "a number from 0 to 1e10"),
+    "length_unit": _number(lambda v: 1e-10 <= v <= 1e10, "'sqrt_dim' or a number from 1e-10 to 1e10", "sqrt_dim"),
+    "learn_curvature": _FLAG,
+    "curvature_lr_ratio": _number(lambda v: 0 < v <= 1e10, "a positive number up to 1e10"),
+    "curvature_max_grad_norm": _number(lambda v: 0 < v <= 1e10, "None or a positive number up to 1e10", None),
+    "share_a": _FLAG,
+    "activation": _one_of(
+        "identity", "tanh", "silu", "gelu", relu="its derivative is zero at B = 0, and the layer never learns"
+    ),
+    "mapping": _mapping,
+    "domain": _one_of("ball", "raw"),
+    "boundary_eps": _number(lambda v: 1e-7 <= v < 1, "a number from 1e-7 to below 1, as float32 holds no closer"),
+    "target_modules": _names(optional=False),
+    "exclude_modules": _names(optional=True),
+    "layers_to_transform": _layers,
+    "layers_pattern": _names(optional=True),
+    "rank_pattern": _pattern(_integer(1, MAX_RANK)),
+    "alpha_pattern": _pattern(_ALPHA),
+    "spaces_pattern": _pattern(_spaces, "numbers of experts"),
+}

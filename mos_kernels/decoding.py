@@ -9,27 +9,59 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from mos_kernels.backends import load_backend, resolve_backend
-from mos_kernels.config import MoSConfig
-from mos_kernels.functional import autocast_dtype, check_device, check_input
+from mos_kernels.call import LinearTensors, Plan, autocast_dtype
+from mos_kernels.functional import check_device, check_input
 from mos_kernels.kept import is_plain
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSLinear, MoSRouter
 from mos_kernels.sharded import is_dtensor
-from mos_kernels.steps import Operands, linear_forward, pair_forward
+from mos_kernels.steps import linear_forward, pair_forward
+
+
+class Linear(NamedTuple):
+    """A linear without its router, and how it runs."""
+
+    tensors: LinearTensors
+    plan: Plan
+
+    @classmethod
+    def of(cls, layer: MoSLayer, x: Tensor) -> Linear:
+        """x: what the linear reads, or another input of its dtype on its device."""
+        kappa, A, prepared = layer._factors(x, None, "triton")
+        tensors = LinearTensors(x, layer._dense_weight, layer.bias, A, layer.mos_lora_B, kappa)
+        return cls(tensors, Plan(layer.config, "triton", False, prepared=prepared))
+
+    def reading(self, x: Tensor) -> Linear:
+        return self._replace(tensors=self.tensors._replace(x=x))
+
+    def fits(self) -> bool:
+        """Whether its tensors have the shapes that its configuration asks for, and the weight x's dtype."""
+        t, config = self.tensors, self.plan.config
+        (d_out, d_in), E, r = t.weight.shape, config.num_experts, config.r
+        return (
+            t.weight.dtype == t.x.dtype
+            and tuple(t.A.shape) == ((r, d_in) if config.share_a else (E, r, d_in))
+            and tuple(t.B.shape) == (d_out, E, r)
+            and tuple(t.kappa.shape) == (E,)
+            and (t.added is None or tuple(t.added.shape) == (d_out,))
+        )
+
+    def is_like(self, other: Linear) -> bool:
+        def kinds(linear: Linear) -> list:
+            t = linear.tensors
+            return [linear.plan.config, t.weight.shape, *(None if u is None else u.dtype for u in (t.A, t.added))]
+
+        return kinds(self) == kinds(other)
 
 
 class Decoding(NamedTuple):
     """An FFN block's router and adapted linears on x (..., d_in), without a backward."""
 
-    x: Tensor
     router: Tensor
-    inputs: tuple[Operands, ...]  # one or two, which read x, and their configuration
-    config: MoSConfig
-    last: Operands
-    last_config: MoSConfig
+    inputs: tuple[Linear, ...]  # one or two, which read x
+    last: Linear
 
     @classmethod
     def of(cls, router: nn.Module, linears: tuple[nn.Module, ...], x: Tensor, backend: str = "auto") -> Decoding | None:
@@ -48,50 +80,42 @@ class Decoding(NamedTuple):
             or any(is_dtensor(linear.mos_lora_B) for linear in linears)
         ):
             return None
-        *inputs, last = linears
-        made = cls(
-            x, router.weight, tuple(_operands(linear, x, backend) for linear in inputs), inputs[0].config,
-            _operands(last, x, backend), last.config,
-        )  # fmt: skip
-        alike = len(inputs) == 1 or (inputs[0].config == inputs[1].config and _are_alike(*made.inputs))
-        return made if alike and made._fits() else None
+        *inputs, last = (Linear.of(linear, x) for linear in linears)
+        made = cls(router.weight, tuple(inputs), last)
+        return made if made._fits(x) else None
 
-    def _fits(self) -> bool:
+    def _fits(self, x: Tensor) -> bool:
         """Whether the tensors go together. Where they do not, the modules' own calls say what is wrong."""
-        x, E = self.x, self.config.num_experts
-        if tuple(self.router.shape) != (E, x.shape[-1]) or any(o.weight.shape[1] != x.shape[-1] for o in self.inputs):
+        first, linears = self.inputs[0], (*self.inputs, self.last)
+        if tuple(self.router.shape) != (first.plan.config.num_experts, x.shape[-1]):
             return False
-        linears = [*((o, self.config) for o in self.inputs), (self.last, self.last_config)]
-        if any(o.weight.dtype != x.dtype or not _are_shaped(o, config) for o, config in linears):
+        if any(linear.tensors.weight.shape[1] != x.shape[-1] for linear in self.inputs):
             return False
-        tensors = [self.router, *(t for o, _ in linears for t in (*o[:-1], *(o.prepared or ())) if t is not None)]
-        return all(t.device == x.device and not is_dtensor(t) for t in tensors)
+        if not all(linear.fits() for linear in linears) or not all(first.is_like(other) for other in self.inputs):
+            return False
+        tensors = [t for linear in linears for t in (*linear.tensors, *(linear.plan.prepared or ())) if t is not None]
+        return all(t.device == x.device and not is_dtensor(t) for t in (self.router, *tensors))
 
     def read(self) -> tuple[list[Tensor], Tensor]:
         """The outputs (..., d_out) of the linears that read x, and the router's logits, in the kernels' form."""
-        if len(self.inputs) == 2:
-            return pair_forward(self.x, self.inputs, self.router, self.config)
-        *factors, prepared = self.inputs[0]
-        y, _, _, logits, _ = linear_forward(
-            self.x, *factors, None, self.router, None, 0.0, prepared, self.config, "triton", False
-        )  # fmt: skip
-        return [y], logits
+        tensors, plans = zip(*self.inputs, strict=True)
+        if len(tensors) == 2:
+            return pair_forward(tensors, [plan.prepared for plan in plans], self.router, plans[0])
+        y, saved = linear_forward(tensors[0]._replace(router=self.router), plans[0])
+        return [y], saved.logits
 
     def write(self, hidden: Tensor, logits: Tensor) -> Tensor:
         """The last linear's output (..., d_out) on hidden (..., d_hidden), which the logits of `read` route.
 
         Raises ValueError for a hidden that does not fit.
         """
-        weight = self.last.weight
-        check_input(hidden, weight, weight.shape[1])
-        check_device(hidden, weight=weight)
-        if hidden.shape[:-1] != self.x.shape[:-1]:
-            shapes = tuple(self.x.shape[:-1]), tuple(hidden.shape[:-1])
+        (tensors, plan), before = self.last.reading(hidden), self.last.tensors.x
+        check_input(hidden, tensors.weight, tensors.weight.shape[1])
+        check_device(tensors)
+        if hidden.shape[:-1] != before.shape[:-1]:
+            shapes = tuple(before.shape[:-1]), tuple(hidden.shape[:-1])
             raise ValueError("the block reads tokens {}, its last linear {}: both must be the same".format(*shapes))
-        *factors, prepared = self.last
-        return linear_forward(
-            hidden, *factors, None, None, None, 0.0, prepared, self.last_config, "triton", False, logits
-        )[0]  # fmt: skip
+        return linear_forward(tensors, plan, logits)[0]
 
 
 def _runs_its_own_forward(module: nn.Module) -> bool:
@@ -115,29 +139,3 @@ def _runs_its_own_forward(module: nn.Module) -> bool:
 def _routing(module: MoSLayer | MoSRouter) -> tuple[int, int, bool]:
     config = module.config
     return config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
-
-
-def _operands(linear: MoSLayer, x: Tensor, backend: str) -> Operands:
-    kappa, A, prepared = linear._factors(x, None, backend)
-    return Operands(linear._dense_weight, linear.bias, A, linear.mos_lora_B, kappa, prepared)
-
-
-def _are_shaped(o: Operands, config: MoSConfig) -> bool:
-    (d_out, d_in), E, r = o.weight.shape, config.num_experts, config.r
-    return (
-        tuple(o.A.shape) == ((r, d_in) if config.share_a else (E, r, d_in))
-        and tuple(o.B.shape) == (d_out, E, r)
-        and tuple(o.kappa.shape) == (E,)
-        and (o.bias is None or tuple(o.bias.shape) == (d_out,))
-    )
-
-
-def _are_alike(first: Operands, second: Operands) -> bool:
-    def dtype(t: Tensor | None) -> torch.dtype | None:
-        return None if t is None else t.dtype
-
-    return (
-        first.weight.shape == second.weight.shape
-        and first.A.dtype == second.A.dtype
-        and dtype(first.bias) == dtype(second.bias)
-    )

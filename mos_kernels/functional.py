@@ -1,12 +1,9 @@
 """The layer as one differentiable operation: shrink, route, bridge, expand and the base product, in one autograd node.
 
-Eager calls run an autograd.Function, whose cost is small; under torch.compile the Triton backend runs the registered
-ops of `mos_kernels.ops` instead, which keep one graph. Both are `mos_kernels.steps` underneath.
+The arguments are checked here, and put into the two objects that all the rest takes: see `mos_kernels.call`.
 """
 
 from __future__ import annotations
-
-import contextlib
 
 import torch
 from torch import Tensor
@@ -14,8 +11,9 @@ from torch.autograd import forward_ad
 
 from mos_kernels import ops
 from mos_kernels.backends import load_backend, resolve_backend
-from mos_kernels.kept import count_backward
-from mos_kernels.steps import linear_backward, linear_forward, route_backward, route_forward
+from mos_kernels.backends.interface import Prepared
+from mos_kernels.call import LinearTensors, Plan, RouteTensors, autocast_dtype, is_autocast, without_autocast
+from mos_kernels.config import MoSConfig
 
 
 def mos_linear(
@@ -26,7 +24,7 @@ def mos_linear(
     B: Tensor,
     kappa: Tensor,
     *,
-    config,
+    config: MoSConfig,
     base_output: Tensor | None = None,
     gates: Tensor | None = None,
     router: Tensor | None = None,
@@ -34,7 +32,7 @@ def mos_linear(
     token_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     inference: bool = False,
-    prepared=None,
+    prepared: Prepared | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """y = x·Wᵀ + b + (α/r) Σ_e g_e o_e, with o_e = e(q_e; κ_e) B_e h_e, h_e = λ(n; κ_e) A x (the paper's eqs 5 to 8).
@@ -60,31 +58,29 @@ def mos_linear(
     not offered. Raises ValueError for shapes or dtypes that do not fit, before anything is computed.
     """
     refuse_transforms(x, weight, bias, A, B, kappa, gates, router, base_output)
-    x, weight, bias = _autocast(x, weight, bias)
-    _check(x, weight, bias, A, B, kappa, gates, router, base_output, config)
-    _check_mask(x, token_mask)
-    check_device(
-        x, weight=weight, bias=bias, A=A, B=B, kappa=kappa, gates=gates, router=router, base_output=base_output,
-        aux_weight=aux_weight, token_mask=None if aux_weight is None else token_mask,
-    )  # fmt: skip
-    backend = resolve_backend(backend, x)
+    weight, bias = _autocast(x, weight, bias)
+    x = x.to(autocast_dtype(x))
+    if (weight is None) == (base_output is None) or (weight is None and bias is not None):
+        raise ValueError("pass the base as weight and bias, or as base_output, what it made of x: one of the two")
     added = bias if base_output is None else base_output
-    inputs = (x, weight, added, A, B, kappa, gates, router)
-    differentiable = not inference or _needs_gradients(inputs)
+    mask = None if aux_weight is None else token_mask
+    tensors = LinearTensors(x, weight, added, A, B, kappa, gates, router, aux_weight, None, mask)
+    _check(tensors, config)
+    check_mask(x, token_mask)
+    check_device(tensors)
+    backend = resolve_backend(backend, x)
+    differentiable = not inference or _needs_gradients(tensors)
     with without_autocast(x):
-        # Drawn out here: a recomputation inside torch.compile draws again only what it sees drawn.
-        dropout = load_backend(backend).draw_dropout(x, dropout_p) if dropout_p > 0 else (None,)
-        inputs = (*inputs, aux_weight, dropout[0], token_mask, dropout_p)
-        if backend == "triton" and torch.compiler.is_compiling():
-            return ops.linear(*inputs, config.json, backend, differentiable)[0]
-        return _MoSLinear.apply(*inputs, prepared, config, backend, differentiable)
+        if dropout_p > 0:  # drawn out here: a recomputation inside torch.compile draws again only what it sees drawn
+            tensors = tensors._replace(dropout_state=load_backend(backend).draw_dropout(x, dropout_p).state)
+        return ops.linear(tensors, Plan(config, backend, differentiable, dropout_p, prepared))
 
 
 def mos_route(
     x: Tensor,
     router: Tensor,
     *,
-    config,
+    config: MoSConfig,
     aux_weight: Tensor | None = None,
     token_mask: Tensor | None = None,
     inference: bool = False,
@@ -97,41 +93,26 @@ def mos_route(
     refuse_transforms(x, router)
     if x.shape[-1] != router.shape[-1]:
         raise ValueError(f"x has width {x.shape[-1]}, the router reads {router.shape[-1]}: pass the FFN block's input")
-    _check_mask(x, token_mask)
-    check_device(x, router=router, aux_weight=aux_weight, token_mask=None if aux_weight is None else token_mask)
+    if router.shape[0] != config.num_experts:
+        raise ValueError(f"router has {router.shape[0]} rows, the configuration {config.num_experts} experts: one each")
+    tensors = RouteTensors(x, router, aux_weight, None if aux_weight is None else token_mask)
+    check_mask(x, token_mask)
+    check_device(tensors)
     backend = resolve_backend(backend, x)
-    differentiable = not inference or _needs_gradients((x, router))
+    differentiable = not inference or _needs_gradients(tensors)
     with without_autocast(x):
-        if backend == "triton" and torch.compiler.is_compiling():
-            return ops.route(x, router, aux_weight, token_mask, config.json, backend, differentiable)[0]
-        return _MoSRoute.apply(x, router, aux_weight, token_mask, config, backend, differentiable)
+        return ops.route(tensors, Plan(config, backend, differentiable))
 
 
-def _needs_gradients(inputs: tuple[Tensor | None, ...]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-
-
-def _is_autocast(x: Tensor) -> bool:
-    """Whether autocast would cast x. It leaves float64 alone, and there is none for the meta device."""
-    return not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a dense base and its adapter read x: autocast's where it is on, else x's."""
-    return torch.get_autocast_dtype(x.device.type) if _is_autocast(x) else x.dtype
-
-
-def without_autocast(x: Tensor):
-    """A context in which autocast is off on x's device."""
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+def _needs_gradients(tensors: LinearTensors | RouteTensors) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _autocast(x: Tensor, *base: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast does for nn.Linear: the wide operands in its dtype, differentiably."""
-    if not _is_autocast(x):
-        return x, *base
-    dtype = autocast_dtype(x)
-    return tuple(None if t is None else t.to(dtype) for t in (x, *base))
+    """The base as autocast gives it to nn.Linear: in its dtype, differentiably."""
+    if not is_autocast(x):
+        return base
+    return tuple(None if t is None else t.to(autocast_dtype(x)) for t in base)
 
 
 UNSUPPORTED = (
@@ -159,30 +140,30 @@ def refuse_scripting() -> None:
     raise NotImplementedError(UNSUPPORTED.format("torch.jit.script"))
 
 
-def _check(x, weight, bias, A, B, kappa, gates, router, base_output, config) -> None:
-    if (weight is None) == (base_output is None) or (weight is None and bias is not None):
-        raise ValueError("pass the base as weight and bias, or as base_output, what it made of x: one of the two")
-    d_out, d_in = weight.shape if weight is not None else (B.shape[0], A.shape[-1])
-    check_input(x, weight, d_in)
-    if base_output is not None:
-        _check_base_output(x, base_output, d_out)
-    E, r = config.num_experts, config.r
+def _check(t: LinearTensors, config: MoSConfig) -> None:
+    """Raise ValueError for shapes or dtypes that do not fit."""
+    x, E, r = t.x, config.num_experts, config.r
+    d_out, d_in = t.weight.shape if t.weight is not None else (t.B.shape[0], t.A.shape[-1])
+    check_input(x, t.weight, d_in)
+    if t.weight is None:
+        _check_base_output(x, t.added, d_out)
     wanted = {
         "A": (r, d_in) if config.share_a else (E, r, d_in),
         "B": (d_out, E, r),
         "kappa": (E,),
         "router": (E, d_in),
     }
-    for name, tensor in (("A", A), ("B", B), ("kappa", kappa), ("router", router)):
-        if tensor is not None and tuple(tensor.shape) != wanted[name]:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the configuration asks for {wanted[name]}")
-    if gates is None and router is None:
+    for name, shape in wanted.items():
+        tensor = getattr(t, name)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the configuration asks for {shape}")
+    if t.gates is None and t.router is None:
         raise ValueError(
             "no gates were passed, and with router_scope='ffn' the layer has no router of its own: "
             "pass gates=MoSRouter(...)(block_input), or use router_scope='linear'"
         )
-    if gates is not None and tuple(gates.shape) != (*x.shape[:-1], E):
-        raise ValueError(f"gates have shape {tuple(gates.shape)}, x asks for {(*x.shape[:-1], E)}")
+    if t.gates is not None and tuple(t.gates.shape) != (*x.shape[:-1], E):
+        raise ValueError(f"gates have shape {tuple(t.gates.shape)}, x asks for {(*x.shape[:-1], E)}")
 
 
 def check_input(x: Tensor, weight: Tensor | None, d_in: int) -> None:
@@ -197,7 +178,8 @@ def check_input(x: Tensor, weight: Tensor | None, d_in: int) -> None:
         )
 
 
-def _check_base_output(x: Tensor, base_output: Tensor, d_out: int) -> None:
+def _check_base_output(x: Tensor, base_output: Tensor | None, d_out: int) -> None:
+    assert base_output is not None
     if tuple(base_output.shape) != (*x.shape[:-1], d_out):
         raise ValueError(f"base_output has shape {tuple(base_output.shape)}, x and B ask for {(*x.shape[:-1], d_out)}")
     is_float = x.is_floating_point() and base_output.is_floating_point()
@@ -207,71 +189,17 @@ def _check_base_output(x: Tensor, base_output: Tensor, d_out: int) -> None:
         )
 
 
-def _check_mask(x: Tensor, token_mask: Tensor | None) -> None:
+def check_mask(x: Tensor, token_mask: Tensor | None) -> None:
     if token_mask is not None and token_mask.shape != x.shape[:-1]:
         raise ValueError(
             f"token_mask has shape {tuple(token_mask.shape)}, the tokens {tuple(x.shape[:-1])}: pass one entry a token"
         )
 
 
-def check_device(x: Tensor, **others: Tensor | None) -> None:
-    """A kernel would read another device's memory by its address."""
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
-
-
-def _refuse_second_derivatives() -> None:
-    """Raise under create_graph=True, where the gradient's own graph would silently miss the adapter."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "a Mixture-of-Space layer has no second derivatives: call backward or grad without create_graph=True"
-        )
-
-
-class _MoSLinear(torch.autograd.Function):
-    # The mask is no saved tensor: checkpointing replaces those by what it recomputes, and wants as many of them then.
-
-    @staticmethod
-    def forward(
-        ctx, x, weight, added, A, B, kappa, gates, router, aux_weight, dropout_state, token_mask, dropout_p, prepared,
-        config, backend, differentiable,
-    ):  # fmt: skip
-        y, *saved = linear_forward(
-            x, weight, added, A, B, kappa, gates, router, dropout_state, dropout_p, prepared, config, backend,
-            differentiable,
-        )  # fmt: skip
-        added = added if weight is not None else None  # backward has no use for the base's output
-        ctx.save_for_backward(x, weight, added, A, B, kappa, gates, router, aux_weight, dropout_state, *saved)
-        ctx.token_mask = token_mask
-        ctx.options = (dropout_p, config, backend)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        _refuse_second_derivatives()
-        count_backward()
-        with without_autocast(dy):
-            gradients = linear_backward(
-                dy, *ctx.saved_tensors, *ctx.options, needs=ctx.needs_input_grad[:8], token_mask=ctx.token_mask
-            )
-        return *gradients, *(None,) * 8
-
-
-class _MoSRoute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, router, aux_weight, token_mask, config, backend, differentiable):
-        gates, logits = route_forward(x, router, config, backend, differentiable)
-        ctx.save_for_backward(x, router, aux_weight, logits)
-        ctx.token_mask = token_mask
-        ctx.options = (config, backend)
-        return gates
-
-    @staticmethod
-    def backward(ctx, dgates):
-        _refuse_second_derivatives()
-        with without_autocast(dgates):
-            gradients = route_backward(
-                dgates, *ctx.saved_tensors, *ctx.options, needs=ctx.needs_input_grad[:2], token_mask=ctx.token_mask
-            )
-        return *gradients, *(None,) * 5
+def check_device(tensors: LinearTensors | RouteTensors) -> None:
+    """Raise ValueError unless all are on x's device: a kernel would read another device's memory by its address."""
+    for name, tensor in zip(tensors._fields, tensors, strict=True):
+        if tensor is not None and tensor.device != tensors.x.device:
+            if name == "added":
+                name = "base_output" if getattr(tensors, "weight", None) is None else "bias"
+            raise ValueError(f"{name} is on {tensor.device} and x on {tensors.x.device}: move one of them")

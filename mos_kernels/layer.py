@@ -6,21 +6,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mos_kernels.backends import eager, load_backend, resolve_backend
+from mos_kernels.call import autocast_dtype, without_autocast
 from mos_kernels.config import MoSConfig
-from mos_kernels.functional import (
-    autocast_dtype,
-    mos_linear,
-    mos_route,
-    refuse_scripting,
-    refuse_transforms,
-    without_autocast,
-)
+from mos_kernels.functional import mos_linear, mos_route, refuse_scripting, refuse_transforms
 from mos_kernels.kept import Factors, Kept, Use, is_capturing, is_plain
 from mos_kernels.lora import lora_linear
 from mos_kernels.sharded import is_dtensor, whole
@@ -28,6 +23,7 @@ from mos_kernels.sharded import is_dtensor, whole
 ADAPTER_PARAMETERS = ("mos_lora_A", "mos_lora_B", "mos_router", "mos_curvature")
 """The trainable parameters of a layer, by name; a block's router contributes `mos_router.weight`."""
 
+Module = TypeVar("Module", bound=nn.Module)
 ROUTER_INIT_STD = 0.02
 _DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -90,8 +86,16 @@ def adapter_tensors(
 class MoSAdapter(Float32State):
     """What a linear is adapted with. A subclass has `config`, `in_features` and the parameters (see `MoSLayer`)."""
 
+    config: MoSConfig
+    in_features: int
+    mos_lora_A: nn.Parameter
+    mos_lora_B: nn.Parameter
+    mos_curvature: nn.Parameter
+    mos_router: nn.Parameter | None
+    mos_curvature_map: Tensor
+    mos_aux_weight: Tensor
     _float32_state = ("mos_curvature", "mos_curvature_map", "mos_aux_weight")
-    token_mask = None  # an object whose of(x) says which tokens are real, or None
+    token_mask: Any = None  # an object whose of(x) says which tokens are real, or None
 
     def _add_constants(self, config: MoSConfig) -> None:
         self.config = config
@@ -267,6 +271,10 @@ class MoSLayer(MoSAdapter):
     start in float32, and in float64 on a float64 base. A LoRA (`MoSConfig.is_lora`) has neither curvature nor router.
     """
 
+    out_features: int
+    weight: Any
+    bias: Any
+
     def _add_adapter(self, config: MoSConfig) -> None:
         if not isinstance(config, MoSConfig):
             raise TypeError(f"config is a {type(config).__name__}: pass a mos_kernels.MoSConfig")
@@ -368,7 +376,7 @@ class MoSConv1D(MoSLayer):
         self._add_adapter(config)
 
     @classmethod
-    def from_linear(cls, conv1d: nn.Module, config: MoSConfig) -> MoSConv1D:
+    def from_linear(cls, conv1d: Any, config: MoSConfig) -> MoSConv1D:
         """Adapt a Conv1D, whose weight and bias are taken over without copying, and frozen."""
         if type(conv1d).__name__ != "Conv1D" or not hasattr(conv1d, "nx"):
             raise TypeError(f"{type(conv1d).__name__} is not transformers' Conv1D: MoSLinear adapts nn.Linear")
@@ -398,13 +406,13 @@ class MoSWrapped(MoSLayer):
         if isinstance(base_layer, MoSLayer):
             raise ValueError("this linear has a MoS adapter already: start from its base")
         names = ("nx", "nf") if type(base_layer).__name__ == "Conv1D" else ("in_features", "out_features")
-        widths = [getattr(base_layer, name, None) for name in names]
+        widths: list[Any] = [getattr(base_layer, name, None) for name in names]
         if not all(isinstance(width, int) for width in widths):
             raise TypeError(
                 f"{type(base_layer).__name__} has no {' and '.join(names)}: MoSWrapped adapts linear modules"
             )
         self.in_features, self.out_features = widths
-        self.base_layer = base_layer
+        self.base_layer: Any = base_layer
         self._add_adapter(config)
         self.train(base_layer.training)
 
@@ -418,12 +426,12 @@ class MoSWrapped(MoSLayer):
         return self.base_layer
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """The base's, in whatever form it has there."""
         return self.base_layer.weight
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Tensor | None:  # type: ignore[override]
         return self.base_layer.bias
 
     def _base(self, x: Tensor) -> tuple[None, None, Tensor]:
@@ -458,7 +466,7 @@ class MoSRouter(Float32State):
     """
 
     _float32_state = ("mos_aux_weight",)
-    token_mask = None  # an object whose of(x) says which tokens are real, or None
+    token_mask: Any = None  # an object whose of(x) says which tokens are real, or None
 
     def __init__(self, in_features: int, config: MoSConfig, device=None, dtype=None):
         super().__init__()
@@ -565,12 +573,12 @@ def _require_dense(linear: nn.Module) -> None:
         )
 
 
-def _injected_aux_weight(owner: nn.Module) -> Tensor | None:
+def _injected_aux_weight(owner: MoSAdapter | MoSRouter) -> Tensor | None:
     injects = owner.training and torch.is_grad_enabled() and owner.config.router_aux_loss_coef > 0
     return owner.mos_aux_weight if injects else None
 
 
-def _known_mask(owner: nn.Module, x: Tensor) -> Tensor | None:
+def _known_mask(owner: MoSAdapter | MoSRouter, x: Tensor) -> Tensor | None:
     return None if owner.token_mask is None else owner.token_mask.of(x)
 
 
@@ -580,9 +588,9 @@ def _routing_logits(x: Tensor, router: Tensor) -> Tensor:
         return eager.routing_logits(x.reshape(-1, x.shape[-1]), whole(router)).view(*x.shape[:-1], router.shape[0])
 
 
-def _adopt(cls: type[nn.Module], base: nn.Module, out_features: int, in_features: int) -> nn.Module:
+def _adopt(cls: type[Module], base: nn.Module, out_features: int, in_features: int) -> Module:
     """A `cls` that owns the very parameters of `base`."""
-    layer = cls.__new__(cls)
+    layer: Any = cls.__new__(cls)
     nn.Module.__init__(layer)
     layer.in_features, layer.out_features = in_features, out_features
     layer.weight = base.weight

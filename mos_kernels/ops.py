@@ -1,28 +1,239 @@
-"""The steps as registered ops, for torch.compile: functional schemas, fake implementations, autograd.
+"""The steps as torch sees them, with flat lists of tensors: autograd Functions, and registered ops for torch.compile.
 
-What an op does not return is an empty tensor, since a schema has no optional outputs.
+Eager calls run a Function, whose cost is small; under torch.compile the Triton backend runs registered ops, which keep
+one graph: functional schemas, fake implementations, autograd. What an op does not return is an empty tensor, since a
+schema has no optional outputs.
 """
 
 from __future__ import annotations
 
-import functools
-import json
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mos_kernels import steps
+from mos_kernels.backends import load_backend
 from mos_kernels.backends.eager import compute_dtype
-from mos_kernels.config import MoSConfig
+from mos_kernels.backends.interface import Saved
+from mos_kernels.call import (
+    LinearTensors,
+    Plan,
+    RouteTensors,
+    Tensors,
+    flattened,
+    names,
+    unflattened,
+    without_autocast,
+)
+from mos_kernels.kept import count_backward
 
 
-@functools.lru_cache(maxsize=256)
-def _config(text: str) -> MoSConfig:
-    return MoSConfig.from_dict(json.loads(text))
+def linear(tensors: LinearTensors, plan: Plan) -> Tensor:
+    """y (..., d_out), differentiable in the tensors up to the router."""
+    if plan.backend == "triton" and torch.compiler.is_compiling():
+        return linear_op(*flattened(tensors, plan))[0]
+    return _Linear.apply(plan, *tensors)
 
 
-def _absent(x: Tensor) -> Tensor:
-    return x.new_empty(0)
+def route(tensors: RouteTensors, plan: Plan) -> Tensor:
+    """Gates (..., E), differentiable in x and the router."""
+    if plan.backend == "triton" and torch.compiler.is_compiling():
+        return route_op(*flattened(tensors, plan))[0]
+    return _Route.apply(plan, *tensors)
+
+
+class _Linear(torch.autograd.Function):
+    # The mask is no saved tensor: checkpointing replaces those by what it recomputes, and wants as many of them then.
+
+    @staticmethod
+    def forward(ctx, plan, *tensors):
+        given = LinearTensors(*tensors)
+        y, saved = steps.linear_forward(given, plan)
+        ctx.save_for_backward(*_wanted(given)._replace(token_mask=None), *saved)
+        ctx.plan, ctx.token_mask = plan._replace(prepared=None), given.token_mask
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        _begin_backward()
+        *tensors, p, n, logits, gram = ctx.saved_tensors
+        given, needs = LinearTensors(*tensors), LinearTensors(*ctx.needs_input_grad[1:])
+        given = given._replace(token_mask=ctx.token_mask)
+        with without_autocast(dy):
+            return None, *steps.linear_backward(dy, given, Saved(p, n, logits, gram), ctx.plan, needs)
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan, *tensors):
+        given = RouteTensors(*tensors)
+        gates, logits = steps.route_forward(given, plan)
+        ctx.save_for_backward(*given._replace(token_mask=None), logits)
+        ctx.plan, ctx.token_mask = plan, given.token_mask
+        return gates
+
+    @staticmethod
+    def backward(ctx, dgates):
+        _begin_backward()
+        *tensors, logits = ctx.saved_tensors
+        given, needs = RouteTensors(*tensors), RouteTensors(*ctx.needs_input_grad[1:])
+        given = given._replace(token_mask=ctx.token_mask)
+        with without_autocast(dgates):
+            return None, *steps.route_backward(dgates, given, logits, ctx.plan, needs)
+
+
+def _begin_backward() -> None:
+    """Raise under create_graph=True, where the gradient's own graph would silently miss the adapter."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "a Mixture-of-Space layer has no second derivatives: call backward or grad without create_graph=True"
+        )
+    count_backward()
+
+
+def _wanted(tensors: LinearTensors) -> LinearTensors:
+    """Without the base's output, for which backward has no use."""
+    return tensors if tensors.weight is not None else tensors._replace(added=None)
+
+
+# registered ops; `text` is that of `flattened`, which says what the tensors are
+
+
+@torch.library.custom_op("mos_kernels::linear", mutates_args=())
+def linear_op(tensors: Sequence[Tensor], text: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y and the four of `Saved`, which are empty unless differentiable.
+
+    Nothing is drawn in here: an op with numbers of its own would draw others when it is run again.
+    """
+    given, plan = unflattened(LinearTensors, tensors, text)
+    y, saved = steps.linear_forward(given, plan)
+    p, n, logits, gram = (_absent(y) if t is None or not plan.differentiable else t for t in saved)
+    return y, p, n, logits, gram
+
+
+@linear_op.register_fake
+def _(tensors, text):
+    given, plan = unflattened(LinearTensors, tensors, text)
+    x, B = given.x, given.B
+    y = x.new_empty(*x.shape[:-1], B.shape[0], dtype=x.dtype if given.weight is not None else given.added.dtype)
+    saved = _fake_saved(x, given.A, given.router, plan)
+    if not plan.differentiable or plan.config.activation != "identity":
+        return y, *saved, _absent(x)
+    return y, *saved, x.new_empty(B.shape[1], B.shape[2], B.shape[2], dtype=compute_dtype(x.dtype))
+
+
+@torch.library.custom_op("mos_kernels::linear_backward", mutates_args=())
+def linear_backward_op(
+    dy: Tensor, tensors: Sequence[Tensor], saved: Sequence[Tensor], text: str, needs: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients of the tensors, empty where `needs` does not ask for them.
+
+    That of a base's output is dy, which an op may not return: it is not among the tensors.
+    """
+    given, plan = unflattened(LinearTensors, tensors, text)
+    p, n, logits, gram = saved
+    there = Saved(p, n, logits if given.gates is None else None, gram if gram.numel() else None)
+    return _as_outputs(steps.linear_backward(dy, given, there, plan, _by_name(LinearTensors, text, needs)), text, dy)
+
+
+@linear_backward_op.register_fake
+def _(dy, tensors, saved, text, needs):
+    return _fake_gradients(tensors, needs)
+
+
+def _linear_setup(ctx, inputs, output) -> None:
+    given, plan = unflattened(LinearTensors, *inputs)
+    _, *saved = output
+    tensors, ctx.text = flattened(_wanted(given), plan)
+    ctx.names = names(inputs[1])
+    ctx.save_for_backward(*tensors, *saved)
+
+
+def _linear_backward(ctx, dy, *_):
+    count, wanted = len(names(ctx.text)), dict(zip(ctx.names, ctx.needs_input_grad[0], strict=True))
+    tensors, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    needs = [wanted[name] for name in names(ctx.text)]
+    found = linear_backward_op(dy.contiguous(), list(tensors), list(saved), ctx.text, needs)
+    gradients = {name: t for name, t, need in zip(names(ctx.text), found, needs, strict=True) if need}
+    if wanted.get("added") and "added" not in names(ctx.text):
+        gradients["added"] = dy
+    return [gradients.get(name) for name in ctx.names], None
+
+
+linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
+
+
+@torch.library.custom_op("mos_kernels::route", mutates_args=())
+def route_op(tensors: Sequence[Tensor], text: str) -> tuple[Tensor, Tensor]:
+    """The gates of a router of its own, and its logits, which are empty unless differentiable."""
+    given, plan = unflattened(RouteTensors, tensors, text)
+    gates, logits = steps.route_forward(given, plan)
+    return gates, logits if plan.differentiable else _absent(gates)
+
+
+@route_op.register_fake
+def _(tensors, text):
+    given, plan = unflattened(RouteTensors, tensors, text)
+    x = given.x
+    gates = x.new_empty(*x.shape[:-1], given.router.shape[0], dtype=compute_dtype(x.dtype))
+    return gates, _fake_saved(x, None, given.router, plan)[2]
+
+
+@torch.library.custom_op("mos_kernels::route_backward", mutates_args=())
+def route_backward_op(
+    dgates: Tensor, tensors: Sequence[Tensor], logits: Tensor, text: str, needs: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients of the tensors, empty where `needs` does not ask for them."""
+    given, plan = unflattened(RouteTensors, tensors, text)
+    gradients = steps.route_backward(dgates, given, logits, plan, _by_name(RouteTensors, text, needs))
+    return _as_outputs(gradients, text, dgates)
+
+
+@route_backward_op.register_fake
+def _(dgates, tensors, logits, text, needs):
+    return _fake_gradients(tensors, needs)
+
+
+def _route_setup(ctx, inputs, output) -> None:
+    tensors, ctx.text = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _route_backward(ctx, dgates, _):
+    *tensors, logits = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[0])
+    found = route_backward_op(dgates.contiguous(), tensors, logits, ctx.text, needs)
+    return [t if need else None for t, need in zip(found, needs, strict=True)], None
+
+
+route_op.register_autograd(_route_backward, setup_context=_route_setup)
+
+
+def _absent(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+def _fake_saved(x: Tensor, A: Tensor | None, router: Tensor | None, plan: Plan) -> list[Tensor]:
+    """p, n and logits as the backend leaves them."""
+    if not plan.differentiable:
+        return [_absent(x)] * 3
+    tokens = x.reshape(-1, x.shape[-1]).shape[0]
+    shapes = load_backend(plan.backend).saved_shapes(tokens, x.dtype, A, router)
+    return [_absent(x) if shape is None else x.new_empty(shape, dtype=compute_dtype(x.dtype)) for shape in shapes]
+
+
+def _by_name(kind: type[Tensors], text: str, values: Sequence) -> Tensors:
+    """`kind` with the values of the tensors that the text names, None for the others."""
+    found = dict(zip(names(text), values, strict=True))
+    by_field: list[Any] = [found.get(name) for name in kind._fields]
+    return kind(*by_field)
+
+
+def _as_outputs(gradients: LinearTensors | RouteTensors, text: str, like: Tensor) -> list[Tensor]:
+    found = [getattr(gradients, name) for name in names(text)]
+    return [_absent(like) if t is None else _owned(t) for t in found]
 
 
 def _owned(t: Tensor) -> Tensor:
@@ -32,183 +243,5 @@ def _owned(t: Tensor) -> Tensor:
     )
 
 
-@torch.library.custom_op("mos_kernels::linear", mutates_args=())
-def linear(
-    x: Tensor,
-    weight: Tensor | None,
-    added: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    kappa: Tensor,
-    gates: Tensor | None,
-    router: Tensor | None,
-    aux_weight: Tensor | None,
-    dropout_state: Tensor | None,
-    token_mask: Tensor | None,
-    dropout_p: float,
-    config: str,
-    backend: str,
-    differentiable: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, p, n, logits and G; all but y empty unless differentiable. config: MoSConfig as JSON.
-
-    added: the bias, or without a weight the base's output, as in `steps`. Nothing is drawn in here: an op with numbers
-    of its own would draw others when it is run again.
-    """
-    y, *saved = steps.linear_forward(
-        x, weight, added, A, B, kappa, gates, router, dropout_state, dropout_p, None, _config(config), backend,
-        differentiable,
-    )  # fmt: skip
-    return y, *(_absent(x) if t is None or not differentiable else t for t in saved)
-
-
-@linear.register_fake
-def _(
-    x, weight, added, A, B, kappa, gates, router, aux_weight, dropout_state, token_mask, dropout_p, config, backend,
-    differentiable,
-):  # fmt: skip
-    y = x.new_empty(*x.shape[:-1], B.shape[0], dtype=x.dtype if weight is not None else added.dtype)
-    if not differentiable:
-        return y, *(_absent(x) for _ in range(4))
-    T, wide = x.reshape(-1, x.shape[-1]).shape[0], compute_dtype(x.dtype)
-    if backend == "triton":
-        parts = 1 if x.dtype == torch.float32 else 2
-        p, n = x.new_empty(1, T, A.shape[:-1].numel(), dtype=wide), x.new_empty(1, T, dtype=wide)
-        logits = _absent(x) if router is None else x.new_empty(1, T, parts * router.shape[0], dtype=wide)
-    else:
-        p, n = x.new_empty(T, *A.shape[:-1], dtype=wide), x.new_empty(T, dtype=wide)
-        logits = _absent(x) if router is None else x.new_empty(T, router.shape[0], dtype=wide)
-    _, E, r = B.shape
-    gram = x.new_empty(E, r, r, dtype=wide) if _config(config).activation == "identity" else _absent(x)
-    return y, p, n, logits, gram
-
-
-@torch.library.custom_op("mos_kernels::linear_backward", mutates_args=())
-def linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    added: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    kappa: Tensor,
-    gates: Tensor | None,
-    router: Tensor | None,
-    aux_weight: Tensor | None,
-    dropout_state: Tensor | None,
-    token_mask: Tensor | None,
-    p: Tensor,
-    n: Tensor,
-    logits: Tensor,
-    gram: Tensor,
-    dropout_p: float,
-    config: str,
-    backend: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the first eight arguments of `linear`; empty where `needs` does not ask for them.
-
-    That of a base's output is dy, which an op may not return: `needs` never asks for it.
-    """
-    gradients = steps.linear_backward(
-        dy, x, weight, added, A, B, kappa, gates, router, aux_weight, dropout_state, p, n,
-        logits if gates is None else None, gram if gram.numel() else None, dropout_p,
-        _config(config), backend, tuple(needs), token_mask,
-    )  # fmt: skip
-    return tuple(_absent(x) if t is None else _owned(t) for t in gradients)
-
-
-@linear_backward.register_fake
-def _(
-    dy, x, weight, added, A, B, kappa, gates, router, aux_weight, dropout_state, token_mask, p, n, logits, gram,
-    dropout_p, config, backend, needs,
-):  # fmt: skip
-    inputs = (x, weight, added, A, B, kappa, gates, router)
-    return tuple(t.new_empty(t.shape) if need else _absent(x) for t, need in zip(inputs, needs, strict=True))
-
-
-def _linear_setup(ctx, inputs, output) -> None:
-    *tensors, dropout_p, config, backend, _ = inputs
-    _, *saved = output
-    if tensors[1] is None:  # backward has no use for the base's output
-        tensors[2] = None
-    ctx.save_for_backward(*tensors, *saved)
-    ctx.options = (dropout_p, config, backend)
-
-
-def _linear_backward(ctx, dy, *_):
-    needs = list(ctx.needs_input_grad[:8])
-    through_base = needs[2] and ctx.saved_tensors[1] is None
-    needs[2] = needs[2] and not through_base
-    gradients = linear_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
-    gradients = [g if need else None for g, need in zip(gradients, needs, strict=True)]
-    if through_base:
-        gradients[2] = dy
-    return *gradients, *(None,) * 7
-
-
-linear.register_autograd(_linear_backward, setup_context=_linear_setup)
-
-
-@torch.library.custom_op("mos_kernels::route", mutates_args=())
-def route(
-    x: Tensor,
-    router: Tensor,
-    aux_weight: Tensor | None,
-    token_mask: Tensor | None,
-    config: str,
-    backend: str,
-    differentiable: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gates of a router of its own, and its logits, which are empty unless differentiable."""
-    gates, logits = steps.route_forward(x, router, _config(config), backend, differentiable)
-    return gates, logits if differentiable else _absent(x)
-
-
-@route.register_fake
-def _(x, router, aux_weight, token_mask, config, backend, differentiable):
-    T, E = x.reshape(-1, x.shape[-1]).shape[0], router.shape[0]
-    wide = compute_dtype(x.dtype)
-    parts = 1 if x.dtype == torch.float32 else 2
-    logits = (1, T, parts * E) if backend == "triton" else (T, E)
-    gates = x.new_empty(*x.shape[:-1], E, dtype=wide)
-    return gates, x.new_empty(logits, dtype=wide) if differentiable else _absent(x)
-
-
-@torch.library.custom_op("mos_kernels::route_backward", mutates_args=())
-def route_backward(
-    dgates: Tensor,
-    x: Tensor,
-    router: Tensor,
-    aux_weight: Tensor | None,
-    token_mask: Tensor | None,
-    logits: Tensor,
-    config: str,
-    backend: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and router; empty where `needs` does not ask for them."""
-    gradients = steps.route_backward(
-        dgates, x, router, aux_weight, logits, _config(config), backend, tuple(needs), token_mask
-    )
-    return tuple(_absent(x) if t is None else _owned(t) for t in gradients)
-
-
-@route_backward.register_fake
-def _(dgates, x, router, aux_weight, token_mask, logits, config, backend, needs):
-    return tuple(t.new_empty(t.shape) if need else _absent(x) for t, need in zip((x, router), needs, strict=True))
-
-
-def _route_setup(ctx, inputs, output) -> None:
-    *tensors, config, backend, _ = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.options = (config, backend)
-
-
-def _route_backward(ctx, dgates, _):
-    needs = list(ctx.needs_input_grad[:2])
-    gradients = route_backward(dgates.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 5
-
-
-route.register_autograd(_route_backward, setup_context=_route_setup)
+def _fake_gradients(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    return [t.new_empty(t.shape if need else 0) for t, need in zip(tensors, needs, strict=True)]

@@ -51,9 +51,8 @@ def load(logits: Tensor, k: int, token_mask: Tensor | None = None) -> tuple[Tens
     Tokens where token_mask (T,) is False (padding) are left out.
     """
     kept, probabilities = top_k_mask(logits, k).to(logits.dtype), logits.softmax(-1)
-    if token_mask is None:
-        tokens = max(logits.shape[0], 1)
-    else:
+    tokens: int | Tensor = max(logits.shape[0], 1)
+    if token_mask is not None:
         valid = token_mask.to(logits.dtype).unsqueeze(-1)
         kept, probabilities = kept * valid, probabilities * valid
         tokens = valid.sum().clamp(min=1)

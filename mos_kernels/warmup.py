@@ -68,7 +68,7 @@ def _run_blocks(model: nn.Module) -> None:
                 decoding = decoding_of(block, form, x)
                 if decoding is not None:
                     _, logits = decoding.read()
-                    decoding.write(x.new_zeros(DECODE_TOKENS, decoding.last.weight.shape[1]), logits)
+                    decoding.write(x.new_zeros(DECODE_TOKENS, decoding.last.tensors.weight.shape[1]), logits)
         finally:
             for module in training:
                 module.training = True

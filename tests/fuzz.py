@@ -1,6 +1,7 @@
 """Fuzz the kernels in Triton's interpreter: `TRITON_INTERPRET=1 python -m tests.fuzz` draws fresh seeds until stopped.
 
 A seed that fails is printed with its configuration; `--seed N` replays it. tests/backends/triton runs the first seeds.
+`python -m tests.fuzz --compiled` runs them as compiled for GPUs instead, in the emulator (docs/compiled-code.md).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 KINDS = ("layer", "router", "decoding")
+ARCHITECTURES = ("sm_90", "sm_80")
 
 
 def main() -> int:
@@ -22,9 +24,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="run this seed alone")
     parser.add_argument("--kind", choices=KINDS, help="draw this kind alone (default: all)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
+    parser.add_argument(
+        "--compiled", nargs="*", metavar="ARCH", choices=ARCHITECTURES, help="as compiled for these (default: all)"
+    )
     arguments = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error("TRITON_INTERPRET=1 is not set, and without it the kernels need a GPU")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if arguments.compiled is None and not interpreted:
+        parser.error("TRITON_INTERPRET=1 is not set, and without it the kernels need a GPU, or --compiled")
+    if arguments.compiled is not None and interpreted:
+        parser.error("TRITON_INTERPRET=1 is set: with it nothing is compiled")
 
     sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "backends" / "triton")]
     import conftest  # offline, one thread
@@ -42,7 +50,7 @@ def main() -> int:
         for seed in seeds:
             for kind in kinds:
                 trial = drawn[kind](seed)
-                problems = _problems(trial)
+                problems = _problems(trial) if interpreted else _compiled_problems(trial, arguments.compiled)
                 count += 1
                 if problems:
                     failing.append(seed)
@@ -63,6 +71,16 @@ def _problems(trial) -> list[str]:
         return trial.failures()
     except Exception as error:
         return traceback.format_exception(error)[-4:]
+
+
+def _compiled_problems(trial, architectures: list[str]) -> list[str]:
+    from emulator.launched import emulated
+
+    found = []
+    for architecture in architectures or ARCHITECTURES:
+        with emulated(architecture) as log:
+            found += [f"{architecture}: {problem}" for problem in _problems(trial) + log.problems]
+    return found
 
 
 if __name__ == "__main__":

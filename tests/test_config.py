@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
+import pickle
 
 import pytest
 from hypothesis import given, settings
@@ -15,9 +17,9 @@ from mos_kernels import MoSConfig
 from mos_kernels.config import SPACES
 
 REFUSED = [
-    ("r", [0, -1, 1.5, "8", True, None]),
+    ("r", [0, -1, 1.5, "8", True, None, 10**30, 10**5000]),
     ("num_experts_per_tok", [0, -1, 2.0, False, 9]),
-    ("lora_alpha", [0, -1.0, math.nan, math.inf, "16", True, None]),
+    ("lora_alpha", [0, -1.0, math.nan, math.inf, "16", True, None, 1e300, 1e-300]),
     ("lora_dropout", [-0.1, 1.0, 2, math.nan, "0.1", None]),
     ("use_rslora", [0, 1, "yes", None]),
     ("norm_topk_prob", [0, 1, None]),
@@ -25,7 +27,7 @@ REFUSED = [
     ("share_a", [1, "no"]),
     ("init_lora_weights", ["kaiming", None, 2]),
     ("router_scope", ["block", None, "FFN"]),
-    ("router_aux_loss_coef", [-0.01, math.nan, math.inf, "0.01"]),
+    ("router_aux_loss_coef", [-0.01, math.nan, math.inf, "0.01", 1e300]),
     ("curvature_init", [-0.3, math.nan, math.inf, None]),
     ("length_unit", [0, -1.0, math.inf, math.nan, "sqrt", None, True]),
     ("curvature_lr_ratio", [0, -30, math.inf]),
@@ -33,13 +35,13 @@ REFUSED = [
     ("activation", ["relu", "swish", None]),
     ("mapping", ["poincare", None]),
     ("domain", ["disk", None]),
-    ("boundary_eps", [0, 1, -4e-3, 1.5, math.nan]),
-    ("target_modules", [None, "", [], [""], [1], "(", {1: 2}]),
+    ("boundary_eps", [0, 1, -4e-3, 1.5, math.nan, 1e-8]),
+    ("target_modules", [None, "", [], [""], [1], "(", {1: 2}, "a{99999999999}"]),
     ("exclude_modules", ["", [], [None], "("]),
     ("layers_to_transform", [-1, [0, -2], [1.5], True, ["1"]]),
     ("layers_pattern", ["layers", ["h"]]),  # without layers_to_transform
-    ("rank_pattern", [{"up": 0}, {"up": 2.0}, {"(": 4}, ["up"]]),
-    ("alpha_pattern", [{"up": 0}, {"up": math.nan}, {"(": 4}, "up"]),
+    ("rank_pattern", [{"up": 0}, {"up": 2.0}, {"(": 4}, ["up"], {"up": 10**30}]),
+    ("alpha_pattern", [{"up": 0}, {"up": math.nan}, {"(": 4}, "up", {"up": 1e300}]),
 ]
 
 
@@ -67,6 +69,8 @@ def test_every_option_has_a_refused_value():
         ({"euclidean": 4, 3: 1}, "unknown geometries"),
         (8, "spaces=8"),
         ([("euclidean", 8)], "spaces="),
+        ({"euclidean": 10**12}, r"spaces\['euclidean'\]=1000000000000 must be an integer from 0 to 4096"),
+        ({"euclidean": 4000, "spherical": 4000}, "holds 8000 experts: give at most 4096"),
     ],
 )
 def test_bad_spaces_are_refused(spaces, message):
@@ -93,7 +97,7 @@ def test_k_may_not_exceed_the_experts(counts, k):
 )
 def test_numbers_are_accepted_exactly_on_their_range(number, name):
     inside = {
-        "lora_alpha": number > 0, "lora_dropout": 0 <= number < 1, "boundary_eps": 0 < number < 1,
+        "lora_alpha": 1e-10 <= number <= 1e10, "lora_dropout": 0 <= number < 1, "boundary_eps": 1e-7 <= number < 1,
         "curvature_init": 0 <= number <= 1e10, "length_unit": 1e-10 <= number <= 1e10,
     }[name] and math.isfinite(number)  # fmt: skip
     if inside:
@@ -138,9 +142,78 @@ def test_an_unknown_option_is_never_dropped():
         MoSConfig.from_dict({"r": 4, "temperature": 1, "rank": 2})
 
 
+@pytest.mark.parametrize("values", [[], [("r", 4)], "r", None, 8], ids=repr)
+def test_what_is_no_mapping_is_no_configuration(values):
+    with pytest.raises(ValueError, match="a configuration maps options to values, and this is"):
+        MoSConfig.from_dict(values)
+
+
+def test_a_key_that_is_no_name_is_an_unknown_option():
+    with pytest.raises(ValueError, match=r"unknown options \[3, 'rank'\]"):
+        MoSConfig.from_dict({"rank": 4, 3: 1})
+
+
 def test_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         MoSConfig().r = 4
+
+
+CHANGES = {
+    "set": lambda d: d.__setitem__("euclidean", 1), "delete": lambda d: d.__delitem__("euclidean"),
+    "update": lambda d: d.update(euclidean=1), "or": lambda d: d.__ior__({"euclidean": 1}),
+    "clear": lambda d: d.clear(), "pop": lambda d: d.pop("euclidean"), "popitem": lambda d: d.popitem(),
+    "setdefault": lambda d: d.setdefault("spherical", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["spaces", "rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_mapping_cannot_be_changed_behind_the_hash(name, change):
+    config = MoSConfig(spaces={"euclidean": 4}, rank_pattern={"euclidean": 2}, alpha_pattern={"euclidean": 2.0})
+    before = dict(getattr(config, name))
+    with pytest.raises(TypeError, match="cannot be changed"):
+        change(getattr(config, name))
+    assert getattr(config, name) == before
+
+
+def test_a_callers_mapping_is_not_the_configurations():
+    spaces = {"euclidean": 4}
+    config = MoSConfig(spaces=spaces)
+    spaces["euclidean"] = 5
+    assert config.num_experts == 4
+
+
+@pytest.mark.parametrize("again", [
+    copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c)), lambda c: MoSConfig(**dataclasses.asdict(c)),
+    lambda c: MoSConfig.from_dict(c.to_dict()), dataclasses.replace,
+], ids=["copy", "deepcopy", "pickle", "asdict", "to_dict", "replace"])  # fmt: skip
+def test_a_copy_is_equal_and_as_frozen(again):
+    config = MoSConfig(rank_pattern={"up": 4}, alpha_pattern={"up": 4})
+    found = again(config)
+    assert found == config and hash(found) == hash(config) and type(found.spaces) is type(config.spaces)
+    assert json.loads(json.dumps(dataclasses.asdict(found))) == config.to_dict()
+    assert config.spaces == {"hyperbolic": 3, "spherical": 3, "euclidean": 2} == dict(config.spaces)
+    spaces = config.spaces.copy()
+    spaces["euclidean"] = 7  # a dict of the caller's own
+    assert config.spaces["euclidean"] == 2
+
+
+def test_equal_numbers_make_one_configuration():
+    first = MoSConfig(lora_alpha=16, curvature_init=0, length_unit=2, alpha_pattern={"up": 4})
+    second = MoSConfig(lora_alpha=16.0, curvature_init=-0.0, length_unit=2.0, alpha_pattern={"up": 4.0})
+    assert first == second and hash(first) == hash(second) and first.json == second.json
+
+
+def test_the_peft_configuration_takes_and_gives_plain_mappings():
+    from mos_kernels.huggingface import MoSPeftConfig
+
+    config = MoSConfig(rank_pattern={"up": 4})
+    made = MoSPeftConfig(target_modules=["up"], spaces=config.spaces, rank_pattern=config.rank_pattern)
+    assert made.to_mos_config().spaces == config.spaces
+    made.spaces["euclidean"] = 3  # peft's configurations are changed in place
+    assert made.to_mos_config().num_experts == 9
+    assert json.loads(json.dumps(made.to_dict(), default=list))["rank_pattern"] == {"up": 4}
+    assert pickle.loads(pickle.dumps(copy.deepcopy(made))).spaces == made.spaces
 
 
 def test_defaults_are_the_documented_ones():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
-from strategies import ACTIVATIONS, GEOMETRIES, Case, make_case, normal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import ACTIVATIONS, GEOMETRIES, Case, leaf, make_case, normal
 
 from mos_kernels import MoSConfig, MoSLinear
 from mos_kernels.backends import eager
@@ -82,6 +85,49 @@ def test_accuracy_at_the_start_of_training():
     for dtype in DTYPES:
         draws = draws_of(MoSConfig(r=4), dtype, rounded=True, own_router=True, norms=(1.0,), b_scale=0.0)
         assert_at_most_twice_the_error_of_torch(draws, dtype)
+
+
+def adapter_by_torch(case: Case) -> torch.Tensor:
+    """The adapter alone in the case's dtype, expert by expert, with MATH.md's own form of λ and e beyond the guards."""
+    c, (x, A, B) = case.config, (case.x, case.A, case.B)
+    eps, rho = c.boundary_eps, 1 - c.boundary_eps
+    n, y = x.square().sum(-1, keepdim=True), 0
+    for e, kappa in enumerate(case.kappa):
+        outside = -kappa * n > rho**2
+        inside = 2 / (1 + torch.where(outside, 0, kappa * n))
+        lam = torch.where(outside, 2 * rho / (eps * (2 - eps)) / torch.where(outside, -kappa * n, 1).sqrt(), inside)
+        u = (lam * x) @ A.T @ B[:, e].T
+        q = u.square().sum(-1, keepdim=True)
+        over = kappa * q > rho**2
+        back = 1 / (1 + (1 - torch.where(over, 0, kappa * q)).sqrt())
+        held = rho / (1 + math.sqrt(eps * (2 - eps))) / torch.where(over, kappa * q, 1).sqrt()
+        y = y + c.scaling * case.gates[..., e, None] * torch.where(over, held, back) * u
+    return y
+
+
+@pytest.mark.parametrize("eps", [1e-1, 4e-3, 1e-3, 1e-6])
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**20), reach=st.sampled_from([0.1, 0.9, 1.5, 30.0, 1e4]),
+    kappa=st.floats(-3, 2).map(lambda e: 10.0**e), b_scale=st.sampled_from([0.01, 1.0, 30.0]),
+)  # fmt: skip
+def test_accuracy_of_the_adapter_alone(eps, seed, reach, kappa, b_scale):
+    """Without a base, whose size would hide the adapter's error: tokens inside, near and outside the ball."""
+    config = MoSConfig(r=4, lora_alpha=4, boundary_eps=eps)
+    kappas = tuple(kappa * sign for sign in config.curvature_signs)
+    case = make_case(
+        config, (24,), 32, 40, seed=seed, norms=(reach / kappa**0.5,), b_scale=b_scale, kappa=kappas, bias=False
+    )
+    low = case.replace(weight=torch.zeros_like(case.weight)).to(torch.float32)
+    dy, high = low.upstream(torch.float32), low.to(torch.float64)
+    found = [c.results(y, d) for c, y, d in (
+        (low, low.ours(), dy), (low, adapter_by_torch(low), dy), (high, adapter_by_torch(high), dy.double())
+    )]  # fmt: skip
+    for name, truth in found[2].items():
+        if name == "weight":  # not the adapter's
+            continue
+        error, torch_error = ((f[name].double() - truth).abs().max().item() for f in found[:2])
+        assert error <= 2 * torch_error + 1e-6 * truth.abs().max().item(), (name, error, torch_error)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
@@ -178,6 +224,38 @@ def test_the_curvature_gradient_is_finite_at_zero_curvature(domain, bound, activ
     x = torch.randn(3, 12)
     layer(1e8 * x / x.norm(dim=1, keepdim=True)).sum().backward()
     assert layer.mos_curvature.grad.isfinite().all()
+
+
+@given(
+    seed=st.integers(0, 2**20), size=st.floats(15, 30).map(lambda e: 10.0**e), b_size=st.floats(-12, 3),
+    kappa=st.sampled_from([-0.7, 0.0, 0.7]), geometry=st.sampled_from(GEOMETRIES),
+)  # fmt: skip
+def test_a_huge_p_gives_what_float64_gives(seed, size, b_size, kappa, geometry):
+    """q of a huge p has terms of both signs that float32 cannot hold."""
+    config = MoSConfig(
+        r=8, spaces={"euclidean": 2}, num_experts_per_tok=2, mapping=geometry[0], domain=geometry[1], share_a=False
+    )
+    case = make_case(config, (6,), 12, 10, seed=seed, kappa=(kappa, kappa), b_scale=10.0**b_size, bias=False)
+    A = case.A.detach() * size / case.A.detach().norm()
+    case = case.replace(A=A.requires_grad_(), weight=leaf(torch.zeros_like(case.weight))).to(torch.float32)
+    y, truth = case.ours(), case.to(torch.float64).ours()
+    torch.testing.assert_close(y.double(), truth, rtol=0, atol=2e-5 * truth.abs().max().item())
+    assert all(gradient.isfinite().all() for name, gradient in case.gradients(1e-30 * y).items() if name != "kappa")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [3, 700])
+def test_a_squared_norm_is_a_sum_of_squares(dtype, width, monkeypatch):
+    """Within the rounding of a sum of squares, in chunks or not; a copy of x is never made whole."""
+    monkeypatch.setattr(eager, "CACHED", 2000)
+    x = normal(0, 500, width).mul(torch.logspace(-3, 3, 500, dtype=torch.float64)[:, None]).to(dtype)
+    for part in (x, x[:1], x[:0]):
+        found, truth = eager.squared_norm(part), part.double().square().sum(-1)
+        assert found.shape == part.shape[:1] and found.dtype == torch.float32
+        error, torch_error = ((n.double() - truth).abs() / truth for n in (found, part.float().square().sum(-1)))
+        assert (error <= 2 * torch_error + 2.0**-24).all()
+    assert eager.squared_norm(torch.full((1, 4), 6e4, dtype=torch.float16)).item() == pytest.approx(4 * 3.6e9, rel=1e-2)
+    assert eager.squared_norm(torch.full((1, 4), 1e30)).item() == pytest.approx(1e30)
 
 
 def test_fp16_dropout_does_not_overflow_what_the_base_can_hold():

@@ -93,10 +93,22 @@ def test_the_page_of_a_history(run_folder, capsys):
     assert settings["adapter.spaces"] == "hyperbolic: 3, spherical: 3, euclidean: 2"
 
 
-def test_colours_are_those_of_the_plots_in_light_and_dark(run_folder):
-    from mos_kernels.finetune import plots
+def test_the_charts_are_files_of_their_own_too(run_folder, tmp_path):
+    drawn(run_folder)
+    files = {name: run_folder / f"report-{name}.svg" for name in ("loss", "curvature", "routing")}
+    assert {path.name for path in run_folder.glob("*.svg")} == {path.name for path in files.values()}
+    for path in files.values():
+        root = ElementTree.fromstring(path.read_text(encoding="utf-8"))
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and float(root.get("width")) > 300
+        assert "--c:#2171b5" in root[0].text and not re.search(r"[ >\"](nan|inf|None)\b", path.read_text())
+        assert float(root.get("height")) == float(root.get("viewBox").split()[3])
+    panels = [e for e in ElementTree.parse(files["curvature"]).iter() if e.get("class") == "panel"]
+    assert len(panels) == LAYERS * len(PROJECTIONS) and len({(e.get("x"), e.get("y")) for e in panels}) == len(panels)
+    assert main(["report", str(run_folder), "--output", str(tmp_path / "page.html")]) == 0
+    assert len(list(tmp_path.glob("page-*.svg"))) == 3
 
-    assert plots.COLORS is COLORS
+
+def test_colours_in_light_and_dark(run_folder):
     drawn(run_folder)
     light, dark = (run_folder / "report.html").read_text().split("prefers-color-scheme: dark")
     for space, shades in COLORS.items():

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.study import compare
+from benchmarks.study.curvature import new_figure, plot_curvature
 from benchmarks.study.plan import BASE, DATASETS, FIXED, MOS, PAPER, RAW_UNITS, TABLES, Entry, entries
-from mos_kernels.finetune.plots import new_figure, plot_curvature
 from mos_kernels.run_report.charts import COLORS
 
 CURVATURE = (MOS, PAPER, RAW_UNITS, *(entry for entry in TABLES["table2"] if entry not in (MOS, FIXED)))

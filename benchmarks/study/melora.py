@@ -9,47 +9,47 @@ from __future__ import annotations
 import math
 
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from mos_kernels.config import MoSConfig
-from mos_kernels.finetune.model import Method
-from mos_kernels.huggingface.targets import find_targets
+from mos_kernels.finetune import Method
 
 MINI_LORAS = 4
 
 
-class MELoRALinear(nn.Module):
-    """base (frozen), lora_A (n, r, d_in/n), lora_B (n, d_out/n, r), zeros at the start. x (..., d_in) -> (..., d_out).
+class _Diagonal(nn.Module):
+    """weight (n, d_out/n, d_in/n): x (..., d_in) -> (..., d_out), each part of x by its own matrix."""
 
-    Raises ValueError where n does not divide both widths.
-    """
-
-    def __init__(self, base: nn.Linear, r: int, lora_alpha: float, lora_dropout: float, n: int = MINI_LORAS) -> None:
+    def __init__(self, d_in: int, d_out: int, n: int) -> None:
         super().__init__()
-        d_in, d_out = base.in_features, base.out_features
         if d_in % n or d_out % n:
             raise ValueError(f"{n} mini LoRAs do not divide a linear {d_in} -> {d_out}")
-        self.base, self.n, self.scaling = base, n, lora_alpha / r
-        self.dropout = nn.Dropout(lora_dropout)
-        self.lora_A = nn.Parameter(torch.empty(n, r, d_in // n))
-        self.lora_B = nn.Parameter(torch.zeros(n, d_out // n, r))
-        bound = 1 / math.sqrt(d_in // n)  # kaiming_uniform_(a=√5) of each factor, as peft
-        nn.init.uniform_(self.lora_A, -bound, bound)
+        self.weight = nn.Parameter(torch.zeros(n, d_out // n, d_in // n))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.dropout(x).unflatten(-1, (self.n, -1))
-        low = torch.einsum("...ni,nri->...nr", parts, self.lora_A)
-        return self.base(x) + self.scaling * torch.einsum("...nr,nor->...no", low, self.lora_B).flatten(-2)
+        return torch.einsum("...ni,noi->...no", x.unflatten(-1, (len(self.weight), -1)), self.weight).flatten(-2)
 
 
-def _add(model: nn.Module, config: dict) -> list[str]:
-    targets = find_targets(model, MoSConfig(target_modules=config["target_modules"]))
-    options = {name: config[name] for name in ("r", "lora_alpha", "lora_dropout")}
-    layers = {target.name: MELoRALinear(target.module, **options) for target in targets}
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-    return list(layers)
+class MELoRALinear(Linear):
+    """peft's LoRA linear with `MINI_LORAS` blocks along the diagonal as A and as B; B is zero at the start.
+
+    Raises ValueError where their number does not divide both widths.
+    """
+
+    def update_layer(self, adapter_name: str, r: int, *args, **kwargs) -> None:
+        super().update_layer(adapter_name, r, *args, **kwargs)
+        down = _Diagonal(self.in_features, MINI_LORAS * r, MINI_LORAS)
+        bound = 1 / math.sqrt(down.weight.shape[-1])  # kaiming_uniform_(a=√5) of each factor, as peft
+        nn.init.uniform_(down.weight, -bound, bound)
+        self.lora_A[adapter_name] = down.to(self.weight.device)
+        self.lora_B[adapter_name] = _Diagonal(MINI_LORAS * r, self.out_features, MINI_LORAS).to(self.weight.device)
 
 
-METHODS = {"melora": Method(("r", "lora_alpha", "lora_dropout", "target_modules"), _add)}
+def _config(config: dict, steps: int) -> LoraConfig:
+    made = LoraConfig(**config)
+    made._register_custom_module({nn.Linear: MELoRALinear})
+    return made
+
+
+METHODS = {"melora": Method(("r", "lora_alpha", "lora_dropout", "target_modules"), _config)}

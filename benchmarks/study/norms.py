@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from mos_kernels.geometry import inverse_projection_scale, projection_scale
-from mos_kernels.layer import MoSLayer
+from mos_kernels.huggingface.peft.layer import MoSPeftLayer
+from mos_kernels.layer import MoSAdapter
 from mos_kernels.run_report.log import write_text
 
 FILE = "norms.json"
 
 
 @torch.no_grad()
-def expert_norms(layer: MoSLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def expert_norms(layer: MoSAdapter, linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x (T, d_in) -> norms (α/r) ‖o‖ (T, E) without gates, geometry's factor λe on B A x (T, E), base's norms (T,)."""
     x, kappa = x.float(), layer.curvature.detach()
     into = inverse_projection_scale(x.square().sum(-1), kappa, layer.config)[0]
@@ -26,8 +27,8 @@ def expert_norms(layer: MoSLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gram = torch.einsum("oer,oes->ers", layer.mos_lora_B, layer.mos_lora_B).float()
     q = torch.einsum("ter,ers,tes->te", low, gram, low).clamp(min=0)
     back = projection_scale(q, kappa, layer.config)[0]
-    bias = None if layer.bias is None else layer.bias.float()
-    base = nn.functional.linear(x, layer.weight.float(), bias)
+    bias = None if linear.bias is None else linear.bias.float()
+    base = nn.functional.linear(x, linear.weight.float(), bias)
     return layer.config.scaling * back * q.sqrt(), into * back, base.norm(dim=-1)
 
 
@@ -46,7 +47,7 @@ class ExpertNorms(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self._name = {2: "first", state.max_steps - 1: "last"}.get(state.global_step)
-        layers = [module for module in model.modules() if isinstance(module, MoSLayer)]
+        layers = [module for module in model.modules() if isinstance(module, MoSPeftLayer)]
         if self._name is None or not layers:
             return
         self._sums: dict[str, list[float]] = {}
@@ -57,10 +58,10 @@ class ExpertNorms(TrainerCallback):
         self._handles = [model.register_forward_pre_hook(remember_mask, with_kwargs=True)]
         self._handles += [layer.register_forward_hook(self._measure) for layer in layers]
 
-    def _measure(self, layer: MoSLayer, args, output) -> None:
-        x = args[0].detach()
+    def _measure(self, module: MoSPeftLayer, args, output) -> None:
+        x, (layer,) = args[0].detach(), module.mos_adapter.values()
         known = self._mask is not None and self._mask.shape == x.shape[:-1]
-        norms, factors, base = expert_norms(layer, x[self._mask != 0] if known else x.flatten(0, -2))
+        norms, factors, base = expert_norms(layer, module.base_layer, x[self._mask != 0] if known else x.flatten(0, -2))
         for expert, space in enumerate(layer.config.expert_spaces):
             self._sums.setdefault(f"{space} norm", []).append(norms[:, expert].mean().item())
             self._sums.setdefault(f"{space} factor", []).append(factors[:, expert].mean().item())

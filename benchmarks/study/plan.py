@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.study.split import split_file
+
 PAPER_RATE = 3e-4
 DTYPE = "bfloat16"
 """Of the frozen model, under autocast, as most fine-tuning is done; what is trained stays in float32."""
@@ -46,11 +48,15 @@ class Dataset:
         """Whether an entry is planned at this learning rate."""
         return rate in entry.rates and entry.importance <= self.least_important.get(rate, entry.importance)
 
-    def options(self, data: Path) -> list[str]:
-        folder = data / self.name
-        files = [str(folder / name) for name in self.evaluation]
-        evaluation = ["--eval-file", *files] if files else ["--eval-size", "0.3", "--split-seed", "0"]
-        return ["--train-file", str(folder / self.train), *evaluation, *self.columns, "--group-by-length"]
+    def options(self, data: Path, outputs: Path) -> list[str]:
+        """Those that read it. Without evaluation files of its own it is split, into files in `outputs`."""
+        train, evaluation = data / self.name / self.train, [data / self.name / name for name in self.evaluation]
+        if not evaluation:
+            label = self.columns[self.columns.index("--label-column") + 1]
+            renames = dict(text.split("=") for text in self.columns if "=" in text)
+            train, *evaluation = split_file(train, label, renames, outputs / self.name)
+        files = ["--train-file", str(train), "--eval-file", *map(str, evaluation)]
+        return [*files, *self.columns, "--group-by-length"]
 
 
 DATASETS = {

@@ -66,8 +66,9 @@ def row_of(cell: Cell, output: Path, failure: str | None, commit: str) -> dict:
         "curvature": None if failure else _curvatures(log, settings),
         "norms": None if failure else _json(output / NORMS),
         "learning_rate": settings["learning_rate"], "dtype": settings["dtype"],
-        "bfloat16_products": products.kind(), "epochs": settings["epochs"],
-        "batch_size": settings["batch_size"], "group_by_length": settings["group_by_length"],
+        "bfloat16_products": products.kind(), "epochs": settings["num_train_epochs"],
+        "batch_size": settings["per_device_train_batch_size"],
+        "group_by_length": settings.get("train_sampling_strategy") == "group_by_length",
         "adapter": settings["adapter"], "data_sha256": list(settings["data_files"].values()),
         "commit": commit, "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip

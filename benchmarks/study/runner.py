@@ -46,28 +46,28 @@ def arguments_of(cell: Cell, place: Place) -> list[str]:
     """The finetune command of a run."""
     return [
         "--model", str(place.model), "--output", str(place.outputs / cell.folder), "--resume",
-        *DATASETS[cell.dataset].options(place.data), *cell.entry.options,
-        "--learning-rate", repr(round(PAPER_RATE * cell.rate, 10)), "--seed", str(cell.seed), "--device", "cpu",
+        *DATASETS[cell.dataset].options(place.data, place.outputs), *cell.entry.options,
+        "--learning-rate", repr(round(PAPER_RATE * cell.rate, 10)), "--seed", str(cell.seed), "--use-cpu",
         "--dtype", DTYPE, "--logging-steps", "1", "--save-total-limit", "1", "--no-plots", "--quiet", *place.more,
+        *(("--save-strategy", "no") if cell.entry.options[1] == "adalora" else ()),  # trained in one piece
     ]  # fmt: skip
 
 
 def execute(cell: Cell, place: Place, callbacks: Sequence = ()) -> dict:
-    """Do or finish a run; its row. RuntimeError where the command refuses it or is interrupted."""
-    from benchmarks.study.melora import METHODS
+    """Do or finish a run; its row. RuntimeError where the command refuses it."""
+    from benchmarks.study import adalora, melora
     from benchmarks.study.norms import ExpertNorms
-    from mos_kernels import finetune
+    from mos_kernels.finetune import FinetuneError, finetune
 
-    parser = argparse.ArgumentParser()
-    finetune.add_arguments(parser, METHODS)
-    args = parser.parse_args(arguments_of(cell, place))
+    output, failure = place.outputs / cell.folder, None
+    callbacks = [ExpertNorms(output), adalora.RankAllocation(), *callbacks]
     try:
-        status = finetune.run(args, METHODS, [ExpertNorms(args.output), *callbacks])
+        finetune(arguments_of(cell, place), {**adalora.METHODS, **melora.METHODS}, callbacks)
     except FloatingPointError as error:  # a result, and not a mistake
-        return rows.row_of(cell, args.output, str(error), place.commit)
-    if status:
-        raise RuntimeError(f"{cell.key}: the finetune command ended with status {status}")
-    return rows.row_of(cell, args.output, None, place.commit)
+        failure = str(error)
+    except FinetuneError as error:
+        raise RuntimeError(f"{cell.key}: {error}") from error
+    return rows.row_of(cell, output, failure, place.commit)
 
 
 def _work(job: tuple[Cell, Place]) -> tuple[Cell, dict | None, str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mos_kernels.backends.interface import Backend
 
 BACKENDS = ("auto", "eager", "triton")
 
@@ -54,13 +57,15 @@ def resolve_backend(requested: str, x: Tensor) -> str:
     return name
 
 
-def load_backend(name: str) -> ModuleType:
+def load_backend(name: str) -> Backend:
     """The module with the four steps of a resolved backend."""
     if name == "triton":
-        from mos_kernels.backends import triton as module
-    else:
-        from mos_kernels.backends import eager as module
-    return module
+        from mos_kernels.backends import triton
+
+        return triton
+    from mos_kernels.backends import eager
+
+    return eager
 
 
 def why_not_triton(x: Tensor) -> str | None:

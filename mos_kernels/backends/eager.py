@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mos_kernels import geometry, routing
 from mos_kernels.backends import constant_under_compile
+from mos_kernels.backends.interface import BridgeExpandGradients, BridgeGradients, Dropout, Prepared, Shape
+from mos_kernels.config import MoSConfig
 
 ONE_PRODUCT = 256
 """E·r up to which products with one r×r matrix an expert are taken as one product with the block-diagonal matrix."""
@@ -22,25 +24,8 @@ ONE_PRODUCT = 256
 CHUNK = 1 << 22
 """Numbers of an expert's output that exist at a time when an activation keeps the Gram form from holding."""
 
-
-class Prepared(NamedTuple):
-    """What the steps want of B: the factor in the dtype of the wide products, and G = BᵀB of each expert.
-
-    Products take G as its trace and G / trace, so that a huge B overflows none. Where an activation keeps the Gram form
-    from holding, there is none.
-    """
-
-    B: Tensor  # (d_out, E, r)
-    gram: Tensor | None  # (E, r, r)
-    unit_gram: Tensor | None  # (E, r, r)
-    trace: Tensor | None  # (E,)
-
-
-class Dropout(NamedTuple):
-    """What dropout decided: which elements of x are kept, a bit each, and the probability of losing one."""
-
-    keep_bits: Tensor  # (T, ceil(d_in / 8)) uint8
-    p: float
+CACHED = 1 << 18
+"""Numbers whose float32 copy stays in a CPU's cache until it is read again."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -82,8 +67,16 @@ def _float32_is_reduced(device_type: str) -> bool:
 # shrink: x -> p, n, logits
 
 
+def saved_shapes(
+    tokens: int, dtype: torch.dtype, A: Tensor | None, router: Tensor | None
+) -> tuple[Shape | None, Shape | None, Shape | None]:
+    """p (T, r) or (T, E, r), n (T,) and logits (T, E)."""
+    shrunk = (None, None) if A is None else ((tokens, *A.shape[:-1]), (tokens,))
+    return *shrunk, None if router is None else (tokens, router.shape[0])
+
+
 def draw_dropout(x: Tensor, p: float) -> Dropout:
-    """Draw which elements of x (..., d_in) survive; of its shape, T is the product of the rest."""
+    """Draw which elements of x (..., d_in) survive, a bit each: state (T, ceil(d_in / 8)) uint8."""
     keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
     padded = F.pad(keep, (0, -x.shape[-1] % 8)).unflatten(-1, (-1, 8))
     bits = (padded * _bit_values(x.device)).sum(-1, dtype=torch.uint8)
@@ -94,7 +87,7 @@ def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
     """x, or what dropout leaves of it, scaled by 1 / (1 - p)."""
     if dropout is None:
         return x
-    bits = dropout.keep_bits.unsqueeze(-1).bitwise_and(_bit_values(x.device))
+    bits = dropout.state.unsqueeze(-1).bitwise_and(_bit_values(x.device))
     keep = bits.ne(0).flatten(-2)[..., : x.shape[-1]]
     scaled = operand(x.to(compute_dtype(x.dtype)) * (1 / (1 - dropout.p)), x.dtype)  # float16 may overflow
     return torch.where(keep, scaled, 0)
@@ -107,9 +100,13 @@ def _bit_values(device: torch.device) -> Tensor:
 
 
 def squared_norm(x: Tensor) -> Tensor:
-    """n = ‖x‖² (T,), saturated. Through the norm: no copy of x in a wider dtype is made."""
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=compute_dtype(x.dtype))
-    return norm.square().clamp(max=geometry.SATURATION)
+    """n = ‖x‖² (T,), saturated. Summed from squares, a few rows at a time, so that no copy of x (T, d) is made.
+
+    A norm squared would round twice more, and a norm's own sum loses more digits: near κn = -1 they are ∂λ/∂κ's first.
+    """
+    dtype = compute_dtype(x.dtype)
+    parts = [x[rows].to(dtype).square().sum(-1) for rows in _chunks(*x.shape, CACHED if x.is_cpu else CHUNK)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).clamp(max=geometry.SATURATION)
 
 
 def shrink(
@@ -180,19 +177,26 @@ def routing_logits_backward(
     return dx, narrow_matmul(dlogits.t(), x, x.dtype) if needs[1] else None
 
 
-def route(logits: Tensor, config) -> Tensor:
+def route(logits: Tensor, config: MoSConfig) -> Tensor:
     """Gates (T, E) from logits (T, E)."""
     return routing.route(logits, config.num_experts_per_tok, config.norm_topk_prob)
 
 
 def route_backward(
-    dgates: Tensor, logits: Tensor, aux_weight: Tensor | None, token_mask: Tensor | None, config
+    dgates: Tensor, logits: Tensor, aux_weight: Tensor | None, token_mask: Tensor | None, config: MoSConfig
 ) -> Tensor:
     """dlogits (T, E), with aux_weight times the gradient of the load-balancing loss added where aux_weight is given."""
     return _route_backward(dgates, route(logits, config), logits, aux_weight, token_mask, config)
 
 
-def _route_backward(dgates, gates, logits, aux_weight, token_mask, config) -> Tensor:
+def _route_backward(
+    dgates: Tensor,
+    gates: Tensor,
+    logits: Tensor,
+    aux_weight: Tensor | None,
+    token_mask: Tensor | None,
+    config: MoSConfig,
+) -> Tensor:
     k = config.num_experts_per_tok
     dlogits = routing.route_backward(dgates, gates, logits, k, config.norm_topk_prob)
     if aux_weight is not None:
@@ -213,7 +217,7 @@ class Curved(NamedTuple):
     h: Tensor  # λ p (T, E, r)
 
 
-def prepare(B: Tensor, dtype: torch.dtype, config, gram: Tensor | None = None) -> Prepared:
+def prepare(B: Tensor, dtype: torch.dtype, config: MoSConfig, gram: Tensor | None = None) -> Prepared:
     """What follows from B (d_out, E, r) alone, for input of `dtype`. gram: that of an earlier call with the same B."""
     wide = operand(B, dtype)
     if config.activation != "identity":
@@ -232,17 +236,21 @@ def _gram(B: Tensor) -> Tensor:
     return exact_matmul(flat.t(), flat).view(E, r, E, r).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
-def _into_space(p: Tensor, n: Tensor, kappa: Tensor, config) -> Curved:
+def _into_space(p: Tensor, n: Tensor, kappa: Tensor, config: MoSConfig) -> Curved:
     scale, scale_dn, scale_dkappa = geometry.inverse_projection_scale(n, kappa, config)
     p = p.unsqueeze(1) if p.dim() == 2 else p
     return Curved(scale, scale_dn, scale_dkappa, p, scale.unsqueeze(-1) * p)
 
 
 def _squared_output_norm(h: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:
-    """q = hᵀGh (T, E), guarded, and G h / trace (T, E, r)."""
+    """q = hᵀGh (T, E), guarded, and G h / trace (T, E, r).
+
+    Summed in float64, where a device has it: a huge h makes terms of both signs that float32 cannot hold, inf - inf.
+    """
     unit_gh = exact_matmul(h.transpose(0, 1), prepared.unit_gram).transpose(0, 1)
-    q = (h * unit_gh).sum(-1) * prepared.trace
-    return q.clamp(0.0, geometry.SATURATION), unit_gh
+    wide = h.dtype if h.device.type == "mps" else torch.float64
+    q = (h.to(wide) * unit_gh.to(wide)).sum(-1) * prepared.trace.to(wide)
+    return q.clamp(0.0, geometry.SATURATION).to(h.dtype), unit_gh
 
 
 class Bridged(NamedTuple):
@@ -258,7 +266,7 @@ class Bridged(NamedTuple):
 
 
 def bridge(
-    p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor, prepared: Prepared, config
+    p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor, prepared: Prepared, config: MoSConfig
 ) -> tuple[Tensor, Bridged]:
     """z = (α/r) g e(q; κ) h with h = λ(n; κ) p and q = hᵀGh, (T, E·r) in the compute dtype, and what it was made from.
 
@@ -272,14 +280,6 @@ def bridge(
     return (weight * curved.h).flatten(1), Bridged(curved, gates, unit_gh, e, e_dq, e_dkappa, weight)
 
 
-class BridgeGradients(NamedTuple):
-    routed: Tensor  # dlogits or dgates (T, E)
-    kappa: Tensor  # (E,)
-    n: Tensor  # (T,)
-    p: Tensor  # as p
-    M: Tensor  # (E, r, r): Σ_T dq h hᵀ
-
-
 def bridge_backward(
     dz: Tensor,
     bridged: Bridged,
@@ -291,7 +291,7 @@ def bridge_backward(
     prepared: Prepared,
     aux_weight: Tensor | None,
     token_mask: Tensor | None,
-    config,
+    config: MoSConfig,
 ) -> BridgeGradients:
     """Gradients of `bridge`, in rank space. dz (T, E·r); aux_weight, token_mask as in `route_backward`.
 
@@ -373,11 +373,12 @@ def _activation_slope(v: Tensor, name: str) -> Tensor:
     return 0.5 * (1 + torch.erf(v * 0.7071067811865476)) + v * density
 
 
-def _chunks(tokens: int, width: int) -> list[slice]:
+def _chunks(tokens: int, width: int, numbers: int) -> list[slice]:
+    """Rows in chunks of so many numbers, or one row; at least one chunk."""
     if torch.compiler.is_compiling():  # a loop over chunks would make the graph depend on the number of tokens
         return [slice(0, tokens)]
-    step = max(CHUNK // max(width, 1), 1)
-    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+    step = max(numbers // max(width, 1), 1)
+    return [slice(start, min(start + step, tokens)) for start in range(0, max(tokens, 1), step)]
 
 
 def bridge_expand(
@@ -389,7 +390,7 @@ def bridge_expand(
     prepared: Prepared,
     added: Tensor | None,
     dtype: torch.dtype,
-    config,
+    config: MoSConfig,
 ) -> Tensor:
     """y₀ = added + (α/r) Σ_e g_e e_e φ(B_e h_e) (T, d_out) in `dtype`; added as in `expand`."""
     if config.activation == "identity":
@@ -398,7 +399,7 @@ def bridge_expand(
     B, gates = prepared.B, route(routed, config) if own_router else routed
     h = _into_space(p, n, kappa, config).h
     y0 = torch.empty(h.shape[0], B.shape[0], dtype=dtype, device=h.device)
-    for chunk in _chunks(*y0.shape):
+    for chunk in _chunks(*y0.shape, CHUNK):
         total = torch.zeros(y0[chunk].shape, dtype=h.dtype, device=h.device)
         if added is not None:
             total += added[chunk] if added.dim() == 2 else added
@@ -411,14 +412,6 @@ def bridge_expand(
     return y0
 
 
-class BridgeExpandGradients(NamedTuple):
-    routed: Tensor  # dlogits or dgates (T, E)
-    kappa: Tensor  # (E,)
-    n: Tensor  # (T,)
-    p: Tensor  # as p
-    B: Tensor  # (d_out, E, r)
-
-
 def bridge_expand_backward(
     dy: Tensor,
     p: Tensor,
@@ -429,7 +422,7 @@ def bridge_expand_backward(
     prepared: Prepared,
     aux_weight: Tensor | None,
     token_mask: Tensor | None,
-    config,
+    config: MoSConfig,
 ) -> BridgeExpandGradients:
     """Gradients of `bridge_expand` with an activation; dy (T, d_out) is read, and u formed again, a chunk at a time."""
     B, gates = prepared.B, route(routed, config) if own_router else routed
@@ -437,7 +430,7 @@ def bridge_expand_backward(
     h, dh = curved.h, torch.empty_like(curved.h)
     dgates, e_dkappa = torch.empty_like(curved.scale), torch.zeros_like(kappa, dtype=h.dtype)
     dB = torch.zeros(B.shape, dtype=h.dtype, device=B.device)
-    for chunk in _chunks(h.shape[0], B.shape[0]):
+    for chunk in _chunks(h.shape[0], B.shape[0], CHUNK):
         upstream = dy[chunk].to(h.dtype)
         for expert in range(B.shape[1]):
             v = narrow_matmul(h[chunk, expert], B[:, expert].t(), dy.dtype)

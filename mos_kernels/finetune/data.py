@@ -1,316 +1,281 @@
-"""Rows of text for `python -m mos_kernels finetune`: read, checked, split, tokenised, before any model is loaded.
+"""Rows for `python -m mos_kernels finetune`: read, checked and split before a model is loaded.
 
-A row is a dict from column name to value. Nothing is normalised: a label is the text that the file holds, and only
-`rename` (an explicit option) merges two spellings of one. Every error is a `DataError`, and names the file, the line
-and the remedy.
+Text files are read here, because every fault has to name its line: the libraries' readers fill short CSV rows up, and
+end the process on JSON that is nested too deep. Parquet files, folders and the hub are read by `datasets`.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
+import datasets
 
-SUFFIXES = (".tsv", ".csv", ".jsonl", ".json")
+from mos_kernels.finetune.options import FinetuneError, Options
+
+SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
+FORMS = (("messages",), ("conversations",), ("prompt", "completion"), ("text",))
+"""The columns by which TRL knows data; all but the last may hold chat."""
+
+Rows = list[tuple[str, dict]]
+"""Each row with its file and line, for errors."""
 
 
-class DataError(ValueError):
-    """The data cannot be used as asked: what is wrong, where, and what to do."""
+def read_data(options: Options) -> tuple[datasets.Dataset, dict[str, datasets.Dataset], dict]:
+    """(training data, evaluation data by name, summary for metrics.json).
+
+    For classification the columns are "text" (a string, or a list of two for a pair) and "labels", a ClassLabel; for
+    causal-lm those of one of `FORMS`.
+    """
+    train_files = options.train_file or [options.dataset] * _is_file(options.dataset)
+    rows = [row for path in train_files for row in read_rows(path, options.column_names)]
+    rows = rows or _read_dataset(options, options.train_split or "train")
+    parts = {name: read_rows(path, options.column_names) for name, path in _names(options.eval_file or ()).items()}
+    if options.eval_split:
+        parts[options.eval_split] = _read_dataset(options, options.eval_split)
+    examples = (_labelled if options.task == "classification" else _examples)(options, rows)
+    train, evaluation = examples(rows), {name: examples(part) for name, part in parts.items()}
+    if options.eval_size is not None:
+        train, evaluation["held_out"] = _split(train, options)
+    digests = {path: hashlib.sha256(Path(path).read_bytes()) for path in (*train_files, *(options.eval_file or ()))}
+    summary = {"files": {path: digest.hexdigest() for path, digest in digests.items()}, "train_rows": len(train)}
+    summary["eval_rows"] = {name: len(part) for name, part in evaluation.items()}
+    if options.task == "classification":
+        summary["classes"] = names = train.features["labels"].names
+        for key, parts in (("train_rows_of_class", [train]), ("eval_rows_of_class", evaluation.values())):
+            counts = Counter(label for part in parts for label in part["labels"])
+            summary[key] = {name: counts[i] for i, name in enumerate(names) if counts[i]}
+    seen = {str(text) for text in train[train.column_names[0]]}
+    same = sum(str(text) in seen for part in evaluation.values() for text in part[part.column_names[0]])
+    return train, evaluation, summary | {"eval_rows_also_in_train": same}
 
 
 # reading
 
 
-def read_rows(path: str | Path, column_names: Sequence[str] | None = None) -> list[dict]:
-    """The rows of a TSV (no quoting), CSV, JSONL or JSON file (a list of objects), as dicts by column.
-
-    column_names: the columns of a TSV or CSV file without a header row; the first row is the header otherwise.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file{_look_alikes(path)}")
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: the ending {path.suffix!r} is not one of {SUFFIXES}: rename or convert the file")
+def read_rows(path: str, column_names: str | None = None) -> Rows:
+    """The rows of a file. column_names: of a TSV or CSV file without a header row, with commas between them."""
+    file = Path(path)
+    if not file.is_file():
+        there = ", ".join(sorted(p.name for p in file.parent.glob("*") if p.suffix in SUFFIXES))
+        raise FinetuneError(f"{path}: no such file" + (f"; {file.parent} holds {there}" if there else ""))
+    if file.suffix not in SUFFIXES:
+        raise FinetuneError(f"{path}: the ending {file.suffix!r} is not one of {', '.join(SUFFIXES)}: convert the file")
+    if column_names and file.suffix not in (".tsv", ".csv"):
+        raise FinetuneError(f"{path}: --column-names is for TSV and CSV files: drop it")
+    if file.suffix == ".parquet":
+        return _rows_of(path, lambda: datasets.load_dataset("parquet", data_files=str(file), split="train"))
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 ({error.reason}): convert the file to UTF-8") from None
-    if path.suffix in (".jsonl", ".json"):
-        if column_names:
-            raise DataError(f"{path}: --column-names has no effect on JSON, where every row names its columns: drop it")
-        rows = _json_lines(path, text) if path.suffix == ".jsonl" else _json(path, text)
-    else:
-        rows = _table(path, text, column_names)
+        raise FinetuneError(f"{path}, line {line}: not UTF-8 ({error.reason}): convert the file to UTF-8") from None
+    rows = list(_json_rows(path, text) if file.suffix.startswith(".json") else _table_rows(path, text, column_names))
     if not rows:
-        raise DataError(f"{path}: there are no rows")
+        raise FinetuneError(f"{path}: there are no rows")
     return rows
 
 
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file, to tell whether a run is resumed on the data it was started on."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def _table_rows(path: str, text: str, column_names: str | None) -> Iterator[tuple[str, dict]]:
+    quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.endswith(".tsv") else {"strict": True}
+    csv.field_size_limit(2**31 - 1)
+    # lines end at \n alone: str.splitlines also breaks at characters that a field may hold
+    lines = (line + "\n" for line in text.replace("\r\n", "\n").split("\n"))
+    reader = csv.DictReader(lines, column_names and [name.strip() for name in column_names.split(",")], **quoting)
+    try:
+        names = _some(reader.fieldnames or ())
+        if any(name and count > 1 for name, count in Counter(reader.fieldnames or ()).items()):
+            raise FinetuneError(f"{path}: a column is named more than once: {names}: rename one")
+        for row in reader:
+            if None in row or None in row.values():
+                count = sum(value is not None for value in row.values()) - (None in row) + len(row.get(None, ()))
+                raise FinetuneError(f"{path}, line {reader.line_num}: {count} fields, and the columns are {names}")
+            yield f"{path}, line {reader.line_num}", row
+    except csv.Error as error:
+        raise FinetuneError(f"{path}, line {reader.line_num}: not readable as CSV: {error}") from None
 
 
-def _look_alikes(path: Path) -> str:
-    there = sorted(p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES) if path.parent.is_dir() else []
-    return f"; {path.parent} holds {', '.join(there)}" if there else ""
-
-
-def _table(path: Path, text: str, column_names: Sequence[str] | None) -> list[dict]:
-    if path.suffix == ".tsv":
-        lines = enumerate(text.split("\n"), 1)  # not splitlines(), which breaks at characters a field may hold
-        records = [(number, line.rstrip("\r").split("\t")) for number, line in lines if line.strip("\r")]
-    else:
-        csv.field_size_limit(2**31 - 1)
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _json_rows(path: str, text: str) -> Iterator[tuple[str, dict]]:
+    is_list = path.endswith(".json") and text.lstrip().startswith("[")  # otherwise one object a line
+    parts = [(1, text)] if is_list else [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for line, part in parts:
         try:
-            records = [(reader.line_num, fields) for fields in reader if fields]
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: not readable as CSV: {error}") from None
-    if not records:
-        return []
-    names = list(column_names) if column_names else records.pop(0)[1]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise DataError(f"{path}: the columns {twice} are named more than once in {names}: give each its own name")
-    for number, fields in records:
-        if len(fields) != len(names):
-            origin = "--column-names names" if column_names else "the header names"
-            raise DataError(
-                f"{path}, line {number}: {len(fields)} fields where {origin} {len(names)} ({', '.join(names)})"
-            )
-    return [dict(zip(names, fields, strict=True)) for _, fields in records]
+            found = json.loads(part)
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and what nests too deep
+            line, reason = line + getattr(error, "lineno", 1) - 1, getattr(error, "msg", error)
+            raise FinetuneError(f"{path}, line {line}: not readable as JSON: {reason}") from None
+        for number, row in enumerate(found if is_list else [found], 1):
+            where = f"{path}, item {number}" if is_list else f"{path}, line {line}"
+            if not isinstance(row, dict):
+                raise FinetuneError(f"{where}: {_short(row)} where an object is expected")
+            try:
+                json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:  # half a character, as a cut text leaves it
+                raise FinetuneError(f"{where}: not text: {error.reason}, {ascii(row)[:60]}…: mend it") from None
+            yield where, row
 
 
-def _json(path: Path, text: str) -> list[dict]:
+def _read_dataset(options: Options, split: str) -> Rows:
+    name = f"--dataset {options.dataset}, split {split}"
+    return _rows_of(name, lambda: datasets.load_dataset(options.dataset, options.dataset_config, split=split))
+
+
+def _rows_of(name: str, load: Callable[[], datasets.Dataset]) -> Rows:
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object a line, under the ending .json
-            return _json_lines(path, text)
-        raise _bad_json(path, error.lineno, error) from None
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: a list of objects is expected, and this is a single {type(rows).__name__}")
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}: item {index} is a {type(row).__name__}, not an object: {str(row)[:60]!r}")
-    return rows
-
-
-def _json_lines(path: Path, text: str) -> list[dict]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _bad_json(path, number, error) from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: a {type(row).__name__}, not an object: {line[:60]!r}")
-        rows.append(row)
-    return rows
-
-
-def _bad_json(path: Path, line: int, error: json.JSONDecodeError) -> DataError:
-    return DataError(f"{path}, line {line}, column {error.colno}: not valid JSON: {error.msg}")
-
-
-def read_hub(name: str, config: str | None, split: str) -> list[dict]:
-    """The rows of one split of a dataset on the Hugging Face hub. Class labels become their names."""
-    try:
-        from datasets import ClassLabel, load_dataset
-    except ImportError:
-        raise DataError(f"{name!r} is not a file, and reading hub datasets needs `pip install datasets`") from None
-    try:
-        dataset = load_dataset(name, config, split=split)
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        raise DataError(
-            f"dataset {name!r}, split {split!r}, cannot be had from the Hugging Face hub ({_first_line(error)}): check "
-            "the name and the network, or give a local file with --train-file"
-        ) from None
+        dataset = load()
+    except Exception as error:  # the readers and the hub's client raise a dozen unrelated types
+        reason = _short(str(error.__cause__ or error), 200)
+        raise FinetuneError(f"{name} cannot be read ({reason}): check name and network, or give --train-file") from None
+    labels = {name: f for name, f in dataset.features.items() if isinstance(f, datasets.ClassLabel)}
     rows = dataset.to_list()
-    for column, feature in dataset.features.items():
-        if isinstance(feature, ClassLabel):
-            for row in rows:
-                row[column] = feature.int2str(row[column]) if row[column] is not None and row[column] >= 0 else None
-    if not rows:
-        raise DataError(f"dataset {name!r}, split {split!r}: there are no rows")
-    return rows
+    for row in rows:
+        row |= {n: f.int2str(row[n]) for n, f in labels.items() if row[n] is not None and row[n] >= 0}
+    return [(f"{name}, row {i}", row) for i, row in enumerate(rows, 1)]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _is_file(name: str | None) -> bool:
+    return bool(name) and not Path(name).is_dir() and (Path(name).suffix in SUFFIXES or Path(name).is_file())
 
 
-# checking
+def _names(paths: Sequence[str]) -> dict[str, str]:
+    """A name for each evaluation file: its stem, or its whole path where stems are alike."""
+    stems = [Path(path).stem for path in paths]
+    names = stems if len(set(stems)) == len(stems) else [str(Path(path).with_suffix("")) for path in paths]
+    if len(set(names)) < len(names):
+        raise FinetuneError(f"--eval-file names the same file twice: {', '.join(paths)}")
+    return {name.replace("/", "_"): path for name, path in zip(names, paths, strict=True)}
 
 
-def texts(rows: Sequence[Mapping], columns: Sequence[str], source: str) -> list[tuple[str, ...]]:
-    """The text columns of every row. A missing column, or a value that is not text, raises `DataError`."""
-    require_columns(rows, columns, source)
-    for index, row in enumerate(rows):
-        for column in columns:
-            if not isinstance(row[column], str):
-                raise DataError(
-                    f"{source}, row {index + 1}: column {column!r} holds {row[column]!r}, which is not text"
-                )
-    return [tuple(row[column] for column in columns) for row in rows]
+# examples
 
 
-def labels(rows: Sequence[Mapping], column: str, source: str, rename: Mapping[str, str] | None = None) -> list[str]:
-    """The label of every row as text, renamed where `rename` says so. A missing or empty label raises `DataError`."""
-    require_columns(rows, [column], source)
-    result = []
-    for index, row in enumerate(rows):
-        value = row[column]
+def _labelled(options: Options, train: Rows) -> Callable[[Rows], datasets.Dataset]:
+    """How rows become classified texts; the classes are those of the training rows."""
+    column, renames = options.label_column, dict(text.partition("=")[::2] for text in options.rename_label or ())
+    found = sorted({str(_column(*row, column)) for row in train})
+    for old, new in renames.items():
+        if old not in found or not new:
+            raise FinetuneError(f"--rename-label {old}={new} is not OLD=NEW with OLD one of {_some(found)}")
+
+    def label(where: str, row: dict) -> str:
+        value = _column(where, row, column)
         if value is None or value == "" or isinstance(value, (list, dict, float)):
-            raise DataError(f"{source}, row {index + 1}: column {column!r} holds {value!r}, which is no class label")
-        result.append((rename or {}).get(str(value), str(value)))
-    return result
+            raise FinetuneError(f"{where}: column {column!r} holds {_short(value)}, which is no class label")
+        return renames.get(str(value), str(value))
 
-
-def require_columns(rows: Sequence[Mapping], columns: Sequence[str], source: str) -> None:
-    """Raise `DataError`, listing the columns there are, unless every row has every one of `columns`."""
-    for index, row in enumerate(rows):
-        for column in columns:
-            if column not in row:
-                where = f", row {index + 1}" if column in rows[0] else ""
-                raise DataError(
-                    f"{source}{where}: there is no column {column!r}; the columns are: {', '.join(map(str, row))}. For "
-                    "a file without a header row, name them with --column-names"
-                )
-
-
-def class_names(train: Sequence[str], evaluations: Mapping[str, Sequence[str]]) -> list[str]:
-    """The classes of the training labels, in order (numeric where they are numbers). Labels only in eval raise."""
-    names = sorted(set(train), key=lambda name: (0, int(name), name) if _is_int(name) else (1, 0, name))
+    names = sorted({label(*row) for row in train}, key=_class_order)
     if len(names) < 2:
-        raise DataError(f"every training row has the label {names[0]!r}: a classification needs at least two")
-    for source, found in evaluations.items():
-        unseen = sorted(set(found) - set(names))
-        if unseen:
-            raise DataError(
-                f"{source}: the labels {_some(unseen)} do not occur in the training data, which has {_some(names)}: if "
-                "they are other spellings of these, merge them with --rename-label OLD=NEW"
-            )
-    return names
+        raise FinetuneError(f"every training row has the label {names[0]!r}: a classification needs at least two")
+    is_pair = len(options.text_column) == 2
+    kind = datasets.List(datasets.Value("string")) if is_pair else datasets.Value("string")
+    features = datasets.Features({"text": kind, "labels": datasets.ClassLabel(names=names)})
+    numbers = {name: i for i, name in enumerate(names)}
+
+    def examples(rows: Rows) -> datasets.Dataset:
+        found = {"text": [], "labels": []}
+        for where, row in rows:
+            if (name := label(where, row)) not in numbers:
+                raise FinetuneError(
+                    f"{where}: the label {_short(name)} does not occur in the training data, which has {_some(names)}: "
+                    "merge another spelling with --rename-label OLD=NEW"
+                )
+            texts = [_text(where, row, name) for name in options.text_column]
+            found["text"].append(texts if is_pair else " ".join(texts))
+            found["labels"].append(numbers[name])
+        return datasets.Dataset.from_dict(found, features)
+
+    return examples
 
 
-def _some(names: Sequence[str]) -> str:
-    """A list that fits into an error, however wrong the column is."""
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return f"{[name[:40] for name in names[:8]]}{more}"
+def _class_order(name: str) -> tuple:
+    number = name.removeprefix("-")
+    return (0, int(name), name) if number.isdecimal() and number.isascii() and len(number) < 19 else (1, 0, name)
 
 
-def _is_int(name: str) -> bool:
-    return name.lstrip("-").isdecimal() and name.isascii() and name.count("-") <= 1
-
-
-# splitting
-
-
-def stratified_split(strata: Sequence[str], eval_size: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices (train, eval), each in the file's order, with every class in the same proportion on both sides.
-
-    eval_size: a share in (0, 1), or a number of rows. The eval side has exactly that many rows (by largest remainder),
-    and never all rows of a class: a class with a single row is trained on. Depends on `seed` and on nothing else.
-    """
-    total = len(strata)
-    wanted = round(eval_size * total) if eval_size < 1 else int(eval_size)
-    counts = Counter(strata)
-    room = {name: count - 1 for name, count in counts.items()}
-    if not 0 < wanted <= sum(room.values()):
-        raise DataError(
-            f"--eval-size {eval_size:g} asks for {wanted} of {total} rows in {len(counts)} classes: at least one row, "
-            f"and at most {sum(room.values())} (one of each class stays in training), can be set aside"
+def _examples(options: Options, train: Rows) -> Callable[[Rows], datasets.Dataset]:
+    """How rows become what TRL trains on, by the options or by the columns of the first row."""
+    (where, first), columns = train[0], options.text_column
+    form = next((names for names in FORMS if set(names) <= set(first)), None)
+    if columns and len(columns) == 1 and isinstance(first.get(columns[0]), list):
+        form = ("messages",)
+    elif columns:
+        form = None
+    elif form is None:
+        raise FinetuneError(
+            f"{where}: there is no column messages, prompt and completion, or text, but {_some(first)}: name the text "
+            "with --text-column (and --target-column)"
         )
-    names = sorted(counts)
-    share = {name: min(wanted * counts[name] // total, room[name]) for name in names}
-    by_remainder = sorted(names, key=lambda name: (-(wanted * counts[name] % total), name))
-    while (missing := wanted - sum(share.values())) > 0:
-        for name in [name for name in by_remainder if share[name] < room[name]][:missing]:
-            share[name] += 1
-    order = np.random.default_rng(seed).permutation(total)
-    evaluation = []
-    for name in names:
-        evaluation += [int(i) for i in order if strata[i] == name][: share[name]]
-    chosen = set(evaluation)
-    return [i for i in range(total) if i not in chosen], sorted(evaluation)
+
+    def example(where: str, row: dict) -> dict:
+        if form:
+            names = zip(form, columns or form, strict=True)
+            kept = {key: (_chat if isinstance(first[name], list) else _text)(where, row, name) for key, name in names}
+        else:
+            kept = {"text": " ".join(_text(where, row, name) for name in columns)}
+        if options.target_column:
+            separator = "\n" if options.separator is None else options.separator
+            kept = {"prompt": kept["text"] + separator, "completion": _text(where, row, options.target_column)}
+        if not any(kept.values()):
+            raise FinetuneError(f"{where}: the text is empty")
+        return kept | {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name) is not None}
+
+    def examples(rows: Rows) -> datasets.Dataset:
+        made = [example(*row) for row in rows]
+        try:
+            return datasets.Dataset.from_list(made)
+        except Exception as error:
+            raise FinetuneError(f"{rows[0][0]} and after it: messages of several forms: {_short(error, 200)}") from None
+
+    return examples
 
 
-# tokenising
+def _chat(where: str, row: dict, column: str) -> list[dict]:
+    messages = _column(where, row, column)
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(isinstance(m, dict) and isinstance(m.get("role", m.get("from")), str) for m in messages)
+    ):
+        raise FinetuneError(f"{where}: column {column!r} holds {_short(messages)}, and no list of messages with roles")
+    return messages
 
 
-def encode_classification(
-    tokenizer, rows: Sequence[tuple[str, ...]], targets: Sequence[int], max_length: int, pair: bool
-):
-    """Examples for a sequence classifier, and how many were cut at `max_length`.
-
-    pair: two text columns go to the tokenizer as a pair; several are joined by a space otherwise.
-    """
-    inputs = [list(column) for column in zip(*rows, strict=True)] if pair else [[" ".join(row) for row in rows]]
-    encoded = tokenizer(*inputs, truncation=False, verbose=False)
-    cut = sum(len(ids) > max_length for ids in encoded["input_ids"])
-    if cut:
-        encoded = tokenizer(*inputs, truncation=True, max_length=max_length)
-    examples = [{key: encoded[key][i] for key in encoded} for i in range(len(rows))]
-    for example, target in zip(examples, targets, strict=True):
-        example["labels"] = target
-    return examples, cut
+def _column(where: str, row: Mapping, column: str):
+    if column not in row:
+        hint = "for a file without a header row, name them with --column-names"
+        raise FinetuneError(f"{where}: there is no column {column!r}; the columns are: {_some(row)}; {hint}")
+    return row[column]
 
 
-def encode_causal(
-    tokenizer, prompts: Sequence[str], completions: Sequence[str] | None, max_length: int, separator: str
-):
-    """Examples for a causal language model, and how many were cut at `max_length`.
-
-    With completions the loss is on the completion and the end-of-sequence token alone, and what is too long loses the
-    beginning of its prompt; without, the loss is on all the text.
-    """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    heads = tokenizer(list(prompts) if completions is None else [p + separator for p in prompts], verbose=False)[
-        "input_ids"
-    ]
-    heads = [ids[:-1] if end and ids[-1:] == end else ids for ids in heads]
-    tails = [[]] * len(heads)
-    if completions is not None:
-        tails = tokenizer(list(completions), add_special_tokens=False, verbose=False)["input_ids"]
-    examples, cut = [], 0
-    for head, tail in zip(heads, tails, strict=True):
-        tail = tail + end
-        if len(head) + len(tail) > max_length:
-            cut += 1
-            tail = tail[:max_length]
-            keep = max_length - len(tail)
-            head = head[:keep] if completions is None else head[len(head) - keep :]
-        if not tail and (completions is not None or not head):
-            raise DataError(
-                f"row {len(examples) + 1} has no token to learn from: its text is empty, and no token ends one"
-            )
-        masked = head if completions is None else [-100] * len(head)
-        examples.append({"input_ids": head + tail, "attention_mask": [1] * len(head + tail), "labels": masked + tail})
-    return examples, cut
+def _text(where: str, row: Mapping, column: str) -> str:
+    value = _column(where, row, column)
+    if not isinstance(value, str):
+        hint = "; chat data is for --task causal-lm" if isinstance(value, list) else ""
+        raise FinetuneError(f"{where}: column {column!r} holds {_short(value)}, which is not text{hint}")
+    return value
 
 
-class CausalCollator:
-    """Pads on the right; padded positions are masked, and carry no loss."""
+def _split(train: datasets.Dataset, options: Options) -> tuple[datasets.Dataset, datasets.Dataset]:
+    size = options.eval_size if options.eval_size < 1 else int(options.eval_size)
+    by = {"stratify_by_column": "labels"} if options.task == "classification" else {}
+    try:
+        parts = train.train_test_split(size, seed=options.split_seed or 0, keep_in_memory=True, **by)
+    except ValueError as error:
+        hint = "merge rare classes with --rename-label OLD=NEW, or give --eval-file"
+        raise FinetuneError(f"--eval-size {options.eval_size:g} of {len(train)} rows: {error}; {hint}") from None
+    return parts["train"], parts["test"]
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
 
-    def __call__(self, examples: Sequence[Mapping]) -> dict:
-        import torch
+def _short(value, length: int = 60) -> str:
+    text = ascii(value) if isinstance(value, str) else " ".join(str(value).split())
+    return text if len(text) <= length else f"{text[:length]}… ({type(value).__name__})"
 
-        width = max(len(example["input_ids"]) for example in examples)
-        return {
-            key: torch.tensor([list(example[key]) + [fill] * (width - len(example[key])) for example in examples])
-            for key, fill in self.pad.items()
-        }
+
+def _some(names) -> str:
+    """A list that fits into an error, however wrong the column is."""
+    names = [str(name)[:40] for name in names]
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

@@ -1,208 +1,277 @@
-"""The adapter's options on the command line: one for every field of `MoSConfig`, none of them accepted and ignored."""
+"""The options of `python -m mos_kernels finetune`: its own, the Trainer's, and one for each field of MoSConfig."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import math
 import re
-import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from peft import LoraConfig
+from transformers import HfArgumentParser, TrainingArguments
 
 from mos_kernels.config import MoSConfig
-from mos_kernels.finetune.adalora import ADALORA_FIELDS
 
-METHODS = ("mos", "hydralora", "mixture_of_lora", "lora", "dora", "adalora", "frozen")
-PRESETS = ("default", "paper", "hydralora", "mixture_of_lora")
-
-LORA_FIELDS = (
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
-)  # fmt: skip
+LORA_FIELDS = tuple(name for name in MoSConfig.__dataclass_fields__ if name in LoraConfig.__dataclass_fields__)
 """The fields of MoSConfig that peft's LoraConfig has too, with the same meaning."""
 
-PEFT_FIELDS = {"lora": LORA_FIELDS, "dora": LORA_FIELDS, "adalora": ADALORA_FIELDS}
+DEFAULTS = {
+    "learning_rate": 3e-4, "num_train_epochs": 3.0, "weight_decay": 0.01, "warmup_steps": 0.1, "seed": 0,
+    "per_device_train_batch_size": 32, "per_device_eval_batch_size": 64, "logging_steps": 10, "save_total_limit": 2,
+    "logging_nan_inf_filter": False, "report_to": "none", "eval_strategy": None, "save_strategy": None,
+    "save_steps": None, "bf16": False, "gradient_checkpointing": None, "max_length": None,
+}  # fmt: skip
+"""Defaults of the command where they are not the Trainer's: the paper's, and a checkpoint at every evaluation."""
+
+ALIASES = {
+    "--output": ("output_dir", str), "--epochs": ("num_train_epochs", float), "--warmup-ratio": ("warmup_steps", float),
+    "--batch-size": ("per_device_train_batch_size", int), "--eval-batch-size": ("per_device_eval_batch_size", int),
+    "--gradient-accumulation": ("gradient_accumulation_steps", int), "--lr-scheduler": ("lr_scheduler_type", str),
+}  # fmt: skip
+FLAGS = {"--group-by-length": ("train_sampling_strategy", "group_by_length"), "--quiet": ("disable_tqdm", True)}
 
 _CURVED_ONLY = (
     "curvature_init", "length_unit", "learn_curvature", "curvature_lr_ratio", "curvature_max_grad_norm", "mapping",
     "domain", "boundary_eps",
 )  # fmt: skip
-
-_HELP = {
-    "use_rslora": "scale by lora_alpha / sqrt(r) instead",
-    "target_modules": "linears to adapt: several name endings, one regular expression, or all-linear",
-    "exclude_modules": "linears to leave out, in the same notation",
-    "layers_to_transform": "indices of the layers to adapt",
-    "layers_pattern": "name of the list of layers, where layers_to_transform is given",
-    "rank_pattern": "rank by module name or regular expression, as JSON or name=number,...",
-    "alpha_pattern": "lora_alpha by module name or regular expression, as JSON or name=number,...",
-}
+_POSITIVE = (
+    "num_train_epochs", "learning_rate", "logging_steps", "eval_steps", "save_steps", "max_length", "eval_size",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit",
+)  # fmt: skip
 
 
-class OptionError(ValueError):
-    """An option with a bad value, without effect here, or that does not fit the others."""
+class FinetuneError(ValueError):
+    """Options, data, a model or a folder that cannot be used as asked: what is wrong, where, and what to do."""
 
 
-def add_adapter_arguments(parser: argparse.ArgumentParser, more_methods: Iterable[str] = ()) -> None:
-    """Add --method, --preset, --num-experts and an option for every field of `MoSConfig`."""
-    group = parser.add_argument_group("adapter")
-    group.add_argument(
-        "--method", choices=(*METHODS, *more_methods), default="mos", help="default mos; frozen: head alone"
-    )
-    group.add_argument("--preset", choices=PRESETS, help="MoSConfig's preset for --method mos (default: default)")
-    group.add_argument("--num-experts", type=int, help="experts of hydralora and mixture_of_lora (default 8)")
-    config = parser.add_argument_group("MoSConfig", "for lora, dora and adalora, the options that peft has too")
-    hints, helps, defaults = typing.get_type_hints(MoSConfig), _docstring_helps(), MoSConfig()
-    for field in dataclasses.fields(MoSConfig):
-        default = "the model's FFN linears" if field.name == "target_modules" else _shown(getattr(defaults, field.name))
-        text = f"{_HELP.get(field.name) or helps[field.name]} (default {default})".replace("%", "%%")
-        config.add_argument("--" + field.name.replace("_", "-"), default=None, help=text, **_parsing(hints[field.name]))
+class Method(NamedTuple):
+    """A method of the caller's own, beside those of the command.
 
-
-def given_options(args: argparse.Namespace) -> dict:
-    """The fields of `MoSConfig` that were given on the command line, in Python types."""
-    names = [field.name for field in dataclasses.fields(MoSConfig) if getattr(args, field.name) is not None]
-    return {name: _value(name, getattr(args, name)) for name in names}
-
-
-def adapter_config(
-    method: str, preset: str | None, num_experts: int | None, given: Mapping, more_methods: Mapping | None = None
-) -> MoSConfig | dict | None:
-    """What --method, --preset, --num-experts and the options given make together.
-
-    Returns a `MoSConfig`, a dict of the fields that apply for peft's methods and for `more_methods` (`Method` by name),
-    or None for frozen. `target_modules` is left at its default (MoSConfig) or out (dict) where it was not given. Bad
-    values, and options without effect, raise `OptionError`.
+    fields: the fields of MoSConfig that it takes, target_modules among them. config: (their values with peft's own
+    modules_to_save and task_type, optimizer steps of the run) -> the peft configuration for get_peft_model.
     """
+
+    fields: tuple[str, ...]
+    config: Callable
+
+
+LORA = {"lora": Method(LORA_FIELDS, None), "dora": Method(LORA_FIELDS, None)}
+MOS = {"mos": MoSConfig, "hydralora": MoSConfig.hydralora, "mixture_of_lora": MoSConfig.mixture_of_lora}
+
+
+def _option(text: str, default=None, **more):
+    return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+@dataclasses.dataclass
+class Options:
+    """The command's own options."""
+
+    model: str = dataclasses.field(metadata={"help": "a local folder, or a model id on the Hugging Face hub"})
+    task: Literal["classification", "causal-lm"] = _option("causal-lm takes TRL's SFT options too", "classification")
+    dataset: str | None = _option("a file, a folder, or a dataset id on the Hugging Face hub")
+    dataset_config: str | None = _option("configuration of the hub dataset")
+    train_split: str | None = _option("split of the folder or hub dataset to train on (train if not given)")
+    eval_split: str | None = _option("split of the folder or hub dataset to evaluate on")
+    train_file: list[str] | None = _option("TSV (no quoting), CSV, JSON, JSONL or Parquet", action="extend")
+    eval_file: list[str] | None = _option("evaluated one by one, and pooled", action="extend")
+    eval_size: float | None = _option("without evaluation data: share (0.3) or rows (300) to set aside")
+    split_seed: int | None = _option("seed of that split alone (0 if not given)")
+    column_names: str | None = _option("columns of TSV and CSV files without a header row", metavar="A,B,...")
+    text_column: list[str] | None = _option("two are a pair, for classification; causal-lm finds its own")
+    label_column: str | None = _option("the class, for classification")
+    target_column: str | None = _option("the completion to learn, for causal-lm; --text-column is the prompt")
+    separator: str | None = _option("between prompt and completion (a newline if not given)")
+    rename_label: list[str] | None = _option("count the label OLD as NEW", metavar="OLD=NEW", action="extend")
+    max_length: int | None = _option("in tokens (the model's, at most 512, if not given)")
+    max_new_tokens: int = _option("causal-lm: length of the answers generated for predictions.jsonl; 0: none", 64)
+    dtype: Literal["float32", "bfloat16", "float16"] = _option("of the base; 16 bits train by autocast", "float32")
+    resume: bool = _option("go on from the last complete checkpoint in --output", False)
+    overwrite: bool = _option("replace an earlier run in --output", False)
+    no_plots: bool = _option("write no report page; `python -m mos_kernels report` makes it later", False)
+    method: str = _option("mos, hydralora, mixture_of_lora, lora, dora; frozen trains the head, full everything", "mos")
+    preset: Literal["paper"] | None = _option("the settings as printed, for --method mos")
+    num_experts: int | None = _option("experts of hydralora and mixture_of_lora (8 if not given)")
+
+    _argument_group_name = "model, data and run"
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise FinetuneError(message)
+
+
+def parse(argv: Sequence[str], methods: Mapping[str, Method]) -> tuple[Options, TrainingArguments, object, bool]:
+    """(options, the Trainer's arguments or TRL's SFTConfig, the adapter's configuration, target_modules were given).
+
+    The configuration is a MoSConfig, a dict of the fields of another method, or None for frozen and full. Bad values,
+    and options that would have no effect, raise `FinetuneError`.
+    """
+    argv, arguments_of, flags = [str(argument) for argument in argv], TrainingArguments, {"default": argparse.SUPPRESS}
+    task = _Parser(add_help=False, allow_abbrev=False)
+    task.add_argument("--task")
+    if task.parse_known_args(argv)[0].task == "causal-lm":
+        from trl import SFTConfig as arguments_of
+    parser = _Parser(
+        (Options, arguments_of), prog="python -m mos_kernels finetune", allow_abbrev=False, conflict_handler="resolve",
+        description="Fine-tune a transformers model on text, with a Mixture-of-Space adapter or a baseline.",
+    )  # fmt: skip
+    parser.set_defaults(**DEFAULTS)
+    for flag, (name, kind) in ALIASES.items():
+        parser.add_argument(flag, dest=name, type=kind, help=f"--{name}", **flags)
+    for flag, (name, value) in FLAGS.items():
+        parser.add_argument(flag, dest=name, action="store_const", const=value, help=f"--{name} {value}", **flags)
+    _add_adapter_arguments(parser)
+    found = vars(parser.parse_args(argv))
+    given = {f.name: v for f in dataclasses.fields(MoSConfig) if (v := _value(f.name, found.pop(f.name))) is not None}
+    options = Options(**{f.name: found[f.name] for f in dataclasses.fields(Options)})
+    _check(options, found)
     try:
-        return _adapter_config(method, preset, num_experts, given, more_methods or {})
-    except OptionError:
-        raise
-    except ValueError as error:  # MoSConfig's own checks
-        raise OptionError(error) from None
+        config = _adapter_config(options, given, {**LORA, **methods})
+        values = {f.name: found[f.name] for f in dataclasses.fields(arguments_of) if f.init and f.name in found}
+        return options, arguments_of(**_completed(options, values)), config, "target_modules" in given
+    except (ValueError, TypeError) as error:
+        raise FinetuneError(error) from None
 
 
-def _adapter_config(
-    method: str, preset: str | None, num_experts: int | None, given: Mapping, more_methods: Mapping
-) -> MoSConfig | dict | None:
-    if preset is not None and method != "mos":
-        raise OptionError(f"--preset {preset} is for --method mos, and the method is {method}: drop it")
-    builder = preset if method == "mos" and preset else method
-    if num_experts is not None and builder not in ("hydralora", "mixture_of_lora"):
-        raise OptionError(
-            "--num-experts is for hydralora and mixture_of_lora: give --spaces hyperbolic=N,spherical=N,euclidean=N"
-            if method == "mos"
-            else f"--num-experts has no effect with --method {method}: drop it"
-        )
-    if method == "frozen":
-        _refuse(given, "trains no adapter", method)
-        return None
-    if method in ("lora", "dora", "adalora", *more_methods):
-        fields = more_methods[method].fields if method in more_methods else PEFT_FIELDS[method]
-        _refuse([name for name in given if name not in fields], f"takes {_flags(fields)} alone", method)
-        config = MoSConfig(**given)  # for its checks
-        return {name: getattr(config, name) for name in fields if name != "target_modules" or name in given}
-    if builder in ("hydralora", "mixture_of_lora"):
-        make = getattr(MoSConfig, builder)
-        config = make(**given) if num_experts is None else make(num_experts, **given)
-    else:
-        config = MoSConfig.paper(**given) if builder == "paper" else MoSConfig(**given)
-    _refuse_without_effect(config, given)
-    return config
+def _completed(options: Options, values: dict) -> dict:
+    """The arguments of the Trainer with what follows from others."""
+    values["eval_strategy"] = values["eval_strategy"] or ("steps" if values["eval_steps"] else "epoch")
+    values["save_strategy"] = values["save_strategy"] or ("steps" if values["save_steps"] else values["eval_strategy"])
+    values["save_steps"] = values["save_steps"] or values["eval_steps"] or 500
+    values["bf16"] = values["bf16"] or options.dtype == "bfloat16"
+    values["fp16"] = values["fp16"] or options.dtype == "float16"
+    if values["fp16"] and (values["use_cpu"] or not torch.cuda.is_available()):
+        raise FinetuneError("float16 trains on CUDA only, and the device is another: use bfloat16 or float32")
+    values["data_seed"] = values["seed"] if values["data_seed"] is None else values["data_seed"]
+    values["dataloader_pin_memory"] &= torch.cuda.is_available() and not values["use_cpu"]
+    values["label_names"] = values["label_names"] or ["labels"]
+    if "eval_packing" in values:  # predictions.jsonl and exact match need each row by itself
+        values["eval_packing"] = values["eval_packing"] or False
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if values.get(name):
+            values[f"{name}_kwargs"] = values[f"{name}_kwargs"] or {"use_reentrant": False}
+    return values
 
 
-def _refuse(names, why: str, method: str) -> None:
-    if names:
-        raise OptionError(f"{_flags(names)}: no effect with --method {method}, which {why}: drop the option")
+def _check(options: Options, found: Mapping) -> None:
+    def need(condition, message: str) -> None:
+        if not condition:
+            raise FinetuneError(message)
+
+    for name, value in found.items():
+        need(not isinstance(value, float) or math.isfinite(value), f"{_flag(name)} {value} must be a finite number")
+        if name in _POSITIVE and value is not None:
+            need(value > 0, f"{_flag(name)} {value:g} must be positive")
+        if name.endswith("seed") and value is not None:
+            need(0 <= value < 2**32, f"{_flag(name)} {value} must be in [0, 2^32)")
+    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "max_new_tokens"):
+        need(found[name] >= 0, f"{_flag(name)} {found[name]:g} must be 0 or positive")
+    for name in ("do_train", "do_eval", "do_predict", "eval_packing", "batch_eval_metrics", "prediction_loss_only"):
+        need(not found.get(name), f"{_flag(name)}: the command trains, and evaluates each row by itself: drop it")
+    need(found["output_dir"], "give --output, the folder for the adapter, metrics, log and report")
+    need(not (options.resume and options.overwrite), "--resume and --overwrite exclude each other")
+    need(bool(options.dataset) != bool(options.train_file), "give the training data: either --dataset or --train-file")
+    sources = [name for name in ("eval_file", "eval_split", "eval_size") if getattr(options, name) is not None]
+    need(len(sources) < 2, f"{_flag(*sources)} exclude each other")
+    need(sources, "give --eval-file, --eval-split (with --dataset) or --eval-size (training rows to set aside)")
+    is_lm, columns = options.task == "causal-lm", options.text_column
+    need(is_lm or (columns and options.label_column), "give --text-column and --label-column")
+    need(not is_lm or options.method != "frozen", "--method frozen trains a head, and a causal language model has none")
+    for name, has_effect, remedy in (
+        ("dataset_config", options.dataset, "give --dataset"), ("train_split", options.dataset, "give --dataset"),
+        ("eval_split", options.dataset, "give --dataset"), ("split_seed", options.eval_size, "give --eval-size"),
+        ("target_column", is_lm and columns, "it is for causal-lm, with --text-column as the prompt"),
+        ("separator", options.target_column, "give --target-column"), ("label_column", not is_lm, "drop it"),
+        ("rename_label", not is_lm, "drop it"), ("preset", options.method == "mos", "give --method mos"),
+        ("num_experts", options.method in ("hydralora", "mixture_of_lora"), "give --spaces NAME=N,..."),
+    ):  # fmt: skip
+        need(has_effect or getattr(options, name) is None, f"{_flag(name)} has no effect here: {remedy}")
 
 
-def _refuse_without_effect(config: MoSConfig, given: Mapping) -> None:
-    curved = set(config.spaces) - {"euclidean"}
-    reasons = {name: "every expert is Euclidean" for name in _CURVED_ONLY if not curved}
-    if curved and not config.learn_curvature:
-        reasons |= dict.fromkeys(("curvature_lr_ratio", "curvature_max_grad_norm"), "the curvature is not learned")
-    if curved and config.mapping == "exp_log":
-        reasons["domain"] = "the exponential map is defined everywhere"
-    for name, reason in reasons.items():
-        if name in given:
-            raise OptionError(f"{_flags([name])}: no effect here, where {reason}: drop the option")
-
-
-def _flags(names) -> str:
+def _flag(*names: str) -> str:
     return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
-# parsing
+# the adapter
 
 
-def _parsing(hint) -> dict:
-    """argparse's arguments for a field of this type."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if any(_is_a(option, Mapping) for option in options):
-        return {"type": _mapping, "metavar": "NAME=N,..."}
-    if any(typing.get_origin(option) is not None for option in options):  # a sequence, or one item
-        return {"nargs": "+", "type": int if int in options else str, "metavar": "N" if int in options else "NAME"}
-    if bool in options:
-        return {
-            "type": lambda text: {"true": True, "false": False}.get(text.lower(), text),
-            "metavar": "true|false|NAME",
-        }
-    if str in options and float in options:
-        return {"type": _number_or_name, "metavar": "NUMBER|NAME"}
-    kind = next(option for option in options if option is not type(None))
-    return {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "NAME")}
+def _adapter_config(options: Options, given: Mapping, methods: Mapping[str, Method]) -> MoSConfig | dict | None:
+    if options.method in ("frozen", "full"):
+        _refuse(given, "which trains no adapter")
+        return None
+    if options.method in methods:
+        fields = methods[options.method].fields
+        _refuse([name for name in given if name not in fields], f"which takes {_flag(*fields)} alone")
+        config = MoSConfig(**given)  # for its checks
+        return {name: getattr(config, name) for name in fields if name != "target_modules" or name in given}
+    if options.method not in MOS:
+        raise FinetuneError(f"--method {options.method} is none of frozen, full, {', '.join((*MOS, *methods))}")
+    experts = {} if options.num_experts is None else {"num_experts": options.num_experts}
+    config = (MoSConfig.paper if options.preset else MOS[options.method])(**given, **experts)
+    if set(config.spaces) == {"euclidean"}:
+        _refuse([name for name in _CURVED_ONLY if name in given], "where every expert is Euclidean")
+    elif not config.learn_curvature:
+        unused = ("curvature_lr_ratio", "curvature_max_grad_norm")
+        _refuse([name for name in unused if name in given], "where the curvature is not learned")
+    if config.mapping == "exp_log" and "domain" in given:
+        _refuse(["domain"], "where the exponential map is defined everywhere")
+    return config
 
 
-def _is_a(hint, kind: type) -> bool:
-    return isinstance(typing.get_origin(hint), type) and issubclass(typing.get_origin(hint), kind)
+def _refuse(names, why: str) -> None:
+    if names:
+        raise FinetuneError(f"{_flag(*names)}: no effect with this method, {why}: drop the option")
 
 
-def _number_or_name(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("MoSConfig", "for lora and dora, the options that peft's LoraConfig has too")
+    helps = re.findall(r"^ {8}(\w+): ((?:.+\n?)(?: {12}.+\n?)*)", MoSConfig.__doc__, re.MULTILINE)
+    helps = {name: " ".join(text.split()).rstrip(".").replace("%", "%%") for name, text in helps}
+    for name, hint in typing.get_type_hints(MoSConfig).items():
+        if name in MoSConfig.__dataclass_fields__:
+            kind = {"action": argparse.BooleanOptionalAction} if hint is bool else {"nargs": "+"}
+            flags = dict.fromkeys((f"--{name}", _flag(name)))
+            group.add_argument(*flags, dest=name, default=None, help=helps.get(name, "as in peft"), **kind)
 
 
-def _mapping(text: str) -> dict:
+def _value(name: str, texts):
+    """The value of an adapter's option: what is no name is read as JSON, so that MoSConfig sees its type."""
+    if not isinstance(texts, list):
+        return texts
+    if name == "spaces_pattern":
+        text, example = " ".join(texts), json.dumps({"q_proj|v_proj": {"euclidean": 1}})
+        with contextlib.suppress(ValueError):
+            return json.loads(text)
+        raise FinetuneError(f"{_flag(name)} {text!r} is not JSON such as {example}")
+    if name in ("spaces", "rank_pattern", "alpha_pattern"):
+        return _mapping(name, ",".join(texts))
+    if name in ("target_modules", "exclude_modules", "layers_pattern"):
+        # a lone plain name is a list of one name ending; all-linear and regular expressions stay strings, as in peft
+        is_pattern = texts == ["all-linear"] or (len(texts) == 1 and not re.fullmatch(r"[\w.\-]+", texts[0]))
+        return texts[0] if is_pattern else texts
+    values = [_scalar(text) for text in texts]
+    return values[0] if len(values) == 1 and name != "layers_to_transform" else values
+
+
+def _mapping(name: str, text: str) -> dict:
     """{"hyperbolic": 3} or hyperbolic=3,spherical=3. A name given twice is an error."""
+    pairs = [(key.strip(), _scalar(value)) for key, _, value in (item.rpartition("=") for item in text.split(","))]
     if text.lstrip().startswith("{"):
-        try:
-            pairs = json.loads(text, object_pairs_hook=lambda pairs: pairs)
-        except json.JSONDecodeError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from None
-    else:
-        pairs = []
-        for item in filter(None, text.split(",")):
-            name, sign, number = item.rpartition("=")
-            try:
-                pairs.append((name.strip(), int(number) if number.strip().lstrip("-").isdecimal() else float(number)))
-            except ValueError:
-                sign = ""
-            if not sign:
-                raise argparse.ArgumentTypeError(f"{item!r} in {text!r} is not NAME=NUMBER")
-    if len({name for name, _ in pairs}) < len(pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} gives a name twice")
+        with contextlib.suppress(ValueError):
+            pairs = json.loads(text, object_pairs_hook=list)
+    if not all(key and isinstance(value, (int, float)) for key, value in pairs) or len(dict(pairs)) < len(pairs):
+        raise FinetuneError(f"{_flag(name)} {text!r} is not NAME=NUMBER,... with each name once, or the same as JSON")
     return dict(pairs)
 
 
-def _value(name: str, value):
-    if not isinstance(value, list):
-        return value
-    if name in ("target_modules", "exclude_modules", "layers_pattern") and len(value) == 1:
-        # a lone plain name is a list of one name ending; "all-linear" and regular expressions stay strings, as in peft
-        return value[0] if value[0] == "all-linear" or not re.fullmatch(r"[\w.\-]+", value[0]) else value
-    return value
-
-
-def _docstring_helps() -> dict[str, str]:
-    """The description of each field, from the docstring of `MoSConfig`."""
-    entries = re.findall(r"^ {8}(\w+): ((?:.+\n?)(?: {12}.+\n?)*)", MoSConfig.__doc__, re.MULTILINE)
-    return {name: " ".join(text.split()).rstrip(".") for name, text in entries}
-
-
-def _shown(value) -> str:
-    return ",".join(f"{name}={count}" for name, count in value.items()) if isinstance(value, Mapping) else str(value)
+def _scalar(text: str):
+    with contextlib.suppress(ValueError):
+        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    return text

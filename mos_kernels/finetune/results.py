@@ -1,121 +1,205 @@
-"""What a run leaves behind: metrics.json, predictions.jsonl, plots, and the table on the screen."""
+"""The output folder of a run: when it may be written, where a resumed run goes on, and what a run leaves there."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import resource
+import shutil
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import transformers
+from torch import nn
 
-import mos_kernels
+from mos_kernels import run_report
 from mos_kernels.config import MoSConfig
-from mos_kernels.finetune import plots
-from mos_kernels.finetune.model import parameter_counts
-from mos_kernels.finetune.trainer import evaluations
-from mos_kernels.run_report.log import write_text
+from mos_kernels.finetune.options import ALIASES, DEFAULTS, FinetuneError, Options
+from mos_kernels.finetune.training import RunLog, evaluations
+from mos_kernels.huggingface import activated_parameters
+from mos_kernels.huggingface.modules import adapter_parameters
+from mos_kernels.run_report import log as logs
+
+OWN_FILES = (
+    logs.FINETUNE_SETTINGS, logs.FINETUNE_LOG, "metrics.json", "predictions.jsonl", "README.md", *run_report.FILES,
+)  # fmt: skip
+"""What a run writes into its folder, besides adapter/ and checkpoint-*/: what --overwrite removes."""
+
+NOT_RESUMED = {
+    "resume", "overwrite", "no_plots", "output_dir", "disable_tqdm", "use_cpu", "save_total_limit", "report_to",
+    "run_name", "push_to_hub", "hub_model_id", "dataloader_num_workers",
+}  # fmt: skip
+"""Settings that may differ between a run and its resumption."""
 
 
-def write_results(args, trainer, config, names, settings: dict, summary: dict, evaluation: dict) -> None:
-    """Write metrics.json (last, and in one step: it marks a complete run), predictions and plots; print the table."""
-    entries, device = trainer.run_log.entries, trainer.args.device
-    lines = _predictions(evaluation, summary.get("classes"), trainer.outputs)
-    write_text(args.output / "predictions.jsonl", lines)
-    plotted = _plot(args, entries, config, trainer.routing)
-    found = evaluations(entries)
-    evaluating = sum(entry.get("eval_runtime", 0.0) for entry in entries)
-    metrics = {
-        "final": found[-1],
-        "evaluations": found,
-        "settings": {**settings, "adapter": config.to_dict() if isinstance(config, MoSConfig) else config},
-        "data": summary,
-        "parameters": parameter_counts(trainer.model),
-        "linears": names,
-        "steps": trainer.state.global_step,
-        "seconds": {"total": round(trainer.run_log.seconds, 3), "evaluation": round(evaluating, 3)},
-        "memory": _peak_memory(device),
-        "routing": trainer.routing,
-        "versions": _versions(),
-        "machine": {"device": str(device), "threads": torch.get_num_threads(), "platform": platform.platform()},
-    }
-    write_text(args.output / "metrics.json", json.dumps(metrics, indent=2, default=str) + "\n")
-    _print_result(args, metrics, plotted)
+def run_settings(options: Options, arguments, config, summary: Mapping) -> dict:
+    """The settings of the run in JSON types: the options, the Trainer's arguments that matter, adapter, data digests.
+
+    Of the arguments, those whose defaults are the command's own, and those that are not at the Trainer's default.
+    """
+    named, values = {name for name, _ in ALIASES.values()} | DEFAULTS.keys(), arguments.to_dict()
+    derived = {"hub_token", "do_eval", "label_names", "data_seed", "logging_dir", "accelerator_config"}
+    changed = {f.name for f in dataclasses.fields(arguments) if f.init and values.get(f.name) not in (f.default, None)}
+    kept = {name: values[name] for name in values if name in named | changed and name not in derived}
+    adapter = config.to_dict() if isinstance(config, MoSConfig) else config
+    settings = {**dataclasses.asdict(options), **kept, "adapter": adapter, "data_files": summary["files"]}
+    return json.loads(json.dumps(settings, default=str))
 
 
-def _peak_memory(device: torch.device) -> dict[str, float]:
+def check_output(options: Options, arguments, settings: Mapping) -> Path | None:
+    """The checkpoint to resume from, or None. `FinetuneError` where the output folder cannot be used.
+
+    That is a file, a folder that cannot be written, one that is not empty (without --resume or --overwrite) or that no
+    run has written, and a resumption with other settings. Makes the folder, and changes nothing in it.
+    """
+    folder, named = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise FinetuneError(f"--output {folder} cannot be written ({error}): name another folder") from None
+    if named and logs.checkpoint_state(Path(named)) is None:
+        raise FinetuneError(f"--resume_from_checkpoint {named} is no complete checkpoint of a Trainer")
+    if not any(folder.iterdir()):
+        return Path(named) if named else None
+    if not options.resume and not options.overwrite:
+        raise FinetuneError(f"--output {folder} is not empty: name another folder, or add --resume or --overwrite")
+    earlier = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        earlier = json.loads((folder / logs.FINETUNE_SETTINGS).read_text(encoding="utf-8"))
+    if not isinstance(earlier, dict):
+        raise FinetuneError(f"{folder} holds no run of this command ({logs.FINETUNE_SETTINGS}): name another folder")
+    changed = [
+        n for n in sorted(earlier.keys() | settings) if earlier.get(n) != settings.get(n) and n not in NOT_RESUMED
+    ]
+    if changed and options.resume:
+        differ = "; ".join(f"{name} was {earlier.get(name)!r}, is {settings.get(name)!r}" for name in changed)
+        raise FinetuneError(f"--resume: the settings differ: {differ}. Give the earlier ones, or use --overwrite")
+    return Path(named) if named else logs.last_complete_checkpoint(folder) if options.resume else None
+
+
+def open_output(options: Options, arguments, settings: Mapping, checkpoint: Path | None) -> None:
+    """Make the folder ready for training: an earlier run removed (--overwrite), or what is after its checkpoint."""
+    folder, last = Path(arguments.output_dir), logs.checkpoint_step(checkpoint) if checkpoint else 0
+    for path in folder.iterdir() if arguments.should_save else ():
+        step = logs.checkpoint_step(path)
+        if path.name in OWN_FILES and not options.resume:
+            path.unlink()
+        elif step is not None and step > (last or 0) or path.name == "adapter" and not options.resume:
+            shutil.rmtree(path)
+    if arguments.should_save:
+        logs.write_text(folder / logs.FINETUNE_SETTINGS, json.dumps(settings, indent=2) + "\n")
+
+
+def print_data(summary: Mapping) -> None:
+    rows = ", ".join(f"{name} {count:,}" for name, count in summary["eval_rows"].items())
+    print(f"data: {summary['train_rows']:,} rows to train on; to evaluate on: {rows}")
+    if "classes" in summary:
+        counts = list(summary["train_rows_of_class"].items())
+        print("classes: " + ", ".join(f"{name} ({count:,})" for name, count in counts[:50]))
+    if summary["eval_rows_also_in_train"]:
+        print(f"note: {summary['eval_rows_also_in_train']} evaluation rows are also in the training data")
+
+
+def parameter_counts(model: nn.Module, head: Sequence[str]) -> dict[str, int]:
+    """Parameters: adapter, head, trained (their sum), total (base included, the copies that peft keeps of a head not).
+
+    For MoS also activated: those of the adapter that one token uses.
+    """
+    own = {name: p for name, p in model.named_parameters() if ".original_module." not in name}
+    trained = sum(p.numel() for p in own.values() if p.requires_grad)
+    of_head = [p for name, p in own.items() if any(f".{part}." in f".{name}" for part in head)]
+    in_head = sum(p.numel() for p in of_head if p.requires_grad)
+    counts = {"adapter": trained - in_head, "head": in_head, "trained": trained}
+    counts["total"] = sum(p.numel() for p in own.values())
+    return counts | ({"activated": activated_parameters(model).activated} if adapter_parameters(model) else {})
+
+
+@torch.no_grad()
+def generated(trainer, tokenizer, max_new_tokens: int) -> list[str | None]:
+    """The answer to each evaluation row's prompt by greedy decoding; None for a row that has no prompt."""
+    rows, size = trainer.eval_dataset, trainer.args.per_device_eval_batch_size
+    answers: list[str | None] = [None] * len(rows)
+    if max_new_tokens == 0 or trainer.args.world_size > 1:
+        return answers
+    prompts = [_prompt(row, tokenizer) for row in rows]
+    asked = sorted((i for i, prompt in enumerate(prompts) if prompt), key=lambda i: len(prompts[i]))
+    trainer.model.eval()
+    for some in (asked[start : start + size] for start in range(0, len(asked), size)):
+        batch = tokenizer.pad({"input_ids": [prompts[i] for i in some]}, padding_side="left", return_tensors="pt")
+        with trainer.autocast_smart_context_manager():
+            tokens = trainer.model.generate(
+                **batch.to(trainer.args.device), max_new_tokens=max_new_tokens, do_sample=False,
+                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+        texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for i, text in zip(some, texts, strict=True):
+            answers[i] = text
+    return answers
+
+
+def _prompt(row: Mapping, tokenizer) -> list[int] | None:
+    if "completion" in row:
+        return row["input_ids"][: next(i for i, label in enumerate(row["labels"]) if label != -100)]
+    if "messages" in row and row["messages"][-1]["role"] == "assistant":
+        turns = {"add_generation_prompt": True, "return_dict": True, "tools": row.get("tools")}
+        return tokenizer.apply_chat_template(row["messages"][:-1], **turns)["input_ids"]
+    return None
+
+
+def _predictions(trainer, tokenizer, classes: Sequence[str] | None, answers: Sequence[str | None]) -> str:
+    """A JSON line for each evaluation row, in order: what it holds, and what the model made of it."""
+    lines = []
+    for row, output, answer in zip(trainer.eval_dataset, trainer.outputs, answers, strict=True):
+        line = {key: row[key] for key in ("file", "text", "prompt", "completion", "messages") if key in row}
+        line = {k: v.removesuffix(tokenizer.eos_token or "") if isinstance(v, str) else v for k, v in line.items()}
+        if classes is not None:
+            line |= {"target": classes[row["labels"]], "predicted": classes[output.argmax()], "logits": output.tolist()}
+        else:
+            line |= {"loss": float(output[0] / output[1]), "tokens": int(output[1]), "exact_match": bool(output[2])}
+            line |= {} if answer is None else {"generated": answer}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def write_results(options: Options, trainer, config, names, head, settings, summary, log: RunLog) -> None:
+    """Write adapter/, predictions, metrics.json (which marks a complete run) and the report, each in one step."""
+    folder, device = Path(trainer.args.output_dir), trainer.args.device
+    half, classes = folder / ".adapter", summary.get("classes")
+    shutil.rmtree(half, ignore_errors=True)
+    trainer.save_model(str(half), _internal_call=True)
+    answers = generated(trainer, trainer.processing_class, options.max_new_tokens if classes is None else 0)
+    if not trainer.args.should_save:
+        return
+    (half / "training_args.bin").unlink(missing_ok=True)  # a pickle, which loading an adapter does not need
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    half.rename(folder / "adapter")
+    logs.write_text(folder / "predictions.jsonl", _predictions(trainer, trainer.processing_class, classes, answers))
     unit = 2**20 if sys.platform == "darwin" else 2**10
     memory = {"peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)}
     if device.type == "cuda":
         memory["peak_cuda_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    return memory
-
-
-def _versions() -> dict[str, str]:
-    versions = {"mos_kernels": mos_kernels.__version__, "python": platform.python_version()}
-    versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    for package in ("peft", "accelerate", "numpy"):
+    versions = {"python": platform.python_version()}
+    for package in ("mos_kernels", "torch", "transformers", "peft", "accelerate", "datasets", "trl", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return versions
-
-
-def _plot(args, entries: list[dict], config, routing: dict) -> list[Path]:
-    if args.no_plots:
-        return []
-    if importlib.util.find_spec("matplotlib") is None:
-        print("note: no plots without matplotlib: pip install matplotlib; log.jsonl holds what they show")
-        return []
-    title = f"{args.method} on {Path(args.model).name}, {args.task}, seed {args.seed}"
-    written = [args.output / "loss.png"]
-    plots.plot_loss(entries, written[0], title)
-    if isinstance(config, MoSConfig):
-        if set(config.spaces) != {"euclidean"}:
-            written.append(args.output / "curvature.png")
-            plots.plot_curvature(entries, config.expert_spaces, written[-1], f"curvature of each expert: {title}")
-        written.append(args.output / "routing.png")
-        k = config.num_experts_per_tok
-        shares = {name: [k * share for share in summary["share"]] for name, summary in routing.items() if summary}
-        plots.plot_routing(
-            shares, config.expert_spaces, written[-1], f"share of tokens that each expert serves: {title}"
-        )
-    return written
-
-
-def _predictions(evaluation: dict[str, dict], classes: list[str] | None, outputs) -> str:
-    """A JSON line for each evaluation row, in order: its text, its target, and what the model made of it."""
-    rows = [
-        {"file": name, "text": text if len(text) > 1 else text[0], "target": target}
-        for name, part in evaluation.items()
-        for text, target in zip(part["texts"], part["targets"] or [None] * len(part["texts"]), strict=True)
-    ]
-    for row, output in zip(rows, outputs, strict=True):
-        if classes is not None:
-            row |= {"predicted": classes[int(output.argmax())], "logits": output.tolist()}
-        else:
-            row |= {"loss": float(output[0] / output[1]), "tokens": int(output[1]), "exact_match": bool(output[2])}
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _print_result(args: argparse.Namespace, metrics: dict, plotted: list[Path]) -> None:
-    final = metrics["final"]
-    rows = {"pooled" if "files" in final else next(iter(metrics["data"]["eval_rows"])): final, **final.get("files", {})}
-    names = [name for name, value in final.items() if isinstance(value, float) and name not in ("epoch", "seconds")]
-    width = max(map(len, rows))
-    print(f"\n{'evaluation':<{max(width, 10)}}  " + "  ".join(f"{name.replace('_', ' '):>20}" for name in names))
-    for row, values in rows.items():
-        print(f"{row:<{max(width, 10)}}  " + "  ".join(f"{values[name]:>20.4f}" for name in names))
-    seconds = metrics["seconds"]
-    print(f"{metrics['steps']} steps in {seconds['total']:.0f} s, {seconds['evaluation']:.0f} s of them evaluating")
-    print(
-        "written: "
-        + ", ".join(
-            map(str, [args.output / "adapter", args.output / "metrics.json", args.output / "log.jsonl", *plotted])
-        )
-    )
+    found, evaluating = evaluations(log.entries), sum(entry.get("eval_runtime", 0.0) for entry in log.entries)
+    metrics = {
+        "final": found[-1], "evaluations": found, "data": summary, "parameters": parameter_counts(trainer.model, head),
+        "settings": {**settings, "adapter": config.to_dict() if isinstance(config, MoSConfig) else config},
+        "linears": names, "steps": trainer.state.global_step, "memory": memory, "routing": trainer.routing,
+        "seconds": {"total": round(log.seconds, 3), "evaluation": round(evaluating, 3)}, "versions": versions,
+        "machine": {"device": str(device), "threads": torch.get_num_threads(), "platform": platform.platform()},
+    }  # fmt: skip
+    logs.write_text(folder / "metrics.json", json.dumps(metrics, indent=2, default=str) + "\n")
+    print(f"{metrics['steps']} steps in {log.seconds:.0f} s, {evaluating:.0f} s of them evaluating")
+    print(f"written: {folder / 'adapter'}, and beside it metrics.json, predictions.jsonl and log.jsonl")
+    if not options.no_plots:
+        run_report.run(folder)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mos_kernels.huggingface.modules import router_owners
+from mos_kernels.huggingface.balance import warn_without_factor
+from mos_kernels.huggingface.modules import PreHook, router_owners
 
 NAME = "attention_mask"
 _ATTRIBUTE = "_mos_token_mask"
@@ -43,7 +44,7 @@ def forget_attention_mask(model: nn.Module) -> None:
     """Take away what `follow_attention_mask` put on the models."""
     for module in model.modules():
         if _ATTRIBUTE in vars(module):
-            getattr(module, _ATTRIBUTE).remove()
+            getattr(module, _ATTRIBUTE).detach(module)
             delattr(module, _ATTRIBUTE)
 
 
@@ -54,7 +55,7 @@ def _innermost(masks: dict[str, TokenMask], name: str) -> TokenMask | None:
     return masks.get(name)
 
 
-class TokenMask:
+class TokenMask(PreHook):
     """The attention mask that the latest forward of `module` was given; itself the module's forward pre-hook.
 
     A thread sees the mask of its own latest forward with gradients on. CUDA runs backward in threads of its own, which
@@ -67,8 +68,7 @@ class TokenMask:
         self.position = parameters.index(NAME) if NAME in parameters else None
         self.outer = outer
         self._forget()
-        # kept, since unpickling a handle keeps later hooks from taking its place
-        self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
+        self.attach(module, with_kwargs=True)
 
     def of(self, x: Tensor) -> Tensor | None:
         """Which of the tokens x (..., d) are real, bool (...); None where no mask is known, or one of another shape."""
@@ -81,6 +81,9 @@ class TokenMask:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not torch.is_grad_enabled():  # no backward follows, and what an earlier forward left is still wanted
             return
+        if not torch.compiler.is_compiling() and self._is_first and self.outer is None and module.training:
+            self._is_first = False
+            warn_without_factor(module)
         mask = kwargs.get(NAME)
         if mask is None and self.position is not None and len(args) > self.position:
             mask = args[self.position]
@@ -91,10 +94,6 @@ class TokenMask:
             self._note(None)
         else:
             self._note(self.outer._current(None))
-
-    def remove(self) -> None:
-        if self.handle is not None:
-            self.handle.remove()
 
     def _note(self, mask: Tensor | None) -> None:
         self._traced = mask
@@ -118,11 +117,11 @@ class TokenMask:
         self._thread = threading.local()
         self._latest: dict[torch.device, Tensor] = {}
         self._traced: Tensor | None = None
+        self._is_first = True
 
     def __getstate__(self) -> dict:
-        gone = self.handle is None or self.handle.hooks_dict_ref() is None  # the module; its handle does not copy then
-        return {"position": self.position, "outer": self.outer, "handle": None if gone else self.handle}
+        return {"position": self.position, "outer": self.outer, "_number": self._number}
 
     def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
+        super().__setstate__(state)
         self._forget()

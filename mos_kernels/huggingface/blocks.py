@@ -139,10 +139,10 @@ def _trace(block: nn.Module, training: bool):
     parameters = list(inspect.signature(kind.forward).parameters.values())
     if len(parameters) != 2 or parameters[1].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
         return None
-    probe = copy.copy(block)
-    vars(probe)["training"] = training
-    probe.__class__ = type(kind.__name__, (kind,), {"__setattr__": _refuse, "__delattr__": _refuse})
     try:
+        probe = copy.copy(block)
+        vars(probe)["training"] = training
+        probe.__class__ = type(kind.__name__, (kind,), {"__setattr__": _refuse, "__delattr__": _refuse})
         return _expressions(_Tracer().trace(probe))
     except (_NotPlain, Exception):  # whatever a forward raises on a symbol, it is not one of the forms
         return None

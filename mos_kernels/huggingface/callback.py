@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import math
-from pathlib import Path
+import re
+import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, has_length
 
-from mos_kernels.config import SPACES
-from mos_kernels.huggingface.modules import mos_adapters, mos_modules, router_owners
+from mos_kernels.huggingface.balance import set_factor
+from mos_kernels.huggingface.history import HistoryFile, curvature_logs, dimensionless_curvature, routing_logs
+from mos_kernels.huggingface.modules import adapter_parameters, mos_adapters, mos_modules
 from mos_kernels.huggingface.routing_report import measured_routing
-from mos_kernels.run_report.log import HISTORY, append_line, complete_lines, write_lines
-
-_SETTINGS = (
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16", "fp16",
-    "gradient_checkpointing", "torch_compile", "seed",
-)  # fmt: skip
-"""The training arguments that the history names."""
+from mos_kernels.huggingface.state import note_trained
+from mos_kernels.run_report.log import HISTORY
 
 UNCOMPILED_EVERY = 10
 """Of a compiled model's steps, one in this many at most runs uncompiled to measure its routing."""
@@ -52,6 +49,7 @@ def mos_param_groups(
             ("other_no_decay", None, 0.0),
         )
     }
+    note_trained(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -76,14 +74,15 @@ class MoSCallback(TrainerCallback):
     The load-balancing gradient is injected in backward, past the factors that a trainer puts on the loss: at every step
     the callback sets its weight to router_aux_loss_coef / routers, divided by the step's accumulation steps (counting a
     shorter last group of an epoch, where the dataloader has a length) and times the fp16 scaler's scale. It puts
-    curvatures that a trainer has cast back to float32, and adds to the training logs
+    curvatures that a trainer has cast back to float32, warns once of adapter parameters that the first step gave no
+    gradient, and adds to the training logs
 
         mos/curvature/<space>_{mean,min,max}   dimensionless, κ̂ = κ·length_unit², over experts and layers
         mos/share/<space>, mos/share/max       share of the top-k assignments, 1/E at uniform routing for the maximum
         mos/entropy, mos/aux_loss              entropy of a token's gates in nats; E·Σ f·P, 1 at uniform routing
 
-    A step whose routing is measured runs uncompiled: of a compiled model that is one in ten at most, and the logs in
-    between have no routing.
+    A forward whose routing is measured runs uncompiled, of each batch the first one with gradients. Of a compiled
+    model's steps that is one in ten at most, and the logs in between have no routing.
 
     `history` keeps, for each logged step, {"step", "curvature": {linear: [κ̂ of each expert]}, "share": {router: [share
     of each expert]}, "entropy": {router: nats}}, in plain JSON types. It is also appended, with all other logs, to
@@ -97,11 +96,13 @@ class MoSCallback(TrainerCallback):
         """history_file: its name in the output_dir; None: no file."""
         self.history: list[dict] = []
         self.history_file = history_file
-        self._path: Path | None = None
+        self._file = HistoryFile()
+        self._is_measured_step = False
         self._measuring: contextlib.ExitStack | None = None
         self._statistics: dict | None = None
         self._step_in_epoch: int | None = None
         self._next_measured = 0
+        self._has_stepped = False
 
     @classmethod
     def add_to(cls, trainer: Trainer, callback: MoSCallback | None = None) -> MoSCallback:
@@ -124,14 +125,17 @@ class MoSCallback(TrainerCallback):
             raise ValueError(
                 f"no parameter of {type(model).__name__} is trainable: load the adapter with is_trainable=True"
             )
+        note_trained(model)
         self._stop_measuring()
         self._statistics = None
         self._step_in_epoch = None
         self._next_measured = 0
+        self._has_stepped = False
         for layer in mos_adapters(model).values():
             if layer.mos_curvature is not None and layer.mos_curvature.dtype != torch.float32:
                 layer.mos_curvature.data = layer.mos_curvature.data.float()
-        self._open_history(args, state, model)
+        resumed = self._file.open(self.history_file, args, state, model)
+        self.history = self.history if resumed is None else resumed
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         resumed = self._step_in_epoch is None and not args.ignore_data_skip
@@ -146,7 +150,7 @@ class MoSCallback(TrainerCallback):
         self._step_in_epoch += 1
         scaler = getattr(optimizer, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
-        _set_aux_weights(model, scale / (accumulated * max(args.n_gpu, 1)))
+        set_factor(model, scale / (accumulated * max(args.n_gpu, 1)))
 
         step = state.global_step + 1
         is_logged = {
@@ -154,57 +158,60 @@ class MoSCallback(TrainerCallback):
             IntervalStrategy.EPOCH: is_last,
         }.get(args.logging_strategy, False)
         is_logged |= step == 1 and args.logging_first_step
-        if is_logged and step >= self._next_measured:
+        self._is_measured_step = is_logged and step >= self._next_measured
+        if self._is_measured_step:
             self._next_measured = step + (UNCOMPILED_EVERY if _is_compiled(args, model) else 1)
-            self._measuring = contextlib.ExitStack()
-            self._statistics = self._measuring.enter_context(measured_routing(model))
+            self._statistics = {}
+            self._measure(args, model)
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        self._stop_measuring()
+        if self._is_measured_step:
+            self._measure(args, model)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        # DeepSpeed keeps gradients elsewhere, and these optimizers use them up during backward
+        kept = type(optimizer).__name__ != "DeepSpeedOptimizerWrapper" and not re.search("lomo|layerwise", args.optim)
+        if not self._has_stepped and kept:
+            _warn_of_missing_gradients(model)
+        self._has_stepped = True
 
     def on_step_end(self, args, state, control, **kwargs):
         self._stop_measuring()
 
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self._stop_measuring()  # of a step that was cut off before its forward
+
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if logs is None or "loss" not in logs:  # evaluation and the summary at the end log too
             if logs and "train_runtime" not in logs:
-                self._keep(state, logs)
+                self._file.append(state.global_step, logs)
             return
-        curvature = _dimensionless_curvature(model)
+        curvature = dimensionless_curvature(model)
         routing = {name: summary for name, s in (self._statistics or {}).items() if (summary := s.summary())}
         self._statistics = None
-        values = {**_curvature_logs(model, curvature), **_routing_logs(model, routing)}
+        values = {**curvature_logs(model, curvature), **routing_logs(model, routing)}
         logs.update(values)
         if state.log_history:
             state.log_history[-1].update(values)
         measured = {key: {name: summary[key] for name, summary in routing.items()} for key in ("share", "entropy")}
         self.history.append({"step": state.global_step, "curvature": curvature, **measured})
-        self._keep(state, logs, self.history[-1])
+        self._file.append(state.global_step, logs, self.history[-1])
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._stop_measuring()
-        _set_aux_weights(model, 1.0)
+        set_factor(model, 1.0)
 
-    def _open_history(self, args, state, model) -> None:
-        """Start the file with the settings, or cut it off after the step from which training is resumed."""
-        self._path = None
-        curvature = _dimensionless_curvature(model)  # where parameters are sharded, all processes ask
-        if self.history_file is None or not state.is_world_process_zero:
-            return
-        self._path = Path(args.output_dir) / self.history_file
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        entries = complete_lines(self._path) if state.global_step > 0 and self._path.is_file() else []
-        entries = [entry for entry in entries if entry["step"] <= state.global_step]
-        kept = ("step", "curvature", "share", "entropy")
-        self.history = [{k: e[k] for k in kept} for e in entries if "loss" in e and "share" in e]
-        if not entries:
-            adapter = next((layer.config.to_dict() for layer in mos_adapters(model).values()), None)
-            settings = {"model": type(model).__name__, **{name: getattr(args, name, None) for name in _SETTINGS}}
-            first = {"step": state.global_step, "adapter": adapter, "settings": settings, "curvature": curvature}
-            entries = [json.loads(json.dumps(first, default=str))]
-        write_lines(self._path, entries)
+    def _measure(self, args, model: nn.Module) -> None:
+        """Add the routing of the batch's forward to the statistics, and run it uncompiled.
 
-    def _keep(self, state, logs: dict, measured: dict | None = None) -> None:
-        if self._path is not None:
-            numbers = {key: float(value) for key, value in logs.items() if isinstance(value, (int, float))}
-            append_line(self._path, {**numbers, **(measured or {}), "step": state.global_step})
+        A callback is not told of an exception, so the first forward with gradients itself ends this; not where backward
+        must find compilation off too, nor in replicas, which would call the forward of the model that they copy.
+        """
+        self._measuring = contextlib.ExitStack()
+        self._measuring.enter_context(measured_routing(model, self._statistics))
+        if not _recomputes_compiled(model) and args.n_gpu <= 1:
+            self._measuring.enter_context(_called_after_forward(model, self._stop_measuring))
 
     def _stop_measuring(self) -> None:
         if self._measuring is not None:
@@ -226,9 +233,48 @@ def _is_compiled(args, model: nn.Module) -> bool:
     )
 
 
-def _set_aux_weights(model: nn.Module, factor: float) -> None:
-    for owner in router_owners(model).values():
-        owner.mos_aux_weight.fill_(owner.aux_coefficient * factor)
+def _recomputes_compiled(model: nn.Module) -> bool:
+    """Whether backward runs compiled layers again: then they must be as they were in forward."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) and any(
+        module._compiled_call_impl is not None for module in model.modules() if module is not model
+    )
+
+
+@contextlib.contextmanager
+def _called_after_forward(model: nn.Module, call: Callable[[], None]) -> Iterator[None]:
+    """Call `call` after a forward of `model` with gradients, whatever ends it; a hook misses interrupts."""
+    forward, is_own = model.forward, "forward" in vars(model)
+
+    @functools.wraps(forward)
+    def watched(*args, **kwargs):
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            if torch.is_grad_enabled():
+                call()
+
+    model.forward = watched
+    try:
+        yield
+    finally:
+        if is_own:
+            model.forward = forward
+        else:
+            del model.forward
+
+
+def _warn_of_missing_gradients(model: nn.Module) -> None:
+    """Name the trainable adapter parameters that the first step's backward did not reach."""
+    trainable = {name: p for name, p in adapter_parameters(model).items() if p.requires_grad}
+    missing = [name for name, parameter in trainable.items() if parameter.grad is None]
+    if missing:
+        warnings.warn(
+            f"{len(missing)} of the adapter's {len(trainable)} trainable parameters got no gradient in the first step, "
+            f"so they did not train: {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. Either the forward "
+            "took another branch in this step, or the model does not call these linears (a fused forward may read "
+            "their weights), or they are offloaded",
+            stacklevel=2,
+        )
 
 
 def _steps_per_epoch(args, train_dataloader) -> int | None:
@@ -236,43 +282,3 @@ def _steps_per_epoch(args, train_dataloader) -> int | None:
     if not has_length(train_dataloader):
         return None
     return max(math.ceil(len(train_dataloader) / args.gradient_accumulation_steps), 1)
-
-
-def _dimensionless_curvature(model: nn.Module) -> dict[str, list[float]]:
-    """κ̂ of every expert, by layer; a LoRA has none."""
-    layers = {name: layer for name, layer in mos_adapters(model).items() if not layer.config.is_lora}
-    if not layers:
-        return {}
-    with torch.no_grad():
-        scaled = [
-            (layer.curvature.double() * layer.config.squared_length_unit(layer.in_features)).cpu()
-            for layer in layers.values()
-        ]
-    return {name: values.tolist() for name, values in zip(layers, scaled, strict=True)}
-
-
-def _curvature_logs(model: nn.Module, curvature: dict[str, list[float]]) -> dict[str, float]:
-    by_space: dict[str, list[float]] = {space: [] for space in SPACES}
-    for name, values in curvature.items():
-        for space, value in zip(model.get_submodule(name).config.expert_spaces, values, strict=True):
-            by_space[space].append(value)
-    logs = {}
-    for space, values in by_space.items():
-        if values and space != "euclidean":
-            logs[f"mos/curvature/{space}_mean"] = sum(values) / len(values)
-            logs[f"mos/curvature/{space}_min"] = min(values)
-            logs[f"mos/curvature/{space}_max"] = max(values)
-    return logs
-
-
-def _routing_logs(model: nn.Module, routing: dict[str, dict]) -> dict[str, float]:
-    if not routing:
-        return {}
-    logs = dict.fromkeys((f"mos/share/{space}" for space in SPACES), 0.0)
-    for name, summary in routing.items():
-        for space, share in zip(model.get_submodule(name).config.expert_spaces, summary["share"], strict=True):
-            logs[f"mos/share/{space}"] += share / len(routing)
-    logs["mos/share/max"] = max(max(summary["share"]) for summary in routing.values())
-    for key in ("entropy", "aux_loss"):
-        logs[f"mos/{key}"] = sum(summary[key] for summary in routing.values()) / len(routing)
-    return logs

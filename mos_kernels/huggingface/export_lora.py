@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 import mos_kernels
 from mos_kernels.functional import mos_linear, mos_route
 from mos_kernels.huggingface import files
-from mos_kernels.huggingface.modules import adapter_parameters, mos_adapters, unwrap
+from mos_kernels.huggingface.modules import active_names, adapter_parameters, mos_adapters, unwrap
 from mos_kernels.huggingface.state import adapter_state, tensors_of
 from mos_kernels.huggingface.targets import HEADS, refuse_offloaded
 from mos_kernels.layer import MoSAdapter, MoSConv1D, MoSLayer
@@ -527,7 +527,7 @@ def _modules_saved_whole(outer: nn.Module, inner: nn.Module) -> tuple[list[str],
     if hasattr(outer, "peft_config"):
         from peft import get_peft_model_state_dict
 
-        name = next(iter(_active(outer)))
+        name = active_names(outer)[0]
         found = get_peft_model_state_dict(outer, adapter_name=name)
         tensors = {k.removeprefix(files.PREFIX): v for k, v in found.items() if not files._is_adapter(k)}
         modules = list(outer.peft_config[name].modules_to_save or [])
@@ -541,11 +541,6 @@ def _modules_saved_whole(outer: nn.Module, inner: nn.Module) -> tuple[list[str],
             tensors |= tensors_of(inner, [head])
     present = [name for name in modules if any(f".{name}." in f".{tensor}" for tensor in tensors)]
     return list(dict.fromkeys(present)), tensors
-
-
-def _active(model: nn.Module) -> list[str]:
-    active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
-    return [active] if isinstance(active, str) else list(active)
 
 
 def _target_modules(model: nn.Module, names: list[str]) -> list[str]:

@@ -167,19 +167,16 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
         if isinstance(target, nn.Parameter):
             fixed = name.endswith("mos_curvature") and not config.learn_curvature
             target.requires_grad_(is_trainable and not fixed)
+    adapter_state(model).trains = is_trainable
     return list(layers)
 
 
-def refuse_damaged(folder: Path, shapes: dict[str, tuple[int, ...]] | None = None) -> None:
-    """Raise as `load_adapter` does for what is wrong with the files, whatever the model. Weights may be missing.
-
-    shapes: those of a model's adapter, which the tensors of its names must have; names may lack their beginning, or
-    have another (AutoModel's are shorter than those of a model with a head). What is missing or foreign passes.
-    """
-    config, _ = _read_config(folder)
+def refuse_damaged(folder: Path) -> None:
+    """Raise as `load_adapter` does for what is wrong with the files, whatever the model. Weights may be missing."""
     if not (folder / WEIGHTS_NAME).is_file() and not (folder / PICKLE_NAME).is_file():
         return
-    found = read_tensors(folder / WEIGHTS_NAME, prefixed=shapes is None)
+    config, _ = _read_config(folder)
+    found = read_tensors(folder / WEIGHTS_NAME)
     tensors = {name: tensor for name, tensor in found.items() if _is_adapter(name)}
     _require_floating(folder, tensors, {})
     require_finite(folder, found, {name: torch.float64 for name in found if name not in tensors})
@@ -193,10 +190,6 @@ def refuse_damaged(folder: Path, shapes: dict[str, tuple[int, ...]] | None = Non
             raise ValueError(
                 f"{folder}: {name} has shape {shape}, which r={own.r} and {own.num_experts} experts do not have"
             )
-        for other, wanted in (shapes or {}).items():
-            is_its = f".{other}".endswith(f".{name}") or f".{name}".endswith(f".{other}")
-            if is_its:
-                _require_shapes(folder, {other: tensor}, {other: wanted})
 
 
 def _with_experts(config: MoSConfig, E: int) -> MoSConfig:
@@ -257,11 +250,8 @@ def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
     return config, modules
 
 
-def read_tensors(path: Path, prefixed: bool = True) -> dict[str, Tensor]:
-    """The tensors of an adapter's file by their names in the model; errors as of `load_adapter`.
-
-    prefixed: names without peft's prefix are an error.
-    """
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file by their names in the model; errors as of `load_adapter`."""
     if not path.is_file():
         pickled = path.with_name(PICKLE_NAME)
         why = f"; {pickled.name} is there, but pickles are never loaded: save it again as safetensors"
@@ -274,7 +264,7 @@ def read_tensors(path: Path, prefixed: bool = True) -> dict[str, Tensor]:
             f"{path} is truncated or damaged ({os.path.getsize(path)} bytes): {error}. Copy or save it again"
         ) from None
     foreign = [name for name in tensors if not name.startswith(PREFIX)]
-    if foreign and prefixed:
+    if foreign:
         raise ValueError(f"{path} has tensors without the prefix {PREFIX!r}, such as {foreign[0]!r}: no adapter file")
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
@@ -410,27 +400,30 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+_NO_MERGE = """It cannot be merged into the base model, since what it adds depends on the data:
+`mos_kernels.huggingface.export_lora` writes the nearest plain LoRA, which can. Serve that with vLLM and SGLang: they
+put linears of their own in place of the model's, and this adapter would be left out."""
+
+
 def with_import_note(card: str) -> str:
     """A model card, with what a process must import before it loads the adapter."""
     if "mos_kernels.huggingface" in card:
         return card
-    note = [
-        "## Loading",
-        "",
-        "This is a Mixture-of-Space adapter: MOSELORA, a peft method of the package `mos_kernels`, which must be",
-        "imported first:",
-        "",
-        "```python",
-        "import mos_kernels.huggingface  # first",
-        "from peft import AutoPeftModelForCausalLM  # or PeftModel.from_pretrained(base, ...)",
-        "",
-        'model = AutoPeftModelForCausalLM.from_pretrained("this folder")',
-        "```",
-        "",
-        "It cannot be merged into the base model, since what it adds depends on the data.",
-        "",
-    ]
-    return "\n".join([*([card.rstrip(), ""] if card.strip() else []), *note])
+    note = f"""## Loading
+
+This is a Mixture-of-Space adapter: MOSELORA, a peft method of the package `mos_kernels`, which must be
+imported first:
+
+```python
+import mos_kernels.huggingface  # first
+from peft import AutoPeftModelForCausalLM  # or PeftModel.from_pretrained(base, ...)
+
+model = AutoPeftModelForCausalLM.from_pretrained("this folder")
+```
+
+{_NO_MERGE}
+"""
+    return f"{card.rstrip()}\n\n{note}".lstrip()
 
 
 def _listed(spaces: Mapping[str, int]) -> str:
@@ -439,47 +432,42 @@ def _listed(spaces: Mapping[str, int]) -> str:
 
 def _card(base: str | None, kind: type[nn.Module], config: MoSConfig) -> str:
     is_hub_id = base is not None and not os.path.exists(base)
-    header = ["---", *([f"base_model: {base}"] if is_hub_id else []), "tags:", "- mos-kernels", "- lora", "---"]
-    spaces, elsewhere = _listed(config.spaces), config.spaces_pattern or {}
-    own = ["", f"model = ...  # the {kind.__name__} that the adapter was trained on"]
-    if kind.__module__.startswith("transformers."):
-        load_base = f"model = {kind.__name__}.from_pretrained({base or 'the base model'!r})"
-        own = [f"from transformers import {kind.__name__}", "", load_base]
-    by_peft = [
-        "",
-        "Or, where peft is installed:",
-        "",
-        "```python",
-        "import mos_kernels.huggingface  # first",
-        "from peft import AutoPeftModel",
-        "",
-        'model = AutoPeftModel.from_pretrained("this folder")',
-        "```",
-    ]
-    load = [
-        "import mos_kernels.huggingface  # first",
-        "from mos_kernels.huggingface import load_adapter",
-        *own,
-        'load_adapter(model, "this folder")',
-    ]
-    return "\n".join(
-        [
-            *header,
-            "",
-            "# A Mixture-of-Space adapter",
-            "",
-            f"Rank {config.r}, {config.num_experts} experts ({spaces}), {config.num_experts_per_tok} used by a token.",
-            *(f"Linears that match `{name}` have {_listed(own)}." for name, own in elsewhere.items()),
-            "It cannot be merged into the base model, since what it adds depends on the data:",
-            "`mos_kernels.huggingface.export_lora` writes the nearest plain LoRA, which can. Serve that with vLLM and",
-            "SGLang: they put linears of their own in place of the model's, and this adapter would be left out.",
-            "",
-            "A process that loads it must import `mos_kernels.huggingface` first:",
-            "",
-            "```python",
-            *load,
-            "```",
-            *(by_peft if base and kind.__module__.startswith("transformers.") else []),
-            "",
-        ]
+    elsewhere = "".join(
+        f"Linears that match `{k}` have {_listed(v)}.\n" for k, v in (config.spaces_pattern or {}).items()
     )
+    is_transformers = kind.__module__.startswith("transformers.")
+    own = f"\nmodel = ...  # the {kind.__name__} that the adapter was trained on"
+    if is_transformers:
+        own = f"from transformers import {kind.__name__}\n\n"
+        own += f"model = {kind.__name__}.from_pretrained({base or 'the base model'!r})"
+    by_peft = """
+Or, where peft is installed:
+
+```python
+import mos_kernels.huggingface  # first
+from peft import AutoPeftModel
+
+model = AutoPeftModel.from_pretrained("this folder")
+```
+"""
+    base_line = f"base_model: {base}\n" if is_hub_id else ""
+    return f"""---
+{base_line}tags:
+- mos-kernels
+- lora
+---
+
+# A Mixture-of-Space adapter
+
+Rank {config.r}, {config.num_experts} experts ({_listed(config.spaces)}), {config.num_experts_per_tok} used by a token.
+{elsewhere}{_NO_MERGE}
+
+A process that loads it must import `mos_kernels.huggingface` first:
+
+```python
+import mos_kernels.huggingface  # first
+from mos_kernels.huggingface import load_adapter
+{own}
+load_adapter(model, "this folder")
+```
+{by_peft if base and is_transformers else ""}"""

@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from mos_kernels.layer import ADAPTER_PARAMETERS, MoSAdapter, MoSRouter
 from mos_kernels.sharded import refuse_fsdp1
+
+
+class PreHook:
+    """A forward pre-hook of a module, which copies and pickles of the module have too.
+
+    It is found by its number: a handle would take the other hooks along wherever a part of the module is copied.
+    """
+
+    def attach(self, module: nn.Module, **options) -> None:
+        self._number = module.register_forward_pre_hook(self, **options).id
+
+    def detach(self, module: nn.Module) -> None:
+        for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
+            hooks.pop(self._number, None)
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        RemovableHandle.next_id = max(RemovableHandle.next_id, self._number + 1)  # or the next hook takes its place
 
 
 def own_adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -32,6 +51,13 @@ def _inactive(model: nn.Module) -> set[nn.Module]:
         if active is not None and isinstance(named, nn.ModuleDict):
             idle |= {named[name] for name in named if name not in ([active] if isinstance(active, str) else active)}
     return idle
+
+
+def active_names(model: nn.Module) -> list[str]:
+    """The names of the active adapters of a model with adapters of peft's, or of transformers' own."""
+    active = getattr(model, "active_adapters", [])
+    active = active() if callable(active) else active
+    return [active] if isinstance(active, str) else list(active)
 
 
 def mos_adapters(model: nn.Module) -> dict[str, MoSAdapter]:

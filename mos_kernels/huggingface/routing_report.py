@@ -54,8 +54,12 @@ class RouterStatistics:
 
 
 @contextlib.contextmanager
-def measured_routing(model: nn.Module) -> Iterator[dict[str, RouterStatistics]]:
+def measured_routing(
+    model: nn.Module, statistics: dict[str, RouterStatistics] | None = None
+) -> Iterator[dict[str, RouterStatistics]]:
     """Statistics of every router, by name, filled by each forward of `model` inside the context.
+
+    statistics: those of an earlier context, to which this one adds.
 
     A compiled model runs uncompiled here: what is compiled has no hooks, or keeps those that it was compiled with.
     Tokens that an `attention_mask` argument of the model marks as padding are left out, where its shape is the tokens'.
@@ -63,7 +67,9 @@ def measured_routing(model: nn.Module) -> Iterator[dict[str, RouterStatistics]]:
     owners = router_owners(model)
     for name, owner in owners.items():
         refuse_offloaded(name, owner)
-    statistics = {name: RouterStatistics(owner.config) for name, owner in owners.items()}
+    statistics = {} if statistics is None else statistics
+    for name, owner in owners.items():
+        statistics.setdefault(name, RouterStatistics(owner.config))
     mask: list[Tensor | None] = [None]
     inner = getattr(model, "_orig_mod", model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner

@@ -15,18 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from mos_kernels.config import MoSConfig
-from mos_kernels.huggingface.modules import adapter_parameters, own_adapter_parameters
+from mos_kernels.huggingface.modules import PreHook, adapter_parameters, own_adapter_parameters
+from mos_kernels.huggingface.targets import refuse_peft
+from mos_kernels.layer import MoSLayer
 from mos_kernels.sharded import is_dtensor, spread_like
 
 _STATE = "_mos_adapter"
+_OVER = (
+    "it was put over the adapter of apply_mos, which peft then froze. model = model.unload() takes it off; apply or "
+    "load the adapter below anew to train that one. A model has adapters of one or of the other"
+)
 
 
-class AdapterState:
-    """What apply_mos leaves on a model, and the model's forward pre-hook, which notes what is trained.
+class AdapterState(PreHook):
+    """What apply_mos leaves on a model. As a forward pre-hook of it, it notes what is trained.
 
     config: the adapter's. trainable_before: the parameters that were trainable before it. trained: the model's own
     tensors, by name, that belong to the adapter: trainable at some forward with gradients, or loaded with it.
     before: what the model had in place of those that were loaded, on the CPU (or in its parts, where it is sharded).
+    trains: whether the adapter was trainable when last seen.
 
     Copies and pickles of the model have one of their own. They share the tensors in `before`.
     """
@@ -34,14 +41,29 @@ class AdapterState:
     def __init__(self, model: nn.Module, config: MoSConfig, trainable_before: frozenset[str]):
         self.config, self.trainable_before = config, trainable_before
         self.trained: set[str] = set()
+        self.trains = True
         self.before: dict[str, Tensor] = {}
         self._model = weakref.ref(model)
-        self._handle = model.register_forward_pre_hook(self)
+        self.attach(model)
         setattr(model, _STATE, self)
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            refuse_peft(module, _OVER)  # get_peft_model and model.add_adapter do not ask whose linears they are
+            self._warn_if_frozen(module)
             self.note()
+
+    def _warn_if_frozen(self, module: nn.Module) -> None:
+        layer = next((layer for layer in module.modules() if isinstance(layer, MoSLayer)), None)
+        if layer is None:
+            return
+        if self.trains and module.training and not layer.mos_lora_B.requires_grad:
+            warnings.warn(
+                "the Mixture-of-Space adapter takes no part in this training: something froze its parameters, as peft "
+                "does for any of its methods, prompt tuning included",
+                stacklevel=2,
+            )
+        self.trains = layer.mos_lora_B.requires_grad
 
     def note(self) -> None:
         """Remember what is trainable now."""
@@ -93,7 +115,7 @@ class AdapterState:
         self.replace({})
         for name, parameter in self._model().named_parameters():
             parameter.requires_grad_(name in self.trainable_before)
-        self._handle.remove()
+        self.detach(self._model())
         delattr(self._model(), _STATE)
 
     def __deepcopy__(self, memo: dict) -> AdapterState:
@@ -101,7 +123,6 @@ class AdapterState:
         twin = memo[id(self)] = AdapterState.__new__(AdapterState)
         vars(twin).update(vars(self), trained=set(self.trained), before=dict(self.before))
         twin._model = weakref.ref(copy.deepcopy(self._model(), memo))
-        twin._handle = copy.deepcopy(self._handle, memo)
         return twin
 
     def __getstate__(self) -> dict:
@@ -109,7 +130,7 @@ class AdapterState:
         return {**vars(self), "_model": self._model()}
 
     def __setstate__(self, state: dict) -> None:
-        vars(self).update(state, _model=weakref.ref(state["_model"]))
+        super().__setstate__({**state, "_model": weakref.ref(state["_model"])})
 
 
 def adapter_state(model: nn.Module) -> AdapterState | None:

@@ -216,12 +216,12 @@ def _refuse_adapted(model: nn.Module) -> None:
             raise ValueError(f"the model has a MoS adapter already, at {name!r}: call remove_mos(model) first")
 
 
-def refuse_peft(model: nn.Module) -> None:
+def refuse_peft(model: nn.Module, remedy: str = "unload it first") -> None:
     """ValueError for a model with an adapter of peft's, beside which one of apply_mos has no place."""
     for name, module in model.named_modules():
         # the tuner layers of methods outside of peft, such as our own, have this attribute too
         if type(module).__module__.split(".")[0] == "peft" or hasattr(type(module), "adapter_layer_names"):
-            raise ValueError(f"the model has a peft adapter, at {name!r} ({type(module).__name__}): unload it first")
+            raise ValueError(f"the model has a peft adapter, at {name!r} ({type(module).__name__}): {remedy}")
 
 
 def _refuse_3d_parameters(model: nn.Module, config: MoSConfig) -> None:

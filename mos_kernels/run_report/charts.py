@@ -244,6 +244,27 @@ def _text(css: str, x: float, y: float, text: str) -> str:
     return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
 
 
+def standalone(drawn: str, style: str) -> str:
+    """A chart as a file of its own: with its colours, and its own size."""
+    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawn).groups()
+    attributes = f'xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+    head, _, rest = drawn.removeprefix("<svg ").partition(">")
+    ground = '<rect width="100%" height="100%" fill="var(--ground)"/>'
+    return f"<svg {attributes}{head}><style>{style}</style>{ground}{rest}\n"
+
+
+def panels(rows: Sequence[Sequence[str]], names: Sequence[str], heads: Sequence[str], name: str) -> str:
+    """One SVG of small multiples: a row each with its name, columns under their heads; an empty string is a gap."""
+    left, top, width, height = 70, 22, 246, 82
+    parts = [_text("label middle", left + width * (i + 0.5), 14, head) for i, head in enumerate(heads)]
+    for j, row in enumerate(rows):
+        parts.append(_text("tick end", left - 6, top + height * (j + 0.5), names[j]))
+        for i, drawn in enumerate(row):
+            place = f'<svg x="{left + width * i}" y="{top + height * j}" width="{width - 6}" height="{height - 6}" '
+            parts.append(drawn.replace("<svg ", place, 1))
+    return _svg(left + width * len(heads), top + height * len(rows), "panels", name, parts)
+
+
 def _svg(width: float, height: float, css: str, name: str, parts: Sequence[str]) -> str:
     attributes = f'class="{css}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(name)}"'
     return f"<svg {attributes}>{''.join(parts)}</svg>"

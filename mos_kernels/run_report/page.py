@@ -18,11 +18,16 @@ from mos_kernels.run_report.charts import (
     number,
     padded_range,
     panel,
+    panels,
     projection_of,
     shade,
     smooth,
+    standalone,
 )
 from mos_kernels.run_report.log import TIMINGS, Run
+
+CHARTS = ("loss", "curvature", "routing")
+"""The charts that are written as files of their own too."""
 
 _SPELLED = {"hyperbolic": "hyperbolic", "spherical": "spherical", "euclidean": "Euclidean"}
 
@@ -48,6 +53,8 @@ def _head(run: Run) -> str:
             if adapter.spaces.get(space)
         )
         used = f"{adapter.num_experts_per_tok} of {adapter.num_experts} experts a token, rank {adapter.r}"
+        for name, own in (adapter.spaces_pattern or {}).items():
+            used += f" · {escape(name)}: {', '.join(f'{count} {_SPELLED[space]}' for space, count in own.items())}"
         parts.append(f"<p>{spaces} · {used}</p>")
     loss, evaluation = run.curve("loss"), run.curve("eval_loss")
     facts = [("steps", f"{max((e['step'] for e in run.entries), default=0):,}")]
@@ -66,19 +73,32 @@ def _head(run: Run) -> str:
     return f'<header><h1>{escape(run.name)}</h1>{"".join(parts)}<div class="facts">{tiles}</div></header>'
 
 
-def _training(run: Run) -> str:
+def svg_files(run: Run) -> dict[str, str]:
+    """Those charts of `CHARTS` for which the run has numbers, each as an SVG of its own, by name."""
+    rows = _panels(run)[0]
+    columns = list(dict.fromkeys(part for found in rows.values() for part in found))
+    grid = [[rows[layer].get(name, "") for name in columns] for layer in sorted(rows)]
+    names = [f"layer {layer}" if layer >= 0 else "" for layer in sorted(rows)]
+    curvature = panels(grid, names, columns, "curvature of each expert of each linear") if grid else ""
+    drawn = dict(zip(CHARTS, (_loss_chart(run), curvature, _share_map(run)), strict=True))
+    return {name: standalone(chart, _style()) for name, chart in drawn.items() if chart}
+
+
+def _loss_chart(run: Run) -> str:
     loss, evaluation = run.curve("loss"), run.curve("eval_loss")
-    figures = []
-    if loss or evaluation:
-        lines = []
-        if loss:
-            smoothed = smooth(loss) if len(loss) >= 10 else loss
-            if smoothed is not loss:
-                lines.append(Line(loss, "faint", title="training loss, as logged"))
-            lines.append(Line(smoothed, "ink", "training", "training loss"))
-        if evaluation:
-            lines.append(Line(evaluation, "accent", "evaluation", "evaluation loss", dots=True))
-        figures.append(_figure("loss (nats)", chart(lines, width=560, height=250, name="loss over the steps")))
+    lines = []
+    if loss:
+        smoothed = smooth(loss) if len(loss) >= 10 else loss
+        if smoothed is not loss:
+            lines.append(Line(loss, "faint", title="training loss, as logged"))
+        lines.append(Line(smoothed, "ink", "training", "training loss"))
+    if evaluation:
+        lines.append(Line(evaluation, "accent", "evaluation", "evaluation loss", dots=True))
+    return chart(lines, width=560, height=250, name="loss over the steps") if lines else ""
+
+
+def _training(run: Run) -> str:
+    figures = [_figure("loss (nats)", drawn)] if (drawn := _loss_chart(run)) else []
     small = [("learning_rate", "learning rate"), ("grad_norm", "gradient norm")]
     found = {key.removeprefix("eval_"): key for e in run.entries for key in e if key.startswith("eval_")}
     small += [
@@ -96,7 +116,7 @@ def _training(run: Run) -> str:
 
 
 def _curvature(run: Run) -> str:
-    overall, bands, lines, rows = [], [], [], {}
+    overall, bands, lines = [], [], []
     for space in SPACES:
         mean = run.curve(f"mos/curvature/{space}_mean")
         if mean:
@@ -109,15 +129,8 @@ def _curvature(run: Run) -> str:
         overall.append(
             _figure(caption, chart(lines, width=1140, height=250, bands=bands, rules=[Rule(0.0)], name=caption))
         )
-    kept = [entry for entry in run.entries if isinstance(entry.get("curvature"), dict) and entry["curvature"]]
-    if kept and run.expert_spaces:
-        names = list(kept[0]["curvature"])
-        values = [v for entry in kept for experts in entry["curvature"].values() for v in experts]
-        x, y = (kept[0]["step"], max(kept[-1]["step"], kept[0]["step"] + 1)), padded_range(values, least=0.02)
-        for name in names:
-            rows.setdefault(layer_of(name), {})[projection_of(name)] = panel(
-                _expert_lines(run, kept, name), x=x, y=y, name=f"curvature of the experts of {name}"
-            )
+    rows, x, y = _panels(run)
+    if rows:
         across = f"steps {number(x[0])} to {number(x[1])} across, κ̂ from {y[0]:.2f} to {y[1]:.2f} upwards"
         caption = f"each expert of each linear: {across}; the thin line is κ̂ = 0"
         overall.append(_figure(caption, _grid(rows), "wide"))
@@ -130,14 +143,29 @@ def _curvature(run: Run) -> str:
     return _section("Curvature", text, _legend(run) + "".join(overall))
 
 
+def _panels(run: Run) -> tuple[dict[int, dict[str, str]], tuple[float, float], tuple[float, float]]:
+    """(panel by layer and projection, steps across, κ̂ upwards); no panels where the run has no curvature."""
+    kept = [entry for entry in run.entries if isinstance(entry.get("curvature"), dict) and entry["curvature"]]
+    if not kept or not run.expert_spaces:
+        return {}, (0, 1), (0, 1)
+    values = [v for entry in kept for experts in entry["curvature"].values() for v in experts]
+    x, y = (kept[0]["step"], max(kept[-1]["step"], kept[0]["step"] + 1)), padded_range(values, least=0.02)
+    rows: dict[int, dict[str, str]] = {}
+    for name in kept[0]["curvature"]:
+        rows.setdefault(layer_of(name), {})[projection_of(name)] = panel(
+            _expert_lines(run, kept, name), x=x, y=y, name=f"curvature of the experts of {name}"
+        )
+    return rows, x, y
+
+
 def _expert_lines(run: Run, kept: Sequence[dict], name: str) -> list[Line]:
-    lines = []
-    for expert, space in enumerate(run.expert_spaces):
+    lines, spaces = [], run.spaces_of(name, len(kept[0]["curvature"][name]))
+    for expert, space in enumerate(spaces):
         points = [(e["step"], e["curvature"][name][expert]) for e in kept if name in e["curvature"]]
-        title = f"{space} expert {run.expert_spaces[:expert].count(space) + 1}"
+        title = f"{space} expert {spaces[:expert].count(space) + 1}"
         if points:
             title += f": {number(points[0][1])} to {number(points[-1][1])}"
-        lines.append(Line(points, shade(run.expert_spaces, expert), title=title))
+        lines.append(Line(points, shade(spaces, expert), title=title))
     return lines
 
 
@@ -193,17 +221,26 @@ def _routing(run: Run) -> str:
             _figure(caption, chart(lines, width=560, height=250, rules=rules, name=caption, margins=(10, 16, 24, 52)))
         )
     shown = f'<div class="pair">{"".join(figures)}</div>' if figures else ""
-    last = next((e for e in reversed(run.entries) if isinstance(e.get("share"), dict) and e["share"]), None)
-    if last and spaces:
-        columns = [(_SPELLED[space], str(spaces[:i].count(space) + 1)) for i, space in enumerate(spaces)]
-        rows = _row_names(list(last["share"]))
-        drawn = heat_map(
-            rows, columns, list(last["share"].values()), [f"{s} s1" for s in spaces], "share of each expert"
-        )
+    if drawn := _share_map(run):
+        step = next(e["step"] for e in reversed(run.entries) if isinstance(e.get("share"), dict) and e["share"])
         even = f"{100 / len(spaces):.1f}%"
-        shown += _figure(f"share of the assignments at step {number(last['step'])}, expert by expert; {even} is even",
+        shown += _figure(f"share of the assignments at step {number(step)}, expert by expert; {even} is even",
                          f'<div class="scroll">{drawn}</div>', "wide")  # fmt: skip
     return _section("Routing", "Which experts the tokens use, padding left out.", shown) if shown else ""
+
+
+def _share_map(run: Run) -> str:
+    share = next((e["share"] for e in reversed(run.entries) if isinstance(e.get("share"), dict) and e["share"]), None)
+    groups: dict[tuple[str, ...], dict[str, list[float]]] = {}
+    for name, values in (share or {}).items():
+        groups.setdefault(run.spaces_of(name, len(values)), {})[name] = values
+    maps = []
+    for spaces, shares in groups.items():
+        if spaces:
+            columns = [(_SPELLED[space], str(spaces[:i].count(space) + 1)) for i, space in enumerate(spaces)]
+            css = [f"{space} s1" for space in spaces]
+            maps.append(heat_map(_row_names(list(shares)), columns, list(shares.values()), css, "share of each expert"))
+    return "".join(maps)
 
 
 def _row_names(names: list[str]) -> list[str]:

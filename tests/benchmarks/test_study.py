@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
 import re
+from collections import Counter
 
 import pytest
 import torch
-from finetune_setup import KillAt, Killed, colours, save_bert, sentences, write_tsv
+from finetune_setup import KillAt, Killed, colours, save_bert, sentences, strings, write_tsv
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.study import __main__ as study
-from benchmarks.study import compare, melora, norms, plan, report, rows, runner
+from benchmarks.study import adalora, compare, melora, norms, plan, report, rows, runner
+from benchmarks.study.curvature import plot_curvature
 from benchmarks.study.plan import ADALORA, BASE, LORA, MELORA, MOS, PAPER, RAW_UNITS, TABLES, Cell, Dataset, Entry
-from mos_kernels import MoSConfig, MoSLinear, finetune
-from mos_kernels.finetune.options import adapter_config, given_options
+from benchmarks.study.split import stratified_split
+from mos_kernels import MoSConfig, MoSLinear
+from mos_kernels.finetune.options import parse
 from reference.layer import mos_expert
 
 # the plan
@@ -25,10 +31,10 @@ from reference.layer import mos_expert
 
 def config_of(entry: Entry):
     """(method, adapter) as the finetune command understands the entry's options; bad ones raise."""
-    parser = argparse.ArgumentParser()
-    finetune.add_arguments(parser, melora.METHODS)
-    args = parser.parse_args(["--model", "m", "--output", "o", "--text-column", "t", *entry.options])
-    return args.method, adapter_config(args.method, args.preset, args.num_experts, given_options(args), melora.METHODS)
+    base = ("--model", "m", "--output", "o", "--text-column", "t", "--label-column", "l", "--train-file", "f")
+    arguments = strings(*base, "--eval-size", 1, *entry.options)
+    options, _, config, _ = parse(arguments, {**adalora.METHODS, **melora.METHODS})
+    return options.method, config
 
 
 def configs(table: str) -> dict[str, list]:
@@ -127,7 +133,7 @@ def test_a_row_has_what_the_report_needs(row):
     assert row["failure"] is None and row["nan"] is False and row["largest_grad_norm"] >= row["first_grad_norm"] > 0
     assert sum(rows.correct(row)) == round(row["accuracy"] * 18) and len(rows.correct(row)) == 18
     assert row["versions"]["torch"] == torch.__version__ and row["majority"] == 0.5
-    assert row["train_rows"] == 42 and row["adapter"]["r"] == 2 and len(row["data_sha256"]) == 1
+    assert row["train_rows"] == 42 and row["adapter"]["r"] == 2 and len(row["data_sha256"]) == 2
     curvature = row["curvature"]
     assert curvature["steps"] == list(range(11)) and len(curvature["spaces"]) == 8
     assert len(curvature["linears"]) == 4 and all(len(path) == 11 for path in curvature["linears"].values())
@@ -149,15 +155,14 @@ def test_a_run_that_is_complete_but_has_no_row_gets_one_without_training(row, pl
     assert untimed(runner.execute(TINY, place, [KillAt(1)])) == untimed(row)
 
 
-def test_a_run_that_diverges_is_a_row_and_what_the_command_refuses_is_an_error(place, tmp_path, capsys):
+def test_a_run_that_diverges_is_a_row_and_what_the_command_refuses_is_an_error(place, tmp_path):
     elsewhere = dataclasses.replace(place, outputs=tmp_path, more=(*place.more, "--learning-rate", "1e30"))
     row = runner.execute(TINY, elsewhere)
     assert "the training loss is nan" in row["failure"] and row["nan"] is True and "accuracy" not in row
     json.dumps(row, allow_nan=False)
     refused = Entry("refused", ("--method", "frozen", "--r", "3"), 0)
-    with pytest.raises(RuntimeError, match="status 2"):
+    with pytest.raises(RuntimeError, match="--r: no effect with this method, which trains no adapter"):
         runner.execute(Cell("tiny", refused, 10, 0), place)
-    assert "--r: no effect with --method frozen" in capsys.readouterr().err
 
 
 def test_the_runner_does_what_has_no_row_and_leaves_the_rest(row, place, tmp_path, capsys):
@@ -198,17 +203,79 @@ def test_the_bits_of_a_row_keep_leading_zeros():
 def test_melora_is_a_block_diagonal_low_rank_update():
     torch.manual_seed(0)
     base = nn.Linear(24, 16).requires_grad_(False)
-    layer = melora.MELoRALinear(base, r=2, lora_alpha=6.0, lora_dropout=0.0, n=4)
+    config = melora.METHODS["melora"].config({"r": 2, "lora_alpha": 6.0, "target_modules": ["0"]}, 10)
+    model = get_peft_model(nn.Sequential(base), config).base_model.model
+    (layer,) = model
+    assert isinstance(layer, melora.MELoRALinear)
     x = torch.randn(2, 5, 24)
     assert torch.equal(layer(x), base(x))  # B is zero
-    nn.init.normal_(layer.lora_B)
-    A, B = torch.block_diag(*layer.lora_A), torch.block_diag(*layer.lora_B)
+    A, B = (factor["default"].weight for factor in (layer.lora_A, layer.lora_B))
+    nn.init.normal_(B)
+    A, B = torch.block_diag(*A), torch.block_diag(*B)
     torch.testing.assert_close(layer(x), base(x) + 3.0 * x @ A.T @ B.T)
     assert torch.linalg.matrix_rank(B @ A) == 8
     trained = sum(p.numel() for p in layer.parameters() if p.requires_grad)
     assert trained == 2 * (24 + 16)
-    with pytest.raises(ValueError, match="5 mini LoRAs do not divide a linear 24 -> 16"):
-        melora.MELoRALinear(base, r=2, lora_alpha=1.0, lora_dropout=0.0, n=5)
+    with pytest.raises(ValueError, match="4 mini LoRAs do not divide a linear 26 -> 8"):
+        get_peft_model(nn.Sequential(nn.Linear(26, 16)), config)
+
+
+@pytest.mark.budget(9)
+def test_adalora_takes_ranks_away_until_r_is_left_on_average(place, tmp_path):
+    elsewhere = dataclasses.replace(place, outputs=tmp_path)
+    cell = Cell("tiny", Entry("tiny AdaLoRA", ("--method", "adalora", "--r", "2"), 0), 300, 0)
+    row = runner.execute(cell, elsewhere)
+    output = tmp_path / cell.folder
+    config = json.loads((output / "adapter" / "adapter_config.json").read_text())
+    schedule = {"target_r": 2, "init_r": 3, "tinit": 1, "tfinal": 3, "total_step": 10}
+    assert {name: config[name] for name in schedule} == schedule and row["steps"] == 10
+    assert len(config["rank_pattern"]) == 4 and sum(sum(kept) for kept in config["rank_pattern"].values()) == 2 * 4
+    values = [t for n, t in load_file(output / "adapter" / "adapter_model.safetensors").items() if "lora_E" in n]
+    assert sum(len(value) for value in values) == 8 and all((value != 0).all() for value in values)
+    assert not list(output.glob("checkpoint-*")) and row["curvature"] is None
+
+
+def test_the_rank_schedule_starts_with_more_and_ends_in_time():
+    for steps in (4, 5, 66, 804):
+        phases = adalora.schedule(8, steps)
+        assert phases["init_r"] == 12 and phases["tinit"] < steps - phases["tfinal"]
+    with pytest.raises(ValueError, match="at least 4 steps, and this run has 3"):
+        adalora.schedule(8, 3)
+
+
+@given(
+    strata=st.lists(st.sampled_from("abcd"), min_size=2, max_size=60),
+    part=st.floats(0.05, 0.95),
+    seed=st.integers(0, 9),
+)
+def test_the_studys_split_keeps_a_row_of_each_class(strata, part, seed):
+    counts, wanted = Counter(strata), round(part * len(strata))
+    if not 0 < wanted <= len(strata) - len(counts):
+        with pytest.raises(ValueError, match="can be set aside"):
+            stratified_split(strata, part, seed)
+        return
+    train, evaluation = stratified_split(strata, part, seed)
+    assert sorted(train + evaluation) == list(range(len(strata)))
+    assert train == sorted(train) and evaluation == sorted(evaluation) and len(evaluation) == wanted
+    held_out = Counter(strata[i] for i in evaluation)
+    assert all(held_out[name] < count for name, count in counts.items())
+    exact = {name: wanted * count / len(strata) for name, count in counts.items()}
+    if all(value <= counts[name] - 1 for name, value in exact.items()):
+        assert all(abs(held_out[name] - value) < 1 for name, value in exact.items())
+
+
+def curvature_log(layers, projections, steps=(0, 10, 20)):
+    names = [f"bert.encoder.layer.{i}.{p}" for i in range(layers) for p in projections]
+    return [{"step": s, "curvature": {name: [-0.3 - s / 100, -0.3, 0.3 + s / 50, 0] for name in names}} for s in steps]
+
+
+@pytest.mark.parametrize(("layers", "projections"), [(1, ["fc"]), (2, ["a.dense", "b.dense"]), (28, ["up"]), (0, [])])
+def test_the_plot_of_the_curvature_is_not_blank(tmp_path, layers, projections):
+    log = curvature_log(layers, projections)
+    if not layers:  # linears without a layer index
+        log = [{"step": s, "curvature": {"up": [-0.3, -s, 0.3, 0.0], "down": [-0.3, s, 0.3, 0.0]}} for s in range(3)]
+    plot_curvature(log, ("hyperbolic", "hyperbolic", "spherical", "euclidean"), tmp_path / "c.png")
+    assert colours(tmp_path / "c.png") > 10
 
 
 @pytest.mark.parametrize("share_a", [True, False])
@@ -218,7 +285,7 @@ def test_expert_norms_are_those_of_the_reference(preset, share_a):
     config = preset(r=3, init_lora_weights=False, router_scope="linear", share_a=share_a)
     layer = MoSLinear(12, 10, config=config, dtype=torch.float64)
     x = 1.5 * torch.randn(6, 12, dtype=torch.float64)
-    found, factors, base = norms.expert_norms(layer, x)
+    found, factors, base = norms.expert_norms(layer, layer, x)
     torch.testing.assert_close(base.double(), layer(x, torch.zeros(6, 8)).norm(dim=-1).double(), rtol=1e-4, atol=1e-5)
     for t, e in ((0, 0), (3, 2), (5, 4), (2, 7)):
         A, B = layer.mos_lora_A if share_a else layer.mos_lora_A[e], layer.mos_lora_B[:, e]

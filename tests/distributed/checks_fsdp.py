@@ -290,6 +290,26 @@ def test_adapter_files_are_those_of_one_process(shared_folder, family):
     assert all(isinstance(p, DTensor) and p.requires_grad for p in adapter_parameters(model).values())
 
 
+@pytest.mark.parametrize("sharded_first", [False, True])
+def test_the_base_has_its_head_again_after_an_adapter_without_one(shared_folder, sharded_first):
+    headless, model = adapted("bert"), adapted("bert")
+    with_head = adapted("bert")
+    with_head.classifier.requires_grad_(True)
+    with torch.no_grad():
+        with_head.classifier.weight.fill_(0.5)
+    before = model.classifier.weight.detach().clone()
+    if dist.get_rank() == 0:
+        save_adapter(with_head, shared_folder / "head")
+        save_adapter(headless, shared_folder / "none")
+    dist.barrier()
+    model = shard(model) if sharded_first else model
+    load_adapter(model, shared_folder / "head")
+    model = model if sharded_first else shard(model)
+    assert torch.equal(model.classifier.weight.full_tensor(), with_head.classifier.weight)
+    load_adapter(model, shared_folder / "none")
+    assert torch.equal(model.classifier.weight.full_tensor(), before)
+
+
 def test_before_fully_shard_or_not_at_all():
     model = shard(tiny(dtype=torch.float32))
     with pytest.raises(ValueError, match="before fully_shard"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -96,15 +95,13 @@ def write_tsv(path: Path, rows, header: str = "label\tsentence") -> Path:
     return path
 
 
-def parse(*arguments) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    finetune.add_arguments(parser)
-    return parser.parse_args([str(argument) for argument in arguments])
+def strings(*arguments) -> list[str]:
+    return [str(argument) for argument in ("--use-cpu", "--quiet", *arguments)]
 
 
 def run(*arguments) -> int:
     """The exit status of the command. Training is on the CPU."""
-    return finetune.run(parse("--device", "cpu", *arguments))
+    return finetune.run(strings(*arguments))
 
 
 class Killed(BaseException):

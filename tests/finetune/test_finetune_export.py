@@ -71,15 +71,16 @@ def test_of_a_classifier_with_its_head_and_fewer_rows(place, tmp_path, capsys):
     [
         ("llama", {"rank": 0}, "rank=0"),
         ("llama", {"rows": 0}, "--rows 0 must be at least 1"),
-        ("llama", {"adapter": "nowhere"}, "nowhere is no folder"),
+        ("llama", {"adapter": "nowhere"}, "nowhere"),
         ("llama", {"data_file": "nowhere.tsv"}, "nowhere.tsv: no such file"),
         ("llama", {"text_column": "words"}, "there is no column 'words'"),
         ("llama", {"label_column": "label"}, "--label-column is a classifier's"),
         ("bert", {"target_column": "label"}, "--target-column is a decoder's"),
-        ("bert", {"label_column": "sentence"}, "the adapter's head has 2 classes"),
-        ("llama", {"model": "./nowhere"}, "./nowhere: no such folder"),
-        ("bert", {"label_column": "label", "rename_label": "yes"}, "'yes' is not OLD=NEW"),
-        ("bert", {"model": "other"}, "match nothing in LlamaForSequenceClassification"),
+        ("bert", {"label_column": "sentence"}, "the adapter is for 2 classes, and"),
+        ("llama", {"model": "./nowhere"}, "nowhere"),
+        ("llama", {"max_length": 0}, "--max-length 0 must be at least 1"),
+        ("llama", {"eval_file": "nowhere.tsv"}, "nowhere.tsv: no such file"),
+        ("bert", {"model": "other"}, "llama"),
     ],
 )  # fmt: skip
 def test_bad_input_is_said_and_nothing_is_written(place, name, options, message, tmp_path, capsys):

@@ -9,8 +9,9 @@ import torch
 from everyday import full_but
 from finetune_setup import Killed, run, save_bert, sentences, write_tsv
 from safetensors.torch import load_file
+from transformers import Trainer
 
-from mos_kernels.finetune import results, trainer
+from mos_kernels.finetune import results
 from mos_kernels.run_report.log import TRAINER_STATE
 
 
@@ -32,7 +33,6 @@ def base(tmp_path_factory):
         3,
         "--logging-steps",
         1,
-        "--quiet",
     )
     return (*source, *columns, *rhythm, "--learning-rate", 1e-2, "--lora-dropout", 0.1, "--r", 2)
 
@@ -84,7 +84,6 @@ def kill_at_call(monkeypatch, owner, name, call, before):
     monkeypatch.setattr(owner, name, wrapper)
 
 
-Trainer = trainer.FinetuneTrainer
 KILLS = {
     "before the first checkpoint": ("mos", Trainer, "training_step", 4, True),
     "between two checkpoints": ("mos", Trainer, "training_step", 10, False),
@@ -92,7 +91,7 @@ KILLS = {
     "before the optimizer of the second is written": ("mos", Trainer, "_save_optimizer_and_scheduler", 2, True),
     "before the second's random state is written": ("lora", Trainer, "_save_rng_state", 2, True),
     "after the last checkpoint": ("mos", Trainer, "_save_checkpoint", 3, False),
-    "while the results are written": ("mos", results, "_plot", 1, True),
+    "while the results are written": ("mos", results, "_predictions", 1, True),
 }
 
 
@@ -116,7 +115,7 @@ def test_resume_equals_uninterrupted(when, base, uninterrupted, tmp_path, monkey
 def test_a_state_file_that_was_cut_off_is_no_checkpoint(base, uninterrupted, tmp_path, monkeypatch):
     arguments = (*base, "--output", tmp_path / "out")
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        kill_at_call(patched, results, "_plot", 1, True)
+        kill_at_call(patched, results, "_predictions", 1, True)
         run(*arguments)
     state = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name[11:])) / TRAINER_STATE
     state.write_text(state.read_text()[:100])
@@ -142,7 +141,7 @@ def test_resume_with_other_settings_is_refused(base, uninterrupted, tmp_path, ca
     out = uninterrupted["mos"]
     assert run(*base, "--output", out, "--resume", "--learning-rate", 1e-3, "--r", 4) == 2
     error = capsys.readouterr().err
-    assert "learning_rate was 0.01, is 0.001" in error and "adapter was" in error
+    assert "learning_rate was 0.01, is 0.001" in error and "adapter was" in error and "seed" not in error
     assert run(*base, "--output", out, "--resume", "--overwrite") == 2
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")

@@ -323,11 +323,19 @@ TRANSFORMERS = {
 }
 
 
-@pytest.mark.parametrize("damage", ["cut off at the end", "a pickle", "a pickle by the other name", "no JSON"])
+ITS_OWN = {
+    "cut off at the end": "incomplete|header",
+    "a pickle": "No such file",
+    "a pickle by the other name": "header",
+    "no JSON": "Expecting property name",
+}
+
+
+@pytest.mark.parametrize("damage", ITS_OWN)
 def test_transformers_refuses_what_it_refuses_of_any_method_and_executes_nothing(with_head, damage):
     """It checks no more than for a LoRA, and may raise with the adapter on."""
     DAMAGE[damage][0](with_head)
-    with pytest.raises(Exception, match="header|UnpicklingError|[Uu]npickl|delimiter|value|incomplete"):
+    with pytest.raises(Exception, match=ITS_OWN[damage]):
         tiny().load_adapter(with_head)
     assert not (with_head / "executed").exists()
 

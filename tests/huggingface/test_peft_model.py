@@ -686,7 +686,7 @@ def test_offloaded_parameters_are_there_when_they_are_needed(preload, family):
     expected = logits(model)
     cpu_offload(model, torch.device("cpu"), preload_module_classes=preload)
     assert all(parameter.is_meta for name, parameter in model.named_parameters() if "mos_" in name)
-    assert torch.equal(logits(model), expected)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-12, atol=1e-14)  # the base runs by itself
 
 
 def test_nothing_of_the_size_of_x_is_kept_but_x_itself():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import ids, mos, tiny
 from torch.testing import assert_close
+from transformers import LlamaForCausalLM
 
 from mos_kernels.huggingface import apply_mos, load_adapter, mos_param_groups, remove_mos, save_adapter
 from mos_kernels.huggingface.state import adapter_state
@@ -179,3 +180,30 @@ def test_a_parameter_of_the_model_itself_cannot_be_named(tmp_path):
     model.scale.requires_grad_(True)
     with pytest.raises(ValueError, match="'scale'.*belongs to no submodule"):
         save_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("copied", [by_deepcopy, by_pickle])
+def test_a_copy_of_a_part_does_not_take_the_model_along(copied):
+    model = tiny()
+    apply_mos(model, mos(model))
+    block = model.model.layers[0].mlp
+    original, is_copied = LlamaForCausalLM.__setstate__, []
+    LlamaForCausalLM.__setstate__ = lambda self, state: (is_copied.append(self), original(self, state))
+    try:
+        twin = copied(block)
+        del model
+        again = copied(block)
+    finally:
+        del LlamaForCausalLM.__setstate__
+    assert not is_copied
+    x = torch.randn(2, 3, 32, dtype=torch.float64)
+    for part in (twin, again):
+        assert_close(part(x), block(x), **same)
+
+
+def test_hooks_that_come_after_a_pickle_take_no_ones_place():
+    model = by_pickle(adapted())
+    there = dict(model._forward_pre_hooks)
+    number = max(there)
+    assert model.register_forward_pre_hook(lambda *_: None).id > number
+    assert there.items() <= model._forward_pre_hooks.items()

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from balance import adapted as in_float32
 from balance import assert_injected, balance_gradients, batches_seen, values
 from tiny_models import MATRIX, VOCABULARY, ffn_of, ids, layers_of, mos, tiny
@@ -21,6 +23,7 @@ from mos_kernels.huggingface import (
     routing_report,
     save_adapter,
 )
+from mos_kernels.huggingface.balance import set_factor
 from mos_kernels.huggingface.modules import adapter_parameters, router_owners
 
 SAMPLE = {"input_ids": ids(batch=1, length=6)[0], "labels": ids(batch=1, length=6)[0]}
@@ -256,6 +259,60 @@ def test_logs_and_history(tmp_path, family):
     assert hooks(model) == before
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_adapter_that_the_forward_passes_over_is_said_once(tmp_path, checkpointing):
+    model = adapted()
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: torch.nn.functional.linear(x, mlp.down_proj.weight @ mlp.up_proj.weight)  # as a fused one
+    options = {"gradient_accumulation_steps": 2, "gradient_checkpointing": checkpointing}
+    trainer = trainer_for(model, tmp_path, [SAMPLE] * 6, [MoSCallback()], **options)
+    with pytest.warns(UserWarning, match="got no gradient in the first step") as caught:
+        trainer.train()
+    (message,) = [str(w.message) for w in caught if "got no gradient" in str(w.message)]
+    assert message.startswith("10 of the adapter's 20 trainable parameters") and "layers.1.mlp" in message
+
+
+@pytest.mark.filterwarnings("error:.*got no gradient")
+@pytest.mark.parametrize("frozen", ["mos_curvature", "layers.0", "mos_"])
+def test_what_is_frozen_needs_no_gradient(tmp_path, frozen):
+    model = adapted()
+    model.lm_head.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and frozen not in name)
+    options = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    trainer_for(model, tmp_path, [SAMPLE] * 2, [MoSCallback()], **options).train()
+
+
+@pytest.fixture
+def accumulating():
+    """accelerate's state, in which two batches are accumulated."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    yield Accelerator(cpu=True, gradient_accumulation_steps=2)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def test_a_gradient_without_accelerates_factor_is_said_once(accumulating):
+    model = adapted().train()
+    with torch.no_grad():
+        model(ids())
+    model.eval()(ids())
+    model.train()
+    with pytest.warns(UserWarning, match="accelerate accumulates 2 batches.*MoSCallback.add_to") as caught:
+        model(ids())
+        model(ids())
+    assert len([w for w in caught if "accumulates" in str(w.message)]) == 1
+
+
+@pytest.mark.filterwarnings("error:accelerate accumulates")
+def test_a_gradient_that_has_its_factor_needs_no_word(accumulating):
+    model = adapted().train()
+    set_factor(model, 1 / 2)
+    model(ids())
+    adapted(router_aux_loss_coef=0.0).train()(ids())
+
+
 def test_a_model_without_an_adapter_is_refused(tmp_path):
     message = "LlamaForCausalLM has no MoS adapter: call apply_mos"
     trainer = trainer_for(tiny(dtype=torch.float32), tmp_path, [SAMPLE], [])
@@ -370,6 +427,40 @@ def test_measured_values_are_those_of_the_tokens_of_the_logged_step(tmp_path):
     trainer_for(model, tmp_path, [SAMPLE] * 2, [callback], gradient_accumulation_steps=2).train()
     (entry,) = callback.history
     assert entry["share"] == {row["name"]: pytest.approx(row["share"]) for row in before}
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt, of which no hook hears."""
+
+
+@pytest.mark.parametrize("where", ["forward", "loss", "backward"])
+@pytest.mark.parametrize("error", [RuntimeError, Interrupted])
+def test_a_measured_step_that_fails_leaves_no_hooks_and_compilation_on(tmp_path, where, error):
+    model, compiled = adapted(), []
+    before = hooks(model)
+
+    def fail(*_):
+        raise error
+
+    def inductor(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    trainer = trainer_for(model, tmp_path, [SAMPLE] * 2, [MoSCallback()])
+    if where == "loss":
+        trainer.compute_loss = lambda model, inputs, **_: fail(model(**inputs))
+    elif where == "forward":
+        handle = layers_of(model)[1].register_forward_hook(fail)
+    else:
+        handle = model.lm_head.register_full_backward_hook(fail)
+        model.lm_head.requires_grad_(True)
+    with pytest.raises(error):
+        trainer.train()
+    if where != "loss":
+        handle.remove()
+    assert hooks(model) == before and "forward" not in vars(model)
+    torch.compile(lambda x: x + 1, backend=inductor)(torch.ones(1))
+    assert len(compiled) == 1, "compilation is on"
 
 
 @every_family

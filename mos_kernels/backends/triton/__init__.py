@@ -8,12 +8,11 @@ order. S is 1 wherever a backward may follow. Logits of a half-precision x lie i
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from mos_kernels.backends.eager import operand
+from mos_kernels.backends.interface import BridgeExpandGradients, BridgeGradients, Dropout, Prepared, Shape
 from mos_kernels.backends.triton import activated, decode
 from mos_kernels.backends.triton import bridge as _bridge
 from mos_kernels.backends.triton import expand as _expand
@@ -41,6 +40,7 @@ __all__ = [
     "route_backward",
     "routing_logits",
     "routing_logits_backward",
+    "saved_shapes",
     "shares_launches",
     "shrink",
     "shrink_backward",
@@ -52,39 +52,18 @@ MAX_RANK = 128
 """The kernels hold r × r numbers of an expert in one tile."""
 
 
-class Dropout(NamedTuple):
-    """What dropout decided: the seed of a counter-based generator, and the probability of losing an element."""
-
-    seed: Tensor  # (1,) int64
-    p: float
-
-
-class Prepared(NamedTuple):
-    """What the steps want of B: the factor in the dtype of the wide products, and G = BᵀB of each expert."""
-
-    B: Tensor  # (d_out, E, r)
-    gram: Tensor | None  # (E, r, r)
-
-
-class BridgeGradients(NamedTuple):
-    routed: Tensor  # dlogits or dgates (T, E)
-    kappa: Tensor  # (E,)
-    n: Tensor  # (T,)
-    p: Tensor  # (T, R)
-    M: Tensor  # (E, r, r)
-
-
-class BridgeExpandGradients(NamedTuple):
-    routed: Tensor
-    kappa: Tensor
-    n: Tensor
-    p: Tensor
-    B: Tensor  # (d_out, E, r)
-
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, whatever the input."""
     return torch.float32
+
+
+def saved_shapes(
+    tokens: int, dtype: torch.dtype, A: Tensor | None, router: Tensor | None
+) -> tuple[Shape | None, Shape | None, Shape | None]:
+    """One plane each: p (1, T, R), n (1, T) and logits (1, T, E), or (1, T, 2E) for a half-precision x."""
+    shrunk = (None, None) if A is None else ((1, tokens, A.shape[:-1].numel()), (1, tokens))
+    parts = 1 if dtype == torch.float32 else 2
+    return *shrunk, None if router is None else (1, tokens, parts * router.shape[0])
 
 
 def draw_dropout(x: Tensor, p: float) -> Dropout:

@@ -41,8 +41,26 @@ def activation(v, ACTIVATION: tl.constexpr):
     if ACTIVATION == _SILU:
         s = tl.sigmoid(v)
         return v * s, s * (1.0 + v * (1.0 - s))
-    half = 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
-    return v * half, half + v * tl.exp(-0.5 * v * v) * 0.3989422804014327
+    below, density = _normal(v)
+    return v * below, below + v * density
+
+
+@triton.jit
+def _normal(v):
+    """Φ(v) and its density, without a branch: at that of tl.erf, between its two formulas, the lanes of a warp part.
+
+    Φ(-a) e^(a²/2) (a + 2) is smooth in w = (a - 2) / (a + 2): a polynomial, fitted at Chebyshev's points of w.
+    """
+    inverse = 1.0 / (tl.abs(v) + 2.0)
+    w = 1.0 - 4.0 * inverse
+    tail = 0.00062539993 + w * 0.00012148632
+    tail = -0.0018459195 + w * (0.0007598505 + w * tail)
+    tail = -0.0004917812 + w * (-0.006694298 + w * tail)
+    tail = 0.028799044 + w * (0.03671178 + w * tail)
+    tail = 0.672408 + w * (-0.33140412 + w * tail)
+    bell = tl.exp(-0.5 * v * v)
+    tail *= inverse * bell
+    return tl.where(v < 0.0, tail, 1.0 - tail), bell * 0.3989422804014327
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -237,11 +255,14 @@ def activated_weight_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def uncurve_kernel(
-    planes, p, n, kappa, dp, dn, dkappa, T, in_limit, in_edge, E: tl.constexpr, r: tl.constexpr,
+    planes, p, n, kappa, projection_dkappa, dp, dn, dkappa, T, in_limit, in_edge, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, ALL_E: tl.constexpr,
     SPLITS: tl.constexpr, SHARED: tl.constexpr, MAPPING: tl.constexpr,
 ):  # fmt: skip
-    """dp and dn of a token from dh; adds the inverse projection's share to dκ, which holds the projection's."""
+    """dp, dn and dκ of a token from dh and from the projection's share of dκ.
+
+    Not into that share itself: a number that several warps hold is read by each of them, and written by one.
+    """
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_r = tl.arange(0, BLOCK_R)
     m_t, row = o_t < T, o_t.to(tl.int64)
@@ -259,7 +280,7 @@ def uncurve_kernel(
         dscale = once(tl.sum(dh * load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED, 1), 2))
         total_dn += tl.sum(dscale * scale_dn, 1)
         flat = row[:, None] * E + o_e[None, :]
-        held = tl.load(dkappa + flat, mask=m_e, other=0.0)
+        held = tl.load(projection_dkappa + flat, mask=m_e, other=0.0)
         tl.store(dkappa + flat, held + bounded(dscale * scale_dkappa), mask=m_e)
         if SHARED:
             total_dp += tl.sum(scale[:, :, None] * dh, 1)[:, None, :]
@@ -370,11 +391,12 @@ def activated_backward_launch(
     )
     dp = torch.empty(p.shape[1:], device=device, dtype=torch.float32)
     dn = torch.empty(T, device=device, dtype=torch.float32)
+    projection_dkappa, dkappa = dkappa, torch.empty_like(dkappa)
     tile = tile_settings(config, T, device, "curve")
     tile.pop("K")
     launch.launch(
         uncurve_kernel, (triton.cdiv(T, tile["BLOCK_T"]),), h,
-        (dh, p, n, kappa, dp, dn, dkappa, T, *guard_into(config)),
+        (dh, p, n, kappa, projection_dkappa, dp, dn, dkappa, T, *guard_into(config)),
         E=E, r=r, SPLITS=dh.shape[0], SHARED=config.share_a, MAPPING=mapping_code(config), **tile,
     )  # fmt: skip
     return drouted, dkappa.sum(0), dn, dp, launch.sum_planes(dB)

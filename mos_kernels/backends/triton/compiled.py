@@ -15,10 +15,14 @@ from pathlib import Path
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mos_kernels import steps
+from mos_kernels.backends import load_backend
 from mos_kernels.backends.triton import launch
+from mos_kernels.call import LinearTensors, Plan, RouteTensors
 from mos_kernels.config import MoSConfig
 
 TARGETS = {
@@ -109,45 +113,38 @@ def layer_launches(
 
     wrapped: its base is no dense product, and its output is added instead of a bias.
     """
-    from mos_kernels.backends import triton as backend
-
-    E, r = config.num_experts, config.r
-    x, dy = torch.empty(T, in_features, dtype=dtype), torch.empty(T, out_features, dtype=dtype)
-    A = torch.empty((r, in_features) if config.share_a else (E, r, in_features))
-    B, kappa, router = torch.empty(out_features, E, r), torch.empty(E), torch.empty(E, in_features)
-    added = torch.empty((T, out_features) if wrapped else out_features, dtype=dtype)
-    aux, mask = torch.empty(1), torch.ones(T, dtype=torch.bool)
-    dropout = backend.Dropout(torch.zeros(1, dtype=torch.int64), config.lora_dropout) if config.lora_dropout else None
+    E, r, meta = config.num_experts, config.r, torch.device("meta")  # the composition runs, but for the launches
     own = config.router_scope == "linear"
-    balanced = (aux, mask) if own else (None, None)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=meta)
+
+    x, router, aux, mask = empty(T, in_features, dtype=dtype), empty(E, in_features), empty(1), empty(T) > 0
+    linear = LinearTensors(
+        x,
+        None if wrapped else empty(out_features, in_features, dtype=dtype),
+        empty(*(T, out_features) if wrapped else (out_features,), dtype=dtype),
+        empty(*(r, in_features) if config.share_a else (E, r, in_features)), empty(out_features, E, r), empty(E),
+        gates=None if own else empty(T, E), router=router if own else None,
+        aux_weight=aux if own else None, token_mask=mask if own else None,
+        dropout_state=empty(1, dtype=torch.int64) if config.lora_dropout else None,
+    )  # fmt: skip
+    plan = Plan(config, "triton", dropout_p=config.lora_dropout)
+    inference = plan._replace(differentiable=False)
     with recorded(architecture) as launches:
-        for differentiable in (True, False):
-            p, n, logits = backend.shrink(x, A, router if own else None, dropout, differentiable)
-            routed = logits if own else torch.empty(T, E)
-            prepared = backend.prepare(B, dtype, config)
-            backend.bridge_expand(p, n, routed, own, kappa, prepared, added, dtype, config)
-            if not differentiable:
-                continue
-            if config.activation == "identity":
-                z, _ = backend.bridge(p, n, routed, own, kappa, prepared, config)
-                dz, dB = backend.expand_backward(dy, z, prepared, True)
-                d = backend.bridge_backward(dz, None, p, n, routed, own, kappa, prepared, *balanced, config)
-                backend.add_norm_gradient(dB, B, d.M)
-            else:
-                d = backend.bridge_expand_backward(dy, p, n, routed, own, kappa, prepared, *balanced, config)
-            backend.shrink_backward(
-                x, A, router if own else None, d.p, d.n, d.routed if own else None, dropout, (True, True, own)
-            )
+        y, saved = steps.linear_forward(linear, plan)
+        needs = LinearTensors(*(t is not None for t in linear))._replace(weight=False, added=False)
+        steps.linear_backward(y, linear, saved, plan, needs)
+        steps.linear_forward(linear, inference)
         if not own:
-            backend.route(backend.routing_logits(x, router, False), config)
-            logits = backend.routing_logits(x, router)
-            gates = backend.route(logits, config)
-            dlogits = backend.route_backward(gates, logits, aux, mask, config)
-            backend.routing_logits_backward(x, router, dlogits, (True, True))
-        if not own and not wrapped and backend.shares_launches(T, config):  # an FFN's linears in decoding
-            p, n, logits = backend.shrink_pair(x, (A, A), router)
-            backend.bridge_expand_pair(p, n, logits, (kappa, kappa), (prepared, prepared), (added, added), config)
-            backend.bridge_expand(p[0], n, logits, True, kappa, prepared, added, dtype, config)
+            routed = RouteTensors(x, router, aux, mask)
+            gates, logits = steps.route_forward(routed, plan)
+            steps.route_backward(gates, routed, logits, plan, RouteTensors(True, True, False, False))
+            steps.route_forward(routed, inference)
+        if not own and not wrapped and load_backend("triton").shares_launches(T, config):  # an FFN's, in decoding
+            linear = linear._replace(gates=None)
+            _, logits = steps.pair_forward([linear, linear], [None, None], router, inference)
+            steps.linear_forward(linear, inference, logits)
     return list(dict.fromkeys(launches))
 
 

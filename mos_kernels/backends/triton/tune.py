@@ -8,14 +8,18 @@ ever tunes.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from mos_kernels import steps as composition
 from mos_kernels.backends.triton import launch
+from mos_kernels.call import LinearTensors, Plan, RouteTensors
 from mos_kernels.config import MoSConfig
 
 CANDIDATES = {
@@ -42,74 +46,96 @@ _FIXED_SPLITS = {("shrink", "train")}
 Step = Callable[[], tuple[Tensor, ...]]
 
 
+_IN_PLANES = ("shrink", "expand_backward", "routing_logits")
+"""The steps whose outputs are planes, which settings change in number: their sums are compared."""
+
+
 def steps(
     config: MoSConfig, T: int, in_features: int, out_features: int, dtype: torch.dtype, device
 ) -> dict[str, Step]:
-    """Each kernel's name with a call of the step that launches it, on random data."""
-    from mos_kernels.backends import triton as backend
+    """Each kernel's name with a call of the step that launches it, as a linear's forward and backward call it.
 
+    A linear with a router of its own runs once on random data, with its backend recorded: of the steps that launch a
+    kernel, the one with the fewest launches is taken.
+    """
     E, r = config.num_experts, config.r
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape, dtype=torch.float32, scale=1.0):
         return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).mul_(scale).to(dtype)
 
-    x, dy, bias = (
+    x, weight, bias = (
         randn(T, in_features, dtype=dtype),
-        randn(T, out_features, dtype=dtype),
+        randn(out_features, in_features, dtype=dtype, scale=in_features**-0.5),
         randn(out_features, dtype=dtype),
     )
     A, router = randn(r, in_features, scale=in_features**-0.5), randn(E, in_features, scale=0.02)
     B, aux = randn(out_features, E, r, scale=out_features**-0.5), randn(1)
     kappa = torch.tensor(config.curvature_signs, device=device) * 0.3 / in_features
-    identity, curved = config, MoSConfig.from_dict({**config.to_dict(), "activation": "silu"})
-    differentiable = launch.bucket(T) == "train"
+    linear = LinearTensors(x, weight, bias, A, B, kappa, router=router, aux_weight=aux)
+    routed = RouteTensors(x, router, aux)
+    curved = MoSConfig.from_dict({**config.to_dict(), "activation": "silu"})
+    with _recorded() as calls:
+        for options in (config, curved):
+            plan = Plan(options, "triton")
+            if launch.bucket(T) == "decode":
+                composition.linear_forward(linear, plan._replace(differentiable=False))
+            y, saved = composition.linear_forward(linear, plan)
+            needs = LinearTensors(*(t is not None for t in linear))._replace(weight=False, added=False)
+            composition.linear_backward(y, linear, saved, plan, needs)
+        composition.route_forward(routed, plan)
+    found: dict[str, tuple[int, Step]] = {}
+    for name, call in calls:
+        launched = _launched(call)
+        for kernel in launched:
+            if kernel not in found or len(launched) < found[kernel][0]:
+                found[kernel] = len(launched), functools.partial(_outputs, name, call)
+    return {kernel: call for kernel, (_, call) in found.items() if kernel in launch.table()["default"]}
 
-    p, n, logits = backend.shrink(x, A, router, None, True)
-    planes = backend.shrink(x, A, router, None, differentiable)  # what a forward without backward is given
-    prepared, cast_only = backend.prepare(B, dtype, identity), backend.prepare(B, dtype, curved)
-    z, _ = backend.bridge(p, n, logits, True, kappa, prepared, identity)
-    dz, dB = backend.expand_backward(dy, z, prepared, True)
-    d = backend.bridge_backward(dz, None, p, n, logits, True, kappa, prepared, aux, None, identity)
 
-    def sums(planes: tuple) -> tuple:
-        return tuple(t.sum(0) for t in planes if t is not None)
+def _outputs(name: str, call: Callable) -> tuple[Tensor, ...]:
+    made = call()
+    tensors = [t for t in (made if isinstance(made, tuple) else (made,)) if isinstance(t, Tensor)]
+    return tuple(t.sum(0) if name in _IN_PLANES else t for t in tensors)
 
-    def shrink():
-        return sums(backend.shrink(x, A, router, None, differentiable))
 
-    def expand_backward():
-        return sums(backend.expand_backward(dy, z, prepared, True))
+@contextmanager
+def _recorded() -> Iterator[list[tuple[str, Callable]]]:
+    """The calls of the kernels' steps that a composition makes, by name, to be made again."""
+    calls: list[tuple[str, Callable]] = []
+    backend, before = composition.load_backend("triton"), composition.load_backend
 
-    def bridge_backward():
-        return tuple(backend.bridge_backward(dz, None, p, n, logits, True, kappa, prepared, aux, None, identity))
+    class Recorder:
+        def __getattr__(self, name: str):
+            step = getattr(backend, name)
 
-    def forward():
-        p, n, logits = planes
-        return (backend.bridge_expand(p, n, logits, True, kappa, cast_only, bias, dtype, curved),)
+            def run(*args):
+                calls.append((name, functools.partial(step, *args)))
+                return step(*args)
 
-    def backward():
-        return tuple(backend.bridge_expand_backward(dy, p, n, logits, True, kappa, cast_only, aux, None, curved))
+            return run
 
-    return {
-        "shrink": shrink,
-        "gram": lambda: backend.prepare(B, dtype, identity)[1:],
-        "bridge": lambda: backend.bridge(*planes, True, kappa, prepared, identity)[:1],
-        "expand": lambda: (backend.expand(z, prepared, bias, dtype),),
-        "bridge_expand": lambda: (backend.bridge_expand(*planes, True, kappa, prepared, bias, dtype, identity),),
-        "expand_backward": expand_backward,
-        "bridge_backward": bridge_backward,
-        "bridge_reduce": bridge_backward,
-        "load": bridge_backward,
-        "norm_gradient": lambda: (backend.add_norm_gradient(dB, B, d.M),),
-        "shrink_backward": lambda: backend.shrink_backward(x, A, router, d.p, d.n, d.routed, None, (True, True, True)),
-        "route": lambda: (backend.route(planes[2], identity),),
-        "curve": forward,
-        "activated_norm": forward,
-        "activated_expand": forward,
-        "activated_input": backward,
-        "activated_weight": backward,
-    }
+    composition.load_backend = lambda name: Recorder()
+    try:
+        yield calls
+    finally:
+        composition.load_backend = before
+
+
+def _launched(call: Callable) -> list[str]:
+    """The kernels that a call launches."""
+    names, run = [], launch.launch
+
+    def note(kernel, *arguments, **constants) -> None:
+        names.append(kernel.fn.__name__.removesuffix("_kernel"))
+        run(kernel, *arguments, **constants)
+
+    launch.launch = note
+    try:
+        call()
+    finally:
+        launch.launch = run
+    return names
 
 
 def neighbours(settings: dict, fixed: frozenset[str] = frozenset()) -> Iterator[dict]:

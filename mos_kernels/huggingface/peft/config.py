@@ -124,7 +124,7 @@ class MoSPeftConfig(PeftConfig):
         From the Hub that downloads the weights too. The tuner checks them against the model that they are put on.
         """
         folder = _folder_of(pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
-        if folder is not None and any((folder / name).is_file() for name in (WEIGHTS_NAME, PICKLE_NAME)):
+        if folder is not None:
             refuse_damaged(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not kwargs.get("ignore_mismatched_sizes"):

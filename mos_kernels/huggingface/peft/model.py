@@ -194,8 +194,9 @@ def _plan(model: nn.Module, config: MoSPeftConfig, adapter_name: str, state_dict
             f"adapter_name {adapter_name!r} is part of a tensor's name in this model, and peft tells the tensors of "
             "adapters apart by it: choose another name"
         )
-    if config.target_modules is None and state_dict is None:
-        config.target_modules = _default_targets(model, config, modules)
+    if config.target_modules is None:
+        with contextlib.nullcontext() if state_dict is None else contextlib.suppress(ValueError):
+            config.target_modules = _default_targets(model, config, modules)
     elif isinstance(config.target_modules, list):
         config.target_modules = _without_excluded(model, config, modules)
     chosen = config.to_mos_config()

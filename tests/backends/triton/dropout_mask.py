@@ -27,7 +27,7 @@ def keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
     kept = torch.zeros(x.shape, dtype=torch.int8, device=x.device)
     if x.numel():
         grid = (triton.cdiv(x.shape[0], 16), triton.cdiv(x.shape[1], 64))
-        keep_kernel[grid](drawn.seed, kept, *x.shape, p, BLOCK_T=16, BLOCK_D=64)
+        keep_kernel[grid](drawn.state, kept, *x.shape, p, BLOCK_T=16, BLOCK_D=64)
     return kept.bool()
 
 

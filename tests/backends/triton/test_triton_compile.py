@@ -7,6 +7,7 @@ import torch
 from strategies import normal
 
 from mos_kernels import MoSConfig, MoSLinear, MoSRouter, MoSWrapped, ops
+from mos_kernels.call import LinearTensors, Plan, RouteTensors, flattened
 
 D_IN, D_OUT, E = 16, 12, 8
 
@@ -31,14 +32,14 @@ def test_opcheck_of_the_linear(dtype, scope, activation, dropout_p, base_dtype):
     base = (layer.weight, layer.bias)
     if base_dtype is not None:
         base = (None, normal(2, 3, 2, D_OUT).to(base_dtype).requires_grad_())
-    arguments = (
+    tensors = LinearTensors(
         x, *base, layer.mos_lora_A, layer.mos_lora_B, kappa, gates, layer.mos_router,
-        layer.mos_aux_weight, torch.tensor([7]) if dropout_p else None, token_mask, dropout_p, layer.config.json,
-        "triton", True,
+        layer.mos_aux_weight, torch.tensor([7]) if dropout_p else None, token_mask,
     )  # fmt: skip
-    torch.library.opcheck(ops.linear, arguments)
-    without = (*arguments[:-1], False)
-    torch.library.opcheck(ops.linear, without, test_utils=["test_schema", "test_faketensor"])
+    plan = Plan(layer.config, "triton", True, dropout_p)
+    torch.library.opcheck(ops.linear_op, flattened(tensors, plan))
+    without = flattened(tensors, plan._replace(differentiable=False))
+    torch.library.opcheck(ops.linear_op, without, test_utils=["test_schema", "test_faketensor"])
 
 
 @pytest.mark.unpoisoned
@@ -48,9 +49,10 @@ def test_opcheck_of_the_router(dtype, mask):
     router = MoSRouter(D_IN, MoSConfig(r=2))
     x = normal(0, 3, 2, D_IN).to(dtype).requires_grad_()
     token_mask = normal(1, 3, 2) > 0 if mask else None
-    arguments = x, router.weight, router.mos_aux_weight, token_mask, router.config.json, "triton"
-    torch.library.opcheck(ops.route, (*arguments, True))
-    torch.library.opcheck(ops.route, (*arguments, False), test_utils=["test_schema", "test_faketensor"])
+    tensors, plan = RouteTensors(x, router.weight, router.mos_aux_weight, token_mask), Plan(router.config, "triton")
+    torch.library.opcheck(ops.route_op, flattened(tensors, plan))
+    without = flattened(tensors, plan._replace(differentiable=False))
+    torch.library.opcheck(ops.route_op, without, test_utils=["test_schema", "test_faketensor"])
 
 
 @pytest.mark.unpoisoned

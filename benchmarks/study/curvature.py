@@ -1,31 +1,14 @@
-"""The plots of a fine-tuning run, from what its log holds: loss, curvature (the paper's Figure 2), routing."""
+"""The plot of every expert's curvature (the paper's Figure 2) with matplotlib, and the figures it is drawn in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mos_kernels.run_report.charts import COLORS, layer_of, projection_of, smooth
+from mos_kernels.run_report.charts import COLORS, layer_of, projection_of
 
 MAX_LAYERS = 8
 """Curvature panels a row: of a deeper model, layers at even distances are drawn."""
-
-
-def plot_loss(log: Sequence[Mapping], path: str | Path, title: str = "") -> None:
-    """Training and evaluation loss over the steps. log: entries with "step" and "loss" or "eval_loss"."""
-    figure, axes = new_figure(7.5, 4.2)
-    train = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-    evaluation = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
-    if train:
-        axes.plot(*zip(*train, strict=True), color="#4292c6", lw=1, alpha=0.45, label="train")
-        if len(train) >= 10:
-            axes.plot(*zip(*smooth(train), strict=True), color="#08519c", lw=1.8, label="train, smoothed")
-    if evaluation:
-        axes.plot(*zip(*evaluation, strict=True), color="#d94801", marker="o", lw=1.8, label="evaluation")
-    axes.set(xlabel="step", ylabel="loss (nats)", title=title)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
 
 
 def plot_curvature(log: Sequence[Mapping], expert_spaces: Sequence[str], path: str | Path, title: str = "") -> None:
@@ -69,43 +52,6 @@ def plot_curvature(log: Sequence[Mapping], expert_spaces: Sequence[str], path: s
     _space_legend(figure, expert_spaces)
     note = "" if shown == layers else f" ({len(shown)} of {len(layers)} layers)"
     figure.suptitle((title or "curvature of each expert") + note, fontsize=10)
-    figure.savefig(path, dpi=130)
-
-
-def plot_routing(
-    shares: Mapping[str, Sequence[float]], expert_spaces: Sequence[str], path: str | Path, title: str = ""
-) -> None:
-    """Share of the tokens that each expert serves, a row for each router.
-
-    shares: from the router's name to E numbers in [0, 1], whose sum is k. expert_spaces: the E geometries.
-    """
-    rows, experts = max(len(shares), 1), len(expert_spaces)
-    figure, axes = new_figure(2.6 + 0.75 * experts, 1.6 + 0.34 * min(rows, 60))
-    values = [list(share) for share in shares.values()]
-    image = axes.imshow(values or [[0] * experts], cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    for row, share in enumerate(values if rows <= 60 else []):
-        for column, value in enumerate(share):
-            axes.text(
-                column,
-                row,
-                f"{100 * value:.0f}%",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="black" if value > 0.6 else "white",
-            )
-    numbered = [f"{space}\n{expert_spaces[:expert].count(space) + 1}" for expert, space in enumerate(expert_spaces)]
-    axes.set_xticks(range(experts), numbered, fontsize=7)
-    labels = [f"layer {layer_of(name)}" if layer_of(name) >= 0 else name for name in shares]
-    if len(set(labels)) < len(labels):
-        labels = [f"{layer_of(name)} {projection_of(name)}" for name in shares]
-    every = 1 if rows <= 60 else 5
-    axes.set_yticks(range(0, rows, every), labels[::every], fontsize=7)
-    for expert in range(1, experts):
-        if expert_spaces[expert] != expert_spaces[expert - 1]:
-            axes.axvline(expert - 0.5, color="white", lw=2)
-    figure.colorbar(image, ax=axes, label="share of tokens", fraction=0.05, pad=0.02)
-    axes.set_title(title or "share of tokens that each expert serves", fontsize=10)
     figure.savefig(path, dpi=130)
 
 

@@ -1,0 +1,128 @@
+"""What a backend is: a module of the functions of `Backend`, and what they pass around.
+
+T tokens of width d_in; E experts of rank r. "Compute dtype" is float64 for float64 input and float32 otherwise. p, n
+and logits have the form that a backend likes best between its own steps (`Backend.saved_shapes`): the eager backend's
+are (T, …), the kernels' are planes (S, T, …). `eager` documents each function, with its equations.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mos_kernels.config import MoSConfig
+
+Shape = tuple[int, ...]
+
+
+class Dropout(NamedTuple):
+    """What dropout decided: a backend's own state, and the probability of losing an element of x."""
+
+    state: Tensor
+    p: float
+
+
+class Prepared(NamedTuple):
+    """What the steps want of B: the factor in the dtype of the wide products, and G = BᵀB of each expert.
+
+    Where an activation keeps the Gram form from holding, there is no G. The eager backend's products take G as its
+    trace and G / trace, so that a huge B overflows none; the kernels divide as they go.
+    """
+
+    B: Tensor  # (d_out, E, r)
+    gram: Tensor | None  # (E, r, r)
+    unit_gram: Tensor | None = None  # (E, r, r)
+    trace: Tensor | None = None  # (E,)
+
+
+class Saved(NamedTuple):
+    """What a linear's forward leaves for its backward besides its arguments."""
+
+    p: Tensor
+    n: Tensor
+    logits: Tensor | None  # of a router of its own
+    gram: Tensor | None  # (E, r, r)
+
+
+class BridgeGradients(NamedTuple):
+    routed: Tensor  # dlogits or dgates (T, E)
+    kappa: Tensor  # (E,)
+    n: Tensor  # (T,)
+    p: Tensor  # (T, r) or (T, E, r)
+    M: Tensor  # (E, r, r): Σ_T dq h hᵀ
+
+
+class BridgeExpandGradients(NamedTuple):
+    routed: Tensor  # dlogits or dgates (T, E)
+    kappa: Tensor  # (E,)
+    n: Tensor  # (T,)
+    p: Tensor  # (T, r) or (T, E, r)
+    B: Tensor  # (d_out, E, r)
+
+
+class Backend(Protocol):
+    """The steps. `routed` is the gates (T, E), or with own_router a router's logits in the backend's form."""
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype: ...
+
+    def operand(self, t: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+    def saved_shapes(
+        self, tokens: int, dtype: torch.dtype, A: Tensor | None, router: Tensor | None
+    ) -> tuple[Shape | None, Shape | None, Shape | None]:
+        """The shapes of p, n and logits of a differentiable `shrink` of x (tokens, d_in) of `dtype`."""
+
+    def draw_dropout(self, x: Tensor, p: float) -> Dropout: ...
+
+    def shrink(
+        self, x: Tensor, A: Tensor, router: Tensor | None, dropout: Dropout | None, differentiable: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
+
+    def shrink_backward(
+        self, x: Tensor, A: Tensor, router: Tensor | None, dp: Tensor, dn: Tensor, dlogits: Tensor | None,
+        dropout: Dropout | None, needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...  # fmt: skip
+
+    def routing_logits(self, x: Tensor, router: Tensor, differentiable: bool = True) -> Tensor: ...
+
+    def routing_logits_backward(
+        self, x: Tensor, router: Tensor, dlogits: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]: ...
+
+    def route(self, logits: Tensor, config: MoSConfig) -> Tensor: ...
+
+    def route_backward(
+        self, dgates: Tensor, logits: Tensor, aux_weight: Tensor | None, token_mask: Tensor | None, config: MoSConfig
+    ) -> Tensor: ...
+
+    def prepare(self, B: Tensor, dtype: torch.dtype, config: MoSConfig, gram: Tensor | None = None) -> Prepared: ...
+
+    def bridge(
+        self, p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor, prepared: Prepared,
+        config: MoSConfig,
+    ) -> tuple[Tensor, Any]: ...  # fmt: skip
+
+    def bridge_backward(
+        self, dz: Tensor, bridged: Any, p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor,
+        prepared: Prepared, aux_weight: Tensor | None, token_mask: Tensor | None, config: MoSConfig,
+    ) -> BridgeGradients: ...  # fmt: skip
+
+    def expand(self, z: Tensor, prepared: Prepared, added: Tensor | None, dtype: torch.dtype) -> Tensor: ...
+
+    def expand_backward(
+        self, dy: Tensor, z: Tensor, prepared: Prepared, needs_dB: bool
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def add_norm_gradient(self, dB: Tensor, B: Tensor, M: Tensor) -> Tensor: ...
+
+    def bridge_expand(
+        self, p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor, prepared: Prepared,
+        added: Tensor | None, dtype: torch.dtype, config: MoSConfig,
+    ) -> Tensor: ...  # fmt: skip
+
+    def bridge_expand_backward(
+        self, dy: Tensor, p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor, prepared: Prepared,
+        aux_weight: Tensor | None, token_mask: Tensor | None, config: MoSConfig,
+    ) -> BridgeExpandGradients: ...  # fmt: skip

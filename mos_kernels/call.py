@@ -1,0 +1,103 @@
+"""A call of a layer as two objects: the tensors that it is computed from, and the plan that says how.
+
+Every function between the layer and a backend's steps takes these two. `ops` alone flattens them, for autograd and for
+torch.library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from mos_kernels.backends.interface import Prepared
+from mos_kernels.config import MoSConfig
+
+
+class LinearTensors(NamedTuple):
+    """One linear's tensors; of its gradients the same, and of what needs a gradient a bool for each.
+
+    The base is weight and bias, or where that is no dense product (quantised, wrapped, another adapter) `added` alone:
+    what it made of x. Routed by gates from elsewhere or by a router of its own. What follows `router` has no gradient.
+    """
+
+    x: Tensor  # (..., d_in)
+    weight: Tensor | None  # (d_out, d_in), any strides
+    added: Tensor | None  # the bias (d_out,), or without a weight the base's output (..., d_out)
+    A: Tensor  # (r, d_in) or (E, r, d_in)
+    B: Tensor  # (d_out, E, r)
+    kappa: Tensor  # (E,)
+    gates: Tensor | None = None  # (..., E)
+    router: Tensor | None = None  # (E, d_in)
+    aux_weight: Tensor | None = None  # (1,), times the gradient of the router's load-balancing loss
+    dropout_state: Tensor | None = None  # what the backend's `draw_dropout` drew
+    token_mask: Tensor | None = None  # (...,), False for tokens that load balancing leaves out
+
+
+class RouteTensors(NamedTuple):
+    """The tensors of a router that serves several linears, as in `LinearTensors`."""
+
+    x: Tensor
+    router: Tensor
+    aux_weight: Tensor | None = None
+    token_mask: Tensor | None = None
+
+
+class Plan(NamedTuple):
+    """How a call runs."""
+
+    config: MoSConfig
+    backend: str  # "eager" or "triton"
+    differentiable: bool = True  # whether a backward may follow
+    dropout_p: float = 0.0
+    prepared: Prepared | None = None  # the backend's, of B, where it is kept
+
+
+Tensors = TypeVar("Tensors", LinearTensors, RouteTensors)
+
+
+def flattened(tensors: Tensors, plan: Plan) -> tuple[list[Tensor], str]:
+    """The tensors that there are, and as text which those are and the plan: what a registered op takes."""
+    there = {name: t for name, t in zip(tensors._fields, tensors, strict=True) if t is not None}
+    how = f"{plan.backend} {plan.differentiable} {plan.dropout_p} {plan.config.json}"
+    return list(there.values()), ",".join(there) + " " + how
+
+
+def unflattened(kind: type[Tensors], tensors: Sequence[Tensor], text: str) -> tuple[Tensors, Plan]:
+    """The two objects again."""
+    there, plan = _read(text)
+    found = dict(zip(there, tensors, strict=True))
+    values: list[Any] = [found.get(name) for name in kind._fields]
+    return kind(*values), plan
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Which tensors there are."""
+    return _read(text)[0]
+
+
+@functools.lru_cache(maxsize=256)
+def _read(text: str) -> tuple[tuple[str, ...], Plan]:
+    there, backend, differentiable, dropout_p, config = text.split(" ", 4)
+    plan = Plan(MoSConfig.from_dict(json.loads(config)), backend, differentiable == "True", float(dropout_p))
+    return tuple(there.split(",")), plan
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a dense base and its adapter read x: autocast's where it is on, else x's."""
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast would cast x. It leaves float64 alone, and there is none for the meta device."""
+    return not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: Tensor):
+    """A context in which autocast is off on x's device."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

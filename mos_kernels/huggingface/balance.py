@@ -1,0 +1,37 @@
+"""The factors on the load-balancing gradient, which backward injects past everything that divides or scales a loss."""
+
+from __future__ import annotations
+
+import warnings
+
+from accelerate import state as accelerate_state
+from torch import nn
+
+from mos_kernels.huggingface.modules import router_owners
+
+
+def set_factor(model: nn.Module, factor: float) -> None:
+    """Weigh the injected gradient by router_aux_loss_coef / routers times this."""
+    for owner in router_owners(model).values():
+        owner.mos_aux_weight.fill_(owner.aux_coefficient * factor)
+
+
+def warn_without_factor(model: nn.Module) -> None:
+    """Warn where accelerate divides the loss by accumulated batches, or scales it for fp16, and the gradient is not.
+
+    Only accelerate's own state is asked: how many batches a Trainer, or a loop without accelerate, accumulates is known
+    nowhere in a forward.
+    """
+    if not accelerate_state.is_initialized():
+        return
+    steps = accelerate_state.GradientState().num_steps
+    scaled = accelerate_state.AcceleratorState().mixed_precision == "fp16"
+    owner = next((owner for owner in router_owners(model).values() if owner.config.router_aux_loss_coef > 0), None)
+    if (steps > 1 or scaled) and owner is not None and bool(owner.mos_aux_weight == owner.aux_coefficient):
+        why = f"accumulates {steps} batches" if steps > 1 else "scales the loss for fp16"
+        warnings.warn(
+            f"accelerate {why}, and the load-balancing gradient, which backward injects, has not got that factor: "
+            "MoSCallback.add_to(trainer) does so in a Trainer; in a loop of your own fill mos_aux_weight, as "
+            "docs/scale.md shows",
+            stacklevel=2,
+        )

@@ -1,0 +1,112 @@
+"""The numbers that MoSCallback adds to the logs, and the file that keeps them beside a Trainer's checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import TrainerState, TrainingArguments
+
+from mos_kernels.config import SPACES, MoSConfig
+from mos_kernels.huggingface.modules import active_names, mos_adapters
+from mos_kernels.huggingface.state import adapter_state
+from mos_kernels.run_report.log import append_line, complete_lines, write_lines
+
+_SETTINGS = (
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16", "fp16",
+    "gradient_checkpointing", "torch_compile", "seed",
+)  # fmt: skip
+"""The training arguments that the history names."""
+
+
+class HistoryFile:
+    """JSON lines in the output_dir: the settings, then all logs, each with its step."""
+
+    def __init__(self):
+        self._path: Path | None = None
+
+    def open(
+        self, name: str | None, args: TrainingArguments, state: TrainerState, model: nn.Module
+    ) -> list[dict] | None:
+        """Begin the file `name`, or cut it off after the step from which training is resumed; None: keep none.
+
+        Returns the measured entries that a resumed run goes on from, None where this process keeps no file.
+        """
+        self._path = None
+        curvature = dimensionless_curvature(model)  # where parameters are sharded, all processes ask
+        if name is None or not state.is_world_process_zero:
+            return None
+        self._path = Path(args.output_dir) / name
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        entries = complete_lines(self._path) if state.global_step > 0 and self._path.is_file() else []
+        entries = [entry for entry in entries if entry["step"] <= state.global_step]
+        kept = ("step", "curvature", "share", "entropy")
+        measured = [{key: e[key] for key in kept} for e in entries if "loss" in e and "share" in e]
+        if not entries:
+            config = _adapter_config(model)
+            adapter = None if config is None else config.to_dict()
+            settings = {"model": type(model).__name__, **{name: getattr(args, name, None) for name in _SETTINGS}}
+            first = {"step": state.global_step, "adapter": adapter, "settings": settings, "curvature": curvature}
+            entries = [json.loads(json.dumps(first, default=str))]
+        write_lines(self._path, entries)
+        return measured
+
+    def append(self, step: int, logs: dict, measured: dict | None = None) -> None:
+        """Keep the numbers of a log, and what was measured for it."""
+        if self._path is not None:
+            numbers = {key: float(value) for key, value in logs.items() if isinstance(value, (int, float))}
+            append_line(self._path, {**numbers, **(measured or {}), "step": step})
+
+
+def _adapter_config(model: nn.Module) -> MoSConfig | None:
+    """That of the whole adapter, where a linear's own has what the patterns give to it."""
+    states = [state for module in model.modules() if (state := adapter_state(module)) is not None]
+    peft = [config for name, config in getattr(model, "peft_config", {}).items() if name in active_names(model)]
+    if states or not peft:
+        return states[0].config if states else next((x.config for x in mos_adapters(model).values()), None)
+    return peft[0].to_mos_config()
+
+
+def dimensionless_curvature(model: nn.Module) -> dict[str, list[float]]:
+    """κ̂ of every expert, by layer; a LoRA has none."""
+    layers = {name: layer for name, layer in mos_adapters(model).items() if not layer.config.is_lora}
+    if not layers:
+        return {}
+    with torch.no_grad():
+        scaled = [
+            (layer.curvature.double() * layer.config.squared_length_unit(layer.in_features)).cpu()
+            for layer in layers.values()
+        ]
+    return {name: values.tolist() for name, values in zip(layers, scaled, strict=True)}
+
+
+def curvature_logs(model: nn.Module, curvature: dict[str, list[float]]) -> dict[str, float]:
+    """mos/curvature/* of `dimensionless_curvature`."""
+    by_space: dict[str, list[float]] = {space: [] for space in SPACES}
+    for name, values in curvature.items():
+        for space, value in zip(model.get_submodule(name).config.expert_spaces, values, strict=True):
+            by_space[space].append(value)
+    logs = {}
+    for space, values in by_space.items():
+        if values and space != "euclidean":
+            logs[f"mos/curvature/{space}_mean"] = sum(values) / len(values)
+            logs[f"mos/curvature/{space}_min"] = min(values)
+            logs[f"mos/curvature/{space}_max"] = max(values)
+    return logs
+
+
+def routing_logs(model: nn.Module, routing: dict[str, dict]) -> dict[str, float]:
+    """mos/share/*, mos/entropy and mos/aux_loss of the routers' `RouterStatistics.summary`, by name."""
+    if not routing:
+        return {}
+    logs = dict.fromkeys((f"mos/share/{space}" for space in SPACES), 0.0)
+    for name, summary in routing.items():
+        for space, share in zip(model.get_submodule(name).config.expert_spaces, summary["share"], strict=True):
+            logs[f"mos/share/{space}"] += share / len(routing)
+    logs["mos/share/max"] = max(max(summary["share"]) for summary in routing.values())
+    for key in ("entropy", "aux_loss"):
+        logs[f"mos/{key}"] = sum(summary[key] for summary in routing.values()) / len(routing)
+    return logs

@@ -1,0 +1,152 @@
+"""Races by their definition, from the trace of a launch: the slow twin of machine/history.h.
+
+An access is an interval of its warp's instructions: one instruction, or from the start of a cp.async or wgmma to the
+wait that covers it. Two accesses are ordered if one's interval ends before the other's begins: for one warp in
+instructions, for two warps of a program in barriers passed. Two programs are never ordered. A race is two accesses of
+one byte that are not ordered, at least one of them a write, unless both are plain stores of one value.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from .encode import CODE, SLOT
+from .machine import Result
+
+(
+    READ_SHARED, WRITE_SHARED, READ_GLOBAL, WRITE_GLOBAL, COPY, COPY_OVER, PRODUCT, PRODUCT_READ, PRODUCT_OVER, FENCE,
+    EXECUTED,
+) = range(11)  # fmt: skip
+"""Kinds of events, as in machine/history.h."""
+WRITES, GLOBAL = (WRITE_SHARED, WRITE_GLOBAL, COPY), (READ_GLOBAL, WRITE_GLOBAL)
+SHARED = (READ_SHARED, WRITE_SHARED, COPY, PRODUCT_READ)
+NEVER = 2**31
+
+
+@dataclass(frozen=True)
+class Access:
+    """What one instruction of one warp does to the bytes that it touches."""
+
+    cta: int
+    warp: int
+    pc: int
+    kind: int
+    start: tuple[int, int]  # barriers passed, instructions executed
+    end: tuple[int, int]
+
+    @property
+    def writes(self) -> bool:
+        return self.kind in WRITES
+
+    def before(self, other: Access) -> bool:
+        if self.cta != other.cta:
+            return False
+        if self.warp == other.warp:
+            return self.end[1] < other.start[1]
+        return self.end[0] < other.start[0]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Pairs of instructions (the lesser first) that race in memory; those that touch a register of a product in flight;
+    and those of a store and a wgmma with no proxy fence between them."""
+
+    races: frozenset[tuple[int, int]]
+    registers: frozenset[tuple[int, int]]
+    unfenced: frozenset[tuple[int, int]]
+
+    def __bool__(self) -> bool:
+        return bool(self.races or self.registers or self.unfenced)
+
+
+def judge(result: Result) -> Verdict:
+    """The verdict on a launch that was run with trace=True."""
+    events = result.events
+    ends = events[np.isin(events["kind"], (COPY_OVER, PRODUCT_OVER))]
+    over = {int(e["ticket"]): (int(e["epoch"]), int(e["position"])) for e in ends}
+    memory = events[np.isin(events["kind"], SHARED + GLOBAL)]
+    accesses: list[Access] = []
+    of_byte: dict[tuple, dict[int, list[bytes]]] = defaultdict(lambda: defaultdict(list))
+    numbers: dict[tuple, int] = {}
+    for e in memory.tolist():
+        kind, cta, warp, _, pc, size, position, epoch, address, ticket, value = e
+        end = over.get(ticket, (NEVER, NEVER)) if kind in (COPY, PRODUCT_READ) else (epoch, position)
+        key = (cta, warp, pc, kind, position, end)
+        if key not in numbers:
+            numbers[key] = len(accesses)
+            accesses.append(Access(cta, warp, pc, kind, (epoch, position), end))
+        space = None if kind in GLOBAL else cta
+        value = bytes(value)
+        for i in range(size):
+            of_byte[space, address + i][numbers[key]].append(value[i : i + 1])
+    alike: dict[tuple[int, ...], list[dict[int, list[bytes]]]] = defaultdict(list)  # bytes that the same accesses touch
+    for found in of_byte.values():
+        if len(found) > 1:
+            alike[tuple(found)].append(found)
+    races, unfenced, fences = set(), set(), _fences(events)
+    unordered = functools.cache(lambda i, j: _conflict(accesses[i], accesses[j]))
+    for numbers_of_byte, of_bytes in alike.items():
+        for i, j in combinations(numbers_of_byte, 2):
+            if not unordered(i, j):
+                continue
+            a, b = accesses[i], accesses[j]
+            stores = a.kind == b.kind and a.kind in (WRITE_SHARED, WRITE_GLOBAL)
+            if not stores or any(set(found[i]) != set(found[j]) for found in of_bytes):
+                races.add((min(a.pc, b.pc), max(a.pc, b.pc)))
+        unfenced |= _unfenced([accesses[i] for i in numbers_of_byte], fences)
+    return Verdict(frozenset(races), frozenset(_registers(result, over)), frozenset(unfenced))
+
+
+def _conflict(a: Access, b: Access) -> bool:
+    return (a.writes or b.writes) and not a.before(b) and not b.before(a)
+
+
+def _fences(events: np.ndarray) -> dict[int, list[Access]]:
+    found = defaultdict(list)
+    for e in events[events["kind"] == FENCE]:
+        at = (int(e["epoch"]), int(e["position"]))
+        found[int(e["cta"])].append(Access(int(e["cta"]), int(e["warp"]), int(e["pc"]), FENCE, at, at))
+    return found
+
+
+def _unfenced(accesses: list[Access], fences: dict[int, list[Access]]) -> set[tuple[int, int]]:
+    """Of one byte: a wgmma and the last store before it, if no fence of either's warp stands between them."""
+    found = set()
+    for product in accesses:
+        if product.kind != PRODUCT_READ:
+            continue
+        last = max((a for a in accesses if a.writes and a.before(product)), key=lambda a: a.end, default=None)
+        if last is None or last.kind == COPY:  # of copies docs/compiled-code.md says why not
+            continue
+        between = (f for f in fences[product.cta] if f.warp in (last.warp, product.warp))
+        if not any(last.before(f) and f.before(product) for f in between):
+            found.add((min(last.pc, product.pc), max(last.pc, product.pc)))
+    return found
+
+
+def _registers(result: Result, over: dict[int, tuple[int, int]]) -> set[tuple[int, int]]:
+    """Products in flight with instructions that touch their accumulators or write their operands."""
+    events, code, operands = result.events, result.program.code, result.program.operands
+    found, executed = set(), events[events["kind"] == EXECUTED]
+    touched, written = {}, {}
+    for pc in np.unique(executed["pc"]).tolist():
+        slots = operands[code["first"][pc] : code["first"][pc] + code["count"][pc]] // SLOT
+        touched[pc], written[pc] = set(slots.tolist()), set(slots[: code["results"][pc]].tolist())
+    for e in events[events["kind"] == PRODUCT]:
+        pc, start = int(e["pc"]), int(e["position"])
+        end = over.get(int(e["ticket"]), (NEVER, NEVER))[1]
+        slots = operands[code["first"][pc] : code["first"][pc] + code["count"][pc]] // SLOT
+        results = code["results"][pc]
+        held = set(slots[:results].tolist())
+        reads = set(slots[results : results + 4].tolist()) if code["b"][pc] & 1 else set()
+        of_warp = executed[(executed["cta"] == e["cta"]) & (executed["warp"] == e["warp"])]
+        within = of_warp["pc"][(of_warp["position"] > start) & (of_warp["position"] < end)]
+        for other in np.unique(within).tolist():
+            if code["op"][other] != CODE["WGMMA"] and (touched[other] & held or written[other] & reads):
+                found.add((min(pc, other), max(pc, other)))
+    return found

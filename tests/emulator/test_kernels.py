@@ -1,0 +1,101 @@
+"""Every kernel of the package as compiled for sm_80 and sm_90: right, the same in two schedules, and without a race."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import activations
+import pytest
+import torch
+
+from mos_kernels.backends import triton as backend
+from mos_kernels.backends.triton.shrink import shrink_backward_kernel
+
+from . import compilation, launched, machine
+from .trials import LISTS
+
+ARCHITECTURES = ("sm_90", "sm_80")
+TRIALS = [
+    pytest.param(trial, id=f"{name}-{number}", marks=[pytest.mark.full] if name != "few" else [])
+    for name, trials in LISTS.items()
+    for number, trial in enumerate(trials())
+]
+
+
+@pytest.mark.budget(15)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("trial", TRIALS)
+def test_compiled_kernels(trial, architecture):
+    with launched.emulated(architecture) as log:
+        failures = trial.failures()
+    assert failures + log.problems == [], str(trial)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("trial", [pytest.param(*one.values, id=one.id) for one in TRIALS if "options" in one.id])
+def test_results_hold_where_instructions_are_as_inexact_as_they_may_be(trial, architecture):
+    with launched.emulated(architecture, [machine.Schedule(rough=True)]) as log:
+        failures = trial.failures()
+    assert failures + log.problems == [], str(trial)
+
+
+def test_the_few_launch_every_kernel_of_the_package():
+    sources = Path(backend.__file__).parent.glob("*.py")
+    defined = {name for path in sources for name in re.findall(r"@triton.jit.*\ndef (\w+)_kernel\(", path.read_text())}
+    names = set()
+
+    def note(kernel, grid, arguments, constants):
+        names.add(kernel.fn.__name__.removesuffix("_kernel"))
+
+    with launched.on_cpu("sm_90", note):
+        for trial in LISTS["few"]():
+            trial.failures()
+    assert names == defined
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", list(activations.CODES))
+def test_activations_as_compiled(name, architecture):
+    with launched.emulated(architecture) as log:
+        assert activations.failures(name) == []
+    assert log.problems == []
+
+
+# the race that shrink_backward_launch avoids with one stage
+
+
+def shrink_backward(architecture: str, stages: int, schedule: machine.Schedule) -> tuple[list[str], float]:
+    """Faults, and the error of dW relative to the largest number of it, of 32 + 8 stacked rows."""
+    R, E, T, D, block = 32, 8, 520, 64, 32
+    torch.manual_seed(0)
+    x, A, router = torch.randn(T, D).bfloat16(), torch.randn(R, D), torch.randn(E, D)
+    dp, dn, dlogits = torch.randn(T, R), torch.randn(T), torch.randn(T, E)
+    dx, planes = torch.full((T, D), torch.nan).bfloat16(), torch.full((2, R + E, D), torch.nan)
+    constants = {
+        "R": R, "E": E, "BLOCK_T": 32, "BLOCK_D": block, "BLOCK_C": 64, "SPLITS": 2, "NEEDS_DX": True, "NEEDS_DW": True,
+        "DROPOUT": False, "COLUMN_BLOCKS": 1, "num_warps": 8, "num_stages": stages,
+    }  # fmt: skip
+    arguments = (x, A, router, dp, dn, dlogits, dx, planes, x, T, D, D, 0.0)
+    grid = (D // block, 2, 1)
+    result = compilation.launch(shrink_backward_kernel, grid, arguments, constants, architecture, schedule)
+    truth = torch.cat([dp, dlogits], 1).bfloat16().double().T @ x.double()
+    return result.faults(), ((planes.sum(0).double() - truth).abs().max() / truth.abs().max()).item()
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_the_race_of_shrink_backward_with_several_stages(stages):
+    """Triton 3.6 refills a stage of x while the second half of dW's wgmma, cut in two, still reads."""
+    for schedule in (machine.EARLY, machine.LATE):
+        faults, _ = shrink_backward("sm_90", stages, schedule)
+        assert any("while a wgmma reads it" in fault for fault in faults)
+    _, error = shrink_backward("sm_90", stages, machine.Schedule(late_products=True))
+    assert not error < 0.1  # and it would be seen in the numbers
+
+
+@pytest.mark.parametrize(("architecture", "stages"), [("sm_90", 1), ("sm_80", 1), ("sm_80", 2), ("sm_80", 3)])
+def test_no_race_of_shrink_backward_with_one_stage_or_without_wgmma(architecture, stages):
+    for schedule in (machine.EARLY, machine.LATE, machine.Schedule(late_products=True)):
+        faults, error = shrink_backward(architecture, stages, schedule)
+        assert faults == [] and error < 1e-5

@@ -1,0 +1,105 @@
+"""The layers, routers and FFNs whose kernels are run as compiled, in lists by what is special about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from cases import DecodingTrial, RouterTrial, Trial
+
+from mos_kernels import MoSConfig
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ONE_EACH = {"spaces": {"hyperbolic": 1, "spherical": 1}, "num_experts_per_tok": 1}
+
+
+def linear(**options) -> MoSConfig:
+    return MoSConfig(router_scope="linear", **options)
+
+
+def few() -> Iterator:
+    """Every kernel once."""
+    yield Trial(linear(), (67,), 72, 96, BF16, seed=1)
+    yield Trial(linear(activation="gelu"), (66,), 40, 48, FP16, seed=8)
+    yield Trial(MoSConfig(share_a=False, r=4), (9,), 40, 48, FP32, seed=2, own_router=False)
+    yield RouterTrial(MoSConfig(), (70,), 72, BF16, seed=3, masked=0.3)
+    yield DecodingTrial(MoSConfig(), (5,), 72, 80, 96, BF16, seed=4)
+
+
+def defaults() -> Iterator:
+    for dtype in (BF16, FP32):
+        for tokens, d_in, d_out in ((130, 96, 160), (67, 37, 53), (17, 64, 80), (5, 33, 71)):
+            yield Trial(linear(), (tokens,), d_in, d_out, dtype, seed=1)
+            yield Trial(MoSConfig(), (tokens,), d_in, d_out, dtype, seed=2, own_router=False)
+        yield RouterTrial(MoSConfig(), (130,), 96, dtype, seed=3, masked=0.3)
+        yield RouterTrial(MoSConfig(), (9,), 40, dtype, seed=3, masked=0.3)
+        yield DecodingTrial(MoSConfig(), (5,), 72, 80, 96, dtype, seed=4)
+        yield DecodingTrial(MoSConfig(share_a=False), (33,), 37, 53, 41, dtype, seed=5)
+
+
+def options() -> Iterator:
+    for dtype in (BF16, FP32, FP16):
+        for tokens in ((67,), (9,)):
+            yield Trial(linear(activation="silu"), tokens, 64, 80, dtype, seed=6)
+            exp_log = linear(activation="tanh", mapping="exp_log", share_a=False)
+            yield Trial(exp_log, tokens, 40, 53, dtype, seed=7)
+            yield Trial(linear(activation="gelu"), tokens, 33, 72, dtype, seed=8, base_dtype=dtype)
+            yield Trial(linear(share_a=False), tokens, 48, 64, dtype, seed=9)
+            yield Trial(linear(mapping="exp_log"), tokens, 48, 64, dtype, seed=10)
+            yield Trial(linear(domain="raw", norm_topk_prob=False), tokens, 48, 64, dtype, seed=11)
+
+
+def dropout() -> Iterator:
+    for dtype in (BF16, FP32, FP16):
+        yield Trial(linear(), (67,), 72, 64, dtype, seed=12, dropout_p=0.3)
+        yield Trial(linear(), (9,), 72, 64, dtype, seed=12, dropout_p=0.3)
+        yield Trial(linear(share_a=False), (67,), 40, 64, dtype, seed=13, dropout_p=0.3)
+        yield Trial(linear(), (300,), 600, 120, dtype, seed=25, dropout_p=0.1)
+        for r in (64, 128):
+            yield Trial(linear(r=r, **ONE_EACH), (70,), 72, 80, dtype, seed=17, dropout_p=0.2)
+
+
+def large() -> Iterator:
+    """Large ranks, and many experts."""
+    for dtype in (BF16, FP32):
+        for r in (128, 64, 33):
+            yield Trial(linear(r=r, **ONE_EACH), (70,), 72, 80, dtype, seed=14)
+            yield Trial(linear(r=r, activation="silu", **ONE_EACH), (70,), 72, 80, dtype, seed=15)
+            yield Trial(linear(r=r, **ONE_EACH), (6,), 72, 80, dtype, seed=16)
+        for e in (64, 17):
+            many = {"spaces": {"hyperbolic": (e + 1) // 2, "spherical": e // 2}, "num_experts_per_tok": 4}
+            yield Trial(linear(**many), (70,), 64, 80, dtype, seed=18)
+            yield Trial(linear(r=2, **many), (9,), 64, 80, dtype, seed=19)
+            yield Trial(linear(activation="gelu", **many), (66,), 40, 48, dtype, seed=20)
+            yield Trial(linear(share_a=False, r=3, mapping="exp_log", **many), (66,), 40, 48, dtype, seed=21)
+
+
+def long() -> Iterator:
+    """Enough steps in every loop that its pipeline turns several times."""
+    for dtype in (BF16, FP32):
+        yield Trial(linear(), (600,), 700, 520, dtype, seed=22)
+        yield Trial(linear(share_a=False), (300,), 600, 300, dtype, seed=23)
+        yield Trial(linear(activation="silu"), (300,), 300, 330, dtype, seed=24)
+        yield DecodingTrial(MoSConfig(), (16,), 2100, 300, 900, dtype, seed=26)
+        yield Trial(linear(r=64), (300,), 300, 300, dtype, seed=27)
+
+
+def drawn() -> Iterator:
+    """The first seeds of `python -m tests.fuzz`."""
+    for seed in range(16):
+        yield from (Trial.drawn(seed), RouterTrial.drawn(seed), DecodingTrial.drawn(seed))
+
+
+def mutated() -> Iterator:
+    """Every kernel with loops that turn several times: what `mutations` takes barriers out of."""
+    yield Trial(linear(), (130,), 96, 160, BF16, seed=1)
+    yield DecodingTrial(MoSConfig(), (5,), 300, 80, 96, BF16, seed=4)
+    yield Trial(linear(activation="silu"), (130,), 64, 160, BF16, seed=6)
+    yield Trial(linear(share_a=False), (300,), 300, 300, BF16, seed=23)
+    yield RouterTrial(MoSConfig(), (70,), 300, BF16, seed=3, masked=0.3)
+
+
+LISTS = {
+    "few": few, "defaults": defaults, "options": options, "dropout": dropout, "large": large, "long": long,
+    "drawn": drawn,
+}  # fmt: skip
