@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.study import rows
 from benchmarks.study.decoder import __main__ as command
-from benchmarks.study.decoder import export, plan, problems, runner, training
+from benchmarks.study.decoder import export, plan, problems, report, runner, training
 from benchmarks.study.decoder.model import adapted, load
 from benchmarks.study.decoder.plan import ENTRIES, EUCLIDEAN, LORA, LORA_MATCHED, MOS, Cell
 
@@ -238,6 +238,32 @@ def test_an_adapter_is_exported_and_scored(row, place, tmp_path, capsys):
     assert 0 <= found["agreement"] <= 1 and found["kl"] >= 0 and found["positions"] > 3
     export.run_all(cells, place, tmp_path / "rows.jsonl", tmp_path / "exports.jsonl", 4, 20)
     assert len(rows.read(tmp_path / "exports.jsonl")) == 1
+
+
+def test_the_report_is_made_from_the_rows(row, tmp_path, capsys):
+    def like(entry, right, seed=0, rate=3):
+        return {**row, "entry": entry.name, "rate": rate, "seed": seed, "right": right, "solved": right.count("1"),
+                "solve_rate": right.count("1") / 3, "key": f"{entry.name} {seed} {rate}"}  # fmt: skip
+
+    found = [
+        like(LORA, "100"),
+        like(LORA, "110", 1),
+        like(MOS, "011"),
+        like(MOS, "111", 1),
+        like(EUCLIDEAN, "1", rate=1),
+    ]
+    found[-1] |= {"failure": "the training loss is nan", "seconds": {}}
+    page = tmp_path / "page.md"
+    for one in found:
+        rows.append(tmp_path / "rows.jsonl", one)
+    assert report.run(tmp_path / "rows.jsonl", tmp_path / "none.jsonl", page) == 2
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.run(tmp_path / "rows.jsonl", tmp_path / "none.jsonl", page) == 0
+    text = page.read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
+    assert "| LoRA r=8 |  |  | 50.0% ± 23.6 (2) |" in text and "| MoS |  |  | 83.3% ± 23.6 (2) |" in text
+    assert "| MoS | x3 | 2 | 3 | 1 | +33.3 ± 33.3 | +0.000 |" in text and "8 euclidean" not in text
+    assert report.run(tmp_path / "nowhere.jsonl", tmp_path / "none.jsonl", page) == 2
 
 
 def test_a_data_folder_that_is_not_there(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.study.decoder plan | run | export`: what is run, the runs, and their adapters as LoRAs."""
+"""`python -m benchmarks.study.decoder plan | run | export | report`: the runs, their adapters as LoRAs, tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.study.decoder import export, runner
+from benchmarks.study.decoder import export, report, runner
 from benchmarks.study.decoder.plan import ENTRIES, RATES, SEEDS
 from benchmarks.study.decoder.problems import DATASETS
 
@@ -20,17 +20,21 @@ def main(argv: list[str] | None = None) -> int:
         ("plan", "list the runs in their order, and which of them are done"),
         ("run", "do the runs that have no row yet; a run that was cut off goes on from its last checkpoint"),
         ("export", "write the mixtures that runs have left as LoRAs, and score those"),
+        ("report", "make the tables from the rows alone"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--rows", type=Path, default=runner.RESULTS, help="the file of rows (default %(default)s)")
+        if name in ("export", "report"):
+            text = "the file of exports (default %(default)s)"
+            command.add_argument("--exports", type=Path, default=export.EXPORTS, help=text)
+        if name == "report":
+            continue
         command.add_argument("--dataset", nargs="+", choices=DATASETS, default=list(DATASETS), help="default: all")
         names = [entry.name for entry in ENTRIES]
         command.add_argument("--entries", nargs="+", choices=names, metavar="NAME", help="methods; default: all")
         command.add_argument("--rates", nargs="+", type=int, choices=RATES, default=RATES, help="default: all")
         command.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="default 0 1 2")
         if name == "export":
-            text = "the file of these rows (default %(default)s)"
-            command.add_argument("--exports", type=Path, default=export.EXPORTS, help=text)
             command.add_argument("--rank", type=int, default=export.MATCHED, help="of the LoRA (default %(default)s)")
             command.add_argument("--problems", type=int, default=512, help="to fit on (default %(default)s)")
         if name != "plan":
@@ -41,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
             outputs = Path(tempfile.gettempdir()) / "mos_kernels-decoder"
             command.add_argument("--outputs", type=Path, default=outputs, help="of the runs (default %(default)s)")
     options = parser.parse_args(argv)
+    if options.command == "report":
+        return report.run(options.rows, options.exports)
     planned = runner.chosen(options)
     if options.command != "plan":
         return _run(options, planned)

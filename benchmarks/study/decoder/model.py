@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FFN = ["gate_proj", "up_proj", "down_proj"]
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def smollm2() -> Path:

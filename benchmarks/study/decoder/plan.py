@@ -38,6 +38,7 @@ LORA = _entry("LoRA r=8", "LoraConfig", 0, r=8, lora_alpha=16)
 LORA_MATCHED = _entry("LoRA r=41 (matched)", "LoraConfig", 0, r=41, lora_alpha=82)
 EUCLIDEAN = _entry("MoS, 8 euclidean", "MoS", 0, spaces={"euclidean": 8})
 MOS = _entry("MoS", "MoS", 0)
+ON_ATTENTION = {"q_proj|k_proj|v_proj|o_proj": {"euclidean": 1}}
 ENTRIES = (
     LORA,
     MOS,
@@ -49,6 +50,9 @@ ENTRIES = (
     _entry("MoS, 8 hyperbolic", "MoS", 1, spaces={"hyperbolic": 8}),
     _entry("MoS, 8 spherical", "MoS", 1, spaces={"spherical": 8}),
     _entry("MoS as printed", "MoS.paper", 1),
+    _entry("Lily r=32", "LilyConfig", 1, r=32, stride_A=3, num_B=10),
+    _entry("LoRA r=8 on all linears", "LoraConfig", 1, r=8, lora_alpha=16, target_modules="all-linear"),
+    _entry("MoS, and a LoRA on attention", "MoS", 1, target_modules="all-linear", spaces_pattern=ON_ATTENTION),
     _entry("MoS, a router a linear", "MoS", 2, router_scope="linear"),
     _entry("MoS, curvature rate x1", "MoS", 2, curvature_lr_ratio=1.0),
 )
