@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import MATRIX, batch, ids, logits, mos, tiny
 from torch.nn.functional import linear
+from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from mos_kernels import MoSConfig, MoSLinear, MoSRouter
 from mos_kernels.functional import mos_linear
 from mos_kernels.huggingface import (
+    MoSCallback,
     MoSPeftConfig,
     activated_parameters,
     apply_mos,
@@ -28,6 +30,8 @@ from mos_kernels.huggingface import (
 )
 from mos_kernels.huggingface.modules import adapter_parameters, mos_adapters, router_owners
 from mos_kernels.layer import MoSConv1D, MoSWrapped
+from mos_kernels.run_report.log import read_run
+from mos_kernels.run_report.page import page
 
 ATTENTION = {
     "llama": "q_proj|k_proj|v_proj|o_proj", "qwen2": "q_proj|k_proj|v_proj|o_proj",
@@ -228,6 +232,30 @@ def test_everything_trains_and_a_state_dict_and_dtype_round_trip(family):
     again.load_state_dict(model.state_dict())
     assert torch.equal(logits(again.eval()), logits(model.eval()))
     assert model.float().half().float() is model
+
+
+@pytest.mark.parametrize("door", ["plain", "peft"])
+def test_a_trainer_logs_what_has_routers_and_the_report_draws_it(door, tmp_path):
+    pattern = {"q_proj|k_proj|v_proj|o_proj": LORA, "down_proj": {"spherical": 3}}
+    model, options = tiny(dtype=torch.float32), {"target_modules": "all-linear", "spaces_pattern": pattern}
+    if door == "plain":
+        apply_mos(model, MoSConfig(r=4, **options))
+    else:
+        model = get_peft_model(model, MoSPeftConfig(r=4, task_type="CAUSAL_LM", **options))
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=2, logging_steps=1, use_cpu=True, report_to="none", save_strategy="no",
+        disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in ids(batch=8)]
+    trainer = Trainer(model, settings, train_dataset=rows)
+    callback = MoSCallback.add_to(trainer)
+    trainer.train()
+    assert len(callback.history) == 2 and not any("self_attn" in name for name in callback.history[0]["curvature"])
+    assert {len(share) for share in callback.history[0]["share"].values()} == {3, 8}
+    run = read_run(tmp_path)
+    assert run.adapter.spaces_pattern == pattern and "q_proj|k_proj|v_proj|o_proj: 1 Euclidean" in page(run)
+    down = next(name for name in callback.history[0]["curvature"] if "down_proj" in name)
+    assert run.spaces_of(down, 3) == ("spherical",) * 3
 
 
 # files, both doors, a warm start, the export
