@@ -47,7 +47,7 @@ WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 class ExportReport:
     """What was exported, and what was lost by it, on the tokens of the evaluation. Prints as a table.
 
-    linears: of each linear √(E‖Δ − B A x‖² / E‖Δ‖²) on the calibration tokens; None where the adapter adds nothing.
+    linears: of each linear √(E‖Δ − B A x‖² / E‖Δ‖²) as it runs in the export; None where the adapter adds nothing.
     kl: nats, mean over `positions` of KL(mixture ‖ LoRA); agreement: share of them with the same most likely class or
     token; None without logits over classes or tokens. loss, accuracy: (of the mixture, of the LoRA), None without
     labels (accuracy: without class labels). parameters: (of the mixture's adapter, of the LoRA).
@@ -159,9 +159,7 @@ def export_lora(
             _collect(outer, order[start : start + step], calibration_batches)
             for linear in order[start : start + step]:
                 linear.fit(rank, ridge)
-        report = ExportReport(
-            rank, (total, rank * wide), {linear.name: linear.error for linear in linears}, order[0].tokens, len(passes)
-        )
+        report = ExportReport(rank, (total, rank * wide), {}, order[0].tokens, len(passes))
         chosen = calibration_batches if evaluation_batches is None else evaluation_batches
         _compare(outer, linears, chosen, report)
     _write(folder, inner, linears, whole, report)
@@ -199,7 +197,8 @@ class _Reached(Exception):
 class _Linear:
     """An adapted linear: its statistics over the tokens, and the LoRA fitted to them.
 
-    mode: "adapter" runs it as it is; "collect" does too, and adds to the statistics; "lora" runs the export.
+    mode: "adapter" runs it as it is; "collect" does too, and adds to the statistics; "lora" runs the export; "measure"
+    does too, and sums its squared error, and Δ's square, into `squares`.
     """
 
     def __init__(self, name: str, layer: nn.Module, adapter: MoSAdapter, adapter_name: str | None) -> None:
@@ -207,12 +206,14 @@ class _Linear:
         self.name, self.layer, self.adapter, self.adapter_name = name, layer, adapter, adapter_name
         self.d_out, self.d_in = adapter.mos_lora_B.shape[0], adapter.mos_lora_A.shape[-1]
         self.mode, self.calls, self.on_call = "adapter", 0, None
-        self.tokens, self.error, self.factors = 0, None, None
+        self.tokens, self.factors, self.squares = 0, None, [0.0, 0.0]
         self.C: Tensor | None = None
 
     def forward(self, original: Callable, x: Tensor, gates=None, backend: str = "auto") -> Tensor:
         self.calls += 1
-        if self.mode == "lora":
+        if self.mode in ("lora", "measure"):
+            if self.mode == "measure":
+                self._measure(x, gates)
             y = self._exported(x)
         else:
             if self.mode == "collect":
@@ -229,8 +230,11 @@ class _Linear:
         with torch.autocast(x.device.type, enabled=False):  # float32, as peft's
             return (base + product(product(x.to(A.dtype), A), B)).to(base.dtype)
 
-    def add(self, x: Tensor, gates) -> None:
-        """Add tokens: x (..., d_in), gates (..., E), or by adapter, or None for the linear's own router."""
+    def _tokens(self, x: Tensor, gates) -> tuple[Tensor, Tensor, Tensor]:
+        """The real tokens: x (T, d_in), their gates (T, E), and what the adapter adds to them, (T, d_out).
+
+        gates: (..., E), or by adapter, or None for the linear's own router.
+        """
         adapter, config = self.adapter, self.adapter.config
         if isinstance(gates, Mapping):  # of a block that may hold linears with routers of their own
             gates = gates.get(self.adapter_name) if adapter.mos_router is None else None
@@ -240,7 +244,7 @@ class _Linear:
         if gates is not None:
             gates = gates.reshape(-1, gates.shape[-1]) if mask is None else gates[mask]
         if x.shape[0] == 0:
-            return
+            return x, x.new_zeros(0, config.num_experts), x.new_zeros(0, self.d_out)
         with torch.autocast(x.device.type, enabled=False):
             if config.is_lora:
                 gates, delta = x.new_ones(x.shape[0], 1), product(x, self._flat(x.new_ones(1)).to(x.dtype))
@@ -251,12 +255,16 @@ class _Linear:
                     x, None, None, adapter.mos_lora_A, adapter.mos_lora_B, adapter.curvature, config=config,
                     base_output=x.new_zeros(x.shape[0], self.d_out), gates=gates, inference=True,
                 )  # fmt: skip
+        return x, gates, delta
+
+    def add(self, x: Tensor, gates) -> None:
+        """Add the real tokens of x (..., d_in) to the statistics; gates as they are handed to the linear."""
+        x, gates, delta = self._tokens(x, gates)
         if self.C is None:
-            self._clear("cpu" if x.device.type == "mps" else x.device, config.num_experts)
+            self._clear("cpu" if x.device.type == "mps" else x.device, self.adapter.config.num_experts)
         x, delta, gates = (t.to(self.C.device, torch.float64) for t in (x, delta, gates))
         self.C.addmm_(x.T, x)
         self.D.addmm_(delta.T, x)
-        self.energy += delta.square().sum()
         self.gates += gates.sum(0)
         self.tokens += x.shape[0]
 
@@ -264,19 +272,31 @@ class _Linear:
         def zeros(*shape):
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
-        self.C, self.D, self.energy, self.gates = (
-            zeros(self.d_in, self.d_in), zeros(self.d_out, self.d_in), zeros(()), zeros(E)
-        )  # fmt: skip
+        self.C, self.D, self.gates = zeros(self.d_in, self.d_in), zeros(self.d_out, self.d_in), zeros(E)
+
+    def _measure(self, x: Tensor, gates) -> None:
+        x, _, delta = self._tokens(x, gates)
+        A, B = (factor.to(x.device, x.dtype) for factor in self.factors)
+        with torch.autocast(x.device.type, enabled=False):
+            left = delta - product(product(x, A), B)
+        dtype = torch.float32 if x.device.type == "mps" else torch.float64
+        for i, values in enumerate((left, delta)):
+            self.squares[i] += float(values.to(dtype).square().sum())
+
+    @property
+    def error(self) -> float | None:
+        """Relative, over the tokens that were measured; None where the adapter adds nothing to them."""
+        return math.sqrt(self.squares[0] / self.squares[1]) if self.squares[1] else None
 
     def fit(self, rank: int, ridge: float) -> None:
-        """Set `factors`, A (rank, d_in) and B (d_out, rank), and `error`; drop the statistics; run the export."""
+        """Set `factors`, A (rank, d_in) and B (d_out, rank); drop the statistics; run the export."""
         if self.tokens == 0:
             raise ValueError(
                 f"no token of calibration_batches reached {self.name!r}: pass batches that hold tokens (padding is "
                 "none) and use the adapted part of the model"
             )
-        C, D, energy, gates = (total / self.tokens for total in (self.C, self.D, self.energy, self.gates))
-        if not (C.isfinite().all() and D.isfinite().all() and energy.isfinite()):
+        C, D, gates = (total / self.tokens for total in (self.C, self.D, self.gates))
+        if not (C.isfinite().all() and D.isfinite().all()):
             raise ValueError(
                 f"the inputs or the adapter's outputs at {self.name!r} are not finite on calibration_batches"
             )
@@ -293,9 +313,6 @@ class _Linear:
         factors = A.new_zeros(rank, self.d_in), A.new_zeros(self.d_out, rank)
         factors[0][: len(S)], factors[1][:, : len(S)] = A, U * root
         self.factors = tuple(factor.to(dtype) for factor in factors)
-        A, B = (factor.double() for factor in self.factors)
-        left = energy - 2 * ((B.T @ D) * A).sum() + ((B.T @ B) * (A @ C @ A.T)).sum()
-        self.error = None if energy == 0 else math.sqrt(max(float(left / energy), 0.0))
         self.mode = "lora"
 
     def _flat(self, gates: Tensor) -> Tensor:
@@ -453,9 +470,10 @@ def _compare(model: nn.Module, linears: list[_Linear], batches, report: ExportRe
     losses, weight, positions, classes = [0.0, 0.0], 0, 0, 0
     for batch in batches:
         outputs = []
-        for mode in ("adapter", "lora"):
+        of = _masks(batch)
+        for mode in ("adapter", "measure"):
             for linear in linears:
-                linear.mode = mode
+                linear.mode, linear.mask_of = mode, of
             outputs.append(_run(model, batch))
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         logits = [_logits(output) for output in outputs]
@@ -480,6 +498,7 @@ def _compare(model: nn.Module, linears: list[_Linear], batches, report: ExportRe
             known = None if targets is None else targets[start : start + 512]
             found += [0.0 if known is None else (one == known).sum() for one in best]
             sums += torch.tensor([float(value) for value in found], dtype=torch.float64)
+    report.linears.update({linear.name: linear.error for linear in linears})
     if positions:
         report.positions, report.kl, report.agreement = (
             positions,
