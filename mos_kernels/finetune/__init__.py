@@ -19,6 +19,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers.trainer_callback import PrinterCallback
@@ -85,6 +86,7 @@ def finetune(argv: Sequence[str], methods: Mapping[str, Method] | None = None, c
         if isinstance(error, (ValueError, TypeError)) and not isinstance(error, FinetuneError):
             raise FinetuneError(error) from error  # what peft and the Trainer refuse
         raise
+    PartialState().wait_for_everyone()  # each process has seen the folder as it was
     with arguments.main_process_first():
         results.open_output(options, arguments, settings, checkpoint)
     mos, first = None, {}

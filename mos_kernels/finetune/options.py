@@ -104,7 +104,7 @@ class Options:
 
 class _Parser(HfArgumentParser):
     def error(self, message: str):
-        raise FinetuneError(message)
+        raise FinetuneError(message if len(message) < 500 else f"{message[:500]}…")
 
 
 def parse(argv: Sequence[str], methods: Mapping[str, Method]) -> tuple[Options, TrainingArguments, object, bool]:

@@ -140,7 +140,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
     extra = tensors_of(model, modules)
     on_meta += [name for name, tensor in extra.items() if tensor.is_meta]
     if on_meta:
-        raise ValueError(f"{on_meta[0]!r} is on the meta device: load the base model's weights before the adapter")
+        raise ValueError(
+            f"{on_meta[0]!r} is on the meta device: load the base (and bring back what is offloaded) before the adapter"
+        )
     require_fit(folder, tensors, shapes, extra)
     require_untied(folder, model, extra, tensors)
     if applied is not None:

@@ -38,7 +38,7 @@ def page(run: Run) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-        f"<title>{escape(run.name)}</title>\n<style>{_style()}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(run.name)}</title>\n<style>{_IN_PAGE}{_style()}</style>\n</head>\n<body>\n<main>\n"
         f"{_head(run)}\n{chr(10).join(filter(None, sections))}\n</main>\n</body>\n</html>\n"
     )
 
@@ -300,6 +300,7 @@ def _for_dark(shades: Sequence[str]) -> Sequence[str]:
 
 
 _DARK = "--ground:#14161a;--card:#1b1e24;--ink:#e6e8eb;--soft:#9aa3ad;--grid:#2b3038;--accent:#e58fd0;"
+_IN_PAGE = "svg{display:block;width:100%;height:auto;overflow:visible}svg.heat{max-width:760px}"
 _LAYOUT = """
 :root{color-scheme:light dark;--ground:#fbfbfa;--card:#ffffff;--ink:#1d2126;--soft:#68717b;--grid:#e7e8e6;
 --accent:#a0268a;font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
@@ -317,7 +318,6 @@ figure{margin:0;padding:14px 16px 10px;background:var(--card);border:1px solid v
 figure{min-width:0}
 figure.wide,section>figure{margin-top:16px}
 figcaption{font-size:13px;color:var(--soft);margin-bottom:6px}
-svg{display:block;width:100%;height:auto;overflow:visible}
 svg text{font-size:11.5px;font-variant-numeric:tabular-nums;fill:var(--soft)}
 svg text.end{text-anchor:end}svg text.middle{text-anchor:middle}
 svg text.label{font-size:12.5px;font-weight:600;fill:var(--c)}
@@ -336,7 +336,6 @@ table.panels{border-collapse:separate;border-spacing:6px;width:100%}
 table.panels th{font-size:12px;font-weight:500;color:var(--soft);text-align:center;white-space:nowrap}
 table.panels th:first-child{text-align:right;padding-right:4px;width:1%}
 table.panels td{padding:0;background:var(--ground);border-radius:6px;min-width:120px}
-svg.heat{max-width:760px}
 .cell{fill:var(--c)}
 svg text.cell-text{fill:var(--ink)}svg text.cell-text.strong{fill:var(--card)}
 .legend{display:flex;flex-wrap:wrap;gap:4px 26px;margin:4px 0 0}

@@ -689,6 +689,17 @@ def test_offloaded_parameters_are_there_when_they_are_needed(preload, family):
     torch.testing.assert_close(logits(model), expected, rtol=1e-12, atol=1e-14)  # the base runs by itself
 
 
+def test_offloading_an_adapter_of_transformers_takes_the_parameters_own_names(tmp_path):
+    from accelerate import cpu_offload
+
+    peft_model().save_pretrained(tmp_path)
+    model = tiny()
+    model.load_adapter(tmp_path)
+    expected = logits(model.eval())
+    cpu_offload(model, torch.device("cpu"), state_dict=dict([*model.named_parameters(), *model.named_buffers()]))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-12, atol=1e-14)
+
+
 def test_nothing_of_the_size_of_x_is_kept_but_x_itself():
     """peft's own layers cast x to the adapter's float32: a copy of the largest tensor."""
     model = get_peft_model(tiny(dtype=torch.bfloat16), config(router_scope="linear"))

@@ -48,21 +48,16 @@ class MoSPeftAdapter(MoSAdapter):
         """Whether θ does anything: at κ = 0, of Euclidean experts alone, it does not."""
         return self.config.learn_curvature and any(self.config.curvature_signs)
 
-    def forward(
-        self,
-        x: Tensor,
-        gates: Tensor | None = None,
-        backend: str = "auto",
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        base_output: Tensor | None = None,
-    ) -> Tensor:
-        """The base, given as in `mos_linear`, plus this adapter. gates: of its block's router, where it has none."""
+    def forward(self, x: Tensor, gates: Tensor | None = None, backend: str = "auto", *base: Tensor | None) -> Tensor:
+        """base, weight and bias or else an output on x, plus this adapter's part.
+
+        gates: those of the block's router, of which an adapter that has one of its own, or is a LoRA, makes no use.
+        """
         if self.mos_router is not None or self.config.is_lora:
             gates = None
         if self.mos_lora_A.is_meta:
             raise RuntimeError("the adapter's parameters are on the meta device: load them first")
-        return self._adapt(x, gates, backend, weight, bias, base_output)
+        return self._adapt(x, gates, backend, *base)
 
     def extra_repr(self) -> str:
         spaces = ", ".join(f"{count} {name}" for name, count in self.config.spaces.items())

@@ -138,7 +138,7 @@ static void start_product(Warp& w, const Instruction& in, int pc) {
     p.b_start = get<u64>(w.slot(*at++), 0);
     p.accumulate = get<u32>(w.slot(*at), 0) != 0;
     for (int i = 0; i < in.results + of_a; i++)
-        if (w.unfenced[o[i] / 128] && (p.accumulate || i >= in.results)) { report(UNFENCED_REGISTER, pc, -1, w.id, -1, o[i]); break; }
+        if (w.unfenced[o[i] / 128]) { report(UNFENCED_REGISTER, pc, -1, w.id, -1, o[i]); break; }
     trace(PRODUCT, w, WHOLE_WARP, pc, p.accumulate, 0, nullptr, p.ticket);
     reads_of(w, p, 1);
     if (!L->late_products) carry_out(w, p);
