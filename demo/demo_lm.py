@@ -64,9 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     model = get_peft_model(model, MoSPeftConfig(**CONFIG))
     print()
     model.print_trainable_parameters()
-    shutil.rmtree(options.output, ignore_errors=True)
+    for name in ("training", "adapter", "lora", "merged"):  # of an earlier demo
+        shutil.rmtree(options.output / name, ignore_errors=True)
     examples = [encode(tokenizer, problem) for problem in problems]
-    run = train(model, examples, options.output, options.learning_rate, 0, tokenizer.pad_token_id, BATCH)
+    run = train(model, examples, options.output / "training", options.learning_rate, 0, tokenizer.pad_token_id, BATCH)
     if run.failure:
         print(f"error: {run.failure}", file=sys.stderr)
         return 1
