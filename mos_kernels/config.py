@@ -60,6 +60,10 @@ class MoSConfig:
 
     Where it is applied (as in peft): target_modules (a list of name endings, one regular expression, or "all-linear"),
     exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern.
+
+    spaces_pattern: as rank_pattern, other numbers of experts by geometry for some linears, such as
+        {"q_proj|k_proj|v_proj|o_proj": {"euclidean": 1}}. They use num_experts_per_tok of their experts, or all where
+        they have fewer. A single Euclidean expert (activation "identity") is a plain LoRA.
     """
 
     r: int = 8
@@ -88,6 +92,7 @@ class MoSConfig:
     layers_pattern: str | Sequence[str] | None = None
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
+    spaces_pattern: Mapping[str, Mapping[str, int]] | None = None
 
     def __post_init__(self) -> None:
         for name, rule in _RULES.items():
@@ -155,18 +160,26 @@ class MoSConfig:
         """The factor on the adapter's output: α/r, or α/√r with `use_rslora`."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
+    @property
+    def is_lora(self) -> bool:
+        """Whether the adapter is one Euclidean expert, whose gate is 1: a LoRA, with neither router nor curvature."""
+        return self.spaces == {"euclidean": 1} and self.activation == "identity"
+
     def squared_length_unit(self, in_features: int) -> float:
         """length_unit², by which κ̂ is divided, for a linear of width `in_features`."""
         return float(in_features) if self.length_unit == "sqrt_dim" else float(self.length_unit) ** 2
 
     def for_module(self, name: str) -> MoSConfig:
-        """This configuration with the rank and alpha that the patterns give to the module `name` (as in peft)."""
+        """This configuration with what the patterns give to the module `name` (as in peft): rank, alpha and spaces."""
         changes = {}
-        for attribute, pattern in (("r", self.rank_pattern), ("lora_alpha", self.alpha_pattern)):
+        patterns = {"r": self.rank_pattern, "lora_alpha": self.alpha_pattern, "spaces": self.spaces_pattern}
+        for attribute, pattern in patterns.items():
             for key, value in (pattern or {}).items():
                 if re.match(rf"(.*\.)?({key})$", name):
                     changes[attribute] = value
                     break
+        if "spaces" in changes:
+            changes["num_experts_per_tok"] = min(self.num_experts_per_tok, sum(changes["spaces"].values()))
         return dataclasses.replace(self, **changes) if changes else self
 
     def to_dict(self) -> dict:
@@ -201,7 +214,7 @@ class FrozenDict(dict):
 
 def _plain(value):
     if isinstance(value, Mapping):
-        return dict(value)
+        return {key: _plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -310,17 +323,17 @@ def _layers(name: str, value):
     return tuple(index(name, item) for item in value)
 
 
-def _pattern(number: Rule) -> Rule:
+def _pattern(entries: Rule, wanted: str = "numbers") -> Rule:
     def rule(name, value):
         if value is None:
             return None
         if not isinstance(value, Mapping):
-            raise ValueError(f"{name}={_shown(value)} must map module names to numbers")
+            raise ValueError(f"{name}={_shown(value)} must map module names to {wanted}")
         for key in value:
             if not isinstance(key, str):
                 raise ValueError(f"{name} has the key {key!r}, which must be a module name or a regular expression")
             _regex(name, key)
-        return FrozenDict({key: number(f"{name}[{key!r}]", entry) for key, entry in value.items()})
+        return FrozenDict({key: entries(f"{name}[{key!r}]", entry) for key, entry in value.items()})
 
     return rule
 
@@ -362,4 +375,5 @@ _RULES: dict[str, Rule] = {
     "layers_pattern": _names(optional=True),
     "rank_pattern": _pattern(_integer(1, MAX_RANK)),
     "alpha_pattern": _pattern(_ALPHA),
+    "spaces_pattern": _pattern(_spaces, "numbers of experts"),
 }

@@ -17,6 +17,7 @@ from mos_kernels.call import autocast_dtype, without_autocast
 from mos_kernels.config import MoSConfig
 from mos_kernels.functional import mos_linear, mos_route, refuse_scripting, refuse_transforms
 from mos_kernels.kept import Factors, Kept, Use, is_capturing, is_plain
+from mos_kernels.lora import lora_linear
 from mos_kernels.sharded import is_dtensor, whole
 
 ADAPTER_PARAMETERS = ("mos_lora_A", "mos_lora_B", "mos_router", "mos_curvature")
@@ -62,7 +63,10 @@ class Float32State(nn.Module):
 def adapter_tensors(
     config: MoSConfig, d_in: int, d_out: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, nn.Parameter | None]:
-    """The parameters of an adapter by name (see `MoSLayer`), unset; A, B and router in float64 on a float64 base."""
+    """The parameters of an adapter by name (see `MoSLayer`), unset; A, B and router in float64 on a float64 base.
+
+    A LoRA has A and B alone.
+    """
     E, r = config.num_experts, config.r
     wide = eager.compute_dtype(dtype)
 
@@ -72,8 +76,10 @@ def adapter_tensors(
     return {
         "mos_lora_A": nn.Parameter(empty(r, d_in) if config.share_a else empty(E, r, d_in)),
         "mos_lora_B": nn.Parameter(empty(d_out, E, r)),
-        "mos_curvature": nn.Parameter(empty(E, dtype=torch.float32), requires_grad=config.learn_curvature),
-        "mos_router": nn.Parameter(empty(E, d_in)) if config.router_scope == "linear" else None,
+        "mos_curvature": None
+        if config.is_lora
+        else nn.Parameter(empty(E, dtype=torch.float32), requires_grad=config.learn_curvature),
+        "mos_router": nn.Parameter(empty(E, d_in)) if config.router_scope == "linear" and not config.is_lora else None,
     }
 
 
@@ -113,13 +119,16 @@ class MoSAdapter(Float32State):
             nn.init.uniform_(self.mos_lora_B, -bound, bound)
         else:
             nn.init.zeros_(self.mos_lora_B)
-        nn.init.zeros_(self.mos_curvature)
+        if self.mos_curvature is not None:
+            nn.init.zeros_(self.mos_curvature)
         if self.mos_router is not None:
             nn.init.normal_(self.mos_router, std=ROUTER_INIT_STD)
         self._refill_constants()
         self._frozen = None
 
     def _refill_constants(self) -> None:
+        if self.config.is_lora:  # has none
+            return
         config, device = self.config, self._constants_device()
         unit = config.squared_length_unit(self.in_features)
         signs = torch.tensor(config.curvature_signs, dtype=torch.float64, device="cpu")
@@ -137,6 +146,8 @@ class MoSAdapter(Float32State):
 
         Where FSDP2 or ZeRO-3 has spread θ over processes, all of them must ask.
         """
+        if self.config.is_lora:
+            return torch.zeros(1, device=self.mos_lora_B.device)
         theta = whole(self.mos_curvature)
         return _Curvature.apply(theta, self.mos_curvature_map, self.config.curvature_max_grad_norm)
 
@@ -156,6 +167,15 @@ class MoSAdapter(Float32State):
                 "the layer's parameters are DTensors in forward: a linear with an adapter cannot be tensor-parallel, "
                 "leave it out of the plan; with FSDP2, call the module that fully_shard was called on"
             )
+        dropout_p = self.config.lora_dropout if self.training else 0.0
+        if self.config.is_lora:
+            if gates is not None:
+                raise ValueError("a single Euclidean expert is a LoRA, which has no gate: leave the gates out")
+            A = self.mos_lora_A if self.config.share_a else self.mos_lora_A[0]
+            return lora_linear(
+                x, weight, bias, A, self.mos_lora_B[:, 0], self.config.scaling,
+                base_output=base_output, dropout_p=dropout_p,
+            )  # fmt: skip
         kappa, A, prepared = self._factors(x, base_output, backend)
         router = self.mos_router if gates is None else None
         aux_weight = None if router is None else _injected_aux_weight(self)
@@ -163,7 +183,7 @@ class MoSAdapter(Float32State):
             x, weight, bias, A, self.mos_lora_B, kappa,
             config=self.config, base_output=base_output, gates=gates, router=router, aux_weight=aux_weight,
             token_mask=None if aux_weight is None else _known_mask(self, x),
-            dropout_p=self.config.lora_dropout if self.training else 0.0, inference=not self.training,
+            dropout_p=dropout_p, inference=not self.training,
             prepared=prepared, backend=backend,
         )  # fmt: skip
 
@@ -208,19 +228,24 @@ class MoSAdapter(Float32State):
 
     def routing_logits(self, x: Tensor) -> Tensor:
         """The logits (..., E) of the layer's own router on x (..., d_in), detached from the graph."""
+        if self.config.is_lora:
+            raise ValueError("this layer is a LoRA, one Euclidean expert: it has no router")
         if self.mos_router is None:
             raise ValueError("this layer has no router of its own (router_scope='ffn'): ask the FFN block's mos_router")
         return _routing_logits(x, self.mos_router)
 
     def _freeze(self, device: torch.device, dtype: torch.dtype) -> None:
         """Compute what is kept now, for a base on `device` whose input and output have `dtype`."""
+        if self.config.is_lora:
+            return
         backend = resolve_backend("auto", torch.empty(0, device=device, dtype=dtype))
         self._kept(dtype, dtype, backend, frozen=True)
 
     def train(self, mode: bool = True):
         self._frozen = None
-        if mode and self.mos_curvature.dtype in (torch.bfloat16, torch.float16):  # cast through .data, as TRL does
-            self.mos_curvature.data = self.mos_curvature.data.float()
+        theta = self.mos_curvature
+        if mode and theta is not None and theta.dtype in (torch.bfloat16, torch.float16):  # cast through .data, by TRL
+            theta.data = theta.data.float()
         return super().train(mode)
 
     def __prepare_scriptable__(self):
@@ -243,7 +268,7 @@ class MoSLayer(MoSAdapter):
 
     Parameters: mos_lora_A (r, d_in), or (E, r, d_in) with share_a=False; mos_lora_B (d_out, E, r); mos_curvature (E,),
     the trained offset θ, always float32; mos_router (E, d_in) with router_scope="linear", else None. A, B and router
-    start in float32, and in float64 on a float64 base.
+    start in float32, and in float64 on a float64 base. A LoRA (`MoSConfig.is_lora`) has neither curvature nor router.
     """
 
     out_features: int

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from mos_kernels import MoSConfig, MoSConv1D, MoSLinear, MoSRouter
+from mos_kernels.functional import mos_route
 from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer
 from reference.per_expert import mos_linear_per_expert
 
@@ -594,6 +595,12 @@ def test_compiled_in_one_graph_without_recompiling_over_lengths(activation):
 
 
 # logits and gates
+
+
+def test_a_router_of_another_number_of_experts_is_refused():
+    config = MoSConfig()
+    with pytest.raises(ValueError, match="router has 5 rows, the configuration 8 experts"):
+        mos_route(torch.randn(3, 12), torch.randn(5, 12), config=config)
 
 
 def test_routing_logits_are_detached_and_float32():
