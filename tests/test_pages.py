@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from datasets import load_dataset
+from finetune_setup import save_bert
 from pages import DATA, prepare
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mos_kernels import MoSConfig
-from mos_kernels.huggingface import apply_mos
+from mos_kernels.huggingface import apply_mos, save_adapter
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -71,6 +73,25 @@ def setting(page: str) -> dict:
         model = base()
         apply_mos(model, MoSConfig(r=4))
         return {**names, "model": model, "accumulation_steps": 4, "loaded": base(), "folder": "peft"}
+    if page == "command-line.md":
+        save_bert(Path("MODEL"))
+        lines = [
+            "label\tsentence",
+            *(f"{label}\tthe {word} sat" for label, word in [("yes", "cat"), ("no", "tree")] * 4),
+        ]
+        for file in ("train.tsv", "test.tsv"):
+            Path(file).write_text("\n".join(lines) + "\n")
+    if page == "serving.md":
+        shutil.rmtree("lora")
+        model, tokenizer = base(), AutoTokenizer.from_pretrained("base", padding_side="left")
+        apply_mos(model, MoSConfig(r=4, init_lora_weights=False))
+        save_adapter(model, "adapter")
+        batch = {
+            "input_ids": torch.tensor([[4, 5, 6, 7], [6, 5, 4, 8]]),
+            "labels": torch.tensor([[4, 5, 6, 7], [6, 5, 4, 8]]),
+        }
+        return {**names, "model": model, "base": base(), "batches": [batch] * 2, "batch": batch, "tokenizer": tokenizer,
+                "prompts": ["the cat", "a dog sat"]}  # fmt: skip
     return names
 
 
