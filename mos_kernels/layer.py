@@ -264,11 +264,16 @@ class MoSAdapter(Float32State):
 
 
 class MoSLayer(MoSAdapter):
-    """What the adapted linears share. A subclass has the base's `weight` and `bias` and says how wide it is.
+    """What the adapted linears share. A subclass has the base's `weight` and `bias`, and says how wide it is.
 
-    Parameters: mos_lora_A (r, d_in), or (E, r, d_in) with share_a=False; mos_lora_B (d_out, E, r); mos_curvature (E,),
-    the trained offset θ, always float32; mos_router (E, d_in) with router_scope="linear", else None. A, B and router
-    start in float32, and in float64 on a float64 base. A LoRA (`MoSConfig.is_lora`) has neither curvature nor router.
+    A, B and the router start in float32, and in float64 on a float64 base. A LoRA (`MoSConfig.is_lora`) has neither
+    curvature nor router.
+
+    Attributes:
+        mos_lora_A: (r, d_in), or (E, r, d_in) with share_a=False.
+        mos_lora_B: (d_out, E, r).
+        mos_curvature: (E,), the trained offset θ, always float32.
+        mos_router: (E, d_in) with router_scope="linear", else None.
     """
 
     out_features: int
@@ -304,20 +309,26 @@ class MoSLayer(MoSAdapter):
         return self._dense_weight, self.bias, None
 
     def forward(self, x: Tensor, gates: Tensor | None = None, backend: str = "auto") -> Tensor:
-        """y = base(x) + adapter(x). x (..., d_in), gates (..., E) or None for the layer's own router -> (..., d_out).
+        """y = base(x) + adapter(x), the paper's equations 5 to 8.
 
-        Raises ValueError for a width, dtype, gates or backend that do not fit; the message names the remedy.
+        Args:
+            x: (..., d_in), of the base's dtype or under autocast.
+            gates: (..., E), what a `MoSRouter` gives. None: the layer's own router is used.
+            backend: "auto", "eager" or "triton".
+
+        Returns y, (..., d_out). Raises ValueError for a width, dtype, gates or backend that do not fit; the message
+        names the remedy.
         """
         return self._adapt(x, gates, backend, *self._base(x))
 
     def freeze_for_inference(self):
         """Switch to eval mode and compute what follows from the parameters now: κ, G, the factors in the base's dtype.
 
-        The first call in eval mode without gradients does so by itself, and it is kept while the parameters are the
-        same tensors at the same versions (see `mos_kernels.kept`, which says what cannot be seen). Only a CUDA graph
-        has to be asked for: one that is captured after this call holds what was computed here, so a change of the
-        parameters asks for a new capture; without this call it computes from the parameters at each replay. `train()`
-        and `eval()` undo the call. Returns the layer.
+        The first call in eval mode without gradients does so by itself. The result is kept while the parameters are the
+        same tensors at the same versions (`mos_kernels.kept` says what cannot be seen). Only a CUDA graph needs this
+        call: a graph that is captured after it holds what was computed here, and a change of the parameters then needs
+        a new capture. Without this call a graph computes from the parameters at each replay. `train()` and `eval()`
+        undo the call. Returns the layer.
         """
         self.eval()
         self._freeze(*self._base_device_and_dtype())
@@ -336,8 +347,8 @@ class MoSLinear(MoSLayer, nn.Linear):
     """A frozen `nn.Linear` with a Mixture-of-Space adapter (see `MoSLayer` for its parameters).
 
     weight (d_out, d_in) and bias are the base's own parameters under their own names, so a checkpoint of the whole
-    model loads into the model without adapters. With router_scope="ffn" the layer is given its gates; with "linear" it
-    routes by itself.
+    model loads into the model without adapters. With router_scope="linear" the layer routes by itself: `layer(x)`. With
+    "ffn" it is given the gates of a `MoSRouter`: `layer(x, gates)`.
     """
 
     def __init__(self, in_features, out_features, bias=True, *, config: MoSConfig, device=None, dtype=None):
@@ -364,7 +375,7 @@ class MoSLinear(MoSLayer, nn.Linear):
 
 
 class MoSConv1D(MoSLayer):
-    """transformers' `Conv1D` (GPT-2), weight (d_in, d_out), with a Mixture-of-Space adapter; else as `MoSLinear`."""
+    """transformers' `Conv1D` (GPT-2) with a Mixture-of-Space adapter: `MoSLinear` with a weight of (d_in, d_out)."""
 
     def __init__(self, nf: int, nx: int, *, config: MoSConfig, device=None, dtype=None):
         super().__init__()
@@ -395,10 +406,10 @@ class MoSConv1D(MoSLayer):
 class MoSWrapped(MoSLayer):
     """Any other linear, `base_layer`, which runs as it is, with a Mixture-of-Space adapter added to its output.
 
-    For a base whose weight is no dense parameter: quantised by bitsandbytes, torchao and others, parametrised, or with
-    a forward of its own. Else as `MoSLinear`; y has the dtype of the base's output. In a state dict the base's tensors
-    keep the names that they have without the adapter, so a checkpoint of the whole model loads into the model without
-    adapters.
+    It is for a base whose weight is no dense parameter: quantised by bitsandbytes, torchao and others, parametrised, or
+    with a forward of its own. y has the dtype of the base's output. In a state dict the base's tensors keep the names
+    that they have without the adapter, so a checkpoint of the whole model loads into the model without adapters. In all
+    else it is like `MoSLinear`.
     """
 
     def __init__(self, base_layer: nn.Module, config: MoSConfig):
@@ -461,8 +472,9 @@ class MoSWrapped(MoSLayer):
 class MoSRouter(Float32State):
     """The router of an FFN block: x (..., d_in) -> gates (..., E), used by every adapted linear of the block.
 
-    weight (E, d_in) starts normal(0, 0.02) in float32; logits are computed in float32 (float64 for float64 input). In
-    training mode, backward adds the gradient of the load-balancing loss, times `mos_aux_weight`, to the logits'.
+    weight (E, d_in) starts normal(0, 0.02) in float32. Logits are computed in float32, and in float64 for float64
+    input. In training mode, backward adds the gradient of the load-balancing loss, times `mos_aux_weight`, to that of
+    the logits.
     """
 
     _float32_state = ("mos_aux_weight",)
@@ -488,9 +500,15 @@ class MoSRouter(Float32State):
         self.mos_aux_weight = torch.full((1,), self.aux_coefficient, device=self.weight.device, dtype=torch.float32)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, backend: str = "auto") -> Tensor:
-        """Gates of x. token_mask (...,): False for tokens that load balancing leaves out, such as padding.
+        """The gates of x.
 
-        Without one, the attention mask of the model around counts, where apply_mos has put the router there.
+        Args:
+            x: (..., d_in).
+            token_mask: (...,), False for tokens that load balancing leaves out, such as padding. None: the attention
+                mask of the model around the router, where `apply_mos` put it there; elsewhere all tokens count.
+            backend: "auto", "eager" or "triton".
+
+        Returns (..., E): zero for the experts that a token does not use.
         """
         aux_weight = _injected_aux_weight(self)
         if token_mask is None and aux_weight is not None:
