@@ -92,7 +92,9 @@ def finetune(argv: Sequence[str], methods: Mapping[str, Method] | None = None, c
     mos, first = None, {}
     if isinstance(config, MoSConfig):
         mos = MoSCallback.add_to(trainer, MoSCallback(history_file=None))
-        first = {"curvature": {n: [config.curvature_init * sign for sign in config.curvature_signs] for n in names}}
+        own = {name: config.for_module(name) for name in names}
+        start = {n: [c.curvature_init * sign for sign in c.curvature_signs] for n, c in own.items() if not c.is_lora}
+        first = {"curvature": start}
     step = checkpoint_step(checkpoint) if checkpoint else None
     path = Path(arguments.output_dir, FINETUNE_LOG) if arguments.should_save else None
     log = training.RunLog(path, first, mos, step)

@@ -53,6 +53,8 @@ def _head(run: Run) -> str:
             if adapter.spaces.get(space)
         )
         used = f"{adapter.num_experts_per_tok} of {adapter.num_experts} experts a token, rank {adapter.r}"
+        for name, own in (adapter.spaces_pattern or {}).items():
+            used += f" · {escape(name)}: {', '.join(f'{count} {_SPELLED[space]}' for space, count in own.items())}"
         parts.append(f"<p>{spaces} · {used}</p>")
     loss, evaluation = run.curve("loss"), run.curve("eval_loss")
     facts = [("steps", f"{max((e['step'] for e in run.entries), default=0):,}")]
@@ -157,13 +159,13 @@ def _panels(run: Run) -> tuple[dict[int, dict[str, str]], tuple[float, float], t
 
 
 def _expert_lines(run: Run, kept: Sequence[dict], name: str) -> list[Line]:
-    lines = []
-    for expert, space in enumerate(run.expert_spaces):
+    lines, spaces = [], run.spaces_of(name, len(kept[0]["curvature"][name]))
+    for expert, space in enumerate(spaces):
         points = [(e["step"], e["curvature"][name][expert]) for e in kept if name in e["curvature"]]
-        title = f"{space} expert {run.expert_spaces[:expert].count(space) + 1}"
+        title = f"{space} expert {spaces[:expert].count(space) + 1}"
         if points:
             title += f": {number(points[0][1])} to {number(points[-1][1])}"
-        lines.append(Line(points, shade(run.expert_spaces, expert), title=title))
+        lines.append(Line(points, shade(spaces, expert), title=title))
     return lines
 
 
@@ -228,13 +230,17 @@ def _routing(run: Run) -> str:
 
 
 def _share_map(run: Run) -> str:
-    spaces = run.expert_spaces
     share = next((e["share"] for e in reversed(run.entries) if isinstance(e.get("share"), dict) and e["share"]), None)
-    if not share or not spaces:
-        return ""
-    columns = [(_SPELLED[space], str(spaces[:i].count(space) + 1)) for i, space in enumerate(spaces)]
-    css = [f"{space} s1" for space in spaces]
-    return heat_map(_row_names(list(share)), columns, list(share.values()), css, "share of each expert")
+    groups: dict[tuple[str, ...], dict[str, list[float]]] = {}
+    for name, values in (share or {}).items():
+        groups.setdefault(run.spaces_of(name, len(values)), {})[name] = values
+    maps = []
+    for spaces, shares in groups.items():
+        if spaces:
+            columns = [(_SPELLED[space], str(spaces[:i].count(space) + 1)) for i, space in enumerate(spaces)]
+            css = [f"{space} s1" for space in spaces]
+            maps.append(heat_map(_row_names(list(shares)), columns, list(shares.values()), css, "share of each expert"))
+    return "".join(maps)
 
 
 def _row_names(names: list[str]) -> list[str]:
