@@ -318,7 +318,7 @@ def test_the_peft_door_keeps_and_forgets_too():
         assert first is not None and layer.mos_adapter["default"]._frozen is first
         layer.mos_lora_B["default"].mul_(2)
         doubled = model(x_of())
-        layer.mos_lora_B["default"] = nn.Parameter(layer.mos_lora_B["default"] / 2)
+        layer.mos_adapter["default"].mos_lora_B = nn.Parameter(layer.mos_lora_B["default"] / 2)
         again = model(x_of())
     assert torch.equal(again, before) and not torch.equal(doubled, before)
     assert torch.equal(again, fresh(model, x_of()))
