@@ -109,7 +109,7 @@ def linear_op(tensors: Sequence[Tensor], text: str) -> tuple[Tensor, Tensor, Ten
     """
     given, plan = unflattened(LinearTensors, tensors, text)
     y, saved = steps.linear_forward(given, plan)
-    p, n, logits, gram = (_absent(y) if t is None or not plan.differentiable else t for t in saved)
+    p, n, logits, gram = (_absent(given.x) if t is None or not plan.differentiable else t for t in saved)
     return y, p, n, logits, gram
 
 
@@ -135,7 +135,8 @@ def linear_backward_op(
     given, plan = unflattened(LinearTensors, tensors, text)
     p, n, logits, gram = saved
     there = Saved(p, n, logits if given.gates is None else None, gram if gram.numel() else None)
-    return _as_outputs(steps.linear_backward(dy, given, there, plan, _by_name(LinearTensors, text, needs)), text, dy)
+    gradients = steps.linear_backward(dy, given, there, plan, _by_name(LinearTensors, text, needs))
+    return _as_outputs(gradients, text, tensors)
 
 
 @linear_backward_op.register_fake
@@ -170,7 +171,7 @@ def route_op(tensors: Sequence[Tensor], text: str) -> tuple[Tensor, Tensor]:
     """The gates of a router of its own, and its logits, which are empty unless differentiable."""
     given, plan = unflattened(RouteTensors, tensors, text)
     gates, logits = steps.route_forward(given, plan)
-    return gates, logits if plan.differentiable else _absent(gates)
+    return gates, logits if plan.differentiable else _absent(given.x)
 
 
 @route_op.register_fake
@@ -188,7 +189,7 @@ def route_backward_op(
     """The gradients of the tensors, empty where `needs` does not ask for them."""
     given, plan = unflattened(RouteTensors, tensors, text)
     gradients = steps.route_backward(dgates, given, logits, plan, _by_name(RouteTensors, text, needs))
-    return _as_outputs(gradients, text, dgates)
+    return _as_outputs(gradients, text, tensors)
 
 
 @route_backward_op.register_fake
@@ -218,7 +219,7 @@ def _absent(like: Tensor) -> Tensor:
 def _fake_saved(x: Tensor, A: Tensor | None, router: Tensor | None, plan: Plan) -> list[Tensor]:
     """p, n and logits as the backend leaves them."""
     if not plan.differentiable:
-        return [_absent(x)] * 3
+        return [_absent(x) for _ in range(3)]
     tokens = x.reshape(-1, x.shape[-1]).shape[0]
     shapes = load_backend(plan.backend).saved_shapes(tokens, x.dtype, A, router)
     return [_absent(x) if shape is None else x.new_empty(shape, dtype=compute_dtype(x.dtype)) for shape in shapes]
@@ -231,9 +232,9 @@ def _by_name(kind: type[Tensors], text: str, values: Sequence) -> Tensors:
     return kind(*by_field)
 
 
-def _as_outputs(gradients: LinearTensors | RouteTensors, text: str, like: Tensor) -> list[Tensor]:
+def _as_outputs(gradients: LinearTensors | RouteTensors, text: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     found = [getattr(gradients, name) for name in names(text)]
-    return [_absent(like) if t is None else _owned(t) for t in found]
+    return [_absent(t) if g is None else _owned(g) for g, t in zip(found, tensors, strict=True)]
 
 
 def _owned(t: Tensor) -> Tensor:
