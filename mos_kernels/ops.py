@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from mos_kernels import steps
-from mos_kernels.backends import load_backend
+from mos_kernels.backends import eager_ffn, load_backend
 from mos_kernels.backends.eager import compute_dtype
 from mos_kernels.backends.interface import Saved
 from mos_kernels.call import (
+    FFNPlan,
+    FFNTensors,
     LinearTensors,
     Plan,
     RouteTensors,
@@ -35,6 +37,12 @@ def linear(tensors: LinearTensors, plan: Plan) -> Tensor:
     if plan.backend == "triton" and torch.compiler.is_compiling():
         return linear_op(*flattened(tensors, plan))[0]
     return _Linear.apply(plan, *tensors)
+
+
+def ffn(tensors: FFNTensors, plan: FFNPlan) -> Tensor:
+    """y (..., d_out), differentiable in x, gates, router and the adapters."""
+    with without_autocast(tensors.x):
+        return _FFN.apply(plan, *tensors.flat) if plan.differentiable else eager_ffn.ffn_inference(tensors, plan)
 
 
 def route(tensors: RouteTensors, plan: Plan) -> Tensor:
@@ -82,6 +90,26 @@ class _Route(torch.autograd.Function):
         given = given._replace(token_mask=ctx.token_mask)
         with without_autocast(dgates):
             return None, *steps.route_backward(dgates, given, logits, ctx.plan, needs)
+
+
+class _FFN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan, *tensors):
+        given = FFNTensors.of(tensors)
+        y, saved = eager_ffn.ffn_forward(given, plan)
+        ctx.save_for_backward(*given._replace(token_mask=None).flat, *saved.flat)
+        ctx.plan, ctx.token_mask, ctx.count = plan._replace(prepared=()), given.token_mask, len(tensors)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        _begin_backward()
+        tensors = ctx.saved_tensors
+        given = FFNTensors.of(tensors[: ctx.count])._replace(token_mask=ctx.token_mask)
+        saved = eager_ffn.FFNSaved.of(tensors[ctx.count :], len(given.reads))
+        with without_autocast(dy):
+            gradients = eager_ffn.ffn_backward(dy, given, saved, ctx.plan, FFNTensors.of(ctx.needs_input_grad[1:]))
+        return None, *gradients.flat
 
 
 def _begin_backward() -> None:
@@ -135,8 +163,9 @@ def linear_backward_op(
     given, plan = unflattened(LinearTensors, tensors, text)
     p, n, logits, gram = saved
     there = Saved(p, n, logits if given.gates is None else None, gram if gram.numel() else None)
-    gradients = steps.linear_backward(dy, given, there, plan, _by_name(LinearTensors, text, needs))
-    return _as_outputs(gradients, text, tensors)
+    return _as_outputs(
+        steps.linear_backward(dy, given, there, plan, _by_name(LinearTensors, text, needs)), text, tensors
+    )
 
 
 @linear_backward_op.register_fake

@@ -12,7 +12,7 @@ from torch import nn
 
 from mos_kernels.backends.eager import compute_dtype
 from mos_kernels.config import MoSConfig
-from mos_kernels.ffn import FFNForm
+from mos_kernels.ffn import FFNForm, why_not_one
 from mos_kernels.huggingface.blocks import recognise
 from mos_kernels.huggingface.targets import Target, base_of, find_targets, in_features, layer_kind, out_features
 from mos_kernels.layer import MoSLayer, MoSRouter, device_and_dtype
@@ -78,7 +78,10 @@ class Plan:
         """Which linears are adapted, and who routes them, one line for layers that are alike."""
         groups: dict[str, list[str]] = defaultdict(list)
         for block in self.blocks:
-            groups[f"one router per block, for {', '.join(block.form.routed)}"].append(block.name or "(the model)")
+            why = why_not_one(block.block, block.form)
+            how = "one operation with the eager backend" if why is None else f"linear by linear, since {why}"
+            text = f"one router per block, for {', '.join(block.form.routed)}; {how}"
+            groups[text].append(block.name or "(the model)")
         for linear in self.linears:
             if linear.why_own_router is not None:
                 groups[f"a router of its own: {linear.why_own_router}"].append(linear.name)
