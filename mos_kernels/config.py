@@ -25,41 +25,47 @@ def default_spaces() -> dict[str, int]:
 
 @dataclass(frozen=True)
 class MoSConfig:
-    """Options of a Mixture-of-Space adapter (MoSELoRA, arXiv 2602.14490). Bad values raise `ValueError`.
+    """Options of a Mixture-of-Space adapter (MoSELoRA, arXiv 2602.14490).
 
-    Low rank (names and meaning as in peft's `LoraConfig`):
+    Names are those of peft's `LoraConfig` and of transformers' mixture-of-experts models. A bad value raises
+    `ValueError`, which names the value and the remedy. Equations are the paper's.
+
+    Attributes:
         r: rank of every expert, at most 65,536.
         lora_alpha: the adapter's output is scaled by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`;
             from 1e-10 to 1e10.
-        lora_dropout: dropout probability on the adapter's input, in [0, 1).
+        lora_dropout: dropout probability on the adapter's input, in [0, 1). The router reads the input without it.
+        use_rslora: scale by `lora_alpha / sqrt(r)`.
         init_lora_weights: True: A kaiming-uniform, B zero. "gaussian": A normal(0, 1/r), B zero. False: B random too,
             so that the adapter starts with an effect (for tests).
-        share_a: one A for all experts (HydraLoRA's asymmetry), or one A per expert.
-
-    Experts and routing (names as in transformers' MoE models):
-        spaces: number of experts by geometry; always ordered hyperbolic, spherical, euclidean. E is their sum, at most
+        spaces: number of experts by geometry, always ordered hyperbolic, spherical, euclidean. E is their sum, at most
             4,096. Kept as a dict that cannot be changed in place, as are the patterns below.
-        num_experts_per_tok: k, the experts a token uses.
+        num_experts_per_tok: k, the experts that a token uses.
         norm_topk_prob: renormalise the k kept routing weights to sum to 1.
-        router_scope: "ffn": one router per FFN block, reading the block's input; "linear": one router per linear.
-        router_aux_loss_coef: coefficient of the load-balancing loss E·Σ f_e P_e, which is 1.0 at uniform routing
-            (Mixtral's own form is k times larger), averaged over the model's routers.
-
-    Geometry:
+        router_scope: "ffn": one router for each FFN block, reading the block's input. "linear": one for each linear.
+        router_aux_loss_coef: coefficient of the load-balancing loss E·Σ f_e P_e, averaged over the model's routers. The
+            loss is 1.0 at uniform routing (Mixtral's own form is k times larger).
         curvature_init: |κ̂| at the start, dimensionless: κ = κ̂ / length_unit². Euclidean experts stay at 0.
         length_unit: "sqrt_dim" (√d_in of each linear) or a positive number.
-        learn_curvature: train κ; it may cross zero.
-        curvature_lr_ratio: κ = (κ̂_init + curvature_lr_ratio·θ) / length_unit² with θ the trained offset, which under
-            Adam acts as a learning rate of its own.
-        curvature_max_grad_norm: bound on the norm of each layer's gradient in θ, per backward; None: exact gradients.
+        learn_curvature: train κ, which may cross zero.
+        curvature_lr_ratio: κ = (κ̂_init + curvature_lr_ratio·θ) / length_unit², with θ the trained offset. Under Adam it
+            acts as a learning rate of its own.
+        curvature_max_grad_norm: bound on the norm of each layer's gradient in θ, per backward. None: exact gradients.
+        share_a: one A for all experts (HydraLoRA's asymmetry). False: one A for each expert.
         activation: φ between expert and lift: "identity", "tanh", "silu" or "gelu".
-        mapping: "stereographic" (the paper's) or "exp_log" (exponential and logarithmic map at the origin).
-        domain: for hyperbolic experts under the stereographic mapping: "ball" projects tokens into the ball where the
-            inverse projection is defined, "raw" is equation 5 as printed.
+        mapping: "stereographic" (equations 5 to 8) or "exp_log" (exponential and logarithmic map at the origin).
+        domain: for hyperbolic experts under the stereographic mapping. "ball": a token is projected into the ball where
+            equation 5 is defined. "raw": equation 5 as printed.
         boundary_eps: distance kept from poles and equators, relative, from 1e-7 (float32 holds no closer) to below 1.
-
-    Where it is applied (as in peft): target_modules (a list of name endings, one regular expression, or "all-linear"),
-    exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern.
+        target_modules: the linears to adapt: name endings, one regular expression, or "all-linear".
+        exclude_modules: name endings, or one regular expression, that `target_modules` leaves out.
+        layers_to_transform: index, or indices, of the layers to adapt. None: all.
+        layers_pattern: name of the list of layers that `layers_to_transform` counts.
+        rank_pattern: other ranks for some linears, by name or regular expression.
+        alpha_pattern: other values of `lora_alpha` for some linears.
+        spaces_pattern: other numbers of experts by geometry for some linears, such as
+            {"q_proj|k_proj|v_proj|o_proj": {"euclidean": 1}}. They use num_experts_per_tok of their experts, or all
+            where they have fewer. A single Euclidean expert (activation "identity") is a plain LoRA.
     """
 
     r: int = 8
@@ -88,6 +94,7 @@ class MoSConfig:
     layers_pattern: str | Sequence[str] | None = None
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
+    spaces_pattern: Mapping[str, Mapping[str, int]] | None = None
 
     def __post_init__(self) -> None:
         for name, rule in _RULES.items():
@@ -155,18 +162,26 @@ class MoSConfig:
         """The factor on the adapter's output: α/r, or α/√r with `use_rslora`."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
+    @property
+    def is_lora(self) -> bool:
+        """Whether the adapter is one Euclidean expert, whose gate is 1: a LoRA, with neither router nor curvature."""
+        return self.spaces == {"euclidean": 1} and self.activation == "identity"
+
     def squared_length_unit(self, in_features: int) -> float:
         """length_unit², by which κ̂ is divided, for a linear of width `in_features`."""
         return float(in_features) if self.length_unit == "sqrt_dim" else float(self.length_unit) ** 2
 
     def for_module(self, name: str) -> MoSConfig:
-        """This configuration with the rank and alpha that the patterns give to the module `name` (as in peft)."""
+        """This configuration with what the patterns give to the module `name` (as in peft): rank, alpha and spaces."""
         changes = {}
-        for attribute, pattern in (("r", self.rank_pattern), ("lora_alpha", self.alpha_pattern)):
+        patterns = {"r": self.rank_pattern, "lora_alpha": self.alpha_pattern, "spaces": self.spaces_pattern}
+        for attribute, pattern in patterns.items():
             for key, value in (pattern or {}).items():
                 if re.match(rf"(.*\.)?({key})$", name):
                     changes[attribute] = value
                     break
+        if "spaces" in changes:
+            changes["num_experts_per_tok"] = min(self.num_experts_per_tok, sum(changes["spaces"].values()))
         return dataclasses.replace(self, **changes) if changes else self
 
     def to_dict(self) -> dict:
@@ -201,7 +216,7 @@ class FrozenDict(dict):
 
 def _plain(value):
     if isinstance(value, Mapping):
-        return dict(value)
+        return {key: _plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -310,17 +325,17 @@ def _layers(name: str, value):
     return tuple(index(name, item) for item in value)
 
 
-def _pattern(number: Rule) -> Rule:
+def _pattern(entries: Rule, wanted: str = "numbers") -> Rule:
     def rule(name, value):
         if value is None:
             return None
         if not isinstance(value, Mapping):
-            raise ValueError(f"{name}={_shown(value)} must map module names to numbers")
+            raise ValueError(f"{name}={_shown(value)} must map module names to {wanted}")
         for key in value:
             if not isinstance(key, str):
                 raise ValueError(f"{name} has the key {key!r}, which must be a module name or a regular expression")
             _regex(name, key)
-        return FrozenDict({key: number(f"{name}[{key!r}]", entry) for key, entry in value.items()})
+        return FrozenDict({key: entries(f"{name}[{key!r}]", entry) for key, entry in value.items()})
 
     return rule
 
@@ -362,4 +377,5 @@ _RULES: dict[str, Rule] = {
     "layers_pattern": _names(optional=True),
     "rank_pattern": _pattern(_integer(1, MAX_RANK)),
     "alpha_pattern": _pattern(_ALPHA),
+    "spaces_pattern": _pattern(_spaces, "numbers of experts"),
 }

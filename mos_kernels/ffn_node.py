@@ -130,6 +130,8 @@ def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
     router = _router(block, modules[0])
     if router is None:
         return "its router is not the active adapter's alone"
+    if any(part.adapter.config.is_lora for part in found):
+        return "one of its linears is a plain LoRA"
     *reads, down = found
     config = reads[0].adapter.config
     if any(part.adapter.config is not config and part.adapter.config != config for part in reads):

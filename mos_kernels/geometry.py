@@ -54,7 +54,10 @@ def guard_back(config) -> tuple[float, float]:
 
 
 def inverse_projection_scale(n: Tensor, kappa: Tensor, config) -> tuple[Tensor, Tensor, Tensor]:
-    """λ and its derivatives. n: (T,) squared norms of the tokens; kappa: (E,). Returns λ, ∂λ/∂n, ∂λ/∂κ, each (T, E)."""
+    """λ, the scale into the space (equation 5), and its derivatives.
+
+    n: (T,) squared norms of the tokens, in length². kappa: (E,), in 1/length². Returns λ, ∂λ/∂n, ∂λ/∂κ, each (T, E).
+    """
     limit, edge = guard_into(config)
     n = n.unsqueeze(-1)
     a = kappa * n
@@ -68,7 +71,11 @@ def inverse_projection_scale(n: Tensor, kappa: Tensor, config) -> tuple[Tensor, 
 
 
 def projection_scale(q: Tensor, kappa: Tensor, config) -> tuple[Tensor, Tensor, Tensor]:
-    """e and its derivatives. q: (T, E) squared norms of the experts' outputs; kappa: (E,). Returns e, ∂e/∂q, ∂e/∂κ."""
+    """e, the scale out of the space (equations 6 to 8 as one function of signed κ), and its derivatives.
+
+    q: (T, E) squared norms of the experts' outputs, in length². kappa: (E,), in 1/length². Returns e, ∂e/∂q, ∂e/∂κ,
+    each (T, E).
+    """
     scale = _log_scale if config.mapping == "exp_log" else _stereographic
     limit, edge = guard_back(config)
     value, slope = _held(scale, kappa * q, -math.inf, edge, limit, edge)

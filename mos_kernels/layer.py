@@ -17,6 +17,7 @@ from mos_kernels.call import autocast_dtype, without_autocast
 from mos_kernels.config import MoSConfig
 from mos_kernels.functional import mos_linear, mos_route, refuse_scripting, refuse_transforms
 from mos_kernels.kept import Factors, Kept, Use, is_capturing, is_plain
+from mos_kernels.lora import lora_linear
 from mos_kernels.sharded import is_dtensor, whole
 
 ADAPTER_PARAMETERS = ("mos_lora_A", "mos_lora_B", "mos_router", "mos_curvature")
@@ -62,7 +63,10 @@ class Float32State(nn.Module):
 def adapter_tensors(
     config: MoSConfig, d_in: int, d_out: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, nn.Parameter | None]:
-    """The parameters of an adapter by name (see `MoSLayer`), unset; A, B and router in float64 on a float64 base."""
+    """The parameters of an adapter by name (see `MoSLayer`), unset; A, B and router in float64 on a float64 base.
+
+    A LoRA has A and B alone.
+    """
     E, r = config.num_experts, config.r
     wide = eager.compute_dtype(dtype)
 
@@ -72,8 +76,10 @@ def adapter_tensors(
     return {
         "mos_lora_A": nn.Parameter(empty(r, d_in) if config.share_a else empty(E, r, d_in)),
         "mos_lora_B": nn.Parameter(empty(d_out, E, r)),
-        "mos_curvature": nn.Parameter(empty(E, dtype=torch.float32), requires_grad=config.learn_curvature),
-        "mos_router": nn.Parameter(empty(E, d_in)) if config.router_scope == "linear" else None,
+        "mos_curvature": None
+        if config.is_lora
+        else nn.Parameter(empty(E, dtype=torch.float32), requires_grad=config.learn_curvature),
+        "mos_router": nn.Parameter(empty(E, d_in)) if config.router_scope == "linear" and not config.is_lora else None,
     }
 
 
@@ -113,13 +119,16 @@ class MoSAdapter(Float32State):
             nn.init.uniform_(self.mos_lora_B, -bound, bound)
         else:
             nn.init.zeros_(self.mos_lora_B)
-        nn.init.zeros_(self.mos_curvature)
+        if self.mos_curvature is not None:
+            nn.init.zeros_(self.mos_curvature)
         if self.mos_router is not None:
             nn.init.normal_(self.mos_router, std=ROUTER_INIT_STD)
         self._refill_constants()
         self._frozen = None
 
     def _refill_constants(self) -> None:
+        if self.config.is_lora:  # has none
+            return
         config, device = self.config, self._constants_device()
         unit = config.squared_length_unit(self.in_features)
         signs = torch.tensor(config.curvature_signs, dtype=torch.float64, device="cpu")
@@ -137,6 +146,8 @@ class MoSAdapter(Float32State):
 
         Where FSDP2 or ZeRO-3 has spread θ over processes, all of them must ask.
         """
+        if self.config.is_lora:
+            return torch.zeros(1, device=self.mos_lora_B.device)
         theta = whole(self.mos_curvature)
         return _Curvature.apply(theta, self.mos_curvature_map, self.config.curvature_max_grad_norm)
 
@@ -156,6 +167,15 @@ class MoSAdapter(Float32State):
                 "the layer's parameters are DTensors in forward: a linear with an adapter cannot be tensor-parallel, "
                 "leave it out of the plan; with FSDP2, call the module that fully_shard was called on"
             )
+        dropout_p = self.config.lora_dropout if self.training else 0.0
+        if self.config.is_lora:
+            if gates is not None:
+                raise ValueError("a single Euclidean expert is a LoRA, which has no gate: leave the gates out")
+            A = self.mos_lora_A if self.config.share_a else self.mos_lora_A[0]
+            return lora_linear(
+                x, weight, bias, A, self.mos_lora_B[:, 0], self.config.scaling,
+                base_output=base_output, dropout_p=dropout_p,
+            )  # fmt: skip
         kappa, A, prepared = self._factors(x, base_output, backend)
         router = self.mos_router if gates is None else None
         aux_weight = None if router is None else injected_aux_weight(self)
@@ -163,7 +183,7 @@ class MoSAdapter(Float32State):
             x, weight, bias, A, self.mos_lora_B, kappa,
             config=self.config, base_output=base_output, gates=gates, router=router, aux_weight=aux_weight,
             token_mask=None if aux_weight is None else known_mask(self, x),
-            dropout_p=self.config.lora_dropout if self.training else 0.0, inference=not self.training,
+            dropout_p=dropout_p, inference=not self.training,
             prepared=prepared, backend=backend,
         )  # fmt: skip
 
@@ -208,19 +228,24 @@ class MoSAdapter(Float32State):
 
     def routing_logits(self, x: Tensor) -> Tensor:
         """The logits (..., E) of the layer's own router on x (..., d_in), detached from the graph."""
+        if self.config.is_lora:
+            raise ValueError("this layer is a LoRA, one Euclidean expert: it has no router")
         if self.mos_router is None:
             raise ValueError("this layer has no router of its own (router_scope='ffn'): ask the FFN block's mos_router")
         return _routing_logits(x, self.mos_router)
 
     def _freeze(self, device: torch.device, dtype: torch.dtype) -> None:
         """Compute what is kept now, for a base on `device` whose input and output have `dtype`."""
+        if self.config.is_lora:
+            return
         backend = resolve_backend("auto", torch.empty(0, device=device, dtype=dtype))
         self._kept(dtype, dtype, backend, frozen=True)
 
     def train(self, mode: bool = True):
         self._frozen = None
-        if mode and self.mos_curvature.dtype in (torch.bfloat16, torch.float16):  # cast through .data, as TRL does
-            self.mos_curvature.data = self.mos_curvature.data.float()
+        theta = self.mos_curvature
+        if mode and theta is not None and theta.dtype in (torch.bfloat16, torch.float16):  # cast through .data, by TRL
+            theta.data = theta.data.float()
         return super().train(mode)
 
     def __prepare_scriptable__(self):
@@ -239,11 +264,16 @@ class MoSAdapter(Float32State):
 
 
 class MoSLayer(MoSAdapter):
-    """What the adapted linears share. A subclass has the base's `weight` and `bias` and says how wide it is.
+    """What the adapted linears share. A subclass has the base's `weight` and `bias`, and says how wide it is.
 
-    Parameters: mos_lora_A (r, d_in), or (E, r, d_in) with share_a=False; mos_lora_B (d_out, E, r); mos_curvature (E,),
-    the trained offset θ, always float32; mos_router (E, d_in) with router_scope="linear", else None. A, B and router
-    start in float32, and in float64 on a float64 base.
+    A, B and the router start in float32, and in float64 on a float64 base. A LoRA (`MoSConfig.is_lora`) has neither
+    curvature nor router.
+
+    Attributes:
+        mos_lora_A: (r, d_in), or (E, r, d_in) with share_a=False.
+        mos_lora_B: (d_out, E, r).
+        mos_curvature: (E,), the trained offset θ, always float32.
+        mos_router: (E, d_in) with router_scope="linear", else None.
     """
 
     out_features: int
@@ -279,20 +309,26 @@ class MoSLayer(MoSAdapter):
         return self._dense_weight, self.bias, None
 
     def forward(self, x: Tensor, gates: Tensor | None = None, backend: str = "auto") -> Tensor:
-        """y = base(x) + adapter(x). x (..., d_in), gates (..., E) or None for the layer's own router -> (..., d_out).
+        """y = base(x) + adapter(x), the paper's equations 5 to 8.
 
-        Raises ValueError for a width, dtype, gates or backend that do not fit; the message names the remedy.
+        Args:
+            x: (..., d_in), of the base's dtype or under autocast.
+            gates: (..., E), what a `MoSRouter` gives. None: the layer's own router is used.
+            backend: "auto", "eager" or "triton".
+
+        Returns y, (..., d_out). Raises ValueError for a width, dtype, gates or backend that do not fit; the message
+        names the remedy.
         """
         return self._adapt(x, gates, backend, *self._base(x))
 
     def freeze_for_inference(self):
         """Switch to eval mode and compute what follows from the parameters now: κ, G, the factors in the base's dtype.
 
-        The first call in eval mode without gradients does so by itself, and it is kept while the parameters are the
-        same tensors at the same versions (see `mos_kernels.kept`, which says what cannot be seen). Only a CUDA graph
-        has to be asked for: one that is captured after this call holds what was computed here, so a change of the
-        parameters asks for a new capture; without this call it computes from the parameters at each replay. `train()`
-        and `eval()` undo the call. Returns the layer.
+        The first call in eval mode without gradients does so by itself. The result is kept while the parameters are the
+        same tensors at the same versions (`mos_kernels.kept` says what cannot be seen). Only a CUDA graph needs this
+        call: a graph that is captured after it holds what was computed here, and a change of the parameters then needs
+        a new capture. Without this call a graph computes from the parameters at each replay. `train()` and `eval()`
+        undo the call. Returns the layer.
         """
         self.eval()
         self._freeze(*self._base_device_and_dtype())
@@ -311,8 +347,8 @@ class MoSLinear(MoSLayer, nn.Linear):
     """A frozen `nn.Linear` with a Mixture-of-Space adapter (see `MoSLayer` for its parameters).
 
     weight (d_out, d_in) and bias are the base's own parameters under their own names, so a checkpoint of the whole
-    model loads into the model without adapters. With router_scope="ffn" the layer is given its gates; with "linear" it
-    routes by itself.
+    model loads into the model without adapters. With router_scope="linear" the layer routes by itself: `layer(x)`. With
+    "ffn" it is given the gates of a `MoSRouter`: `layer(x, gates)`.
     """
 
     def __init__(self, in_features, out_features, bias=True, *, config: MoSConfig, device=None, dtype=None):
@@ -339,7 +375,7 @@ class MoSLinear(MoSLayer, nn.Linear):
 
 
 class MoSConv1D(MoSLayer):
-    """transformers' `Conv1D` (GPT-2), weight (d_in, d_out), with a Mixture-of-Space adapter; else as `MoSLinear`."""
+    """transformers' `Conv1D` (GPT-2) with a Mixture-of-Space adapter: `MoSLinear` with a weight of (d_in, d_out)."""
 
     def __init__(self, nf: int, nx: int, *, config: MoSConfig, device=None, dtype=None):
         super().__init__()
@@ -370,10 +406,10 @@ class MoSConv1D(MoSLayer):
 class MoSWrapped(MoSLayer):
     """Any other linear, `base_layer`, which runs as it is, with a Mixture-of-Space adapter added to its output.
 
-    For a base whose weight is no dense parameter: quantised by bitsandbytes, torchao and others, parametrised, or with
-    a forward of its own. Else as `MoSLinear`; y has the dtype of the base's output. In a state dict the base's tensors
-    keep the names that they have without the adapter, so a checkpoint of the whole model loads into the model without
-    adapters.
+    It is for a base whose weight is no dense parameter: quantised by bitsandbytes, torchao and others, parametrised, or
+    with a forward of its own. y has the dtype of the base's output. In a state dict the base's tensors keep the names
+    that they have without the adapter, so a checkpoint of the whole model loads into the model without adapters. In all
+    else it is like `MoSLinear`.
     """
 
     def __init__(self, base_layer: nn.Module, config: MoSConfig):
@@ -436,8 +472,9 @@ class MoSWrapped(MoSLayer):
 class MoSRouter(Float32State):
     """The router of an FFN block: x (..., d_in) -> gates (..., E), used by every adapted linear of the block.
 
-    weight (E, d_in) starts normal(0, 0.02) in float32; logits are computed in float32 (float64 for float64 input). In
-    training mode, backward adds the gradient of the load-balancing loss, times `mos_aux_weight`, to the logits'.
+    weight (E, d_in) starts normal(0, 0.02) in float32. Logits are computed in float32, and in float64 for float64
+    input. In training mode, backward adds the gradient of the load-balancing loss, times `mos_aux_weight`, to that of
+    the logits.
     """
 
     _float32_state = ("mos_aux_weight",)
@@ -463,9 +500,15 @@ class MoSRouter(Float32State):
         self.mos_aux_weight = torch.full((1,), self.aux_coefficient, device=self.weight.device, dtype=torch.float32)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, backend: str = "auto") -> Tensor:
-        """Gates of x. token_mask (...,): False for tokens that load balancing leaves out, such as padding.
+        """The gates of x.
 
-        Without one, the attention mask of the model around counts, where apply_mos has put the router there.
+        Args:
+            x: (..., d_in).
+            token_mask: (...,), False for tokens that load balancing leaves out, such as padding. None: the attention
+                mask of the model around the router, where `apply_mos` put it there; elsewhere all tokens count.
+            backend: "auto", "eager" or "triton".
+
+        Returns (..., E): zero for the experts that a token does not use.
         """
         aux_weight = injected_aux_weight(self)
         if token_mask is None and aux_weight is not None:

@@ -24,7 +24,10 @@ def _rank(logits: Tensor) -> Tensor:
 
 
 def route(logits: Tensor, k: int, norm_topk_prob: bool) -> Tensor:
-    """Gates: the softmax over all experts, kept for the top k and renormalised over them if asked. (T, E) -> (T, E)."""
+    """The gates (T, E) of logits (T, E): the softmax over all experts, kept for the k largest logits.
+
+    norm_topk_prob: renormalise the k kept ones to sum to 1.
+    """
     kept = top_k_mask(logits, k)
     if norm_topk_prob:
         return logits.masked_fill(~kept, -torch.inf).softmax(-1)
@@ -60,7 +63,7 @@ def load(logits: Tensor, k: int, token_mask: Tensor | None = None) -> tuple[Tens
 
 
 def load_balancing_loss(logits: Tensor, k: int, token_mask: Tensor | None = None) -> Tensor:
-    """E·Σ f_e P_e: 1.0 at uniform routing (Mixtral's own form is k times larger). logits (T, E) -> 0-d."""
+    """E·Σ f_e P_e of logits (T, E), 0-d. It is 1.0 at uniform routing; Mixtral's own form is k times larger."""
     share, mean_probability = load(logits, k, token_mask)
     return logits.shape[-1] * (share.detach() * mean_probability).sum()
 

@@ -79,13 +79,14 @@ def _kind(t: Tensor) -> tuple:
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Adapters with the layer that has their base, and routers."""
+    """Adapters that have kernels, with the layer that has their base, and routers."""
     for module in model.modules():
         several = module._modules.get("mos_adapter")
         if isinstance(module, (MoSLayer, MoSRouter)):
-            yield module, module
-        elif isinstance(several, nn.ModuleDict):
-            yield from ((adapter, module) for adapter in several.values())
+            found = [module]
+        else:
+            found = several.values() if isinstance(several, nn.ModuleDict) else []
+        yield from ((adapter, module) for adapter in found if not adapter.config.is_lora)
 
 
 def _run(module: nn.Module, base: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 KINDS = ("layer", "router", "decoding")
-ARCHITECTURES = ("sm_90", "sm_80")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 
 def main() -> int:

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = {path.name: path for path in (ROOT / "tests").rglob("*.py") if path.name.startswith(("test_", "checks_"))}
 PAGES = {path.name: path for path in (*(ROOT / "docs").glob("*.md"), ROOT / "tests/README.md")}
-DEFAULT = {"peft.md": "test_peft_model.py", "The peft method": "test_peft_model.py"}
-"""For a page or a section, the file of names that stand alone in it; elsewhere that is the file named last."""
+DEFAULT = {"The peft method": "test_peft_model.py"}
+"""For a section, the file of names that stand alone in it; elsewhere that is the file named last."""
 SHORT = {
     **{name: f"checks_{name}.py" for name in ("ddp", "fsdp", "trainer_fsdp", "accelerate", "deepspeed")},
     "tp": "checks_tensor_parallel.py",
@@ -26,7 +26,7 @@ def named_in(page: str) -> set[tuple[str, str | None]]:
     """(file, test) of every test that the page names; the test None where it names a file alone."""
     found, file = set(), None
     for section in re.split(r"^#+ +", PAGES[page].read_text(encoding="utf-8"), flags=re.MULTILINE):
-        default = DEFAULT.get(page) or DEFAULT.get(section.partition("\n")[0].strip())
+        default = DEFAULT.get(section.partition("\n")[0].strip())
         for match in NAMED.finditer(section):
             if match["short"]:
                 file = SHORT[match["short"]]

@@ -19,6 +19,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers.trainer_callback import PrinterCallback
@@ -85,12 +86,15 @@ def finetune(argv: Sequence[str], methods: Mapping[str, Method] | None = None, c
         if isinstance(error, (ValueError, TypeError)) and not isinstance(error, FinetuneError):
             raise FinetuneError(error) from error  # what peft and the Trainer refuse
         raise
+    PartialState().wait_for_everyone()  # each process has seen the folder as it was
     with arguments.main_process_first():
         results.open_output(options, arguments, settings, checkpoint)
     mos, first = None, {}
     if isinstance(config, MoSConfig):
         mos = MoSCallback.add_to(trainer, MoSCallback(history_file=None))
-        first = {"curvature": {n: [config.curvature_init * sign for sign in config.curvature_signs] for n in names}}
+        own = {name: config.for_module(name) for name in names}
+        start = {n: [c.curvature_init * sign for sign in c.curvature_signs] for n, c in own.items() if not c.is_lora}
+        first = {"curvature": start}
     step = checkpoint_step(checkpoint) if checkpoint else None
     path = Path(arguments.output_dir, FINETUNE_LOG) if arguments.should_save else None
     log = training.RunLog(path, first, mos, step)

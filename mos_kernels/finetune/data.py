@@ -96,7 +96,7 @@ def _table_rows(path: str, text: str, column_names: str | None) -> Iterator[tupl
                 raise FinetuneError(f"{path}, line {reader.line_num}: {count} fields, and the columns are {names}")
             yield f"{path}, line {reader.line_num}", row
     except csv.Error as error:
-        raise FinetuneError(f"{path}, line {reader.line_num}: not readable as CSV: {error}") from None
+        raise FinetuneError(f"{path}, line {reader.reader.line_num}: not readable as CSV: {error}") from None
 
 
 def _json_rows(path: str, text: str) -> Iterator[tuple[str, dict]]:

@@ -104,7 +104,7 @@ class Options:
 
 class _Parser(HfArgumentParser):
     def error(self, message: str):
-        raise FinetuneError(message)
+        raise FinetuneError(message if len(message) < 500 else f"{message[:500]}…")
 
 
 def parse(argv: Sequence[str], methods: Mapping[str, Method]) -> tuple[Options, TrainingArguments, object, bool]:
@@ -245,6 +245,11 @@ def _value(name: str, texts):
     """The value of an adapter's option: what is no name is read as JSON, so that MoSConfig sees its type."""
     if not isinstance(texts, list):
         return texts
+    if name == "spaces_pattern":
+        text, example = " ".join(texts), json.dumps({"q_proj|v_proj": {"euclidean": 1}})
+        with contextlib.suppress(ValueError):
+            return json.loads(text)
+        raise FinetuneError(f"{_flag(name)} {text!r} is not JSON such as {example}")
     if name in ("spaces", "rank_pattern", "alpha_pattern"):
         return _mapping(name, ",".join(texts))
     if name in ("target_modules", "exclude_modules", "layers_pattern"):

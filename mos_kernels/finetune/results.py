@@ -58,13 +58,13 @@ def check_output(options: Options, arguments, settings: Mapping) -> Path | None:
     run has written, and a resumption with other settings. Makes the folder, and changes nothing in it.
     """
     folder, named = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    if named and logs.checkpoint_state(Path(named)) is None:
+        raise FinetuneError(f"--resume_from_checkpoint {named} is no complete checkpoint of a Trainer")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise FinetuneError(f"--output {folder} cannot be written ({error}): name another folder") from None
-    if named and logs.checkpoint_state(Path(named)) is None:
-        raise FinetuneError(f"--resume_from_checkpoint {named} is no complete checkpoint of a Trainer")
     if not any(folder.iterdir()):
         return Path(named) if named else None
     if not options.resume and not options.overwrite:
@@ -171,7 +171,8 @@ def write_results(options: Options, trainer, config, names, head, settings, summ
     """Write adapter/, predictions, metrics.json (which marks a complete run) and the report, each in one step."""
     folder, device = Path(trainer.args.output_dir), trainer.args.device
     half, classes = folder / ".adapter", summary.get("classes")
-    shutil.rmtree(half, ignore_errors=True)
+    if trainer.args.should_save:
+        shutil.rmtree(half, ignore_errors=True)
     trainer.save_model(str(half), _internal_call=True)
     answers = generated(trainer, trainer.processing_class, options.max_new_tokens if classes is None else 0)
     if not trainer.args.should_save:

@@ -39,8 +39,9 @@ class FinetuneTrainer(Trainer):
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Matrices decay; of MoS adapters neither the routers nor the curvature do."""
-        decaying, shapes = super().get_decay_parameter_names(model), dict(model.named_parameters())
-        return [n for n in decaying if shapes[n].dim() > 1 and "mos_router" not in n and "mos_curvature" not in n]
+        matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
+        names = [name for name in super().get_decay_parameter_names(model) if name in matrices]
+        return [name for name in names if "mos_router" not in name and "mos_curvature" not in name]
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)

@@ -13,18 +13,24 @@ except ImportError as error:
 from mos_kernels.huggingface.apply import activated_parameters, apply_mos, remove_mos
 from mos_kernels.huggingface.attention_mask import follow_attention_mask
 from mos_kernels.huggingface.callback import MoSCallback, mos_param_groups
+from mos_kernels.huggingface.export_lora import ExportReport, export_lora
 from mos_kernels.huggingface.files import load_adapter, save_adapter
 from mos_kernels.huggingface.from_lora import start_from_lora
+from mos_kernels.huggingface.participation import Idle, idle_tensors
 from mos_kernels.huggingface.routing_report import routing_report
 from mos_kernels.huggingface.targets import ffn_target_modules
 from mos_kernels.run_report.log import last_complete_checkpoint
 
 __all__ = [
+    "ExportReport",
+    "Idle",
     "MoSCallback",
     "activated_parameters",
     "apply_mos",
+    "export_lora",
     "ffn_target_modules",
     "follow_attention_mask",
+    "idle_tensors",
     "last_complete_checkpoint",
     "load_adapter",
     "mos_param_groups",

@@ -164,7 +164,7 @@ def activated_parameters(model: nn.Module) -> ParameterCount:
     activated = sum(owner.weight.numel() for owner in router_owners(model).values() if isinstance(owner, MoSRouter))
     for layer in mos_adapters(model).values():
         config = layer.config
-        per_expert = layer.mos_lora_B.numel() + layer.mos_curvature.numel()
+        per_expert = layer.mos_lora_B.numel() + (0 if layer.mos_curvature is None else layer.mos_curvature.numel())
         always = 0 if layer.mos_router is None else layer.mos_router.numel()
         if config.share_a:
             always += layer.mos_lora_A.numel()

@@ -72,10 +72,10 @@ def recognise(block: nn.Module, routed: tuple[str, ...] = ()) -> FFNForm | None:
         return replace(bound, routed=routed)
     if not _has_class_forward(block):
         return None
-    traces = {_trace(block, training) for training in (True, False)}
-    if len(traces) != 1 or None in traces:
+    expression = _trace(block, training=True)
+    if expression is None or expression != _trace(block, training=False):
         return None
-    form = _parse(block, traces.pop())
+    form = _parse(block, expression)
     return replace(form, routed=routed) if form else None
 
 

@@ -132,7 +132,7 @@ class MoSCallback(TrainerCallback):
         self._next_measured = 0
         self._has_stepped = False
         for layer in mos_adapters(model).values():
-            if layer.mos_curvature.dtype != torch.float32:
+            if layer.mos_curvature is not None and layer.mos_curvature.dtype != torch.float32:
                 layer.mos_curvature.data = layer.mos_curvature.data.float()
         resumed = self._file.open(self.history_file, args, state, model)
         self.history = self.history if resumed is None else resumed

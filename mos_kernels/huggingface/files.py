@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -139,7 +140,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
     extra = tensors_of(model, modules)
     on_meta += [name for name, tensor in extra.items() if tensor.is_meta]
     if on_meta:
-        raise ValueError(f"{on_meta[0]!r} is on the meta device: load the base model's weights before the adapter")
+        raise ValueError(
+            f"{on_meta[0]!r} is on the meta device: load the base (and bring back what is offloaded) before the adapter"
+        )
     require_fit(folder, tensors, shapes, extra)
     require_untied(folder, model, extra, tensors)
     if applied is not None:
@@ -182,11 +185,21 @@ def refuse_damaged(folder: Path) -> None:
     for name, tensor in tensors.items():
         module, _, kind = name.removesuffix(".weight").rpartition(".")
         own, shape = config.for_module(module), tuple(tensor.shape)
-        wanted = parameter_shapes(dataclasses.replace(own, router_scope="linear"), d_in=shape[-1], d_out=shape[0])[kind]
-        if shape != wanted:
+        if name.endswith(".mos_router.weight"):  # a block's: of the experts that its linears have
+            own = _with_experts(config, shape[0] if shape else 0)
+        routed = dataclasses.replace(own, router_scope="linear")
+        if shape != parameter_shapes(routed, d_in=shape[-1], d_out=shape[0]).get(kind):
             raise ValueError(
                 f"{folder}: {name} has shape {shape}, which r={own.r} and {own.num_experts} experts do not have"
             )
+
+
+def _with_experts(config: MoSConfig, E: int) -> MoSConfig:
+    """`config`, with the spaces of its spaces_pattern that are E experts, where there are any."""
+    for spaces in (config.spaces, *(config.spaces_pattern or {}).values()):
+        if sum(spaces.values()) == E:
+            return dataclasses.replace(config, spaces=spaces, num_experts_per_tok=min(config.num_experts_per_tok, E))
+    return config
 
 
 def require_fit(
@@ -389,7 +402,9 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-_NO_MERGE = "It cannot be merged into the base model, since what it adds depends on the data."
+_NO_MERGE = """It cannot be merged into the base model, since what it adds depends on the data:
+`mos_kernels.huggingface.export_lora` writes the nearest plain LoRA, which can. Serve that with vLLM and SGLang: they
+put linears of their own in place of the model's, and this adapter would be left out."""
 
 
 def with_import_note(card: str) -> str:
@@ -413,9 +428,15 @@ model = AutoPeftModelForCausalLM.from_pretrained("this folder")
     return f"{card.rstrip()}\n\n{note}".lstrip()
 
 
+def _listed(spaces: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in spaces.items())
+
+
 def _card(base: str | None, kind: type[nn.Module], config: MoSConfig) -> str:
     is_hub_id = base is not None and not os.path.exists(base)
-    spaces = ", ".join(f"{count} {name}" for name, count in config.spaces.items())
+    elsewhere = "".join(
+        f"Linears that match `{k}` have {_listed(v)}.\n" for k, v in (config.spaces_pattern or {}).items()
+    )
     is_transformers = kind.__module__.startswith("transformers.")
     own = f"\nmodel = ...  # the {kind.__name__} that the adapter was trained on"
     if is_transformers:
@@ -440,8 +461,8 @@ model = AutoPeftModel.from_pretrained("this folder")
 
 # A Mixture-of-Space adapter
 
-Rank {config.r}, {config.num_experts} experts ({spaces}), {config.num_experts_per_tok} used by a token.
-{_NO_MERGE}
+Rank {config.r}, {config.num_experts} experts ({_listed(config.spaces)}), {config.num_experts_per_tok} used by a token.
+{elsewhere}{_NO_MERGE}
 
 A process that loads it must import `mos_kernels.huggingface` first:
 

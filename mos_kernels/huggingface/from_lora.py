@@ -88,8 +88,10 @@ def start_from_lora(
         raise ValueError("the model has an adapter already: pass the plain base model (remove_mos, or unload of peft)")
     found = _read_model(lora, adapter_name) if isinstance(lora, nn.Module) else _read_folder(Path(lora))
     config = _default_config(found) if config is None else config
-    size = _group_size(config)
     plan = make_plan(model, config)
+    for linear in plan.linears:
+        if linear.name in found.factors:
+            _group_size(linear.config)
     on_meta = [linear.name for linear in plan.linears if is_meta(linear.target.module)]
     on_meta += [name for name, tensor in tensors_of(model, found.modules).items() if tensor.is_meta]
     if on_meta:
@@ -105,7 +107,7 @@ def start_from_lora(
     with torch.no_grad():
         for linear in plan.linears:
             layer = model.get_submodule(linear.name)
-            _fill(layer, found.factors.get(linear.name), size)
+            _fill(layer, found.factors.get(linear.name))
             if layer.mos_router is not None:
                 layer.mos_router.copy_(_router(layer.mos_router, layer.config))
         for router in (module for module in model.modules() if isinstance(module, MoSRouter)):
@@ -119,8 +121,13 @@ def start_from_lora(
 
 
 def expert_groups(config: MoSConfig) -> list[int]:
-    """The group of each expert: the j-th Euclidean one is in group j, the curved ones are dealt out in turn."""
+    """The group of each expert: the j-th Euclidean one is in group j, the curved ones are dealt out in turn.
+
+    Without Euclidean experts, which no LoRA becomes, each is a group by itself.
+    """
     euclidean = config.spaces.get("euclidean", 0)
+    if not euclidean:
+        return list(range(config.num_experts))
     curved = config.num_experts - euclidean
     return [expert % euclidean for expert in range(curved)] + list(range(euclidean))
 
@@ -185,18 +192,19 @@ def _require_same_function(lora: LoRA, plan: Plan) -> None:
                              "the linear its rank in rank_pattern")  # fmt: skip
 
 
-def _fill(layer: MoSLayer, factors: tuple[Tensor, Tensor, float] | None, size: int) -> None:
+def _fill(layer: MoSLayer, factors: tuple[Tensor, Tensor, float] | None) -> None:
     """The adapter at its start: Euclidean experts from the LoRA's factors; further rank has no effect yet."""
     config, curved = layer.config, [space != "euclidean" for space in layer.config.expert_spaces]
     layer.mos_lora_B.zero_()
     if factors is not None:
+        size = _group_size(config)
         A, B, scaling = factors
         r = A.shape[0]
         scaled = (B.double() * (scaling * size / config.scaling)).to(layer.mos_lora_B.device)
         own_A = layer.mos_lora_A if config.share_a else layer.mos_lora_A[sum(curved) :]
         own_A[..., :r, :] = A.to(own_A.device, own_A.dtype)
         layer.mos_lora_B[:, sum(curved) :, :r] = scaled.unsqueeze(1).to(layer.mos_lora_B.dtype)
-    if config.share_a:
+    if config.share_a and layer.mos_curvature is not None:
         layer.mos_curvature.copy_(_apart(config).to(layer.mos_curvature.device))
     layer._frozen = None
 
@@ -213,8 +221,9 @@ def _apart(config: MoSConfig) -> Tensor:
 
 def _router(weight: Tensor, config: MoSConfig) -> Tensor:
     """A router (E, d_in) whose rows are equal in a group."""
-    rows = torch.empty(config.spaces["euclidean"], weight.shape[1]).normal_(std=ROUTER_INIT_STD)
-    return rows[expert_groups(config)].to(weight.device, weight.dtype)
+    groups = expert_groups(config)
+    rows = torch.empty(max(groups) + 1, weight.shape[1]).normal_(std=ROUTER_INIT_STD)
+    return rows[groups].to(weight.device, weight.dtype)
 
 
 # the LoRA, from a folder or a model

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
-from mos_kernels.config import SPACES
-from mos_kernels.huggingface.modules import mos_adapters
+from mos_kernels.config import SPACES, MoSConfig
+from mos_kernels.huggingface.modules import active_names, mos_adapters
+from mos_kernels.huggingface.state import adapter_state
 from mos_kernels.run_report.log import append_line, complete_lines, write_lines
 
 _SETTINGS = (
@@ -45,7 +46,8 @@ class HistoryFile:
         kept = ("step", "curvature", "share", "entropy")
         measured = [{key: e[key] for key in kept} for e in entries if "loss" in e and "share" in e]
         if not entries:
-            adapter = next((layer.config.to_dict() for layer in mos_adapters(model).values()), None)
+            config = _adapter_config(model)
+            adapter = None if config is None else config.to_dict()
             settings = {"model": type(model).__name__, **{name: getattr(args, name, None) for name in _SETTINGS}}
             first = {"step": state.global_step, "adapter": adapter, "settings": settings, "curvature": curvature}
             entries = [json.loads(json.dumps(first, default=str))]
@@ -59,9 +61,18 @@ class HistoryFile:
             append_line(self._path, {**numbers, **(measured or {}), "step": step})
 
 
+def _adapter_config(model: nn.Module) -> MoSConfig | None:
+    """That of the whole adapter, where a linear's own has what the patterns give to it."""
+    states = [state for module in model.modules() if (state := adapter_state(module)) is not None]
+    peft = [config for name, config in getattr(model, "peft_config", {}).items() if name in active_names(model)]
+    if states or not peft:
+        return states[0].config if states else next((x.config for x in mos_adapters(model).values()), None)
+    return peft[0].to_mos_config()
+
+
 def dimensionless_curvature(model: nn.Module) -> dict[str, list[float]]:
-    """κ̂ of every expert, by layer."""
-    layers = mos_adapters(model)
+    """κ̂ of every expert, by layer; a LoRA has none."""
+    layers = {name: layer for name, layer in mos_adapters(model).items() if not layer.config.is_lora}
     if not layers:
         return {}
     with torch.no_grad():

@@ -53,6 +53,13 @@ def _inactive(model: nn.Module) -> set[nn.Module]:
     return idle
 
 
+def active_names(model: nn.Module) -> list[str]:
+    """The names of the active adapters of a model with adapters of peft's, or of transformers' own."""
+    active = getattr(model, "active_adapters", [])
+    active = active() if callable(active) else active
+    return [active] if isinstance(active, str) else list(active)
+
+
 def mos_adapters(model: nn.Module) -> dict[str, MoSAdapter]:
     """The adapters of the linears among `mos_modules`."""
     return {name: module for name, module in mos_modules(model).items() if isinstance(module, MoSAdapter)}

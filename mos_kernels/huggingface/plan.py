@@ -20,7 +20,7 @@ from mos_kernels.layer import MoSLayer, MoSRouter, device_and_dtype
 
 @dataclass(frozen=True)
 class PlannedLinear:
-    """A linear to adapt. config: with its own rank and alpha, and with the router_scope that it will have."""
+    """A linear to adapt. config: with its own rank, alpha and spaces, and with the router_scope that it will have."""
 
     target: Target
     config: MoSConfig
@@ -77,14 +77,22 @@ class Plan:
     def report(self) -> str:
         """Which linears are adapted, and who routes them, one line for layers that are alike."""
         groups: dict[str, list[str]] = defaultdict(list)
+
+        def of(config: MoSConfig) -> str:
+            if not self.config.spaces_pattern:
+                return ""
+            return f" of {', '.join(f'{count} {space}' for space, count in config.spaces.items())}"
+
         for block in self.blocks:
             why = why_not_one(block.block, block.form)
             how = "one operation with the eager backend" if why is None else f"linear by linear, since {why}"
-            text = f"one router per block, for {', '.join(block.form.routed)}; {how}"
+            text = f"one router{of(block.config)} per block, for {', '.join(block.form.routed)}; {how}"
             groups[text].append(block.name or "(the model)")
         for linear in self.linears:
-            if linear.why_own_router is not None:
-                groups[f"a router of its own: {linear.why_own_router}"].append(linear.name)
+            if linear.config.is_lora:
+                groups["a LoRA, one Euclidean expert without a router"].append(linear.name)
+            elif linear.why_own_router is not None:
+                groups[f"a router{of(linear.config)} of its own: {linear.why_own_router}"].append(linear.name)
         lines = [f"MoS on {len(self.linears)} linears, {self.num_routers} routers"]
         for text, names in groups.items():
             lines += [f"  {name} ({count}): {text}" for name, count in _alike(names).items()]
@@ -96,6 +104,7 @@ def make_plan(model: nn.Module, config: MoSConfig, modules: list[tuple[str, nn.M
     if not isinstance(config, MoSConfig):
         raise TypeError(f"config is a {type(config).__name__}: pass a mos_kernels.MoSConfig")
     targets = find_targets(model, config, modules)
+    own = {target.name: config.for_module(target.name) for target in targets}
     blocks, why_own = [], {}
     if config.router_scope == "linear":
         why_own = {target.name: "router_scope='linear'" for target in targets}
@@ -103,27 +112,51 @@ def make_plan(model: nn.Module, config: MoSConfig, modules: list[tuple[str, nn.M
         for parent, children in _by_parent(model, targets).items():
             parent_name = next(iter(children.values())).name.rpartition(".")[0]
             form = recognise(parent)
-            routed = tuple(name for name in form.linears if name in children) if form else ()
+            routed, shared = _routed_together(form, {child: own[target.name] for child, target in children.items()})
             if len(routed) > 1:
-                blocks.append(PlannedBlock(parent_name, parent, dataclasses.replace(form, routed=routed), config))
+                shared = (
+                    config
+                    if shared.spaces == config.spaces
+                    else dataclasses.replace(
+                        config, spaces=shared.spaces, num_experts_per_tok=shared.num_experts_per_tok
+                    )
+                )
+                blocks.append(PlannedBlock(parent_name, parent, dataclasses.replace(form, routed=routed), shared))
             for child, target in children.items():
                 if form is None:
                     why_own[target.name] = f"{type(parent).__name__} is no FFN block of a known form"
                 elif child not in form.linears:
                     why_own[target.name] = f"not one of the FFN linears of {type(parent).__name__}"
-                elif len(routed) == 1:
-                    why_own[target.name] = f"the only target in {type(parent).__name__}"
+                elif len(routed) == 1 or child not in routed:
+                    others = sum(not own[other.name].is_lora for other in children.values()) > 1
+                    only = "the only one with its spaces" if others else "the only target"
+                    why_own[target.name] = f"{only} in {type(parent).__name__}"
         for target in targets:
             if _parent(model, target) is None:
                 why_own[target.name] = f"shared between {', '.join(target.names)}"
 
     linears = []
     for target in targets:
-        own = config.for_module(target.name)
-        if target.name in why_own:
-            own = dataclasses.replace(own, router_scope="linear")
-        linears.append(PlannedLinear(target, own, why_own.get(target.name)))
+        its, why = own[target.name], why_own.get(target.name)
+        if its.is_lora:
+            its, why = dataclasses.replace(its, router_scope="ffn"), None  # no router, of whatever scope
+        elif why is not None:
+            its = dataclasses.replace(its, router_scope="linear")
+        linears.append(PlannedLinear(target, its, why))
     return Plan(config, linears, blocks)
+
+
+def _routed_together(form: FFNForm | None, configs: dict[str, MoSConfig]) -> tuple[tuple[str, ...], MoSConfig | None]:
+    """Of a block's linears, with their configurations, those that share a router: the most that have the same experts.
+
+    A LoRA has no router. ((), None) where the form is not known or none is left.
+    """
+    groups: dict[tuple, list[str]] = defaultdict(list)
+    for name in form.linears if form else ():
+        if name in configs and not configs[name].is_lora:
+            groups[tuple(configs[name].spaces.items())].append(name)
+    largest = max(groups.values(), key=len, default=[])
+    return tuple(largest), configs[largest[0]] if largest else None
 
 
 def adapter_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -143,6 +176,8 @@ def parameter_shapes(config: MoSConfig, d_in: int, d_out: int) -> dict[str, tupl
     """The shapes of a linear's adapter, by name. Builds nothing: a damaged file may ask for sizes that nothing has."""
     E, r = config.num_experts, config.r
     shapes = {"mos_lora_A": (r, d_in) if config.share_a else (E, r, d_in), "mos_lora_B": (d_out, E, r)}
+    if config.is_lora:
+        return shapes
     router = {"mos_router": (E, d_in)} if config.router_scope == "linear" else {}
     return {**shapes, **router, "mos_curvature": (E,)}
 

@@ -300,7 +300,7 @@ def refuse_offloaded(name: str, module: nn.Module) -> None:
 
 
 def _require_patterns(config: MoSConfig, targets: list[Target]) -> None:
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in ("rank_pattern", "alpha_pattern", "spaces_pattern"):
         for key in getattr(config, field) or {}:
             if not any(re.match(rf"(.*\.)?({key})$", target.name) for target in targets):
                 raise ValueError(f"{field} has the key {key!r}, which matches none of the {len(targets)} targets")

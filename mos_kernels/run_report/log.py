@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import warnings
@@ -41,6 +42,15 @@ class Run:
     @property
     def expert_spaces(self) -> tuple[str, ...]:
         return self.adapter.expert_spaces if self.adapter else ()
+
+    def spaces_of(self, name: str, experts: int) -> tuple[str, ...]:
+        """The spaces of the experts of a linear or router: its own, by spaces_pattern, or those that are as many."""
+        if self.adapter is None:
+            return ()
+        patterns = [{"spaces": spaces} for spaces in (self.adapter.spaces_pattern or {}).values()]
+        found = [self.adapter.for_module(name), self.adapter]
+        found += [dataclasses.replace(self.adapter, **p, num_experts_per_tok=1) for p in patterns]
+        return next((config.expert_spaces for config in found if config.num_experts == experts), ())
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of a number in the logs."""

@@ -38,7 +38,7 @@ def page(run: Run) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-        f"<title>{escape(run.name)}</title>\n<style>{_style()}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(run.name)}</title>\n<style>{_IN_PAGE}{_style()}</style>\n</head>\n<body>\n<main>\n"
         f"{_head(run)}\n{chr(10).join(filter(None, sections))}\n</main>\n</body>\n</html>\n"
     )
 
@@ -53,6 +53,8 @@ def _head(run: Run) -> str:
             if adapter.spaces.get(space)
         )
         used = f"{adapter.num_experts_per_tok} of {adapter.num_experts} experts a token, rank {adapter.r}"
+        for name, own in (adapter.spaces_pattern or {}).items():
+            used += f" · {escape(name)}: {', '.join(f'{count} {_SPELLED[space]}' for space, count in own.items())}"
         parts.append(f"<p>{spaces} · {used}</p>")
     loss, evaluation = run.curve("loss"), run.curve("eval_loss")
     facts = [("steps", f"{max((e['step'] for e in run.entries), default=0):,}")]
@@ -157,13 +159,13 @@ def _panels(run: Run) -> tuple[dict[int, dict[str, str]], tuple[float, float], t
 
 
 def _expert_lines(run: Run, kept: Sequence[dict], name: str) -> list[Line]:
-    lines = []
-    for expert, space in enumerate(run.expert_spaces):
+    lines, spaces = [], run.spaces_of(name, len(kept[0]["curvature"][name]))
+    for expert, space in enumerate(spaces):
         points = [(e["step"], e["curvature"][name][expert]) for e in kept if name in e["curvature"]]
-        title = f"{space} expert {run.expert_spaces[:expert].count(space) + 1}"
+        title = f"{space} expert {spaces[:expert].count(space) + 1}"
         if points:
             title += f": {number(points[0][1])} to {number(points[-1][1])}"
-        lines.append(Line(points, shade(run.expert_spaces, expert), title=title))
+        lines.append(Line(points, shade(spaces, expert), title=title))
     return lines
 
 
@@ -228,13 +230,17 @@ def _routing(run: Run) -> str:
 
 
 def _share_map(run: Run) -> str:
-    spaces = run.expert_spaces
     share = next((e["share"] for e in reversed(run.entries) if isinstance(e.get("share"), dict) and e["share"]), None)
-    if not share or not spaces:
-        return ""
-    columns = [(_SPELLED[space], str(spaces[:i].count(space) + 1)) for i, space in enumerate(spaces)]
-    css = [f"{space} s1" for space in spaces]
-    return heat_map(_row_names(list(share)), columns, list(share.values()), css, "share of each expert")
+    groups: dict[tuple[str, ...], dict[str, list[float]]] = {}
+    for name, values in (share or {}).items():
+        groups.setdefault(run.spaces_of(name, len(values)), {})[name] = values
+    maps = []
+    for spaces, shares in groups.items():
+        if spaces:
+            columns = [(_SPELLED[space], str(spaces[:i].count(space) + 1)) for i, space in enumerate(spaces)]
+            css = [f"{space} s1" for space in spaces]
+            maps.append(heat_map(_row_names(list(shares)), columns, list(shares.values()), css, "share of each expert"))
+    return "".join(maps)
 
 
 def _row_names(names: list[str]) -> list[str]:
@@ -294,6 +300,7 @@ def _for_dark(shades: Sequence[str]) -> Sequence[str]:
 
 
 _DARK = "--ground:#14161a;--card:#1b1e24;--ink:#e6e8eb;--soft:#9aa3ad;--grid:#2b3038;--accent:#e58fd0;"
+_IN_PAGE = "svg{display:block;width:100%;height:auto;overflow:visible}svg.heat{max-width:760px}"
 _LAYOUT = """
 :root{color-scheme:light dark;--ground:#fbfbfa;--card:#ffffff;--ink:#1d2126;--soft:#68717b;--grid:#e7e8e6;
 --accent:#a0268a;font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
@@ -311,7 +318,6 @@ figure{margin:0;padding:14px 16px 10px;background:var(--card);border:1px solid v
 figure{min-width:0}
 figure.wide,section>figure{margin-top:16px}
 figcaption{font-size:13px;color:var(--soft);margin-bottom:6px}
-svg{display:block;width:100%;height:auto;overflow:visible}
 svg text{font-size:11.5px;font-variant-numeric:tabular-nums;fill:var(--soft)}
 svg text.end{text-anchor:end}svg text.middle{text-anchor:middle}
 svg text.label{font-size:12.5px;font-weight:600;fill:var(--c)}
@@ -330,7 +336,6 @@ table.panels{border-collapse:separate;border-spacing:6px;width:100%}
 table.panels th{font-size:12px;font-weight:500;color:var(--soft);text-align:center;white-space:nowrap}
 table.panels th:first-child{text-align:right;padding-right:4px;width:1%}
 table.panels td{padding:0;background:var(--ground);border-radius:6px;min-width:120px}
-svg.heat{max-width:760px}
 .cell{fill:var(--c)}
 svg text.cell-text{fill:var(--ink)}svg text.cell-text.strong{fill:var(--card)}
 .legend{display:flex;flex-wrap:wrap;gap:4px 26px;margin:4px 0 0}

@@ -125,30 +125,34 @@ def rows_of_every_kind() -> list[dict]:
 
 
 def test_the_report_is_made_from_rows_alone(tmp_path):
-    results, readme = tmp_path / "results", tmp_path / "README.md"
+    results, page, readme = tmp_path / "results", tmp_path / "performance.md", tmp_path / "README.md"
     store.save(results / "made-up-gpu", rows_of_every_kind())
     store.save(
         results / "cpu-2core", [cpu(providers.FROZEN, 1.0), cpu(providers.EAGER, 1.1), cpu(providers.PEFT_8, 1.0)]
     )
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    assert main(["report", "--results", str(results), "--readme", str(readme)]) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
-    assert "**GPU** (Made Up GPU" in text and "**CPU** (CPU" in text
+    command = ["report", "--results", str(results), "--page", str(page), "--readme", str(readme)]
+    for file in (page, readme):
+        file.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert main(command) == 0
+    texts = [file.read_text() for file in (page, readme)]
+    for text in texts:
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
+    assert "**GPU** (Made Up GPU" in texts[0] and "**CPU** (CPU" in texts[0]
+    assert "Made Up GPU" in texts[1] and "| 1.40× | 1.10× |" in texts[1]
     made = (results / "made-up-gpu" / "report.md").read_text()
     assert "KeyError: bfloat16" in made and "not measured" in made
     on_cpu = (results / "cpu-2core" / "report.md").read_text()
     assert " ms" not in on_cpu and " µs" not in on_cpu
     plots = {path.stem for path in (results / "made-up-gpu" / "plots").glob("*.png")}
     assert {"layer", "steps", "memory", "growth", "figure3_dimension"} <= plots
-    again = readme.read_text()
-    main(["report", "--results", str(results), "--readme", str(readme)])
-    assert readme.read_text() == again
+    main(command)
+    assert [file.read_text() for file in (page, readme)] == texts
 
 
-def test_without_a_gpu_the_readme_says_what_is_not_measured(tmp_path):
-    section = report.readme_section({}, tmp_path, tmp_path)
+def test_without_a_gpu_the_page_says_what_is_not_measured(tmp_path):
+    section = report.section({}, tmp_path, tmp_path)
     assert "GPU targets" in section and "CPU targets" in section and "missed" not in section
+    assert "Nothing is measured" in report.summary({})
 
 
 def test_stored_rows_can_be_reported():

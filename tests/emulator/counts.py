@@ -1,6 +1,6 @@
 """What the compiled kernels do at the shipped settings: instructions, 32-byte sectors, wavefronts of shared memory.
 
-    python -m tests.emulator.counts                    the table, for sm_80 and sm_90, in training and decoding
+    python -m tests.emulator.counts                    the table of every architecture, in training and decoding
     python -m tests.emulator.counts sm_90 --lines      and the statements behind conflicts and wasted sectors
     python -m tests.emulator.counts --write            store it in counts.json, which the tests hold the kernels to
 
@@ -26,25 +26,29 @@ import torch
 from . import compilation, launched, machine
 
 FILE = Path(__file__).parent / "counts.json"
-ARCHITECTURES, TOKENS = ("sm_80", "sm_90"), (8192, 16)
+ARCHITECTURES, TOKENS = ("sm_80", "sm_90", "sm_100"), (8192, 16)
 PROGRAMS = 3  # of each launch that run
 
 CLASSES = (
-    ("tensor", r"mma\.|wgmma\.mma"),
+    ("tensor", r"mma\.|wgmma\.mma|tcgen05\.mma"),
     ("matrix", r"ldmatrix|stmatrix"),
     ("shared", r"(ld|st)\.shared"),
     ("global", r"(ld|st)\.global"),
     ("copy", r"cp\.async\.c[ag]"),
     ("shuffle", r"shfl|redux|vote|elect"),
-    ("barrier", r"bar\.|barrier|fence|wgmma\.(fence|commit|wait)|cp\.async\.(commit|wait)"),
+    (
+        "barrier",
+        r"bar\.|barrier|fence|wgmma\.(fence|commit|wait)|cp\.async\.(commit|wait)|mbarrier|tcgen05\.(wait|commit)",
+    ),
+    ("memory", r"tcgen05"),
     ("special", r"(ex2|lg2|rcp|rsqrt|sqrt|sin|cos|tanh|div)\."),
-    ("float", r"(fma|mul|add|sub|min|max|abs|neg)\.(\w+\.)*f32"),
+    ("float", r"(fma|mul|add|sub|min|max|abs|neg)\.(\w+\.)*f32(x2)?"),
     ("convert", r"cvt\..*(f32|f16|f64)"),
     ("control", r"bra|ret|exit|ld\.param"),
     ("move", r"mov\."),
     ("integer", r"."),
 )
-"""Instructions by name; the first that fits."""
+"""Instructions by name; the first that fits. memory: tensor memory, read, written and allocated."""
 
 
 def kind(name: str) -> str:

@@ -20,6 +20,8 @@ OPERATIONS = [
     "BRANCH", "RETURN", "BARRIER", "WARP_BARRIER", "NOTHING", "LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_SHARED",
     "STORE_SHARED", "CP_ASYNC", "CP_COMMIT", "CP_WAIT", "LDMATRIX", "STMATRIX", "MMA", "WGMMA", "WGMMA_FENCE",
     "WGMMA_COMMIT", "WGMMA_WAIT", "PROXY_FENCE", "SHUFFLE", "REDUX", "VOTE", "ELECT", "UNPACK", "PACK",
+    "TENSOR_ALLOCATE", "TENSOR_LOAD", "TENSOR_STORE", "TENSOR_WAIT", "TENSOR_PRODUCT", "TENSOR_COMMIT", "MBARRIER_INIT",
+    "MBARRIER_WAIT",
 ]  # fmt: skip
 CODE = {name: 100_000 + i for i, name in enumerate(OPERATIONS)}
 """As in machine/state.h; below them are the lines of machine/elementwise.def."""
@@ -137,7 +139,7 @@ class _Encoder:
             return self.parameters[operand][0]
         if operand == "_":
             return self._new(8)
-        if operand.startswith("%"):
+        if operand.startswith("%") or any(declared.covers(operand) for declared in self.text.registers):
             size = self._size_of(operand)
             if (size == 8) != (width == 8):
                 raise ValueError(f"{operand} used as {width} bytes")
@@ -348,6 +350,47 @@ class _Encoder:
 
     def _op_elect(self, s, parts, o):
         self._emit(s, "ELECT", [self._slot(x, 4) for x in o[0].split("|")], 2)
+
+    def _op_tcgen05(self, s, parts, o):
+        what = parts[1]
+        if what in ("relinquish_alloc_permit", "dealloc"):
+            self._emit(s, "NOTHING")
+        elif what == "alloc":
+            self._emit(s, "TENSOR_ALLOCATE", [self._address(o[0], 4)[0]], a=int(o[1], 0))
+        elif what.startswith("wait::"):
+            self._emit(s, "TENSOR_WAIT", a=what == "wait::st")
+        elif what in ("ld", "st"):
+            load, split = what == "ld", "16x32bx2" in parts
+            assert split or "32x32b" in parts, "a shape of tensor memory"
+            values, address, *rest = o if load else (o[-1], o[0], *o[1:-1])
+            slots, (at, offset) = [self._slot(value, 4) for value in values], self._address(address, 4)
+            self._emit(
+                s, "TENSOR_LOAD" if load else "TENSOR_STORE", [*slots, at] if load else [at, *slots],
+                len(slots) if load else 0, a=len(slots), b=split, c=int(rest[0], 0) if split else 0, offset=offset,
+            )  # fmt: skip
+        elif what == "mma":
+            assert parts[2:] == ["cta_group::1", "kind::f16"] and len(o) == 5, "a kind of product"
+            (to, offset), in_memory = self._address(o[0], 4), isinstance(o[1], Address)
+            left, left_offset = self._address(o[1], 4) if in_memory else (self._slot(o[1], 8), 0)
+            slots = [to, left, self._slot(o[2], 8), self._slot(o[3], 4), self._slot(o[4], 4)]
+            self._emit(s, "TENSOR_PRODUCT", slots, a=in_memory, c=left_offset, offset=offset)
+        elif what == "commit":
+            assert parts[2:] == ["cta_group::1", "mbarrier::arrive::one", "b64"], "a kind of commit"
+            at, offset = self._address(o[0], 8)
+            self._emit(s, "TENSOR_COMMIT", [at], offset=offset)
+        else:
+            raise KeyError(s.name)
+
+    def _op_mbarrier(self, s, parts, o):
+        if parts[1] == "inval":
+            self._emit(s, "NOTHING")
+        elif parts[1] == "init":
+            at, offset = self._address(o[0], 4)
+            self._emit(s, "MBARRIER_INIT", [at, self._slot(o[1], 4)], offset=offset)
+        else:
+            assert parts[1:3] == ["try_wait", "parity"], "a kind of mbarrier"
+            at, offset = self._address(o[1], 4)
+            self._emit(s, "MBARRIER_WAIT", [self._slot(o[0], 4), at, self._slot(o[2], 4)], 1, offset=offset)
 
     def _op_mov(self, s, parts, o):
         to, value = o

@@ -130,7 +130,7 @@ def _unfenced(accesses: list[Access], fences: dict[int, list[Access]]) -> set[tu
 
 
 def _registers(result: Result, over: dict[int, tuple[int, int]]) -> set[tuple[int, int]]:
-    """Products in flight with instructions that touch their accumulators or write their operands."""
+    """Products with what touches their registers in flight, or writes what they read after the last wgmma.fence."""
     events, code, operands = result.events, result.program.code, result.program.operands
     found, executed = set(), events[events["kind"] == EXECUTED]
     touched, written = {}, {}
@@ -140,11 +140,17 @@ def _registers(result: Result, over: dict[int, tuple[int, int]]) -> set[tuple[in
     for e in events[events["kind"] == PRODUCT]:
         pc, start = int(e["pc"]), int(e["position"])
         end = over.get(int(e["ticket"]), (NEVER, NEVER))[1]
+        of_warp = executed[(executed["cta"] == e["cta"]) & (executed["warp"] == e["warp"])]
         slots = operands[code["first"][pc] : code["first"][pc] + code["count"][pc]] // SLOT
         results = code["results"][pc]
         held = set(slots[:results].tolist())
         reads = set(slots[results : results + 4].tolist()) if code["b"][pc] & 1 else set()
-        of_warp = executed[(executed["cta"] == e["cta"]) & (executed["warp"] == e["warp"])]
+        read = reads | held if e["address"] else reads  # a product that adds nothing does not read its accumulators
+        earlier = of_warp["pc"][of_warp["position"] < start]
+        since = np.append(-1, np.flatnonzero(code["op"][earlier] == CODE["WGMMA_FENCE"]))[-1]
+        for other in np.unique(earlier[since + 1 :]).tolist():
+            if code["op"][other] != CODE["WGMMA"] and written[other] & read:
+                found.add((min(pc, other), max(pc, other)))
         within = of_warp["pc"][(of_warp["position"] > start) & (of_warp["position"] < end)]
         for other in np.unique(within).tolist():
             if code["op"][other] != CODE["WGMMA"] and (touched[other] & held or written[other] & reads):

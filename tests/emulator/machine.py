@@ -10,23 +10,26 @@ import numpy as np
 from torch import Tensor
 
 from . import build
-from .encode import SHARED_BASE, Program
+from .encode import CODE, SHARED_BASE, Program
 
 FINDINGS = (
     "shared memory: two warps, no barrier between",
     "shared memory: two lanes of a warp, no barrier between",
     "global memory: two programs, or two warps without a barrier",
     "shared memory touched while cp.async fills it",
-    "shared memory written while a wgmma reads it",
-    "a register touched while a wgmma uses it",
-    "no proxy fence between a write and the wgmma that reads it",
+    "shared memory written while a product reads it",
+    "a register touched while a wgmma, or a load of tensor memory, uses it",
+    "no proxy fence between a write and the product that reads it",
     "shared memory read that was never written",
     "an address outside the arguments",
     "a misaligned address",
-    "no proxy fence between a cp.async and the wgmma that reads it",
+    "no proxy fence between a cp.async and the product that reads it",
     "warps that store the same element at once have different values for it",
     "lanes of a warp that store the same element at once have different values for it",
-    "a wgmma operand register written since the last wgmma.fence",
+    "a register written since the last wgmma.fence that a wgmma reads",
+    "tensor memory touched while a product uses it",
+    "tensor memory touched before a store to it was waited for",
+    "tensor memory: two warps, no barrier between",
 )
 """What machine/history.h reports, in its order."""
 NOTES = frozenset({7, 10, 12})
@@ -57,8 +60,9 @@ class _Launch(ctypes.Structure):
         ("shared_bytes", ctypes.c_int), ("shared_base", ctypes.c_int), ("ctas", ctypes.c_void_p),
         ("cta_count", ctypes.c_int), ("late_copies", ctypes.c_int), ("late_products", ctypes.c_int),
         ("order", ctypes.c_int), ("seed", ctypes.c_int), ("check", ctypes.c_int), ("rough", ctypes.c_int),
-        ("trace", ctypes.c_int), ("counts", ctypes.c_void_p), ("found", ctypes.c_void_p),
-        ("found_room", ctypes.c_int), ("found_count", ctypes.c_int), ("message", ctypes.c_char * 512),
+        ("trace", ctypes.c_int), ("uses_tensor_memory", ctypes.c_int), ("counts", ctypes.c_void_p),
+        ("found", ctypes.c_void_p), ("found_room", ctypes.c_int), ("found_count", ctypes.c_int),
+        ("message", ctypes.c_char * 512),
         ("failed_pc", ctypes.c_int),
     ]  # fmt: skip
 
@@ -156,12 +160,16 @@ def run(
     history = [np.zeros((end - start) * 8, np.uint32) for start, end in spans] if check else []
     pointers = np.array([one.ctypes.data for one in history], np.uint64)
     initial = _with_arguments(program, grid, arguments)
+    uses_tensor_memory = bool(np.isin(program.code["op"], [CODE["TENSOR_ALLOCATE"]]).any())
+    if trace and uses_tensor_memory:
+        raise ValueError(f"{program.name} uses tensor memory, which the judge of traces does not know")
     launch = _Launch(
         program.code.ctypes.data, len(program.code), program.operands.ctypes.data, program.wide.ctypes.data, initial,
         len(initial), program.lane_slots.ctypes.data, memories.ctypes.data, len(spans),
         pointers.ctypes.data if history else None, (ctypes.c_int * 3)(*grid), warps, shared_bytes, SHARED_BASE,
         chosen.ctypes.data, len(chosen), schedule.late_copies, schedule.late_products, ORDERS.index(schedule.order),
-        schedule.seed, check, schedule.rough, trace, counts.ctypes.data, found.ctypes.data, len(found), 0, b"", 0,
+        schedule.seed, check, schedule.rough, trace, uses_tensor_memory, counts.ctypes.data, found.ctypes.data,
+        len(found), 0, b"", 0,
     )  # fmt: skip
     library = build.library()
     if library.launch(ctypes.byref(launch)):

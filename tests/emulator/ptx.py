@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -72,24 +72,31 @@ def read(text: str) -> Text:
         for kind, parameter in re.findall(r"\.param\s+\.(\w+)[^,]*?(\w+)\s*(?:,|$)", declared.strip())
     )
     registers, statements, labels = [], [], {}
-    for number, source, piece in _pieces(lines):
+    for number, source, scope, piece in _pieces(lines):
         if piece.startswith(".reg"):
             registers += _registers(piece)
         elif piece.endswith(":"):
-            labels[piece[:-1]] = len(statements)
+            labels[piece[:-1] + scope] = len(statements)
         else:
-            statements.append(_statement(number, source, piece))
+            statement = _statement(number, source, piece)
+            if scope and statement.name.startswith("bra"):  # out of a scope nothing branches
+                statement = replace(statement, operands=(statement.operands[0] + scope,))
+            statements.append(statement)
     return Text(name, parameters, tuple(registers), tuple(statements), labels, lines)
 
 
-def _pieces(lines: list[str]) -> Iterator[tuple[int, str | None, str]]:
-    """(line, source, piece) of the body: instructions, declarations of registers, and labels, which end in a colon."""
+def _pieces(lines: list[str]) -> Iterator[tuple[int, str | None, str, str]]:
+    """(line, source, scope, piece) of the body: instructions, declarations of registers, labels, which end in a colon.
+
+    A scope is a block of inline assembly, with labels of its own; "" outside of them.
+    """
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', "\n".join(lines), re.MULTILINE))
-    depth, source = 0, None
+    depth, source, scope = 0, None, ""
     for number, line in enumerate(lines, 1):
         line = line.split("//")[0].strip()
         if line in ("{", "}"):
             depth += 1 if line == "{" else -1
+            scope = f"@{number}" if depth > 1 else ""
         elif not depth or not line:
             continue
         elif place := re.match(r"\.loc\s+(\d+)\s+(\d+)", line):
@@ -101,11 +108,11 @@ def _pieces(lines: list[str]) -> Iterator[tuple[int, str | None, str]]:
             continue
         else:
             if label := re.match(r"([$\w]+):(?!:)", line):
-                yield number, source, label.group()
+                yield number, source, scope, label.group()
                 line = line[label.end() :]
             for piece in re.sub(r"^\{|\}$", "", line).split(";") if ".reg" in line else line.split(";"):
                 if piece.strip():
-                    yield number, source, piece.strip()
+                    yield number, source, scope, piece.strip()
 
 
 def _registers(piece: str) -> Iterator[Registers]:

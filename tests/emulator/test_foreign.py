@@ -48,6 +48,7 @@ def test_a_softmax_of_a_product(architecture, schedule):
     assert (y.double() - truth).abs().max() < 2e-6
 
 
+@pytest.mark.budget(15)
 def test_schedules_agree_and_the_judge_with_them():
     one, y, _ = launched("sm_90", machine.EARLY, trace=True, programs=[1])
     other, z, _ = launched("sm_90", machine.LATE, trace=True, programs=[1])

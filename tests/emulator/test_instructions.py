@@ -13,7 +13,7 @@ from . import build, by_hand, machine
 
 NAMES = sorted(build.elementwise()) if build.missing() is None else []
 THREADS = 128
-WIDTH = {"pred": 1, "s8": 16, "u8": 16, "bf16": 16, "f16": 16, "bf16x2": 32, "f16x2": 32, "tf32": 32}
+WIDTH = {"pred": 1, "s8": 16, "u8": 16, "bf16": 16, "f16": 16, "bf16x2": 32, "f16x2": 32, "f32x2": 64, "tf32": 32}
 FLOATS = {"f32": (np.uint32, np.float32), "f64": (np.uint64, np.float64)}
 HALVES = {"bf16": (8, -133), "f16": (11, -24)}  # digits, exponent of the least number
 
@@ -111,9 +111,9 @@ def operand(kind: str, name: str, place: int, rng) -> list[int]:
         return rng.integers(0, 2, THREADS).tolist()
     if name.startswith(("shl", "shr", "bfe", "bfi")) and kind == "u32" and place:
         return [*rng.integers(0, 70, THREADS - 4).tolist(), 0, 31, 32, 255]
-    if kind in ("bf16x2", "f16x2"):
+    if kind.endswith("x2"):
         low, high = (operand(kind[:-2], name, place, rng) for _ in range(2))
-        return [a | b << 16 for a, b in zip(low, high, strict=True)]
+        return [a | b << width(kind[:-2]) for a, b in zip(low, high, strict=True)]
     if kind in HALVES:
         # few digits, so that sums and products are exact before they are rounded once
         steps = rng.integers(-255, 256, THREADS) / 16 if kind == "bf16" else rng.integers(-1023, 1024, THREADS) / 32
@@ -222,16 +222,18 @@ def field(value: int, start: int, length: int, bits: int, is_signed: bool) -> in
 
 def expected(name: str, result: str, kinds: list[str], raws: list[int]):
     """The raw result of one thread, or None where PTX leaves it open."""
-    parts, values = name.split("."), [number(r, kind) for r, kind in zip(raws, kinds, strict=True)]
-    operation, kind = parts[0], kinds[0]
+    parts, operation, kind = name.split("."), name.split(".")[0], kinds[0]
+    if result.endswith("x2") and operation != "cvt":
+        half_name, half_kind = name.removesuffix("x2"), result.removesuffix("x2")
+        bits = width(half_kind)
+        low, high = (
+            expected(half_name, half_kind, [half_kind] * len(raws), [r >> shift & ((1 << bits) - 1) for r in raws])
+            for shift in (0, bits)
+        )
+        return low | high << bits
+    values = [number(r, kind) for r, kind in zip(raws, kinds, strict=True)]
     bits, a = width(kind), values[0]
     b = values[1] if len(values) > 1 else None
-    if result in ("bf16x2", "f16x2") and operation != "cvt":
-        one = ".".join([*parts[:-1], parts[-1][:-2]])
-        halves = [
-            expected(one, result[:-2], [result[:-2]] * len(raws), [r >> s & 0xFFFF for r in raws]) for s in (0, 16)
-        ]
-        return halves[0] | halves[1] << 16
     if operation in ("add", "sub", "mul", "mad", "fma") and parts[1] != "hi":
         c = values[2] if len(values) > 2 else 0
         if operation == "fma":

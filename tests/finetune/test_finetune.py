@@ -280,7 +280,7 @@ ERRORS = [
     (("--model", "{}"), "holds no config.json"),
     (("--max-length", 1000), "--max-length 1000 exceeds the 64 tokens"),
     (("--resume_from_checkpoint", "{}"), "is no complete checkpoint"),
-    (("--r", 0), "r=0 must be an integer of at least 1"),
+    (("--r", 0), "r=0 must be an integer from 1 to"),
     (("--r", 2, 3), "r=[2, 3] must be an integer"),
     (("--num-experts-per-tok", 9), "exceeds the 8 experts"),
     (("--spaces", "flat=3"), "unknown geometries ['flat']"),
@@ -390,6 +390,7 @@ def test_there_is_an_option_for_every_field_of_the_config():
         "domain": ("raw", "raw"), "boundary_eps": ("0.01", 0.01), "target_modules": ("a.*b", "a.*b"),
         "exclude_modules": ("c", ("c",)), "layers_to_transform": ("1", (1,)), "layers_pattern": ("layers", ("layers",)),
         "rank_pattern": ("a=2,b=3", {"a": 2, "b": 3}), "alpha_pattern": ('{"a": 2.5}', {"a": 2.5}),
+        "spaces_pattern": ('{"a|b": {"euclidean": 1}}', {"a|b": {"euclidean": 1}}),
     }  # fmt: skip
     assert set(values) == set(MoSConfig.__dataclass_fields__)
     for name, (text, value) in values.items():

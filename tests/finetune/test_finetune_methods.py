@@ -102,7 +102,7 @@ def test_a_method_of_the_callers_own(base, tmp_path):
     from peft import LoraConfig
 
     def config(fields, steps):
-        seen.append((steps, fields["modules_to_save"]))
+        seen.append((steps, list(fields["modules_to_save"])))
         return LoraConfig(**fields, lora_bias=True)
 
     seen, methods = [], {"shift": Method(("r", "target_modules"), config)}

@@ -75,6 +75,7 @@ class MoSPeftConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
+    spaces_pattern: dict[str, dict[str, int]] | None = None
     modules_to_save: list[str] | None = None
     mos_kernels_version: str | None = None
     bias: InitVar[str] = "none"
@@ -96,7 +97,7 @@ class MoSPeftConfig(PeftConfig):
         if self.target_modules is None:
             del values["target_modules"]
         # what is empty names nothing, as in peft
-        for name in ("exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        for name in ("exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern", "spaces_pattern"):
             values[name] = values[name] or None
         return MoSConfig(**values)
 

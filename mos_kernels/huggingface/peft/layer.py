@@ -20,7 +20,8 @@ from mos_kernels.layer import MoSAdapter, MoSRouter, MoSWrapped, adapter_tensors
 
 WHY_NO_MERGE = (
     "a Mixture-of-Space adapter cannot be merged into the base weights: what it adds depends on the token (top-k "
-    "routing and curvature). Keep it beside the base, or call unload() to take it off"
+    "routing and curvature). Keep it beside the base, call unload() to take it off, or write the nearest plain LoRA, "
+    "which merges: mos_kernels.huggingface.export_lora(model, calibration_batches, folder)"
 )
 
 
@@ -47,19 +48,16 @@ class MoSPeftAdapter(MoSAdapter):
         """Whether θ does anything: at κ = 0, of Euclidean experts alone, it does not."""
         return self.config.learn_curvature and any(self.config.curvature_signs)
 
-    def forward(
-        self,
-        x: Tensor,
-        gates: Tensor | None = None,
-        backend: str = "auto",
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        base_output: Tensor | None = None,
-    ) -> Tensor:
-        """The base, given as in `mos_linear`, plus this adapter."""
+    def forward(self, x: Tensor, gates: Tensor | None = None, backend: str = "auto", *base: Tensor | None) -> Tensor:
+        """base, weight and bias or else an output on x, plus this adapter's part.
+
+        gates: those of the block's router, of which an adapter that has one of its own, or is a LoRA, makes no use.
+        """
+        if self.mos_router is not None or self.config.is_lora:
+            gates = None
         if self.mos_lora_A.is_meta:
             raise RuntimeError("the adapter's parameters are on the meta device: load them first")
-        return self._adapt(x, gates, backend, weight, bias, base_output)
+        return self._adapt(x, gates, backend, *base)
 
     def extra_repr(self) -> str:
         spaces = ", ".join(f"{count} {name}" for name, count in self.config.spaces.items())
@@ -142,7 +140,7 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
 
     def _freeze_non_trainable_peft_weights(self, adapter_names=None) -> None:
         for adapter in self.mos_adapter.values():
-            if not adapter.trains_curvature:
+            if adapter.mos_curvature is not None and not adapter.trains_curvature:
                 adapter.mos_curvature.requires_grad_(False)
 
     def forward(self, x: Tensor, gates: dict[str, Tensor] | None = None, backend: str = "auto") -> Tensor:

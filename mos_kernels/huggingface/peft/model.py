@@ -24,6 +24,7 @@ from mos_kernels.huggingface.attention_mask import follow_attention_mask, forget
 from mos_kernels.huggingface.blocks import add_router, recognise, remove_router
 from mos_kernels.huggingface.files import CONFIG_NAME, WEIGHTS_NAME, read_tensors, require_finite, require_fit
 from mos_kernels.huggingface.files import PREFIX as FILE_PREFIX
+from mos_kernels.huggingface.modules import router_owners
 from mos_kernels.huggingface.peft.config import MOSELORA, MoSPeftConfig
 from mos_kernels.huggingface.peft.layer import WHY_NO_MERGE, MoSPeftLayer, MoSPeftRouter, MoSTunerLayer
 from mos_kernels.huggingface.plan import Plan, PlannedBlock, adapter_shapes, make_plan
@@ -61,13 +62,14 @@ class MoSPeftModel(BaseTuner):
             named = {name.removeprefix(FILE_PREFIX): value for name, value in state_dict.items()}
             state_dict = {name: value for name, value in named.items() if not name.endswith(".mos_router.weight")}
         try:
-            self._plan = plan = _plan(model, config, adapter_name, state_dict)
+            plan = _plan(model, config, adapter_name, state_dict)
         except BaseException:
             if not _has_adapter(model, adapter_name):  # the model's list, where it has one, names the adapter by now
                 del self.peft_config[adapter_name]
             raise
+        self._planned = {_uncompiled(name): linear for linear in plan.linears for name in linear.target.names}
         if is_all_linear(config.target_modules):
-            config.target_modules = [_uncompiled(name) for linear in plan.linears for name in linear.target.names]
+            config.target_modules = list(self._planned)
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -81,14 +83,13 @@ class MoSPeftModel(BaseTuner):
                 parameter.requires_grad_(requires_grad)
             raise
         finally:
-            del self._plan
+            del self._planned
         config.forget_folder()
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
     ) -> None:
-        names = {_uncompiled(name): linear for linear in self._plan.linears for name in linear.target.names}
-        planned = names.get(_uncompiled(current_key))
+        planned = self._planned.get(_uncompiled(current_key))
         if planned is None:
             if isinstance(target, MoSPeftRouter):  # of another adapter, matched by a regular expression
                 return
@@ -115,19 +116,15 @@ class MoSPeftModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)  # which passes over what is named after the prefix
-        for router in _routers(self.model):
-            router.delete_adapter(adapter_name)
         for layer in self.model.modules():
+            if isinstance(layer, MoSPeftRouter):
+                layer.delete_adapter(adapter_name)
             if was_active and isinstance(layer, MoSTunerLayer):  # else they keep what is trainable and what is frozen
                 layer.set_adapter(self.active_adapters)
 
     def unload(self) -> nn.Module:
         """The base model: plain linears, the blocks' own forwards, no routers."""
-        for block in _routed_blocks(self.model):
-            remove_router(block)
-        for name, layer in _named_layers(self.model):
-            _put(self.model, name, layer.base_layer)
-        forget_attention_mask(self.model)
+        _put_back(self.model)
         return super().unload()
 
     def _check_merge_allowed(self) -> None:
@@ -311,11 +308,8 @@ def _chooses(config: MoSPeftConfig, entry: str, modules: list[tuple[str, nn.Modu
 
 def _share_balance(model: nn.Module, adapter_name: str, plan: Plan) -> None:
     """Give each of the adapter's routers its part of the load-balancing coefficient."""
-    owners = [router[adapter_name] for router in _routers(model) if adapter_name in router]
-    for _, layer in _named_layers(model):
-        if adapter_name in layer.mos_adapter and layer.mos_router[adapter_name] is not None:
-            owners.append(layer.mos_adapter[adapter_name])
-    plan.share_balance(owners)
+    owners = router_owners(model, inactive=True).items()
+    plan.share_balance(owner for name, owner in owners if name.endswith(f".{adapter_name}"))
 
 
 def _named_layers(model: nn.Module) -> list[tuple[str, MoSPeftLayer]]:
@@ -326,10 +320,6 @@ def _named_layers(model: nn.Module) -> list[tuple[str, MoSPeftLayer]]:
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def _routers(model: nn.Module) -> list[MoSPeftRouter]:
-    return [module for module in model.modules() if isinstance(module, MoSPeftRouter)]
 
 
 def _routed_blocks(model: nn.Module) -> list[nn.Module]:
@@ -346,29 +336,33 @@ def _has_adapter(model: nn.Module, adapter_name: str) -> bool:
     return any(adapter_name in layer.mos_adapter for _, layer in _named_layers(model))
 
 
+def _put_back(model: nn.Module, but: tuple[str, ...] = ()) -> None:
+    """Give blocks and linears back what they were, unless they have adapters of the names `but`."""
+    for block in _routed_blocks(model):
+        if block.mos_router.keys().isdisjoint(but):
+            remove_router(block)
+    for name, layer in _named_layers(model):
+        if layer.mos_adapter.keys().isdisjoint(but):
+            _put(model, name, layer.base_layer)
+    if not _named_layers(model):
+        forget_attention_mask(model)
+
+
 def _withdraw(model: nn.Module, adapter_name: str, active: list[str]) -> None:
     """Take an adapter that could not be put on the whole model off again."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about which adapter is active next: the one that was
-        for block in _routed_blocks(model):
-            if adapter_name in block.mos_router:
-                block.mos_router.delete_adapter(adapter_name)
-            if not len(block.mos_router):
-                remove_router(block)
-        for name, layer in _named_layers(model):
-            if adapter_name in layer.mos_adapter:
-                layer.delete_adapter(adapter_name)
-            if not len(layer.mos_adapter):
-                _put(model, name, layer.base_layer)
-        for block in _routed_blocks(model):
-            _bind(block, recognise(block), block.mos_router)
+        for module in model.modules():
+            if isinstance(module, MoSTunerLayer):
+                module.delete_adapter(adapter_name)
         for name, wrapper in list(model.named_modules(remove_duplicate=False)):
             if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
                 wrapper.delete_adapter(adapter_name, [other for other in active if other != adapter_name])
                 if not len(wrapper.modules_to_save):
                     _put(model, name, wrapper.original_module)
-    if not _named_layers(model):
-        forget_attention_mask(model)
+    _put_back(model, tuple(name for _, layer in _named_layers(model) for name in layer.mos_adapter))
+    for block in _routed_blocks(model):
+        _bind(block, recognise(block), block.mos_router)
 
 
 if MOSELORA not in PEFT_TYPE_TO_TUNER_MAPPING:

@@ -12,6 +12,7 @@
 enum Finding {
     RACE_SHARED, RACE_WARP, RACE_GLOBAL, DURING_COPY, DURING_PRODUCT, REGISTER_DURING_PRODUCT, UNFENCED_WRITE, NEVER_WRITTEN,
     OUTSIDE, MISALIGNED, UNFENCED_COPY, REPLICAS_DIFFER, LANES_DIFFER, UNFENCED_REGISTER,
+    TENSOR_DURING_PRODUCT, TENSOR_STORE_UNDER_WAY, RACE_TENSOR,
 };
 
 static std::map<std::tuple<int, int, int>, int> places;
@@ -65,7 +66,9 @@ static bool fenced(const SharedByte& s, const Warp& reader) {
     return reader.fence_epoch > s.written || (alone && reader.fence_event > s.write_event);
 }
 
-static void shared_read(u32 address, int bytes, int pc, const Warp& w, int lane, bool by_product = false) {
+static s64 ended_for(int warp);  // the last tcgen05 product that the warp knows to have ended
+
+static void shared_read(u32 address, int bytes, int pc, const Warp& w, int lane, bool by_product = false, bool until_barrier = true) {
     if (!L->check) return;
     for (int i = 0; i < bytes; i++) {
         SharedByte& s = of_shared(address + i);
@@ -78,6 +81,7 @@ static void shared_read(u32 address, int bytes, int pc, const Warp& w, int lane,
         }
         if (by_product && s.written >= first_epoch && !fenced(s, w))
             report(s.by_copy ? UNFENCED_COPY : UNFENCED_WRITE, pc, s.write_pc, w.id, one_of(s.writers, w.id), address);
+        if (!until_barrier) continue;  // something else says when the read is over
         if (s.read != epoch) { s.read = epoch; s.readers = 0; }
         s.readers |= bit(w.id);
         s.read_pc = pc;
@@ -90,7 +94,7 @@ static void shared_written(u32 address, const u8* value, int bytes, int pc, cons
     for (int i = 0; i < bytes; i++) {
         SharedByte& s = of_shared(address + i);
         if (s.copies) report(DURING_COPY, pc, s.copy_pc, w.id, -1, address);
-        if (s.products) report(DURING_PRODUCT, pc, s.product_pc, w.id, -1, address);
+        if (s.products || s.tensor_ticket > ended_for(w.id)) report(DURING_PRODUCT, pc, s.product_pc, w.id, -1, address);
         if (s.read == epoch && but(s.readers, w.id)) report(RACE_SHARED, pc, s.read_pc, w.id, one_of(but(s.readers, w.id), w.id), address);
         bool again = s.written == epoch && s.writers, same = value[i] == shared[address + i];
         if (again && !same && but(s.writers, w.id))
@@ -108,7 +112,7 @@ static void copy_started(u32 address, int bytes, int pc, const Warp& w) {
     if (!L->check) return;
     for (int i = 0; i < bytes; i++) {
         SharedByte& s = of_shared(address + i);
-        if (s.products) report(DURING_PRODUCT, pc, s.product_pc, w.id, -1, address);
+        if (s.products || s.tensor_ticket > ended_for(w.id)) report(DURING_PRODUCT, pc, s.product_pc, w.id, -1, address);
         if (s.copies) report(DURING_COPY, pc, s.copy_pc, w.id, -1, address);
         if (s.read == epoch && but(s.readers, w.id)) report(RACE_SHARED, pc, s.read_pc, w.id, one_of(but(s.readers, w.id), w.id), address);
         if (s.written == epoch && but(s.writers, w.id)) report(RACE_SHARED, pc, s.write_pc, w.id, one_of(but(s.writers, w.id), w.id), address);

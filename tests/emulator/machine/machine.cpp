@@ -7,6 +7,7 @@
 #include "exchange.h"
 #include "memory.h"
 #include "products.h"
+#include "tensor_memory.h"
 
 // ---- instructions of one line: their names and operand sizes
 
@@ -79,6 +80,14 @@ static void other(Warp& w, const Instruction& in, int pc, u32 mask) {
     case ELECT: elect(w, in); break;
     case UNPACK: unpack(w, in); break;
     case PACK: pack(w, in); break;
+    case TENSOR_ALLOCATE: allocate(w, in, pc); break;
+    case TENSOR_LOAD: tensor_access(w, in, pc, true); break;
+    case TENSOR_STORE: tensor_access(w, in, pc, false); break;
+    case TENSOR_WAIT: tensor_wait(w, in); break;
+    case TENSOR_PRODUCT: issue_product(w, in, pc, mask); break;
+    case TENSOR_COMMIT: commit_tensor(w, in, pc, mask); break;
+    case MBARRIER_INIT: mbarrier_init(w, in, pc, mask); break;
+    case MBARRIER_WAIT: w.spinning = !mbarrier_wait(w, in, pc); break;
     case WARP_BARRIER: w.sync++; break;
     case NOTHING: break;
     default: throw Stop{"unknown instruction", pc};
@@ -87,7 +96,8 @@ static void other(Warp& w, const Instruction& in, int pc, u32 mask) {
 
 static bool for_each_lane(int op) {  // what lanes do by themselves, and so may do apart
     return op < BRANCH || op == NOTHING || op == LOAD_GLOBAL || op == STORE_GLOBAL || op == LOAD_SHARED ||
-           op == STORE_SHARED || op == CP_ASYNC || op == UNPACK || op == PACK;
+           op == STORE_SHARED || op == CP_ASYNC || op == UNPACK || op == PACK || op == TENSOR_PRODUCT || op == TENSOR_COMMIT ||
+           op == MBARRIER_INIT;
 }
 
 // ---- a warp, up to a barrier or its end
@@ -145,6 +155,7 @@ static void execute(Warp& w, const Instruction& in, int pc, u32 mask) {
 }
 
 static void run(Warp& w) {
+    w.spinning = false;
     Apart apart;
     u32 active = ALL_LANES;
     for (;;) {
@@ -170,7 +181,10 @@ static void run(Warp& w) {
         } else if (in.op == BARRIER) {
             if (mask != ALL_LANES) throw Stop{"a barrier that some lanes of a warp do not reach", pc};
             return;
-        } else if (mask) execute(w, in, pc, mask);
+        } else if (mask) {
+            execute(w, in, pc, mask);
+            if (w.spinning) return;
+        }
     }
 }
 
@@ -182,7 +196,7 @@ static std::vector<Warp> warps_at_start() {
     for (int i = 0; i < L->warps; i++) {
         Warp& w = warps[i];
         w.registers.assign(L->initial, L->initial + L->register_bytes);
-        w.id = i; w.pc = 0; w.done = false; w.busy_count = 0;
+        w.id = i; w.pc = 0; w.done = w.spinning = false; w.busy_count = 0;
         w.position = w.sync = w.fence_epoch = 0; w.fence_event = 0;
         w.busy.assign(L->register_bytes / 128 + 1, 0);
         w.unfenced.assign(L->register_bytes / 128 + 1, 1);
@@ -194,10 +208,26 @@ static std::vector<Warp> warps_at_start() {
     return warps;
 }
 
+// Each warp to the next barrier or its end; those at an mbarrier again, until it is over. Returns how many have ended.
+static int run_to_barrier(std::vector<Warp>& warps, const std::vector<int>& order) {
+    for (auto& w : warps) w.spinning = !w.done;
+    for (int round = 0;; round++) {
+        int done = 0, spinning = 0;
+        for (int i : order) {
+            if (warps[i].spinning) run(warps[i]);
+            done += warps[i].done;
+            spinning += warps[i].spinning;
+        }
+        if (!spinning) return done;
+        if (round > 1000) throw Stop{"warps wait at an mbarrier whose phase nobody ends", -1};
+    }
+}
+
 static void run_cta(u32& random) {
     first_epoch = ++epoch;
     memset(shared.data(), 0xFF, shared.size());  // NaN
-    for (auto& s : shared_history) s.copies = s.products = s.writers = 0;
+    for (auto& s : shared_history) { s.copies = s.products = s.writers = 0; s.tensor_ticket = 0; }
+    tensor_reset(L->warps);
     std::vector<Warp> warps = warps_at_start();
     std::vector<int> order(L->warps);
     for (int i = 0; i < L->warps; i++) order[i] = L->order == 1 ? L->warps - 1 - i : i;
@@ -206,17 +236,14 @@ static void run_cta(u32& random) {
             random = random * 1664525 + 1013904223;
             std::swap(order[i], order[(random >> 8) % (i + 1)]);
         }
-        int done = 0;
-        for (int i : order) {
-            if (!warps[i].done) run(warps[i]);
-            done += warps[i].done;
-        }
+        int done = run_to_barrier(warps, order);
         if (done == L->warps) return;
         if (done) throw Stop{"some warps ended while others wait at a barrier", -1};
         for (auto& w : warps) {
             if (w.pc != warps[0].pc) throw Stop{"warps of a CTA wait at different barriers", w.pc - 1};
             w.sync++;
         }
+        everybody_knows();
     }
 }
 

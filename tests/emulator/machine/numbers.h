@@ -64,6 +64,11 @@ template <class H, class F> static inline u32 halves(u32 a, u32 b, u32 c, F f) {
     return one(0) | one(16) << 16;
 }
 
+template <class F> static inline u64 pairs(u64 a, u64 b, u64 c, F f) {  // of two float32 that share a register
+    auto one = [&](int s) { return (u64)bits(f(number((u32)(a >> s)), number((u32)(b >> s)), number((u32)(c >> s)))) << s; };
+    return one(0) | one(32);
+}
+
 // min and max return the number where the other operand is NaN, and order the zeros.
 template <class T> static inline T least(T a, T b) {
     return a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? a : b) : a < b ? a : b;

@@ -11,7 +11,8 @@
 enum Operation {
     BRANCH = 100000, RETURN, BARRIER, WARP_BARRIER, NOTHING, LOAD_GLOBAL, STORE_GLOBAL, LOAD_SHARED, STORE_SHARED,
     CP_ASYNC, CP_COMMIT, CP_WAIT, LDMATRIX, STMATRIX, MMA, WGMMA, WGMMA_FENCE, WGMMA_COMMIT, WGMMA_WAIT, PROXY_FENCE,
-    SHUFFLE, REDUX, VOTE, ELECT, UNPACK, PACK,
+    SHUFFLE, REDUX, VOTE, ELECT, UNPACK, PACK, TENSOR_ALLOCATE, TENSOR_LOAD, TENSOR_STORE, TENSOR_WAIT, TENSOR_PRODUCT,
+    TENSOR_COMMIT, MBARRIER_INIT, MBARRIER_WAIT,
 };
 
 // The layouts of these structures are repeated in machine.py.
@@ -33,7 +34,7 @@ struct Launch {
     GlobalByte** global_history;                  // by memory, or null
     s32 grid[3], warps, shared_bytes, shared_base;
     const s32* ctas; s32 cta_count;               // linear numbers of those to run, in order
-    s32 late_copies, late_products, order, seed, check, rough, trace;
+    s32 late_copies, late_products, order, seed, check, rough, trace, uses_tensor_memory;
     Counts* counts;                               // by instruction
     Found* found; s32 found_room, found_count;
     char message[512]; s32 failed_pc;             // where it stopped, and why
@@ -45,7 +46,7 @@ struct Product { int pc; u64 a_start, b_start; bool accumulate; s64 ticket; u32 
 struct Warp {
     std::vector<char> registers;
     int id, pc;
-    bool done;
+    bool done, spinning;                          // spinning: at an mbarrier whose phase is not over
     u32 position;                                 // instructions executed
     u32 sync;                                     // barriers passed, of the warp and of the CTA
     u32 fence_epoch; u64 fence_event;             // of its last proxy fence
@@ -68,6 +69,7 @@ struct SharedByte {
     u8 write_lane, by_copy;
     u64 write_event;
     u32 fenced;                                   // the epoch in which its writer passed a proxy fence, or 0
+    s64 tensor_ticket;                            // of the last tcgen05 product that reads it
 };
 
 struct Stop { std::string why; int pc; };

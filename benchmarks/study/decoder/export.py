@@ -1,0 +1,84 @@
+"""What export_lora loses: the adapters that runs left, exported on training problems, scored on the test's."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.study import rows
+from benchmarks.study.decoder.plan import Cell
+from benchmarks.study.decoder.runner import NEW_TOKENS, RESULTS, Place, about, versions
+
+EXPORTS = RESULTS.with_name("decoder_export.jsonl")
+MATCHED = 41
+"""The rank at which a LoRA has as many parameters as the mixture on SmolLM2."""
+
+
+def key_of(cell: Cell, rank: int, problems: int) -> str:
+    return f"{cell.key} exported at rank {rank} on {problems} problems"
+
+
+def export(cell: Cell, place: Place, rank: int, problems: int, batch_size: int = 16) -> dict:
+    """Export the adapter of a finished run; its row: KL and agreement on the true equations, and what it solves."""
+    import torch
+    from peft import PeftModel
+
+    from benchmarks.study.decoder.model import load
+    from benchmarks.study.decoder.problems import DATASETS
+    from benchmarks.study.decoder.training import encode, evaluate, with_labels
+    from mos_kernels.huggingface import export_lora
+
+    data = DATASETS[cell.dataset](place.data)
+    model, tokenizer = load(place.model)
+    model = PeftModel.from_pretrained(model, place.outputs / cell.folder)
+
+    def batches(chosen: Sequence) -> list[dict]:
+        examples = sorted((encode(tokenizer, p) for p in chosen), key=lambda e: len(e["prompt"]))
+        parts = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+        return [with_labels(part, tokenizer.pad_token_id) for part in parts]
+
+    folder = place.outputs / f"{cell.folder}-lora-r{rank}-{problems}"
+    start = time.process_time()
+    report = export_lora(
+        model, batches(random.Random(0).sample(data.train, problems)), folder, rank,
+        evaluation_batches=batches(data.test),
+    )  # fmt: skip
+    seconds = time.process_time() - start
+    del model
+    gc.collect()
+    lora = PeftModel.from_pretrained(load(place.model)[0], folder)
+    scores = evaluate(lora, tokenizer, data.test, NEW_TOKENS)
+    errors = sorted(error for error in report.linears.values() if error is not None)
+    return {
+        "key": key_of(cell, rank, problems), "of": cell.key, "rank": rank, "problems": problems,
+        "tokens": report.tokens, "passes": report.passes, "parameters": report.parameters[1],
+        "error": report.error, "error_quartiles": [round(errors[len(errors) * q // 4], 4) for q in (1, 2, 3)],
+        "largest_error": errors[-1], "kl": report.kl, "agreement": report.agreement, "positions": report.positions,
+        "loss": report.loss, "accuracy": report.accuracy, "cpu_seconds": round(seconds, 1), **scores,
+        "eval_rows": len(data.test), "commit": place.commit, "date": time.strftime("%Y-%m-%d"),
+        "machine": about(torch), "versions": versions(),
+    }  # fmt: skip
+
+
+def run_all(planned: Sequence[Cell], place: Place, path: Path, exports: Path, rank: int, problems: int) -> int:
+    """Export the mixtures among the cells that have a row and an adapter, those that have no export yet."""
+    finished = {row["key"]: row for row in rows.read(path) if row["failure"] is None}
+    done = {row["key"] for row in rows.read(exports)}
+    for cell in planned:
+        adapter = place.outputs / cell.folder / "adapter_model.safetensors"
+        if not cell.entry.method.startswith("MoS") or cell.key not in finished or not adapter.is_file():
+            continue
+        if key_of(cell, rank, problems) in done:
+            continue
+        row = export(cell, place, rank, problems)
+        with rows.only_writer(exports):
+            rows.append(exports, row)
+        print(
+            f"{cell.key}: the mixture solves {finished[cell.key]['solved']} of {row['eval_rows']}, the LoRA of rank "
+            f"{rank} {row['solved']}; KL {row['kl']:.4g}, agreement {row['agreement']:.3f}, error {row['error']:.3g}",
+            flush=True,
+        )
+    return 0

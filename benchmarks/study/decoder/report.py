@@ -1,0 +1,142 @@
+"""The decoder study's tables, from its rows alone: what was solved, against LoRA problem by problem, at what cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.study import rows
+from benchmarks.study.decoder.plan import ENTRIES, LORA, RATES, cells
+from benchmarks.tables import table, write_between
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "study-decoder.md"
+BEGIN, END = "<!-- tables: written by python -m benchmarks.study.decoder report -->", "<!-- end of tables -->"
+GIB = 2**30
+
+Rows = Sequence[dict]
+
+
+def run(path: Path, exports: Path, page: Path = PAGE) -> int:
+    """Write the tables into the page; 2 without rows."""
+    found = rows.read(path)
+    if not found:
+        print(f"error: {path} holds no rows: python -m benchmarks.study.decoder run")
+        return 2
+    if not write_between(page, BEGIN, END, lambda: tables(found, rows.read(exports))):
+        print(f"error: {page} has no place for the tables: the lines {BEGIN!r} and {END!r}")
+        return 2
+    print(f"{len(found)} rows: {page}")
+    return 0
+
+
+def tables(found: Rows, exports: Rows = ()) -> str:
+    """All tables, data set by data set."""
+    planned = {cell.key for cell in cells()}
+    done = sum(row["key"] in planned for row in found)
+    commits = ", ".join(sorted({row["commit"][:12] for row in found}))
+    parts = [f"{done} of {len(planned)} planned runs are done. Commits: {commits}."]
+    for dataset in dict.fromkeys(row["dataset"] for row in found):
+        here = [row for row in found if row["dataset"] == dataset]
+        parts += [f"### {dataset}", _solved(here), "Against LoRA r=8 on the same problems, at the same seeds:"]
+        parts += [_paired(here), "Cost, the mean of a method's runs:", _cost(here)]
+    if exports:
+        parts += ["### What export_lora loses", _exported(exports, {row["key"]: row for row in found})]
+    return "\n\n".join(parts)
+
+
+def _of(found: Rows, entry, rate: int) -> list[dict]:
+    here = [row for row in found if row["entry"] == entry.name and row["rate"] == rate and row["failure"] is None]
+    return sorted(here, key=lambda row: row["seed"])
+
+
+def _solved(found: Rows) -> str:
+    """Share solved, and nats a token of the true equation; the mean over seeds, and their number."""
+    lines = []
+    for entry in ENTRIES:
+        line = [entry.name]
+        for rate in RATES:
+            here = _of(found, entry, rate)
+            if not here:
+                line += ["", ""]
+                continue
+            rates, nll = [row["solve_rate"] for row in here], [row["nll_per_token"] for row in here]
+            line += [f"{100 * _mean(rates):.1f}%{_spread(rates, 100)} ({len(here)})", f"{_mean(nll):.3f}"]
+        if any(line[1:]):
+            lines.append(line)
+    heads = ["method"]
+    for rate in RATES:
+        heads += [f"solved, x{rate} (seeds)", "nats a token"]
+    return table(heads, lines)
+
+
+def _paired(found: Rows) -> str:
+    """Problems that only the method solves, and only LoRA; the difference, and its standard error over problems."""
+    lines = []
+    for entry in ENTRIES:
+        for rate in RATES:
+            reference = {row["seed"]: row for row in _of(found, LORA, rate)}
+            pairs = [(row, reference[row["seed"]]) for row in _of(found, entry, rate) if row["seed"] in reference]
+            if entry == LORA or not pairs:
+                continue
+            more, less = (sum(_only(a, b, first) for a, b in pairs) for first in (True, False))
+            size = sum(row["eval_rows"] for row, _ in pairs)
+            nll = _mean([row["nll_per_token"] - other["nll_per_token"] for row, other in pairs])
+            difference, error = 100 * (more - less) / size, 100 * math.sqrt(more + less) / size
+            lines.append([
+                entry.name, f"x{rate}", str(len(pairs)), str(more), str(less), f"{difference:+.1f} ± {error:.1f}",
+                f"{nll:+.3f}",
+            ])  # fmt: skip
+    heads = ("method", "rate", "seeds", "only it", "only LoRA", "difference in points", "in nats a token")
+    return table(heads, lines) if lines else "not run yet"
+
+
+def _only(row: dict, other: dict, first: bool) -> int:
+    a, b = (row["right"], other["right"]) if first else (other["right"], row["right"])
+    return sum(x == "1" and y == "0" for x, y in zip(a, b, strict=True))
+
+
+def _cost(found: Rows) -> str:
+    lines = []
+    for entry in ENTRIES:
+        here = [row for rate in RATES for row in _of(found, entry, rate)]
+        if here:
+            lines.append([
+                entry.name, f"{here[0]['parameters']:,}", f"{_mean([r['seconds']['train_cpu'] for r in here]):.0f}",
+                f"{_mean([r['seconds']['train'] for r in here]):.0f}",
+                f"{_mean([r['seconds']['eval_cpu'] for r in here]):.0f}",
+                f"{_mean([r['peak_memory_bytes']['train'] for r in here]) / GIB:.2f}",
+                f"{max(r['largest_grad_norm'] for r in here):.3g}",
+            ])  # fmt: skip
+    heads = ("method", "trained parameters", "training, s of processor", "by the clock", "scoring, s of processor",
+             "peak memory, GiB", "largest gradient norm")  # fmt: skip
+    return table(heads, lines)
+
+
+def _exported(exports: Rows, runs: dict[str, dict]) -> str:
+    lines = []
+    for row in exports:
+        before = runs.get(row["of"])
+        if before is None:
+            continue
+        lines.append([
+            before["entry"], f"x{before['rate']}, seed {before['seed']}", str(row["rank"]), f"{row['parameters']:,}",
+            str(row["problems"]), f"{row['error']:.3f}", f"{row['kl']:.4f}", f"{100 * row['agreement']:.1f}%",
+            f"{before['solved']} → {row['solved']} of {row['eval_rows']}",
+            f"{before['nll_per_token']:.3f} → {row['nll_per_token']:.3f}", f"{row['cpu_seconds']:.0f}",
+        ])  # fmt: skip
+    heads = ("method", "run", "rank", "parameters", "problems fitted on", "relative error", "KL, nats", "same token",
+             "solved", "nats a token", "s of processor")  # fmt: skip
+    return table(heads, lines) if lines else "not run yet"
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def _spread(values: Sequence[float], scale: float) -> str:
+    if len(values) < 2:
+        return ""
+    mean = _mean(values)
+    return f" ± {scale * math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)):.1f}"

@@ -1,0 +1,180 @@
+"""`python -m mos_kernels export-lora`: the plain LoRA nearest to a saved adapter, fitted on rows of a text file."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer
+
+from mos_kernels.finetune.data import Rows, read_rows
+from mos_kernels.finetune.options import FinetuneError
+from mos_kernels.huggingface.base import is_classifier, load_base
+from mos_kernels.huggingface.export_lora import IGNORED, ExportReport, check_arguments, export_lora
+from mos_kernels.huggingface.files import load_adapter
+from mos_kernels.huggingface.modules import mos_modules
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    made = argparse.ArgumentParser(
+        prog="python -m mos_kernels export-lora",
+        description="Write the plain LoRA nearest to a Mixture-of-Space adapter on rows of a text file, as a peft LoRA "
+        "folder that merges and serves anywhere, and say what it loses.",
+    )
+    made.add_argument("--adapter", required=True, help="folder of finetune, save_adapter or peft")
+    made.add_argument("--model", help="the base model, a folder or a hub id (default: what the adapter names)")
+    made.add_argument("--output", required=True, type=Path, help="folder for the LoRA, not there yet")
+    made.add_argument("--rank", type=int, help="default: with as many parameters as the adapter")
+    source = made.add_argument_group(
+        "calibration data", "TSV (no quoting), CSV, JSONL, JSON or Parquet, as for finetune"
+    )
+    source.add_argument("--data-file", nargs="+", required=True, help="rows like those of the task")
+    source.add_argument("--eval-file", nargs="+", help="rows for the report (default: the calibration's)")
+    source.add_argument("--rows", type=int, default=1024, help="of each, drawn at random where it has more (1024)")
+    source.add_argument("--column-names", help="A,B,...: of files without a header row")
+    source.add_argument(
+        "--text-column", nargs="+", help="two are a classifier's pair (default: messages, prompt, text)"
+    )
+    source.add_argument("--label-column", help="of a classifier: the report then has the accuracy")
+    source.add_argument("--target-column", help="of a decoder: the completion after the text")
+    source.add_argument("--separator", default="\n", help="between text and completion (default a newline)")
+    source.add_argument("--max-length", type=int, default=512, help="in tokens (default 512)")
+    source.add_argument("--batch-size", type=int, default=16, help="default 16")
+    running = made.add_argument_group("running")
+    running.add_argument("--at-once", type=int, help="linears fitted in a pass over the data (default: a tenth)")
+    running.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the base")
+    running.add_argument("--device", help="cpu, cuda or mps (default: what there is)")
+    return made
+
+
+def run(argv: Sequence[str]) -> int:
+    """The command. Returns 0, or 2 after an error of the user's (said on stderr)."""
+    options = parser().parse_args(list(argv))
+    try:
+        report = _export(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    print(f"\n{options.output}: load it with peft's PeftModel.from_pretrained, merge it with merge_and_unload()")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> ExportReport:
+    check_arguments(options.output, options.rank, options.at_once)
+    for name in ("rows", "batch_size", "max_length"):
+        if getattr(options, name) < 1:
+            raise FinetuneError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    calibration = _rows(options, options.data_file)
+    evaluation = _rows(options, options.eval_file) if options.eval_file else None
+    transformers.utils.logging.disable_progress_bar()
+    model = load_base(options.adapter, options.model, dtype=getattr(torch, options.dtype)).eval()
+    if not mos_modules(model):
+        load_adapter(model, options.adapter)
+    model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    source = options.model or model.config._name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    positions = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
+    options.max_length = min(options.max_length, positions or options.max_length, tokenizer.model_max_length)
+    encode = _classified if is_classifier(model) else _continued
+    other, asked = ("target", "label") if is_classifier(model) else ("label", "target")
+    if getattr(options, f"{other}_column"):
+        raise FinetuneError(f"--{other}-column does not go with a {type(model).__name__}: name --{asked}-column")
+    classes = sorted({str(_column(*row, options.label_column)) for row in calibration}) if options.label_column else []
+    classes.sort(key=lambda name: (0, int(name)) if name.lstrip("-").isdecimal() else (1, 0))
+    if classes and len(classes) != model.config.num_labels:
+        raise FinetuneError(
+            f"the adapter is for {model.config.num_labels} classes, and --label-column {options.label_column} of the "
+            f"calibration data has {len(classes)}: {', '.join(classes[:8])}"
+        )
+
+    def batches(rows: Rows) -> list[dict]:
+        examples = sorted((encode(options, tokenizer, row, classes) for row in rows), key=lambda e: len(e["input_ids"]))
+        parts = [examples[i : i + options.batch_size] for i in range(0, len(examples), options.batch_size)]
+        return [_collate(part, tokenizer.pad_token_id or 0) for part in parts]
+
+    return export_lora(
+        model, batches(calibration), options.output, options.rank, at_once=options.at_once,
+        evaluation_batches=None if evaluation is None else batches(evaluation),
+    )  # fmt: skip
+
+
+def _rows(options: argparse.Namespace, paths: Sequence[str]) -> Rows:
+    rows = [row for path in paths for row in read_rows(path, options.column_names)]
+    return rows if len(rows) <= options.rows else random.Random(0).sample(rows, options.rows)
+
+
+def _column(where: str, row: dict, column: str):
+    if column not in row:
+        raise FinetuneError(
+            f"{where}: there is no column {column!r}; the columns are: {', '.join(map(str, row))[:300]}"
+        )
+    return row[column]
+
+
+def _texts(options: argparse.Namespace, where: str, row: dict) -> list[str]:
+    columns = options.text_column or next(([name] for name in ("prompt", "text") if name in row), None)
+    if columns is None:
+        raise FinetuneError(f"{where}: no column is called messages, prompt or text: name --text-column")
+    texts = [_column(where, row, column) for column in columns]
+    if not all(isinstance(text, str) for text in texts):
+        raise FinetuneError(f"{where}: the columns {columns} hold what is not text")
+    return texts
+
+
+def _classified(options: argparse.Namespace, tokenizer, row: tuple[str, dict], classes: list[str]) -> dict:
+    texts = _texts(options, *row)
+    texts = texts if len(texts) == 2 else [" ".join(texts)]
+    found = dict(tokenizer(*texts, truncation=True, max_length=options.max_length))
+    if classes:
+        label = str(_column(*row, options.label_column))
+        if label not in classes:
+            raise FinetuneError(
+                f"{row[0]}: the label {label!r} is none of the calibration data's: {', '.join(classes)}"
+            )
+        found["labels"] = classes.index(label)
+    return found
+
+
+def _continued(options: argparse.Namespace, tokenizer, row: tuple[str, dict], classes: list[str]) -> dict:
+    """Labels on the completion, or on all of a text or chat."""
+    where, values = row
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if options.text_column is None and isinstance(values.get("messages"), list):
+        head, tail = tokenizer.apply_chat_template(values["messages"], tokenize=True, return_dict=False), None
+    else:
+        text = " ".join(_texts(options, where, values))
+        column = options.target_column or ("completion" if not options.text_column and "completion" in values else None)
+        target = None if column is None else _column(where, values, column)
+        if target is not None and not isinstance(target, str):
+            raise FinetuneError(f"{where}: column {column!r} holds what is not text")
+        head = tokenizer(text if target is None else text + options.separator).input_ids
+        head = head[:-1] if end and head[-1:] == end else head
+        tail = None if target is None else tokenizer(target, add_special_tokens=False).input_ids
+        head, tail = (head + end, None) if tail is None else (head, tail + end)
+    ids, masked = (head, []) if tail is None else (head + tail, [IGNORED] * len(head))
+    labels = masked + ids[len(masked) :]
+    start = 0 if tail is None else max(len(ids) - options.max_length, 0)  # a completion loses its prompt's beginning
+    ids, labels = (part[start : start + options.max_length] for part in (ids, labels))
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def _collate(examples: list[dict], pad: int) -> dict[str, torch.Tensor]:
+    """Padded on the right."""
+    fill = {"input_ids": pad, "labels": IGNORED}
+    width = max(len(example["input_ids"]) for example in examples)
+    batch = {}
+    for key in examples[0]:
+        values = [example[key] for example in examples]
+        if isinstance(values[0], list):
+            values = [value + [fill.get(key, 0)] * (width - len(value)) for value in values]
+        batch[key] = torch.tensor(values)
+    return batch

@@ -1,0 +1,55 @@
+"""The base model of an adapter that lies in a folder: its class, its classes and its weights, as the files say."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import transformers
+from torch import nn
+
+from mos_kernels.huggingface.files import CONFIG_NAME, WEIGHTS_NAME, read_tensors, refuse_damaged
+
+HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+_BY_TASK = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def load_base(folder: str | os.PathLike, base: str | os.PathLike | None = None, **options) -> nn.Module:
+    """The model that the adapter in `folder` was trained on, without the adapter where it lies by itself.
+
+    base: where its weights are; None for what the adapter's configuration names, or `folder` itself where that holds a
+    whole model too (transformers then loads the adapter with it, if peft is installed). A head gets as many classes as
+    the adapter's. options: of from_pretrained. Raises as `load_adapter` for the files; ValueError where no base is
+    named, or transformers does not know its class.
+    """
+    folder = Path(folder)
+    refuse_damaged(folder)
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    whole = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    source = base or (folder if whole else config.get("base_model_name_or_path"))
+    if not source:
+        raise ValueError(f"{folder / CONFIG_NAME} names no base model: say where it is")
+    name = (config.get("auto_mapping") or {}).get("base_model_class")
+    name = name or _BY_TASK.get(config.get("task_type"), "AutoModelForCausalLM")
+    kind = getattr(transformers, name, None)
+    if (base or not whole) and (Path(source) / CONFIG_NAME).is_file():
+        raise ValueError(f"{source} holds an adapter itself, in {CONFIG_NAME}: name the base model without one")
+    if kind is None:
+        raise ValueError(f"the adapter in {folder} is of a {name}, which transformers does not have: load it by hand")
+    tensors = read_tensors(folder / WEIGHTS_NAME)
+    head = next((tensor for name, tensor in tensors.items() if f".{name}".endswith(HEAD_WEIGHTS)), None)
+    if head is not None:
+        options["num_labels"] = head.shape[0]
+    return kind.from_pretrained(os.fspath(source), **options)
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether it gives a sequence one of several classes."""
+    return type(model).__name__.endswith("ForSequenceClassification")

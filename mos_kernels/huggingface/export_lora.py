@@ -1,0 +1,652 @@
+"""The plain LoRA nearest to a Mixture-of-Space adapter on the tokens of a calibration set, in a folder of peft's.
+
+Of each linear the adapter adds Δ(x), and M = B A of rank r with the least E‖Δ − M x‖² is wanted. With C = E[xxᵀ] and
+D = E[Δxᵀ] that is E‖Δ − D C⁻¹ x‖², which no M changes, plus ‖(D C⁻¹ − M) L‖², where C = L Lᵀ: so M L is the truncated
+singular value decomposition of D L⁻ᵀ. Any square root of C serves; Cholesky's is the cheapest.
+
+C is regularised towards what the adapter would be if its gates were their mean and its space flat,
+M₀ = (α/r) Σ_e E[g_e] B_e A_e: the least E‖Δ − M x‖² + λ‖M − M₀‖² has C + λI and D + λM₀ in place of C and D. So where
+Δ is M₀ x, of Euclidean experts whose gates do not vary, M₀ comes out whatever the tokens are.
+
+Linears are fitted in the order in which they run, some at a time, each on what the exported ones before it give.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as product
+from transformers.pytorch_utils import Conv1D
+
+import mos_kernels
+from mos_kernels.functional import mos_linear, mos_route
+from mos_kernels.huggingface import files
+from mos_kernels.huggingface.modules import active_names, adapter_parameters, mos_adapters, unwrap
+from mos_kernels.huggingface.state import adapter_state, tensors_of
+from mos_kernels.huggingface.targets import HEADS, refuse_offloaded
+from mos_kernels.layer import MoSAdapter, MoSConv1D, MoSLayer
+from mos_kernels.sharded import gathered, refuse_sharded, refuse_zero3
+
+PASSES = 10
+"""How many passes over the data are made where `at_once` is not given: their parts of the model add up to half."""
+
+RIDGE = 1e-4
+IGNORED = -100
+WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+@dataclass
+class ExportReport:
+    """What was exported, and what was lost by it, on the tokens of the evaluation. Prints as a table.
+
+    linears: of each linear √(E‖Δ − B A x‖² / E‖Δ‖²) as it runs in the export; None where the adapter adds nothing.
+    kl: nats, mean over `positions` of KL(mixture ‖ LoRA); agreement: share of them with the same most likely class or
+    token; None without logits over classes or tokens. loss, accuracy: (of the mixture, of the LoRA), None without
+    labels (accuracy: without class labels). parameters: (of the mixture's adapter, of the LoRA).
+    """
+
+    rank: int
+    parameters: tuple[int, int]
+    linears: dict[str, float | None]
+    tokens: int
+    passes: int
+    positions: int = 0
+    kl: float | None = None
+    agreement: float | None = None
+    loss: tuple[float, float] | None = None
+    accuracy: tuple[float, float] | None = None
+
+    @property
+    def error(self) -> float:
+        """The mean of the linears' relative errors."""
+        known = [error for error in self.linears.values() if error is not None]
+        return sum(known) / len(known) if known else 0.0
+
+    def __str__(self) -> str:
+        return "\n".join([*self.summary(), "", *self.table()])
+
+    def summary(self) -> list[str]:
+        """What was lost, a line each."""
+        before, after = self.parameters
+        lines = [
+            f"LoRA of rank {self.rank} on {len(self.linears)} linears: {after:,} parameters, where the mixture has "
+            f"{before:,}",
+            f"fitted on {self.tokens:,} tokens in {self.passes} passes; relative error of a linear, on average "
+            f"{self.error:.3g}",
+        ]
+        silent = sum(error is None for error in self.linears.values())
+        if silent:
+            lines.append(f"the adapter adds nothing at {silent} of the linears, and neither does the LoRA")
+        if self.kl is not None:
+            lines.append(
+                f"over {self.positions:,} predictions: KL(mixture, LoRA) {self.kl:.4g} nats, the same most likely one "
+                f"in {100 * self.agreement:.1f}%"
+            )
+        else:
+            lines.append("no KL divergence: the model gives no logits over classes or tokens")
+        for name, pair in (("loss", self.loss), ("accuracy", self.accuracy)):
+            if pair is not None:
+                lines.append(f"{name} {pair[0]:.4g} with the mixture, {pair[1]:.4g} with the LoRA")
+        if self.loss is None:
+            lines.append("no loss: the batches have no labels")
+        return lines
+
+    def table(self) -> list[str]:
+        """The relative error of each linear, in Markdown."""
+        rows = [f"| {name} | {'–' if e is None else f'{e:.3g}'} |" for name, e in self.linears.items()]
+        return ["| linear | relative error |", "| --- | --- |", *rows]
+
+
+def export_lora(
+    model: nn.Module,
+    calibration_batches: Iterable[Mapping[str, Tensor] | Tensor],
+    folder: str | os.PathLike,
+    rank: int | None = None,
+    *,
+    evaluation_batches: Iterable[Mapping[str, Tensor] | Tensor] | None = None,
+    at_once: int | None = None,
+    ridge: float = RIDGE,
+) -> ExportReport:
+    """Write the LoRA nearest to the adapter of `model` on the calibration tokens into `folder`, as peft's LoRA.
+
+    `PeftModel.from_pretrained(base, folder)` loads it, `merge_and_unload()` merges it, and what serves or quantises
+    LoRAs takes it. Modules that were trained whole beside the adapter, and a classifier's head, go with it.
+
+    Args:
+        model: with the adapter, of apply_mos, load_adapter or peft; left as it is.
+        calibration_batches: a list, a DataLoader or another iterable that can be gone through several times, of what
+            the model takes: dictionaries of tensors, or input_ids. Some thousand tokens like those of the task. What
+            the attention_mask marks as padding is left out; labels are for the report alone.
+        folder: one that is not there yet, or empty.
+        rank: None for that at which the LoRA has as many parameters as the adapter.
+        evaluation_batches: those of the report; None for the calibration's own, on which the losses are optimistic.
+        at_once: how many linears are fitted in a pass over the data, in the order in which they run; none sees the
+            export of another in its pass. None: a tenth of them. 1: each is fitted on what all before it give. The
+            memory is that of their C and D, d_in·(d_in + d_out) float64 numbers a linear; no token is kept.
+        ridge: λ, in units of the mean variance of the inputs: how far rare directions are drawn to the flat map M₀.
+
+    Returns the report, which the card in `folder` has too. Nothing is written unless all went well. Raises ValueError
+    for no tokens, a linear that no token reached, values that are not finite, a rank below 1, no adapter or several
+    active ones; FileExistsError where the folder holds something.
+    """
+    folder = Path(folder)
+    check_arguments(folder, rank, at_once, ridge)
+    _check_batches("calibration_batches", calibration_batches)
+    if evaluation_batches is not None:
+        _check_batches("evaluation_batches", evaluation_batches)
+    outer = unwrap(model)
+    inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
+    linears = _linears(inner)
+    whole = _modules_saved_whole(outer, inner)
+    own = adapter_parameters(inner)
+    wide = sum(linear.d_in + linear.d_out for linear in linears)
+    total = sum(parameter.numel() for parameter in own.values())
+    rank = max(round(total / wide), 1) if rank is None else rank
+
+    with _evaluating(outer), _intercepted(linears):
+        order = _order(outer, linears, calibration_batches)
+        step = max(math.ceil(len(order) / PASSES), 1) if at_once is None else at_once
+        passes = range(0, len(order), step)
+        for start in passes:
+            _collect(outer, order[start : start + step], calibration_batches)
+            for linear in order[start : start + step]:
+                linear.fit(rank, ridge)
+        report = ExportReport(rank, (total, rank * wide), {}, order[0].tokens, len(passes))
+        chosen = calibration_batches if evaluation_batches is None else evaluation_batches
+        _compare(outer, linears, chosen, report)
+    _write(folder, inner, linears, whole, report)
+    return report
+
+
+# what is wrong with the arguments
+
+
+def check_arguments(folder: Path, rank: int | None, at_once: int | None, ridge: float = RIDGE) -> None:
+    """Raise as `export_lora` does for these alone."""
+    for name, value in (("rank", rank), ("at_once", at_once)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1, or None")
+    if not isinstance(ridge, (int, float)) or not 0 < ridge < math.inf:
+        raise ValueError(f"ridge={ridge!r} must be a positive number")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already: name a folder that is not, or remove it")
+
+
+def _check_batches(name: str, batches) -> None:
+    if isinstance(batches, (Tensor, Mapping, str)) or not hasattr(batches, "__iter__"):
+        raise ValueError(f"{name} is a {type(batches).__name__}: pass a list of batches, or a DataLoader")
+    if isinstance(batches, Iterator):
+        raise ValueError(f"{name} is an iterator, and several passes are made: pass a list of batches, or a DataLoader")
+
+
+# the linears of either door
+
+
+class _Reached(Exception):
+    """The last linear of a pass has been reached: the rest of the model need not run."""
+
+
+class _Linear:
+    """An adapted linear: its statistics over the tokens, and the LoRA fitted to them.
+
+    mode: "adapter" runs it as it is; "collect" does too, and adds to the statistics; "lora" runs the export; "measure"
+    does too, and sums its squared error, and Δ's square, into `squares`.
+    """
+
+    def __init__(self, name: str, layer: nn.Module, adapter: MoSAdapter, adapter_name: str | None) -> None:
+        """adapter_name: that of peft's, by which the gates are given."""
+        self.name, self.layer, self.adapter, self.adapter_name = name, layer, adapter, adapter_name
+        self.d_out, self.d_in = adapter.mos_lora_B.shape[0], adapter.mos_lora_A.shape[-1]
+        self.mode, self.calls, self.on_call = "adapter", 0, None
+        self.tokens, self.factors, self.squares = 0, None, [0.0, 0.0]
+        self.C: Tensor | None = None
+
+    def forward(self, original: Callable, x: Tensor, gates=None, backend: str = "auto") -> Tensor:
+        self.calls += 1
+        if self.mode in ("lora", "measure"):
+            if self.mode == "measure":
+                self._measure(x, gates)
+            y = self._exported(x)
+        else:
+            if self.mode == "collect":
+                self.add(x, gates)
+            y = original(x) if gates is None else original(x, gates, backend)
+        if self.on_call is not None:
+            self.on_call(self)
+        return y
+
+    def _exported(self, x: Tensor) -> Tensor:
+        weight, bias, base = self.layer._base(x)
+        base = product(x, weight, bias) if base is None else base
+        A, B = (factor.to(x.device) for factor in self.factors)
+        with torch.autocast(x.device.type, enabled=False):  # float32, as peft's
+            return (base + product(product(x.to(A.dtype), A), B)).to(base.dtype)
+
+    def _tokens(self, x: Tensor, gates) -> tuple[Tensor, Tensor, Tensor]:
+        """The real tokens: x (T, d_in), their gates (T, E), and what the adapter adds to them, (T, d_out).
+
+        gates: (..., E), or by adapter, or None for the linear's own router.
+        """
+        adapter, config = self.adapter, self.adapter.config
+        if isinstance(gates, Mapping):  # of a block that may hold linears with routers of their own
+            gates = gates.get(self.adapter_name) if adapter.mos_router is None else None
+        mask = self.mask_of(x)
+        x = x.reshape(-1, self.d_in) if mask is None else x[mask]
+        x = x if x.dtype == torch.float64 else x.float()
+        if gates is not None:
+            gates = gates.reshape(-1, gates.shape[-1]) if mask is None else gates[mask]
+        if x.shape[0] == 0:
+            return x, x.new_zeros(0, config.num_experts), x.new_zeros(0, self.d_out)
+        with torch.autocast(x.device.type, enabled=False):
+            if config.is_lora:
+                gates, delta = x.new_ones(x.shape[0], 1), product(x, self._flat(x.new_ones(1)).to(x.dtype))
+            else:
+                if gates is None:
+                    gates = mos_route(x, adapter.mos_router, config=config, inference=True)
+                delta = mos_linear(
+                    x, None, None, adapter.mos_lora_A, adapter.mos_lora_B, adapter.curvature, config=config,
+                    base_output=x.new_zeros(x.shape[0], self.d_out), gates=gates, inference=True,
+                )  # fmt: skip
+        return x, gates, delta
+
+    def add(self, x: Tensor, gates) -> None:
+        """Add the real tokens of x (..., d_in) to the statistics; gates as they are handed to the linear."""
+        x, gates, delta = self._tokens(x, gates)
+        if self.C is None:
+            self._clear("cpu" if x.device.type == "mps" else x.device, self.adapter.config.num_experts)
+        x, delta, gates = (t.to(self.C.device, torch.float64) for t in (x, delta, gates))
+        self.C.addmm_(x.T, x)
+        self.D.addmm_(delta.T, x)
+        self.gates += gates.sum(0)
+        self.tokens += x.shape[0]
+
+    def _clear(self, device, E: int) -> None:
+        def zeros(*shape):
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        self.C, self.D, self.gates = zeros(self.d_in, self.d_in), zeros(self.d_out, self.d_in), zeros(E)
+
+    def _measure(self, x: Tensor, gates) -> None:
+        x, _, delta = self._tokens(x, gates)
+        A, B = (factor.to(x.device, x.dtype) for factor in self.factors)
+        with torch.autocast(x.device.type, enabled=False):
+            left = delta - product(product(x, A), B)
+        dtype = torch.float32 if x.device.type == "mps" else torch.float64
+        for i, values in enumerate((left, delta)):
+            self.squares[i] += float(values.to(dtype).square().sum())
+
+    @property
+    def error(self) -> float | None:
+        """Relative, over the tokens that were measured; None where the adapter adds nothing to them."""
+        return math.sqrt(self.squares[0] / self.squares[1]) if self.squares[1] else None
+
+    def fit(self, rank: int, ridge: float) -> None:
+        """Set `factors`, A (rank, d_in) and B (d_out, rank); drop the statistics; run the export."""
+        if self.tokens == 0:
+            raise ValueError(
+                f"no token of calibration_batches reached {self.name!r}: pass batches that hold tokens (padding is "
+                "none) and use the adapted part of the model"
+            )
+        C, D, gates = (total / self.tokens for total in (self.C, self.D, self.gates))
+        if not (C.isfinite().all() and D.isfinite().all()):
+            raise ValueError(
+                f"the inputs or the adapter's outputs at {self.name!r} are not finite on calibration_batches"
+            )
+        self.C = self.D = None
+        mean = C.diagonal().mean()
+        weight = ridge * torch.where(mean > 0, mean, 1.0)
+        L = torch.linalg.cholesky(C + weight * torch.eye(self.d_in, dtype=C.dtype, device=C.device))
+        G = torch.linalg.solve_triangular(L, (D + weight * self._flat(gates)).T, upper=False).T
+        U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+        U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
+        root = S.sqrt()
+        A = torch.linalg.solve_triangular(L.T, Vh.T * root, upper=True).T
+        dtype = self.adapter.mos_lora_A.dtype if self.adapter.mos_lora_A.dtype == torch.float64 else torch.float32
+        factors = A.new_zeros(rank, self.d_in), A.new_zeros(self.d_out, rank)
+        factors[0][: len(S)], factors[1][:, : len(S)] = A, U * root
+        self.factors = tuple(factor.to(dtype) for factor in factors)
+        self.mode = "lora"
+
+    def _flat(self, gates: Tensor) -> Tensor:
+        """M₀ (d_out, d_in), the map with these gates (E,) in flat space; 0 where an activation makes it none."""
+        config = self.adapter.config
+        B = self.adapter.mos_lora_B.detach().to(gates.device, torch.float64)
+        A = self.adapter.mos_lora_A.detach().to(gates.device, torch.float64)
+        if config.activation != "identity":
+            return gates.new_zeros(self.d_out, self.d_in)
+        weighted = B * (config.scaling * gates).view(1, -1, 1)  # (d_out, E, r)
+        return weighted.sum(1) @ A if config.share_a else torch.einsum("oer,eri->oi", weighted, A)
+
+    mask_of: Callable[[Tensor], Tensor | None] = staticmethod(lambda x: None)
+
+
+def _linears(model: nn.Module) -> list[_Linear]:
+    """The adapted linears of a model, with the adapter that is active; ValueError without one."""
+    active = {id(adapter) for adapter in mos_adapters(model).values()}
+    found, idle = [], set()
+    for name, layer in model.named_modules():
+        named = layer._modules.get("mos_adapter")
+        if isinstance(layer, MoSLayer):
+            adapters = {None: layer}
+        elif isinstance(named, nn.ModuleDict):
+            adapters = {key: adapter for key, adapter in named.items() if id(adapter) in active}
+            idle |= named.keys() - adapters.keys()
+            if len(adapters) > 1:
+                raise ValueError(f"{name!r} has several active adapters, {list(adapters)}: choose one with set_adapter")
+            if layer.disable_adapters:
+                raise ValueError(f"the adapters of {name!r} are disabled: export outside of disable_adapter()")
+        else:
+            continue
+        refuse_sharded(name, layer)
+        refuse_offloaded(name, layer)
+        for adapter_name, adapter in adapters.items():
+            if adapter.mos_lora_A.is_meta:
+                raise ValueError(f"{name!r} is on the meta device: load the adapter's values first")
+            found.append(_Linear(name, layer, adapter, adapter_name))
+    if not found:
+        others = f": it has {sorted(idle)}, choose one with set_adapter" if idle else ""
+        raise ValueError(
+            f"{type(model).__name__} has no active MoS adapter{others or ', put one on with load_adapter or peft'}"
+        )
+    refuse_zero3(adapter_parameters(model).values())
+    return found
+
+
+@contextlib.contextmanager
+def _intercepted(linears: list[_Linear]) -> Iterator[None]:
+    """Let every forward of these layers go through its `_Linear`."""
+    places = []
+    for linear in linears:
+        layer = linear.layer
+        attribute = "_old_forward" if "_old_forward" in vars(layer) else "forward"  # accelerate's wrapper calls that
+        places.append((layer, attribute, vars(layer).get(attribute)))
+        original = getattr(layer, attribute)
+
+        def forward(x, gates=None, backend="auto", linear=linear, original=original):
+            return linear.forward(original, x, gates, backend)
+
+        setattr(layer, attribute, forward)
+    try:
+        yield
+    finally:
+        for layer, attribute, before in places:
+            if before is None:
+                delattr(layer, attribute)
+            else:
+                setattr(layer, attribute, before)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, nothing compiled; all as it was at the end."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False  # not .eval(), which may drop what freeze_for_inference computed
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+# passes over the data
+
+
+def _run(model: nn.Module, batch: Mapping[str, Tensor] | Tensor):
+    """The model on a batch, moved to where it is."""
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    if isinstance(batch, Tensor):
+        return model(batch.to(device))
+    return model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
+
+
+def _masks(batch: Mapping[str, Tensor] | Tensor) -> Callable[[Tensor], Tensor | None]:
+    """Of an x (..., d) the real tokens, bool (...), by the attention mask of its shape; None where all are."""
+    names = ("attention_mask", "decoder_attention_mask") if isinstance(batch, Mapping) else ()
+    masks = [mask for name in names if isinstance(mask := batch.get(name), Tensor)]
+
+    def of(x: Tensor) -> Tensor | None:
+        mask = next((mask for mask in masks if mask.shape == x.shape[:-1]), None)
+        return None if mask is None else mask.to(x.device) != 0
+
+    return of
+
+
+def _order(model: nn.Module, linears: list[_Linear], batches) -> list[_Linear]:
+    """The linears in the order in which the first batch reaches them, those that it does not at the end."""
+    order: list[_Linear] = []
+
+    def note(linear: _Linear) -> None:
+        if linear not in order:
+            order.append(linear)
+
+    first = next(iter(batches), None)
+    if first is None:
+        raise ValueError("there are no calibration batches: pass some, with tokens like those of the task")
+    for linear in linears:
+        linear.calls, linear.on_call = 0, note
+    _run(model, first)
+    for linear in linears:
+        linear.on_call = None
+    return [*order, *(linear for linear in linears if linear not in order)]
+
+
+def _collect(model: nn.Module, part: list[_Linear], batches) -> None:
+    """Go through the data up to the last of these linears, and add to their statistics."""
+    usual = {linear: linear.calls for linear in part}  # of a forward; more than one where layers share a linear
+    calls = {}
+
+    def stop(linear: _Linear) -> None:
+        calls[linear] += 1
+        if all(calls[linear] >= max(usual[linear], 1) for linear in part):
+            raise _Reached
+
+    try:
+        for batch in batches:
+            calls = dict.fromkeys(part, 0)
+            of = _masks(batch)
+            for linear in part:
+                linear.mode, linear.on_call, linear.mask_of = "collect", stop, of
+            with contextlib.suppress(_Reached):
+                _run(model, batch)
+    finally:
+        for linear in part:
+            linear.mode, linear.on_call, linear.calls = "adapter", None, usual[linear]
+
+
+def _compare(model: nn.Module, linears: list[_Linear], batches, report: ExportReport) -> None:
+    """Fill in what the LoRA loses: both are run on every batch."""
+    causal = getattr(model, "can_generate", lambda: False)() and not getattr(model.config, "is_encoder_decoder", False)
+    sums = torch.zeros(4, dtype=torch.float64)  # KL, agreement, right with the mixture, right with the LoRA
+    losses, weight, positions, classes = [0.0, 0.0], 0, 0, 0
+    for batch in batches:
+        outputs = []
+        of = _masks(batch)
+        for mode in ("adapter", "measure"):
+            for linear in linears:
+                linear.mode, linear.mask_of = mode, of
+            outputs.append(_run(model, batch))
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        logits = [_logits(output) for output in outputs]
+        shown = None if logits[0] is None else _kept(logits[0], batch, labels, causal)
+        pair = [getattr(output, "loss", None) for output in outputs]
+        if labels is not None and all(isinstance(loss, Tensor) for loss in pair):
+            count = int(shown[0].sum()) if shown is not None else len(labels)
+            losses = [total + float(loss) * count for total, loss in zip(losses, pair, strict=True)]
+            weight += count
+        if shown is None:
+            continue
+        kept, targets = shown
+        positions += int(kept.sum())
+        cut = slice(None, -1) if causal and kept.dim() > 1 else slice(None)
+        mixture, lora = ((one[:, cut] if one.dim() > 2 else one)[kept] for one in logits)
+        targets = None if targets is None else targets[kept]
+        classes += 0 if targets is None else len(targets)
+        for start in range(0, len(mixture), 512):  # of a large vocabulary a few at a time
+            ours, theirs = (one[start : start + 512].float().log_softmax(-1).double() for one in (mixture, lora))
+            best = ours.argmax(-1), theirs.argmax(-1)
+            found = [(ours.exp() * (ours - theirs)).sum(), (best[0] == best[1]).sum()]
+            known = None if targets is None else targets[start : start + 512]
+            found += [0.0 if known is None else (one == known).sum() for one in best]
+            sums += torch.tensor([float(value) for value in found], dtype=torch.float64)
+    report.linears.update({linear.name: linear.error for linear in linears})
+    if positions:
+        report.positions, report.kl, report.agreement = (
+            positions,
+            float(sums[0]) / positions,
+            float(sums[1]) / positions,
+        )
+    if weight:
+        report.loss = losses[0] / weight, losses[1] / weight
+    if classes:
+        report.accuracy = float(sums[2]) / classes, float(sums[3]) / classes
+
+
+def _logits(output) -> Tensor | None:
+    """Logits over classes or tokens; None where there are none, or a single one, as in a regression."""
+    logits = output.get("logits") if isinstance(output, Mapping) else None
+    return logits if isinstance(logits, Tensor) and logits.dim() >= 2 and logits.shape[-1] > 1 else None
+
+
+def _kept(logits: Tensor, batch, labels: Tensor | None, causal: bool) -> tuple[Tensor, Tensor | None] | None:
+    """(which predictions count, their labels): those with a label, or of real tokens; None where neither says.
+
+    Of a causal model the prediction at a token is of the next one, so the last is left out.
+    """
+    places = logits.shape[:-1]
+    if labels is not None and labels.is_floating_point():  # a regression, or several labels at once
+        return None
+    shifts = causal and len(places) > 1
+    if labels is not None and labels.shape == places:
+        labels = labels.to(logits.device)
+        labels = labels[:, 1:] if shifts else labels
+        return labels != IGNORED, labels
+    real = _masks(batch)(logits)
+    real = torch.ones(places, dtype=torch.bool, device=logits.device) if real is None else real
+    return (real[:, :-1] & real[:, 1:] if shifts else real), None
+
+
+# the folder
+
+
+def _modules_saved_whole(outer: nn.Module, inner: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
+    """The modules besides the adapter that a file holds whole, and their tensors by name: what was trained, and a head.
+
+    peft gives the head of every classifier a copy of its own, and so wants it in the file.
+    """
+    if hasattr(outer, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        name = active_names(outer)[0]
+        found = get_peft_model_state_dict(outer, adapter_name=name)
+        tensors = {k.removeprefix(files.PREFIX): v for k, v in found.items() if not files._is_adapter(k)}
+        modules = list(outer.peft_config[name].modules_to_save or [])
+    else:
+        state = adapter_state(inner)
+        modules = [] if state is None else state.modules_to_save()
+        tensors = tensors_of(inner, [*modules, *files._named_by_ending(inner, modules)])
+    for head in HEADS if _task_type(files._class_of(inner)) in WITH_HEAD else ():
+        if head in inner._modules and not any(name.startswith(f"{head}.") for name in tensors):
+            modules.append(head)
+            tensors |= tensors_of(inner, [head])
+    present = [name for name in modules if any(f".{name}." in f".{tensor}" for tensor in tensors)]
+    return list(dict.fromkeys(present)), tensors
+
+
+def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
+    """The linears by the ends of their names where those name no other module, as users and servers write them."""
+    ends = sorted({name.rpartition(".")[2] for name in names})
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
+    return ends if matched == set(names) else names
+
+
+def _write(folder: Path, model: nn.Module, linears: list[_Linear], whole, report: ExportReport) -> None:
+    """The folder, written beside and renamed."""
+    modules, module_tensors = whole
+    tensors = dict(module_tensors)
+    for linear in linears:
+        tensors[f"{linear.name}.lora_A.weight"], tensors[f"{linear.name}.lora_B.weight"] = linear.factors
+    kind = files._class_of(model)
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    names = [linear.name for linear in linears]
+    config = {
+        "peft_type": "LORA",
+        "task_type": _task_type(kind),
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "base_model_name_or_path": base,
+        "r": report.rank,
+        "lora_alpha": report.rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": _target_modules(model, names),
+        "fan_in_fan_out": any(_is_conv1d(one.layer) for one in linears),
+        "modules_to_save": modules or None,
+        "inference_mode": True,
+    }
+    card = _card(base, kind, report)
+    values = {files.PREFIX + name: tensor for name, tensor in gathered(tensors).items()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        files._write(beside, values, config, card)
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    return isinstance(layer, MoSConv1D) or isinstance(layer._modules.get("base_layer"), Conv1D)
+
+
+def _task_type(kind: type[nn.Module]) -> str | None:
+    ends = {
+        "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    }  # fmt: skip
+    return next((task for end, task in ends.items() if kind.__name__.endswith(end)), None)
+
+
+def _card(base: str | None, kind: type[nn.Module], report: ExportReport) -> str:
+    is_hub_id = base is not None and not os.path.exists(base)
+    name = base or "the base model"
+    return "\n".join(
+        [
+            "---",
+            *([f"base_model: {base}"] if is_hub_id else []),
+            "library_name: peft",
+            "tags:",
+            "- lora",
+            "- mos-kernels",
+            "---",
+            "",
+            "# A LoRA exported from a Mixture-of-Space adapter",
+            "",
+            f"A plain LoRA, fitted by mos_kernels {mos_kernels.__version__} to a Mixture-of-Space adapter on "
+            "calibration data. It loads, merges and serves without mos_kernels:",
+            "",
+            "```python",
+            "from peft import PeftModel",
+            f"from transformers import {kind.__name__}",
+            "",
+            f'model = PeftModel.from_pretrained({kind.__name__}.from_pretrained({name!r}), "this folder")',
+            "model = model.merge_and_unload()",
+            "```",
+            "",
+            "## What was lost",
+            "",
+            *(f"- {line}" for line in report.summary()),
+            "",
+            *report.table(),
+            "",
+        ]
+    )

@@ -1,0 +1,133 @@
+"""Whether every tensor of an adapter takes part in a model: one step, and what it left without gradient or effect.
+
+An adapter that is there and does nothing is what users complain of most: a loader that rebuilt the linears, a forward
+that reads a weight past them, a module that the model does not use. `python -m mos_kernels doctor --model FOLDER`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mos_kernels.huggingface.base import load_base
+from mos_kernels.huggingface.files import load_adapter
+from mos_kernels.huggingface.modules import adapter_parameters, mos_adapters, mos_modules, own_adapter_parameters
+from mos_kernels.layer import MoSRouter
+
+TOKENS = (2, 16)
+
+
+class Idle(NamedTuple):
+    """A tensor of the adapter, or a linear, and why it does nothing."""
+
+    name: str
+    why: str
+
+
+def idle_tensors(model: nn.Module, **inputs) -> list[Idle]:
+    """Run one step of model(**inputs) and list what of the active adapter got no gradient, or has no effect.
+
+    The loss is the model's where `inputs` have labels, else the mean square of its first output. Every adapter tensor
+    takes part in a step, but for B = 0, as at the start of training: then A, router and curvature have no gradient
+    yet, and the linear is listed once. Parameters, gradients and modes are as before at the end. ValueError where the
+    model has no active adapter.
+    """
+    modules = mos_modules(model)
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no active MoS adapter: load one first")
+    ran: set[str] = set()
+    handles = [
+        module.register_forward_hook(lambda module, args, output, name=name: ran.add(name))
+        for name, module in modules.items()
+    ]
+    try:
+        with _one_step(model):
+            output = model(**inputs)
+            loss = output.get("loss") if isinstance(output, dict) else None
+            if not isinstance(loss, Tensor):
+                first = output if isinstance(output, Tensor) else next(iter(output.values()))
+                loss = first.float().square().mean()
+            if loss.requires_grad:
+                loss.backward()
+            gradients = {id(p): p.grad for p in adapter_parameters(model).values()}
+    finally:
+        for handle in handles:
+            handle.remove()
+    idle, empty = [], {name for name, adapter in mos_adapters(model).items() if not adapter.mos_lora_B.any()}
+    for name, module in modules.items():
+        if name not in ran:
+            idle.append(Idle(name, "never ran: the model's forward does not use this module"))
+            continue
+        if name in empty:
+            idle.append(Idle(name, "adds nothing: B is zero, as before training"))
+        for parameter, tensor in own_adapter_parameters(module).items():
+            if parameter == "mos_curvature" and not any(module.config.curvature_signs):
+                continue  # of Euclidean experts alone
+            expected = name in empty and parameter != "mos_lora_B"
+            if isinstance(module, MoSRouter):
+                expected = empty == set(mos_adapters(model))
+            if module.config.num_experts == 1 and parameter in ("mos_router", "weight"):
+                continue  # the one gate is 1
+            gradient = gradients[id(tensor)]
+            if not expected and (gradient is None or not gradient.any()):
+                idle.append(Idle(f"{name}.{parameter}", "got no gradient"))
+    return idle
+
+
+@contextlib.contextmanager
+def _one_step(model: nn.Module) -> Iterator[None]:
+    """Gradients of the adapter alone, in eval mode; all as it was at the end."""
+    adapter = list(adapter_parameters(model).values())
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        for parameter, _, _ in before:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        for parameter in adapter:
+            parameter.requires_grad_(True)
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+        for module in training:
+            module.training = True
+
+
+def run(folder: Path, base: str | None = None) -> int:
+    """`doctor --model FOLDER`: 0 where every tensor of the adapter in it takes part, 1 where some do not, 2 for errors.
+
+    folder: of save_adapter, finetune or peft, alone or inside the folder of its base model. base: that model, where
+    the folder does not name it.
+    """
+    try:
+        model = load_base(folder, base)
+        if not mos_modules(model):
+            load_adapter(model, folder)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}")
+        return 2
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, TOKENS, generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    idle = idle_tensors(model, **inputs)
+    tensors = len(adapter_parameters(model))
+    if not idle:
+        print(f"{folder}: all {tensors} tensors of the adapter, on {len(mos_adapters(model))} linears, take part")
+        return 0
+    print(f"{folder}: of the {tensors} tensors of the adapter, these do not take part:")
+    for name, why in idle:
+        print(f"  {name}: {why}")
+    return 1

@@ -1,0 +1,36 @@
+"""A single Euclidean expert: a LoRA, y = base(x) + (α/r) B A x. Its gate is 1, its space flat: no router, no curvature.
+
+Two products of rank r beside the base's one, the second added to the base's output in place.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import dropout, linear
+
+from mos_kernels.functional import autocast_dtype, check_input
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    *,
+    base_output: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """x (..., d_in), A (r, d_in), B (d_out, r) -> (..., d_out). Base, dtypes and errors as in `mos_linear`.
+
+    dropout_p: dropout on the input of A.
+    """
+    x_dtype = autocast_dtype(x)
+    check_input(x, None if weight is None or x_dtype != x.dtype else weight, A.shape[-1])
+    y = linear(x, weight, bias) if base_output is None else base_output
+    low = linear(dropout(x, dropout_p) if dropout_p > 0 else x, A.to(x_dtype))
+    rows, factor = low.reshape(-1, low.shape[-1]).to(y.dtype), B.to(y.dtype).t()
+    if base_output is None:  # which nothing else reads
+        return y.view(-1, y.shape[-1]).addmm_(rows, factor, alpha=scaling).view(y.shape)
+    return y.reshape(-1, y.shape[-1]).addmm(rows, factor, alpha=scaling).view(y.shape)

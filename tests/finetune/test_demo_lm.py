@@ -1,0 +1,36 @@
+"""The demo with a language model, on a tiny one: it runs through, and its problems are solved by their equations."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from finetune_setup import save_llama
+
+from benchmarks.study.decoder.problems import solves
+
+DEMO = Path(__file__).parents[2] / "demo"
+sys.path.insert(0, str(DEMO))
+_spec = importlib.util.spec_from_file_location("demo_lm", DEMO / "demo_lm.py")
+demo_lm = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(demo_lm)
+
+
+def test_every_problem_has_its_equation_and_another_text():
+    problems = demo_lm.make(300, seed=0)
+    assert all(solves(problem.equation, problem.answer) for problem in problems)
+    assert all(problem.answer == int(problem.answer) > 0 for problem in problems)
+    assert len({problem.text for problem in problems}) == 300 and problems == demo_lm.make(300, seed=0)
+    assert not {p.text for p in problems} & {p.text for p in demo_lm.make(40, seed=1)}
+
+
+def test_it_runs_through(tmp_path, capsys):
+    save_llama(tmp_path / "llama")
+    arguments = ["--model", str(tmp_path / "llama"), "--output", str(tmp_path / "out"), "--problems", "48"]
+    assert demo_lm.main(arguments) == 0
+    printed = capsys.readouterr().out
+    wanted = ("before: ", "trainable params", "after, with the mixture: ", "exported as a plain LoRA", "KL")
+    for text in (*wanted, "the merged model: ", "writes the same in"):
+        assert text in printed, text
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"adapter", "lora", "merged"}

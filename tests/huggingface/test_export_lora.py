@@ -1,0 +1,403 @@
+"""export_lora: the best LoRA by a dense solution, exact where there is an exact one, through both doors, merged."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from peft_setup import peft_model
+from tiny_models import MATRIX, ids, mos, snapshot, tiny
+from torch import nn
+from torch.nn.functional import kl_div
+
+from mos_kernels import MoSConfig, MoSLinear
+from mos_kernels.functional import mos_linear
+from mos_kernels.huggingface import apply_mos, export_lora, load_adapter, save_adapter
+from mos_kernels.huggingface.modules import mos_adapters
+
+FLAT = {"spaces": {"euclidean": 4}, "num_experts_per_tok": 4}
+
+
+def batches(count: int = 5, batch: int = 2, length: int = 7) -> list[dict]:
+    return [{"input_ids": ids(seed, batch, length)} for seed in range(count)]
+
+
+def adapted(family: str = "llama", dtype=torch.float64, **options) -> nn.Module:
+    model = tiny(family, dtype)
+    torch.manual_seed(1)
+    apply_mos(model, mos(model, **options))
+    return model
+
+
+def steady(model: nn.Module) -> nn.Module:
+    """The model with routers at 0: every token has the same gates."""
+    for name, parameter in model.named_parameters():
+        if "mos_router" in name:
+            parameter.data.zero_()
+    return model
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids()).logits
+
+
+def product(folder) -> dict[str, torch.Tensor]:
+    """B A of each linear in an exported folder, float64."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith("lora_A.weight")]
+    return {
+        name.removeprefix("base_model.model."): tensors[f"{name}.lora_B.weight"].double()
+        @ tensors[f"{name}.lora_A.weight"].double()
+        for name in names
+    }
+
+
+def close(a: torch.Tensor, b: torch.Tensor, rtol: float) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=rtol * float(b.abs().max()) + 1e-12)
+
+
+# exact where it can be
+
+
+@pytest.mark.parametrize("family", [*MATRIX, "phi3", "gpt2"])
+@pytest.mark.parametrize("scope", ["ffn", "linear"])
+def test_euclidean_experts_with_steady_gates_come_out_exact_and_merge(family, scope, tmp_path):
+    model = steady(adapted(family, router_scope=scope, **FLAT))
+    wanted = outputs(model)
+    report = export_lora(model, batches(), tmp_path / "lora", rank=4)
+    assert report.error < 1e-6 and report.kl < 1e-12 and report.agreement == 1
+    loaded = PeftModel.from_pretrained(tiny(family), tmp_path / "lora")
+    assert (outputs(tiny(family)) - wanted).abs().max() > 1e-3
+    close(outputs(loaded), wanted, 1e-9)
+    merged = loaded.merge_and_unload()
+    assert type(merged) is type(tiny(family))
+    close(outputs(merged), wanted, 1e-9)
+
+
+def test_it_is_exact_off_the_calibration_data_and_with_an_A_each(tmp_path):
+    model = steady(adapted(share_a=False, **FLAT))
+    one = [{"input_ids": ids(3, 1, 2)}]  # two tokens, where the linears read 32 and 64 numbers
+    export_lora(model, one, tmp_path / "lora", rank=16, ridge=1e-2)
+    close(outputs(PeftModel.from_pretrained(tiny(), tmp_path / "lora")), outputs(model), 1e-8)
+
+
+def test_an_adapter_that_adds_nothing_is_said(tmp_path):
+    model = adapted(init_lora_weights=True)
+    report = export_lora(model, batches(2), tmp_path / "lora")
+    assert set(report.linears.values()) == {None} and report.error == 0 and report.kl == 0
+    assert "adds nothing at 6 of the linears" in str(report)
+    close(outputs(PeftModel.from_pretrained(tiny(), tmp_path / "lora")), outputs(model), 1e-12)
+
+
+# the best there is
+
+
+class One(nn.Module):
+    """A linear with an adapter, by itself."""
+
+    def __init__(self, config: MoSConfig, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.linear = MoSLinear(d_in, d_out, config=config, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+def addition(layer, x, gates=None) -> torch.Tensor:
+    """Δ of a layer on x."""
+    zeros = x.new_zeros(*x.shape[:-1], layer.mos_lora_B.shape[0])
+    return mos_linear(
+        x, None, None, layer.mos_lora_A, layer.mos_lora_B, layer.curvature, config=layer.config, base_output=zeros,
+        gates=gates, router=layer.mos_router if gates is None else None, inference=True,
+    )  # fmt: skip
+
+
+def dense_solution(x: torch.Tensor, delta: torch.Tensor, rank: int) -> torch.Tensor:
+    """The best M (d_out, d_in) of that rank for delta ≈ x Mᵀ by least squares: whitened by C's symmetric root."""
+    full = torch.linalg.lstsq(x, delta, driver="gelsd").solution.T
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    root = values.clamp(min=0).sqrt()
+    U, S, Vh = torch.linalg.svd(full @ (vectors * root) @ vectors.T, full_matrices=False)
+    return (U[:, :rank] * S[:rank]) @ Vh[:rank] @ (vectors / root) @ vectors.T
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    d_in=st.integers(1, 9), d_out=st.integers(1, 9), rank=st.integers(1, 10), seed=st.integers(0, 99),
+    share_a=st.booleans(), activation=st.sampled_from(["identity", "gelu"]),
+    sizes=st.lists(st.integers(1, 40), max_size=4),
+)  # fmt: skip
+def test_it_is_the_dense_solution_in_float64(d_in, d_out, rank, seed, share_a, activation, sizes, tmp_path_factory):
+    torch.manual_seed(seed)
+    config = MoSConfig(
+        r=3, router_scope="linear", init_lora_weights=False, share_a=share_a, activation=activation,
+        target_modules=["linear"],
+    )  # fmt: skip
+    model = One(config, d_in, d_out).eval()
+    data = [torch.randn(size, d_in, dtype=torch.float64) for size in [*sizes, 30]]
+    folder = tmp_path_factory.mktemp("export") / "lora"
+    report = export_lora(model, data, folder, rank=rank, ridge=1e-14)
+    x = torch.cat(data)
+    with torch.no_grad():
+        delta = addition(model.linear, x)
+        best = dense_solution(x, delta, rank)
+    found = product(folder)["linear"]
+    close(found, best, 1e-5)
+    error = (delta - x @ best.T).norm() / delta.norm()
+    assert math.isclose(report.linears["linear"], error, rel_tol=1e-6, abs_tol=1e-6)
+    assert report.tokens == len(x) and torch.linalg.matrix_rank(found) <= rank
+
+
+def test_layer_after_layer_is_the_dense_solution_on_what_the_export_before_gives(tmp_path):
+    model = adapted()
+    data = batches(12)
+    report = export_lora(model, data, tmp_path / "lora", rank=3, at_once=1, ridge=1e-12)
+    order = [f"model.layers.{i}.mlp.{name}" for i in range(2) for name in ("gate_proj", "up_proj", "down_proj")]
+    assert report.passes == 6 and list(report.linears) == order
+    found, student = product(tmp_path / "lora"), copy.deepcopy(model)
+    for name in order:
+        layer, seen = student.get_submodule(name), []
+        handle = layer.register_forward_hook(
+            lambda layer, args, kwargs, y, seen=seen: seen.append((args[0], (*args, kwargs.get("gates"))[1])),
+            with_kwargs=True,
+        )
+        with torch.no_grad():
+            for batch in data:
+                student(**batch)
+            handle.remove()
+            x = torch.cat([x.flatten(0, -2) for x, _ in seen])
+            delta = addition(layer, x, torch.cat([gates.flatten(0, -2) for _, gates in seen]))
+            best = dense_solution(x, delta, 3)
+            close(found[name], best, 1e-5)
+            layer.mos_lora_B.zero_()  # from here on this linear is the export's
+            layer.weight += best
+
+
+def test_all_at_once_sees_no_export(tmp_path):
+    model = adapted()
+    one = export_lora(model, batches(12), tmp_path / "one", rank=3, at_once=1)
+    all_ = export_lora(model, batches(12), tmp_path / "all", rank=3, at_once=6)
+    assert (one.passes, all_.passes) == (6, 1)
+    first, second = product(tmp_path / "one"), product(tmp_path / "all")
+    close(first["model.layers.0.mlp.up_proj"], second["model.layers.0.mlp.up_proj"], 1e-12)
+    down = "model.layers.1.mlp.down_proj"
+    assert (first[down] - second[down]).abs().max() > 1e-6
+
+
+# what it does not depend on
+
+
+def test_batches_of_any_size_and_padding_on_any_side(tmp_path):
+    model = adapted()
+    whole = [{"input_ids": ids(0, 6, 5)}]
+    export_lora(model, whole, tmp_path / "whole", rank=3)
+    parts = [{"input_ids": row[None]} for row in ids(0, 6, 5)]
+    export_lora(model, parts, tmp_path / "parts", rank=3)
+    padded = []
+    for side in (0, 1):
+        rows, pad = ids(0, 6, 5)[3 * side : 3 * side + 3], torch.zeros(3, 2, dtype=torch.long)
+        tokens = torch.cat([rows, pad] if side else [pad, rows], 1)
+        mask = torch.cat([torch.ones_like(rows), pad] if side else [pad, torch.ones_like(rows)], 1)
+        padded.append({"input_ids": tokens, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)})
+    report = export_lora(model, padded, tmp_path / "padded", rank=3)
+    assert report.tokens == 30 and report.positions == 24
+    for name, wanted in product(tmp_path / "whole").items():
+        close(product(tmp_path / "parts")[name], wanted, 1e-7)
+        close(product(tmp_path / "padded")[name], wanted, 1e-7)
+
+
+@pytest.mark.parametrize("family", MATRIX)
+def test_both_doors_give_the_same_and_leave_the_model_alone(family, tmp_path):
+    model = adapted(family).train()
+    save_adapter(model, tmp_path / "mos")
+    by_peft = PeftModel.from_pretrained(tiny(family), tmp_path / "mos")
+    data = [{**batch, "labels": torch.arange(2) if family == "bert" else batch["input_ids"]} for batch in batches(3)]
+    before = snapshot(model), snapshot(by_peft)
+    reports = [export_lora(m, data, tmp_path / f"{i}" / "lora", rank=3) for i, m in enumerate((model, by_peft))]
+    assert (snapshot(model), snapshot(by_peft)) == before
+    assert reports[0].linears.keys() == reports[1].linears.keys()
+    for name, wanted in product(tmp_path / "0" / "lora").items():
+        close(product(tmp_path / "1" / "lora")[name], wanted, 1e-9)
+    config = [json.loads((tmp_path / f"{i}" / "lora" / "adapter_config.json").read_text()) for i in (0, 1)]
+    assert config[0]["target_modules"] == config[1]["target_modules"] and config[0]["r"] == 3
+    assert math.isclose(reports[0].kl, reports[1].kl, rel_tol=1e-6, abs_tol=1e-12) and reports[0].loss is not None
+
+
+def test_a_model_that_was_frozen_for_inference_stays_so(tmp_path):
+    model = adapted()
+    for layer in mos_adapters(model).values():
+        layer.freeze_for_inference()
+    export_lora(model, batches(2), tmp_path / "lora")
+    assert all(layer._frozen is not None for layer in mos_adapters(model).values())
+
+
+# the folder
+
+
+def test_a_trained_head_goes_with_it(tmp_path):
+    model = adapted("bert")
+    model.classifier.requires_grad_(True)
+    with torch.no_grad():
+        model.classifier.weight.normal_()
+    export_lora(model, batches(), tmp_path / "lora", rank=16)
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+    loaded = PeftModel.from_pretrained(tiny("bert"), tmp_path / "lora")
+    assert torch.equal(loaded.base_model.model.classifier.modules_to_save["default"].weight, model.classifier.weight)
+
+    by_peft = peft_model("bert", modules_to_save=["classifier"])
+    export_lora(by_peft, batches(), tmp_path / "second", rank=16)
+    again = PeftModel.from_pretrained(tiny("bert"), tmp_path / "second")
+    own = by_peft.base_model.model.classifier.modules_to_save["default"].weight
+    assert torch.equal(again.base_model.model.classifier.modules_to_save["default"].weight, own)
+
+
+def test_only_some_linears_are_named_in_full(tmp_path):
+    model = tiny()
+    apply_mos(model, MoSConfig(r=2, init_lora_weights=False, target_modules=["layers.1.mlp.up_proj"]))
+    export_lora(model, batches(2), tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["model.layers.1.mlp.up_proj"]
+    assert len(PeftModel.from_pretrained(tiny(), tmp_path / "lora").base_model.targeted_module_names) == 1
+
+
+def test_the_report_is_what_the_two_models_show_and_the_card_has_it(tmp_path):
+    model = adapted()
+    labels = ids(9).clone()
+    labels[0, :4] = -100
+    data = [{"input_ids": ids(9), "labels": labels}]
+    report = export_lora(model, batches(), tmp_path / "lora", evaluation_batches=data)
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path / "lora")
+    with torch.no_grad():
+        ours, theirs = model(**data[0]), loaded(**data[0])
+    kept = labels[:, 1:] != -100
+    p, q = (output.logits[:, :-1][kept].log_softmax(-1) for output in (ours, theirs))
+    assert math.isclose(report.kl, kl_div(q, p, reduction="batchmean", log_target=True), rel_tol=1e-4)
+    assert report.agreement == (p.argmax(-1) == q.argmax(-1)).double().mean() and report.positions == kept.sum() == 9
+    assert math.isclose(report.loss[0], ours.loss, rel_tol=1e-6) and math.isclose(
+        report.loss[1], theirs.loss, rel_tol=1e-5
+    )
+    assert report.accuracy[0] == (p.argmax(-1) == labels[:, 1:][kept]).double().mean()
+    parameters = sum(p.numel() for name, p in loaded.named_parameters() if "lora_" in name)
+    assert report.parameters == (sum(p.numel() for n, p in model.named_parameters() if "mos_" in n), parameters)
+    assert abs(parameters - report.parameters[0]) < parameters / report.rank
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert all(line in card for line in report.summary() + report.table()) and "AutoModel" not in card
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_bfloat16_base(family, tmp_path):
+    model = adapted(family, torch.bfloat16)
+    report = export_lora(model, batches(12), tmp_path / "lora", rank=16)
+    assert report.error < 0.5
+    loaded = PeftModel.from_pretrained(tiny(family, torch.bfloat16), tmp_path / "lora")
+    exact = steady(adapted(family, torch.bfloat16, **FLAT))
+    report = export_lora(exact, batches(12), tmp_path / "exact", rank=4)
+    assert report.error < 1e-5 and loaded is not None
+
+
+# bad input
+
+
+def silent(model):
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rank": 0}, "rank=0 must be an integer of at least 1"),
+        ({"rank": -3}, "rank=-3"),
+        ({"rank": True}, "rank=True"),
+        ({"rank": 2.0}, "rank=2.0"),
+        ({"at_once": 0}, "at_once=0"),
+        ({"ridge": 0.0}, "ridge=0.0 must be a positive number"),
+        ({"ridge": math.nan}, "ridge=nan"),
+        ({"calibration_batches": []}, "no calibration batches"),
+        ({"calibration_batches": iter([{"input_ids": ids()}])}, "is an iterator, and several passes"),
+        ({"calibration_batches": {"input_ids": ids()}}, "pass a list of batches"),
+        ({"calibration_batches": ids()}, "pass a list of batches"),
+        ({"calibration_batches": [{"input_ids": ids(), "attention_mask": torch.zeros(2, 7)}]}, "no token of"),
+        ({"evaluation_batches": iter([])}, "evaluation_batches is an iterator"),
+        ({"model": tiny()}, "LlamaForCausalLM has no active MoS adapter, put one on"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused_before_anything_is_written(change, message, tmp_path):
+    arguments = {"model": adapted(), "calibration_batches": batches(1), "folder": tmp_path / "lora", **change}
+    before = snapshot(arguments["model"])
+    with pytest.raises(ValueError, match=message):
+        export_lora(**arguments)
+    assert snapshot(arguments["model"]) == before and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_files_is_refused_and_an_empty_one_taken(tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "file").write_text("mine")
+    model = adapted()
+    export_lora(model, batches(1), tmp_path / "lora", rank=1)
+    for name in ("lora", "file"):
+        with pytest.raises(FileExistsError, match=f"{name} is there already"):
+            export_lora(model, batches(1), tmp_path / name, rank=1)
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path):
+    model = adapted()
+    with torch.no_grad():
+        mos_adapters(model)["model.layers.1.mlp.up_proj"].mos_lora_B[0, 0, 0] = math.inf
+    with pytest.raises(ValueError, match="at 'model.layers.1.mlp.up_proj' are not finite"):
+        export_lora(model, batches(1), tmp_path / "lora")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_that_the_data_does_not_use_is_refused(tmp_path):
+    model = adapted()
+    model.spare = copy.deepcopy(model.model.layers[0].mlp)
+    with pytest.raises(ValueError, match="reached 'spare.gate_proj'"):
+        export_lora(model, batches(1), tmp_path / "lora")
+
+
+def test_of_pefts_adapters_the_active_one(tmp_path):
+    model = peft_model()
+    torch.manual_seed(5)
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    model.set_adapter("second")
+    export_lora(model, batches(2), tmp_path / "second", rank=3)
+    model.set_adapter("default")
+    export_lora(model, batches(2), tmp_path / "first", rank=3)
+    names = list(product(tmp_path / "first"))
+    assert (product(tmp_path / "first")[names[0]] - product(tmp_path / "second")[names[0]]).abs().max() > 1e-3
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="several active adapters, .'default', 'second'.: choose one"):
+        export_lora(model, batches(2), tmp_path / "both")
+    model.set_adapter("default")
+    with model.disable_adapter(), pytest.raises(ValueError, match="disabled"):
+        export_lora(model, batches(2), tmp_path / "none")
+
+
+def test_peft_says_where_to_go_when_it_cannot_merge():
+    with pytest.raises(NotImplementedError, match="export_lora"):
+        peft_model().merge_and_unload()
+
+
+def test_a_head_that_was_loaded_goes_with_it(tmp_path):
+    model = adapted("bert")
+    model.classifier.requires_grad_(True)
+    with torch.no_grad():
+        model.classifier.weight.normal_()
+    save_adapter(model, tmp_path / "mos")
+    again = tiny("bert")
+    load_adapter(again, tmp_path / "mos")
+    export_lora(again, batches(2), tmp_path / "lora")
+    loaded = PeftModel.from_pretrained(tiny("bert"), tmp_path / "lora")
+    assert torch.equal(loaded.base_model.model.classifier.modules_to_save["default"].weight, model.classifier.weight)
