@@ -36,23 +36,23 @@ def linear(tensors: LinearTensors, plan: Plan) -> Tensor:
     """y (..., d_out), differentiable in the tensors up to the router."""
     if plan.backend == "triton" and torch.compiler.is_compiling():
         return linear_op(*flattened(tensors, plan))[0]
-    return _Linear.apply(plan, *tensors)
+    return _MoSLinear.apply(plan, *tensors)
 
 
 def ffn(tensors: FFNTensors, plan: FFNPlan) -> Tensor:
     """y (..., d_out), differentiable in x, gates, router and the adapters."""
     with without_autocast(tensors.x):
-        return _FFN.apply(plan, *tensors.flat) if plan.differentiable else eager_ffn.ffn_inference(tensors, plan)
+        return _MoSFFN.apply(plan, *tensors.flat) if plan.differentiable else eager_ffn.ffn_inference(tensors, plan)
 
 
 def route(tensors: RouteTensors, plan: Plan) -> Tensor:
     """Gates (..., E), differentiable in x and the router."""
     if plan.backend == "triton" and torch.compiler.is_compiling():
         return route_op(*flattened(tensors, plan))[0]
-    return _Route.apply(plan, *tensors)
+    return _MoSRoute.apply(plan, *tensors)
 
 
-class _Linear(torch.autograd.Function):
+class _MoSLinear(torch.autograd.Function):
     # The mask is no saved tensor: checkpointing replaces those by what it recomputes, and wants as many of them then.
 
     @staticmethod
@@ -73,7 +73,7 @@ class _Linear(torch.autograd.Function):
             return None, *steps.linear_backward(dy, given, Saved(p, n, logits, gram), ctx.plan, needs)
 
 
-class _Route(torch.autograd.Function):
+class _MoSRoute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, *tensors):
         given = RouteTensors(*tensors)
@@ -92,7 +92,7 @@ class _Route(torch.autograd.Function):
             return None, *steps.route_backward(dgates, given, logits, ctx.plan, needs)
 
 
-class _FFN(torch.autograd.Function):
+class _MoSFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, *tensors):
         given = FFNTensors.of(tensors)

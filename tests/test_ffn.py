@@ -313,6 +313,24 @@ def test_inference(runs, door):
     assert len(runs) == 4
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_few_tokens(runs, dtype, tokens, family):
+    """Which are bridged in NumPy; and more than few, which are not."""
+    block, x = adapted(family, dtype).eval(), x_of(dtype, tokens).detach()
+    with torch.inference_mode():
+        few, again = block(x), block(x[None])[0]
+        with OneByOne(block):
+            linears = block(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert block(x).dtype == (torch.float64 if dtype == torch.float64 else torch.bfloat16)
+    assert len(runs) == 3 and few.dtype == dtype and torch.equal(few, again)
+    roundings = 64 if dtype == torch.float64 else 8  # there κ is far beyond every guard
+    bound = roundings * torch.finfo(dtype).eps * linears.abs().max()
+    assert (few.double() - linears.double()).abs().max() <= bound
+
+
 def test_under_compile_the_linears_stay(runs):
     block, graphs = adapted(dtype=torch.float32), []
     compiled = torch.compile(block, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
