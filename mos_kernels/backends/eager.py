@@ -54,9 +54,14 @@ def narrow_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in IEEE arithmetic of the operands' dtype, also where the user allowed TF32 for float32."""
-    if a.dtype == torch.float32 and _float32_is_reduced(a.device.type):
+    if is_reduced(a):
         return (a.double() @ b.double()).float()
     return a @ b
+
+
+def is_reduced(t: Tensor) -> bool:
+    """Whether a product of float32 tensors like t is taken in TF32 or the like."""
+    return t.dtype == torch.float32 and _float32_is_reduced(t.device.type)
 
 
 @constant_under_compile

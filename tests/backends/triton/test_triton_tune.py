@@ -22,7 +22,9 @@ def calls():
 
 
 def test_every_kernel_of_the_table_can_be_tuned_and_its_constants_have_candidates(calls):
-    assert set(calls) == set(launch.table()["default"])
+    few = tune.steps(MoSConfig(r=2), 5, 20, 24, torch.bfloat16, CPU)
+    for kernel, buckets in launch.table()["default"].items():
+        assert ("train" not in buckets or kernel in calls) and ("decode" not in buckets or kernel in few)
     for buckets in launch.table()["default"].values():
         for constants in buckets.values():
             assert list(tune.neighbours(constants))
