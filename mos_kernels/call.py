@@ -48,6 +48,55 @@ class RouteTensors(NamedTuple):
     token_mask: Tensor | None = None
 
 
+class Adapted(NamedTuple):
+    """What a linear of an FFN block is computed with, as in `LinearTensors`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    kappa: Tensor
+
+
+class FFNTensors(NamedTuple):
+    """An FFN block's tensors: of the one or two linears that read x, and of the one that reads what they make.
+
+    Routed by `gates` or by the block's router, as in `LinearTensors`. x, gates, router and the adapters have gradients.
+    """
+
+    x: Tensor
+    gates: Tensor | None
+    router: Tensor | None
+    aux_weight: Tensor | None
+    token_mask: Tensor | None
+    down: Adapted
+    reads: tuple[Adapted, ...]
+
+    @property
+    def flat(self) -> tuple[Tensor | None, ...]:
+        return (*self[:5], *self.down, *(tensor for linear in self.reads for tensor in linear))
+
+    @classmethod
+    def of(cls, flat: Sequence) -> FFNTensors:
+        """The tensors of a `flat`, or whatever stands there for each."""
+        (x, gates, router, aux_weight, token_mask), linears, width = flat[:5], flat[5:], len(Adapted._fields)
+        down, *reads = (Adapted(*linears[i : i + width]) for i in range(0, len(linears), width))
+        return cls(x, gates, router, aux_weight, token_mask, down, tuple(reads))
+
+
+class FFNPlan(NamedTuple):
+    """How a call of an FFN block runs: y = down(φ(g) u), or down(φ(g)) where it is not gated."""
+
+    config: MoSConfig  # of the linears that read x
+    down_config: MoSConfig
+    backend: str
+    activation: str  # "silu", "gelu" or "gelu_tanh"
+    gated: bool
+    fused: bool  # one linear makes both halves, g and u
+    differentiable: bool  # whether a backward may follow
+    prepared: tuple[Prepared | None, ...]  # where they are kept, of down and of those that read x
+
+
 class Plan(NamedTuple):
     """How a call runs."""
 
@@ -100,4 +149,6 @@ def is_autocast(x: Tensor) -> bool:
 
 def without_autocast(x: Tensor):
     """A context in which autocast is off on x's device."""
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    if x.is_meta or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)

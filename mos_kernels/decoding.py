@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mos_kernels.backends import load_backend, resolve_backend
 from mos_kernels.call import LinearTensors, Plan, autocast_dtype
+from mos_kernels.ffn_node import is_called_plainly, routing_of
 from mos_kernels.functional import check_device, check_input
 from mos_kernels.kept import is_plain
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSLinear, MoSRouter
@@ -75,8 +76,8 @@ class Decoding(NamedTuple):
             type(router) is not MoSRouter
             or any(type(linear) not in (MoSLinear, MoSConv1D) for linear in linears)
             or not all(few(tokens, linear.config) for linear in linears)
-            or not all(map(_runs_its_own_forward, (router, *linears)))
-            or any(_routing(linear) != _routing(router) or linear.mos_router is not None for linear in linears)
+            or any(module.training or not is_called_plainly(module) for module in (router, *linears))
+            or any(routing_of(linear) != routing_of(router) or linear.mos_router is not None for linear in linears)
             or any(is_dtensor(linear.mos_lora_B) for linear in linears)
         ):
             return None
@@ -116,26 +117,3 @@ class Decoding(NamedTuple):
             shapes = tuple(before.shape[:-1]), tuple(hidden.shape[:-1])
             raise ValueError("the block reads tokens {}, its last linear {}: both must be the same".format(*shapes))
         return linear_forward(tensors, plan, logits)[0]
-
-
-def _runs_its_own_forward(module: nn.Module) -> bool:
-    """Whether calling the module, in eval mode, would run its forward and nothing else.
-
-    What replaces a method of the class, or of nn.Module, is not seen.
-    """
-    everywhere, own = nn.modules.module, vars(module)
-    return not (
-        module.training
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-        or module._compiled_call_impl is not None
-        or "forward" in own
-        or "_call_impl" in own
-    )
-
-
-def _routing(module: MoSLayer | MoSRouter) -> tuple[int, int, bool]:
-    config = module.config
-    return config.num_experts, config.num_experts_per_tok, config.norm_topk_prob

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from mos_kernels import ops
 from mos_kernels.decoding import Decoding
+from mos_kernels.ffn_node import FFNForm, as_one, why_not_one
 
-
-@dataclass(frozen=True)
-class FFNForm:
-    """What an FFN block computes, by the names of its children.
-
-    inputs: the linears that read the block's input: (gate, up), (fused gate_up,) or (up,).
-    fused: the one input linear holds gate and up, in this order.
-    activation: modules on the gate (or on the one input). hidden: modules between that and `down`. output: after it.
-    routed: the linears that take gates.
-    """
-
-    inputs: tuple[str, ...]
-    fused: bool
-    activation: tuple[str, ...]
-    hidden: tuple[str, ...]
-    down: str
-    output: tuple[str, ...]
-    routed: tuple[str, ...] = ()
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        return (*self.inputs, self.down)
+__all__ = ["FFNForm", "bound_form", "decoding_of", "ffn_forward", "why_not_one"]
 
 
 def ffn_forward(block: nn.Module, form: FFNForm, *args, **kwargs) -> Tensor:
-    """The block's forward, with one router for all its adapted linears. x (..., d) -> (..., d)."""
+    """The block's forward, with one router for all its adapted linears. x (..., d) -> (..., d).
+
+    As one operation where `why_not_one` finds nothing against it, else linear by linear.
+    """
     (x,) = (*args, *kwargs.values())
+    one = as_one(block, form, x)
+    if one is not None:
+        return _through(block, form.output, ops.ffn(*one))
     decoding = decoding_of(block, form, x)
     if decoding is not None:
         inputs, logits = decoding.read()

@@ -90,10 +90,13 @@ def is_plain(x: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or type(x) not in (Tensor, nn.Parameter)  # fx traces with proxies, and others with tensors of their own
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or is_transformed()
     )
+
+
+def is_transformed() -> bool:
+    """Whether what runs now is traced by torch.jit, transformed by torch.func or differentiated forwards."""
+    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_capturing(x: Tensor) -> bool:

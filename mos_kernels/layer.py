@@ -178,11 +178,11 @@ class MoSAdapter(Float32State):
             )  # fmt: skip
         kappa, A, prepared = self._factors(x, base_output, backend)
         router = self.mos_router if gates is None else None
-        aux_weight = None if router is None else _injected_aux_weight(self)
+        aux_weight = None if router is None else injected_aux_weight(self)
         return mos_linear(
             x, weight, bias, A, self.mos_lora_B, kappa,
             config=self.config, base_output=base_output, gates=gates, router=router, aux_weight=aux_weight,
-            token_mask=None if aux_weight is None else _known_mask(self, x),
+            token_mask=None if aux_weight is None else known_mask(self, x),
             dropout_p=dropout_p, inference=not self.training,
             prepared=prepared, backend=backend,
         )  # fmt: skip
@@ -510,9 +510,9 @@ class MoSRouter(Float32State):
 
         Returns (..., E): zero for the experts that a token does not use.
         """
-        aux_weight = _injected_aux_weight(self)
+        aux_weight = injected_aux_weight(self)
         if token_mask is None and aux_weight is not None:
-            token_mask = _known_mask(self, x)
+            token_mask = known_mask(self, x)
         return mos_route(
             x, self.weight, config=self.config, aux_weight=aux_weight, token_mask=token_mask,
             inference=not self.training, backend=backend,
@@ -591,12 +591,12 @@ def _require_dense(linear: nn.Module) -> None:
         )
 
 
-def _injected_aux_weight(owner: MoSAdapter | MoSRouter) -> Tensor | None:
+def injected_aux_weight(owner: MoSAdapter | MoSRouter) -> Tensor | None:
     injects = owner.training and torch.is_grad_enabled() and owner.config.router_aux_loss_coef > 0
     return owner.mos_aux_weight if injects else None
 
 
-def _known_mask(owner: MoSAdapter | MoSRouter, x: Tensor) -> Tensor | None:
+def known_mask(owner: MoSAdapter | MoSRouter, x: Tensor) -> Tensor | None:
     return None if owner.token_mask is None else owner.token_mask.of(x)
 
 

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from mos_kernels import steps
-from mos_kernels.backends import load_backend
+from mos_kernels.backends import eager_ffn, load_backend
 from mos_kernels.backends.eager import compute_dtype
 from mos_kernels.backends.interface import Saved
 from mos_kernels.call import (
+    FFNPlan,
+    FFNTensors,
     LinearTensors,
     Plan,
     RouteTensors,
@@ -34,17 +36,23 @@ def linear(tensors: LinearTensors, plan: Plan) -> Tensor:
     """y (..., d_out), differentiable in the tensors up to the router."""
     if plan.backend == "triton" and torch.compiler.is_compiling():
         return linear_op(*flattened(tensors, plan))[0]
-    return _Linear.apply(plan, *tensors)
+    return _MoSLinear.apply(plan, *tensors)
+
+
+def ffn(tensors: FFNTensors, plan: FFNPlan) -> Tensor:
+    """y (..., d_out), differentiable in x, gates, router and the adapters."""
+    with without_autocast(tensors.x):
+        return _MoSFFN.apply(plan, *tensors.flat) if plan.differentiable else eager_ffn.ffn_inference(tensors, plan)
 
 
 def route(tensors: RouteTensors, plan: Plan) -> Tensor:
     """Gates (..., E), differentiable in x and the router."""
     if plan.backend == "triton" and torch.compiler.is_compiling():
         return route_op(*flattened(tensors, plan))[0]
-    return _Route.apply(plan, *tensors)
+    return _MoSRoute.apply(plan, *tensors)
 
 
-class _Linear(torch.autograd.Function):
+class _MoSLinear(torch.autograd.Function):
     # The mask is no saved tensor: checkpointing replaces those by what it recomputes, and wants as many of them then.
 
     @staticmethod
@@ -65,7 +73,7 @@ class _Linear(torch.autograd.Function):
             return None, *steps.linear_backward(dy, given, Saved(p, n, logits, gram), ctx.plan, needs)
 
 
-class _Route(torch.autograd.Function):
+class _MoSRoute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, *tensors):
         given = RouteTensors(*tensors)
@@ -82,6 +90,26 @@ class _Route(torch.autograd.Function):
         given = given._replace(token_mask=ctx.token_mask)
         with without_autocast(dgates):
             return None, *steps.route_backward(dgates, given, logits, ctx.plan, needs)
+
+
+class _MoSFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan, *tensors):
+        given = FFNTensors.of(tensors)
+        y, saved = eager_ffn.ffn_forward(given, plan)
+        ctx.save_for_backward(*given._replace(token_mask=None).flat, *saved.flat)
+        ctx.plan, ctx.token_mask, ctx.count = plan._replace(prepared=()), given.token_mask, len(tensors)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        _begin_backward()
+        tensors = ctx.saved_tensors
+        given = FFNTensors.of(tensors[: ctx.count])._replace(token_mask=ctx.token_mask)
+        saved = eager_ffn.FFNSaved.of(tensors[ctx.count :], len(given.reads))
+        with without_autocast(dy):
+            gradients = eager_ffn.ffn_backward(dy, given, saved, ctx.plan, FFNTensors.of(ctx.needs_input_grad[1:]))
+        return None, *gradients.flat
 
 
 def _begin_backward() -> None:
@@ -109,7 +137,7 @@ def linear_op(tensors: Sequence[Tensor], text: str) -> tuple[Tensor, Tensor, Ten
     """
     given, plan = unflattened(LinearTensors, tensors, text)
     y, saved = steps.linear_forward(given, plan)
-    p, n, logits, gram = (_absent(y) if t is None or not plan.differentiable else t for t in saved)
+    p, n, logits, gram = (_absent(given.x) if t is None or not plan.differentiable else t for t in saved)
     return y, p, n, logits, gram
 
 
@@ -135,7 +163,9 @@ def linear_backward_op(
     given, plan = unflattened(LinearTensors, tensors, text)
     p, n, logits, gram = saved
     there = Saved(p, n, logits if given.gates is None else None, gram if gram.numel() else None)
-    return _as_outputs(steps.linear_backward(dy, given, there, plan, _by_name(LinearTensors, text, needs)), text, dy)
+    return _as_outputs(
+        steps.linear_backward(dy, given, there, plan, _by_name(LinearTensors, text, needs)), text, tensors
+    )
 
 
 @linear_backward_op.register_fake
@@ -170,7 +200,7 @@ def route_op(tensors: Sequence[Tensor], text: str) -> tuple[Tensor, Tensor]:
     """The gates of a router of its own, and its logits, which are empty unless differentiable."""
     given, plan = unflattened(RouteTensors, tensors, text)
     gates, logits = steps.route_forward(given, plan)
-    return gates, logits if plan.differentiable else _absent(gates)
+    return gates, logits if plan.differentiable else _absent(given.x)
 
 
 @route_op.register_fake
@@ -188,7 +218,7 @@ def route_backward_op(
     """The gradients of the tensors, empty where `needs` does not ask for them."""
     given, plan = unflattened(RouteTensors, tensors, text)
     gradients = steps.route_backward(dgates, given, logits, plan, _by_name(RouteTensors, text, needs))
-    return _as_outputs(gradients, text, dgates)
+    return _as_outputs(gradients, text, tensors)
 
 
 @route_backward_op.register_fake
@@ -218,7 +248,7 @@ def _absent(like: Tensor) -> Tensor:
 def _fake_saved(x: Tensor, A: Tensor | None, router: Tensor | None, plan: Plan) -> list[Tensor]:
     """p, n and logits as the backend leaves them."""
     if not plan.differentiable:
-        return [_absent(x)] * 3
+        return [_absent(x) for _ in range(3)]
     tokens = x.reshape(-1, x.shape[-1]).shape[0]
     shapes = load_backend(plan.backend).saved_shapes(tokens, x.dtype, A, router)
     return [_absent(x) if shape is None else x.new_empty(shape, dtype=compute_dtype(x.dtype)) for shape in shapes]
@@ -231,9 +261,9 @@ def _by_name(kind: type[Tensors], text: str, values: Sequence) -> Tensors:
     return kind(*by_field)
 
 
-def _as_outputs(gradients: LinearTensors | RouteTensors, text: str, like: Tensor) -> list[Tensor]:
+def _as_outputs(gradients: LinearTensors | RouteTensors, text: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     found = [getattr(gradients, name) for name in names(text)]
-    return [_absent(like) if t is None else _owned(t) for t in found]
+    return [_absent(t) if g is None else _owned(g) for g, t in zip(found, tensors, strict=True)]
 
 
 def _owned(t: Tensor) -> Tensor:

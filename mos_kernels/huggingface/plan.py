@@ -12,7 +12,7 @@ from torch import nn
 
 from mos_kernels.backends.eager import compute_dtype
 from mos_kernels.config import MoSConfig
-from mos_kernels.ffn import FFNForm
+from mos_kernels.ffn import FFNForm, why_not_one
 from mos_kernels.huggingface.blocks import recognise
 from mos_kernels.huggingface.targets import Target, base_of, find_targets, in_features, layer_kind, out_features
 from mos_kernels.layer import MoSLayer, MoSRouter, device_and_dtype
@@ -84,7 +84,9 @@ class Plan:
             return f" of {', '.join(f'{count} {space}' for space, count in config.spaces.items())}"
 
         for block in self.blocks:
-            text = f"one router{of(block.config)} per block, for {', '.join(block.form.routed)}"
+            why = why_not_one(block.block, block.form)
+            how = "one operation with the eager backend" if why is None else f"linear by linear, since {why}"
+            text = f"one router{of(block.config)} per block, for {', '.join(block.form.routed)}; {how}"
             groups[text].append(block.name or "(the model)")
         for linear in self.linears:
             if linear.config.is_lora:

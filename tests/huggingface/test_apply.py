@@ -75,12 +75,11 @@ def test_a_block_passes_its_routers_gates_to_each_linear(family):
     assert len(blocks(model)) == 2 and len(applied) == 2 * len(ffn_target_modules(model))
     x = torch.randn(2, 5, 32, dtype=torch.float64)
     for block in blocks(model):
-        assert_close(block(x), HAND_WRITTEN[family](block, x, block.mos_router(x)), rtol=0, atol=0)
+        assert_close(block(x), HAND_WRITTEN[family](block, x, block.mos_router(x)), rtol=1e-12, atol=1e-12)
         gates = block.mos_router(x)
         block.mos_router.weight.data.neg_()
-        assert not torch.allclose(gates, block.mos_router(x)) and not torch.equal(
-            block(x), HAND_WRITTEN[family](block, x, gates)
-        )
+        assert not torch.allclose(gates, block.mos_router(x))
+        assert not torch.allclose(block(x), HAND_WRITTEN[family](block, x, gates), rtol=1e-9)
 
 
 def test_bert_has_no_block_and_the_report_says_so():
@@ -293,7 +292,7 @@ def test_a_block_compiles_to_one_graph(family):
         block.zero_grad()
         run(x).square().sum().backward()
         gradients.append([p.grad.clone() for p in block.parameters() if p.requires_grad])
-    assert_close(gradients[0], gradients[1])
+    assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-5)  # as one operation, and compiled linear by linear
 
 
 def test_two_threads_at_once():

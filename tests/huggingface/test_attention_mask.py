@@ -357,7 +357,7 @@ def test_a_hook_registered_after_unpickling_does_not_take_its_place(monkeypatch)
     for module in twin.modules():
         for _ in range(20):
             module.register_forward_pre_hook(lambda *_: None)
-    assert_close(gradients(twin, tokens, mask), expected, rtol=0, atol=0)
+    assert_close(gradients(twin, tokens, mask), expected, rtol=1e-12, atol=1e-12)  # linear by linear for the hooks
 
 
 def test_generation_and_evaluation_leave_no_note():

@@ -18,6 +18,7 @@ from mos_kernels.backends.triton import bridge as _bridge
 from mos_kernels.backends.triton import expand as _expand
 from mos_kernels.backends.triton import route as _route
 from mos_kernels.backends.triton import shrink as _shrink
+from mos_kernels.config import MoSConfig
 
 __all__ = [
     "BridgeExpandGradients",
@@ -111,12 +112,12 @@ def routing_logits_backward(x, router, dlogits, needs: tuple[bool, bool]):
     return _shrink.shrink_backward_launch(_rows(x), None, router.contiguous(), None, None, dlogits, None, 0.0, *needs)
 
 
-def route(logits, config):
+def route(logits, config: MoSConfig):
     """Gates (T, E)."""
     return _route.route_launch(logits, config)
 
 
-def route_backward(dgates, logits, aux_weight, token_mask, config):
+def route_backward(dgates, logits, aux_weight, token_mask, config: MoSConfig):
     """dlogits (T, E)."""
     return _route.route_backward_launch(dgates.contiguous(), logits, aux_weight, _bytes(token_mask), config)
 
@@ -125,7 +126,7 @@ def _bytes(token_mask):
     return None if token_mask is None else token_mask.to(torch.uint8).contiguous()
 
 
-def prepare(B, dtype: torch.dtype, config, gram: Tensor | None = None) -> Prepared:
+def prepare(B, dtype: torch.dtype, config: MoSConfig, gram: Tensor | None = None) -> Prepared:
     """What follows from B (d_out, E, r) alone. Raises ValueError for a rank beyond one tile.
 
     gram: that of an earlier call with the same B, which spares its kernels.
@@ -138,14 +139,14 @@ def prepare(B, dtype: torch.dtype, config, gram: Tensor | None = None) -> Prepar
     return Prepared(*_expand.gram_launch(B, dtype))
 
 
-def bridge(p, n, routed, own_router: bool, kappa, prepared: Prepared, config):
+def bridge(p, n, routed, own_router: bool, kappa, prepared: Prepared, config: MoSConfig):
     """z (T, E·r) in the dtype of the wide products; the kernels keep nothing for `bridge_backward`."""
     routed = routed if own_router else routed.contiguous()
     return _bridge.bridge_launch(p, n, routed, own_router, kappa, prepared.gram, prepared.B.dtype, config), None
 
 
 def bridge_backward(
-    dz, bridged, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, token_mask, config
+    dz, bridged, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, token_mask, config: MoSConfig
 ):
     """Gradients of `bridge`; dz in planes (S, T, E·r)."""
     routed, mask = routed if own_router else routed.contiguous(), _bytes(token_mask)
@@ -169,7 +170,9 @@ def add_norm_gradient(dB, B, M):
     return _expand.norm_gradient_launch(dB, B.contiguous(), M)
 
 
-def bridge_expand(p, n, routed, own_router: bool, kappa, prepared: Prepared, added, dtype: torch.dtype, config):
+def bridge_expand(
+    p, n, routed, own_router: bool, kappa, prepared: Prepared, added, dtype: torch.dtype, config: MoSConfig
+):
     """y₀ (T, d_out), z or u never stored where there are few tokens or an activation; added as in `expand`."""
     few = shares_launches(n.shape[1], config)
     if config.activation == "identity" and not few:
@@ -182,7 +185,7 @@ def bridge_expand(p, n, routed, own_router: bool, kappa, prepared: Prepared, add
     return activated.activated_launch(p, n, routed, own_router, kappa, prepared.B, added, config)
 
 
-def shares_launches(T: int, config) -> bool:
+def shares_launches(T: int, config: MoSConfig) -> bool:
     """Whether bridge and expand of T tokens are one launch, which a router's logits and a second linear may enter."""
     return config.activation == "identity" and decode.is_few(T, config)
 
@@ -193,7 +196,7 @@ def shrink_pair(x, A: tuple[Tensor, Tensor], router):
     return _shrink.shrink_launch(_rows(x), first, router.contiguous(), None, 0.0, True, second)
 
 
-def bridge_expand_pair(p, n, logits, kappas, prepared: tuple[Prepared, Prepared], biases, config):
+def bridge_expand_pair(p, n, logits, kappas, prepared: tuple[Prepared, Prepared], biases, config: MoSConfig):
     """y₀ (2, T, d_out) of the two linears of `shrink_pair`; biases: both (d_out,) or both None."""
     biases = [None if bias is None else bias.contiguous() for bias in biases]
     linears = [(k, made.gram, made.B, bias) for k, made, bias in zip(kappas, prepared, biases, strict=True)]
@@ -201,7 +204,7 @@ def bridge_expand_pair(p, n, logits, kappas, prepared: tuple[Prepared, Prepared]
 
 
 def bridge_expand_backward(
-    dy, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, token_mask, config
+    dy, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, token_mask, config: MoSConfig
 ):
     """Gradients of `bridge_expand` with an activation."""
     routed, mask = routed if own_router else routed.contiguous(), _bytes(token_mask)

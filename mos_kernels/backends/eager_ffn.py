@@ -1,0 +1,300 @@
+"""A gated FFN with its adapters as one operation, forward and backward, in PyTorch.
+
+    [p; logits] = [A_g; A_u; Router]·x    n = ‖x‖²    z_g, z_u = bridge    g = W_g x + B_g z_g    u = W_u x + B_u z_u
+    h = φ(g)·u    p_d = A_d·h    n_d = ‖h‖²    z_d = bridge    y = W_d h + B_d z_d
+
+x, g and u are kept for backward, and numbers of the size of a rank; h, φ(g) and all z are formed again. What is as wide
+as the FFN is read and written a few tokens at a time, so that it stays in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mos_kernels.backends import eager, eager_few
+from mos_kernels.backends.interface import Prepared
+from mos_kernels.call import Adapted, FFNPlan, FFNTensors
+from mos_kernels.config import MoSConfig
+
+CACHED = 1 << 17
+"""Numbers of one wide tensor that are worked on at a time."""
+
+aten = torch.ops.aten
+
+
+class FFNSaved(NamedTuple):
+    """What forward leaves for backward besides its arguments; h stands for what the last linear reads."""
+
+    p: Tensor  # (T, m·r) of the m linears that read x, or (T, m·E, r)
+    n: Tensor  # (T,)
+    logits: Tensor | None  # (T, E)
+    p_h: Tensor
+    n_h: Tensor
+    grams: tuple[Tensor, ...]  # of the last linear, and of those that read x
+    outputs: tuple[Tensor, ...]  # (T, d) of those that read x
+
+    @property
+    def flat(self) -> tuple[Tensor | None, ...]:
+        return (*self[:5], *self.grams, *self.outputs)
+
+    @classmethod
+    def of(cls, flat: Sequence, reads: int) -> FFNSaved:
+        return cls(*flat[:5], tuple(flat[5 : 6 + reads]), tuple(flat[6 + reads :]))
+
+
+class _Joined(NamedTuple):
+    """The linears that read x as one with m·E experts."""
+
+    z: Tensor  # (T, m·E·r)
+    bridged: eager.Bridged
+    p: Tensor
+    gates: Tensor
+    kappa: Tensor
+    prepared: Prepared
+
+
+def ffn_forward(t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]:
+    """y (..., d_out), and what backward wants."""
+    x, config, dtype = _flat(t.x), plan.config, t.x.dtype
+    kept_down, *kept = plan.prepared
+    prepared = [_prepared(linear, dtype, config, made) for linear, made in zip(t.reads, kept, strict=True)]
+    p, n, logits = _shrink(x, t.reads, t.router)
+    gates = _gates(t, logits, config)
+    z = _join(p, n, gates, t.reads, prepared, config).z
+    outputs = []
+    for linear, made, part in zip(t.reads, prepared, z.chunk(len(t.reads), 1), strict=True):
+        outputs.append(eager.expand(part, made, linear.bias, dtype).addmm_(x, linear.weight.t()))
+
+    down, config = t.down, plan.down_config
+    made = _prepared(down, dtype, config, kept_down)
+    h, p_h, n_h = _activate(outputs, down.A, plan)
+    z, _ = eager.bridge(p_h, n_h, gates, False, _curvature(down, dtype), made, config)
+    y = eager.expand(z, made, down.bias, dtype).addmm_(h, down.weight.t())
+    y = aten._unsafe_view(y, (*t.x.shape[:-1], y.shape[-1]))
+    grams = (made.gram, *(made.gram for made in prepared))
+    return y, FFNSaved(p, n, logits, p_h, n_h, grams, tuple(outputs))
+
+
+def ffn_inference(t: FFNTensors, plan: FFNPlan) -> Tensor:
+    """y (..., d_out) where no backward follows; few tokens are bridged in fewer calls."""
+    x, config, dtype, m = _flat(t.x), plan.config, t.x.dtype, len(t.reads)
+    if not eager_few.serves(x, x.shape[0], config, plan.down_config):
+        return ffn_forward(t, plan)[0]
+    made, *prepared = (
+        _prepared(linear, dtype, options, kept)
+        for linear, options, kept in zip(
+            (t.down, *t.reads), (plan.down_config, *[config] * m), plan.prepared, strict=True
+        )
+    )
+    p, n, logits = _shrink(x, t.reads, t.router)
+    gates = eager_few.route(logits.numpy(), config) if t.gates is None else _gates(t, None, config).numpy()
+    p = p.reshape(x.shape[0], m, -1, config.r).numpy()
+    z = eager_few.bridge(p, n.numpy(), gates, [linear.kappa for linear in t.reads], prepared, config)
+    outputs = [
+        eager.expand(torch.from_numpy(z[:, i]), prepared[i], linear.bias, dtype).addmm_(x, linear.weight.t())
+        for i, linear in enumerate(t.reads)
+    ]
+    h, p, n = _activate(outputs, t.down.A, plan)
+    config = plan.down_config
+    p = p.view(x.shape[0], 1, -1, config.r).numpy()
+    z = eager_few.bridge(p, n.numpy(), gates, [t.down.kappa], [made], config)
+    y = eager.expand(torch.from_numpy(z[:, 0]), made, t.down.bias, dtype).addmm_(h, t.down.weight.t())
+    return aten._unsafe_view(y, (*t.x.shape[:-1], y.shape[-1]))
+
+
+def ffn_backward(dy: Tensor, t: FFNTensors, saved: FFNSaved, plan: FFNPlan, needs: FFNTensors) -> FFNTensors:
+    """The gradients of the tensors, each in its tensor's dtype, where `needs` asks for them; else None."""
+    x, dtype, config = _flat(t.x), t.x.dtype, plan.down_config
+    dy, down, m = _flat(dy), t.down, len(t.reads)
+    gates = _gates(t, saved.logits, plan.config)
+
+    made = eager.prepare(down.B, dtype, config, saved.grams[0])
+    kappa = _curvature(down, dtype)
+    z, bridged = eager.bridge(saved.p_h, saved.n_h, gates, False, kappa, made, config)
+    dz, dB = eager.expand_backward(dy, z, made, needs.down.B)
+    d = eager.bridge_backward(dz, bridged, saved.p_h, saved.n_h, gates, False, kappa, made, None, None, config)
+    dB = eager.add_norm_gradient(dB, down.B, d.M) if needs.down.B else None
+    d_outputs, dA = _activate_backward(dy @ down.weight, saved.outputs, down.A, d.p, d.n, plan, needs.down.A)
+    d_down = _gradients(down, needs.down, dA, dB, d.kappa)
+
+    config = plan.config
+    prepared = [
+        eager.prepare(linear.B, dtype, config, gram) for linear, gram in zip(t.reads, saved.grams[1:], strict=True)
+    ]
+    joined = _join(saved.p, saved.n, gates, t.reads, prepared, config)
+    dz, dBs = [], []
+    for i, part in enumerate(joined.z.chunk(m, 1)):
+        one, dB = eager.expand_backward(d_outputs[i], part, prepared[i], needs.reads[i].B)
+        dz.append(one)
+        dBs.append(dB)
+    dz = dz[0] if m == 1 else torch.cat(dz, 1)
+    dgates = d.routed
+    d = eager.bridge_backward(
+        dz, joined.bridged, joined.p, saved.n, joined.gates, False, joined.kappa, joined.prepared, None, None, config
+    )
+    dgates = dgates + d.routed.unflatten(1, (m, -1)).sum(1)
+    dlogits = None
+    if t.gates is None:
+        mask = None if t.token_mask is None else t.token_mask.reshape(-1)
+        aux_weight = t.aux_weight if needs.router else None
+        dlogits = eager.route_backward(dgates, saved.logits, aux_weight, mask, config)
+
+    A = _stack(t.reads)
+    dp = d.p.unflatten(1, (m, -1)).sum(2).flatten(1) if config.share_a and m > 1 else d.p
+    needs_A = any(linear.A for linear in needs.reads)
+    dx, dA, drouter = eager.shrink_backward(x, A, t.router, dp, d.n, dlogits, None, (needs.x, needs_A, needs.router))
+    dAs = [None] * m if dA is None else dA.chunk(m, 0)
+    if needs.x:
+        for linear, d_output in zip(t.reads, d_outputs, strict=True):
+            dx.addmm_(d_output, linear.weight)
+        dx = dx.view(t.x.shape)
+    d_reads = []
+    for i, (linear, M, dkappa) in enumerate(zip(t.reads, d.M.chunk(m), d.kappa.chunk(m), strict=True)):
+        dB = eager.add_norm_gradient(dBs[i], linear.B, M) if needs.reads[i].B else None
+        d_reads.append(_gradients(linear, needs.reads[i], dAs[i], dB, dkappa))
+    return FFNTensors(
+        x=dx,
+        gates=dgates.view(t.gates.shape).to(t.gates.dtype) if needs.gates else None,
+        router=drouter.to(t.router.dtype) if needs.router else None,
+        aux_weight=None, token_mask=None, down=d_down, reads=tuple(d_reads),
+    )  # fmt: skip
+
+
+def _gradients(linear: Adapted, needs: Adapted, dA: Tensor | None, dB: Tensor | None, dkappa: Tensor) -> Adapted:
+    return Adapted(
+        None, None,
+        dA.to(linear.A.dtype) if needs.A else None,
+        dB.to(linear.B.dtype) if needs.B else None,
+        dkappa.to(linear.kappa.dtype) if needs.kappa else None,
+    )  # fmt: skip
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+def _curvature(linear: Adapted, dtype: torch.dtype) -> Tensor:
+    return linear.kappa.to(eager.compute_dtype(dtype))
+
+
+def _prepared(linear: Adapted, dtype: torch.dtype, config: MoSConfig, kept: Prepared | None) -> Prepared:
+    return eager.prepare(linear.B, dtype, config) if kept is None else kept
+
+
+def _stack(linears: Sequence[Adapted]) -> Tensor:
+    """The A of the linears, (m·r, d_in) or (m·E, r, d_in)."""
+    return linears[0].A if len(linears) == 1 else torch.cat([linear.A for linear in linears])
+
+
+def _gates(t: FFNTensors, logits: Tensor | None, config: MoSConfig) -> Tensor:
+    if t.gates is None:
+        return eager.route(logits, config)
+    return _flat(t.gates).to(eager.compute_dtype(t.x.dtype))
+
+
+def _shrink(x: Tensor, linears: Sequence[Adapted], router: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `eager.shrink`; p and logits are one product where both read x in the compute dtype."""
+    if router is None or x.dtype != eager.compute_dtype(x.dtype) or eager.is_reduced(x):
+        return eager.shrink(x, _stack(linears), router, None, True)
+    stack = torch.cat([*(linear.A.flatten(0, -2).to(x.dtype) for linear in linears), router.to(x.dtype)])
+    experts = router.shape[0]
+    p, logits = (x @ stack.t()).tensor_split([stack.shape[0] - experts], 1)
+    p = p.unflatten(1, (-1, linears[0].A.shape[-2])) if linears[0].A.dim() == 3 else p
+    return p, eager.squared_norm(x), logits.contiguous()
+
+
+def _join(
+    p: Tensor, n: Tensor, gates: Tensor, linears: Sequence[Adapted], prepared: Sequence[Prepared], config: MoSConfig
+) -> _Joined:
+    m = len(linears)
+    made, kappa = prepared[0], linears[0].kappa
+    if m > 1:
+        if config.share_a:
+            p = p.unflatten(1, (m, 1, -1)).expand(-1, -1, config.num_experts, -1).flatten(1, 2)
+        gates = gates.repeat(1, m)
+        kappa = torch.cat([linear.kappa for linear in linears])
+        made = Prepared(made.B, *(torch.cat([each[i] for each in prepared]) for i in range(1, 4)))
+    kappa = kappa.to(n.dtype)
+    z, bridged = eager.bridge(p, n, gates, False, kappa, made, config)
+    return _Joined(z, bridged, p, gates, kappa, made)
+
+
+def _tokens_at_a_time(outputs: Sequence[Tensor]) -> Iterator[slice]:
+    """So many that they stay in a CPU's cache; all of them elsewhere, where calls cost more."""
+    tokens, width = outputs[0].shape
+    step = max(CACHED // width, 1) if outputs[0].is_cpu else max(tokens, 1)
+    return (slice(start, min(start + step, tokens)) for start in range(0, max(tokens, 1), step))
+
+
+def _halves(outputs: Sequence[Tensor], part: slice, plan: FFNPlan) -> tuple[Tensor, Tensor | None]:
+    """g and, where the FFN is gated, u, of a few tokens."""
+    first, *second = (output[part] for output in outputs)
+    if plan.fused:
+        return first.chunk(2, -1)
+    return first, second[0] if second else None
+
+
+def _phi(g: Tensor, name: str) -> Tensor:
+    if name == "silu":
+        return F.silu(g)
+    return F.gelu(g, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def _phi_backward(gradient: Tensor, g: Tensor, name: str, out: Tensor) -> None:
+    if name == "silu":
+        aten.silu_backward(gradient, g, grad_input=out)
+    else:
+        aten.gelu_backward(gradient, g, approximate="tanh" if name == "gelu_tanh" else "none", grad_input=out)
+
+
+def _activate(outputs: Sequence[Tensor], A: Tensor, plan: FFNPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """h (T, d) in the outputs' dtype, p_h = A·h and n_h = ‖h‖²."""
+    (tokens, width), like = outputs[0].shape, outputs[0]
+    h = like.new_empty(tokens, width // 2 if plan.fused else width)
+    rows = A.flatten(0, -2).t()
+    p, n = [], []
+    for part in _tokens_at_a_time(outputs):
+        g, u = _halves(outputs, part, plan)
+        phi, few = _phi(g, plan.activation), h[part]
+        few.copy_(phi) if u is None else torch.mul(phi, u, out=few)
+        p.append(eager.narrow_matmul(few, rows, like.dtype))
+        n.append(eager.squared_norm(few))
+    p, n = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (p, n))
+    return h, p.unflatten(-1, A.shape[:-1]), n
+
+
+def _activate_backward(
+    dh: Tensor, outputs: Sequence[Tensor], A: Tensor, dp: Tensor, dn: Tensor, plan: FFNPlan, needs_A: bool
+) -> tuple[list[Tensor], Tensor | None]:
+    """The gradients of the outputs and of A, from dh, that of h through the base alone, which is overwritten.
+
+    dh = dy·W + dp·A + 2 dn h    du = dh φ(g)    dg = dh u φ'(g)    dA = dpᵀ h
+    """
+    dtype, (dp, rows) = dh.dtype, (dp.flatten(1), A.flatten(0, -2))
+    dA = torch.zeros_like(rows, dtype=dp.dtype) if needs_A else None
+    if plan.fused:
+        gradients = [torch.empty_like(outputs[0])]
+    else:
+        gradients = [torch.empty_like(outputs[0]), *([dh] if plan.gated else [])]
+    for part in _tokens_at_a_time(outputs):
+        g, u = _halves(outputs, part, plan)
+        dg, du = _halves(gradients, part, plan)
+        phi, few = _phi(g, plan.activation), dh[part]
+        h = phi if u is None else phi * u
+        if needs_A:
+            dA += eager.narrow_matmul(dp[part].t(), h, dtype)
+        twice = 2 * dn[part].unsqueeze(-1)
+        if dtype == dp.dtype:
+            few.addmm_(dp[part], rows.to(dtype)).addcmul_(h, twice)
+        else:
+            total = eager.narrow_matmul(dp[part], rows, dtype).add_(few).addcmul_(h.to(dp.dtype), twice)
+            few.copy_(eager.operand(total, dtype))
+        _phi_backward(few if u is None else few * u, g, plan.activation, dg)
+        if u is not None:
+            torch.mul(few, phi, out=du)
+    return gradients, None if dA is None else dA.view(A.shape)

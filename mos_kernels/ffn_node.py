@@ -1,0 +1,294 @@
+"""Which FFN blocks run as one operation, and what that is computed from.
+
+The adapted linears of a block are one operation where nothing has to see their own calls and the eager backend runs
+them; else they are called one by one, with the same numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mos_kernels.backends import resolve_backend
+from mos_kernels.backends.interface import Prepared
+from mos_kernels.call import Adapted, FFNPlan, FFNTensors, autocast_dtype, is_autocast
+from mos_kernels.kept import Factors, is_transformed
+from mos_kernels.layer import (
+    MoSAdapter,
+    MoSConv1D,
+    MoSLayer,
+    MoSLinear,
+    MoSRouter,
+    injected_aux_weight,
+    is_dense,
+    known_mask,
+)
+from mos_kernels.sharded import is_dtensor
+
+
+@dataclass(frozen=True)
+class FFNForm:
+    """What an FFN block computes, by the names of its children.
+
+    inputs: the linears that read the block's input: (gate, up), (fused gate_up,) or (up,).
+    fused: the one input linear holds gate and up, in this order.
+    activation: modules on the gate (or on the one input). hidden: modules between that and `down`. output: after it.
+    routed: the linears that take gates.
+    """
+
+    inputs: tuple[str, ...]
+    fused: bool
+    activation: tuple[str, ...]
+    hidden: tuple[str, ...]
+    down: str
+    output: tuple[str, ...]
+    routed: tuple[str, ...] = ()
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return (*self.inputs, self.down)
+
+
+class _Part(NamedTuple):
+    """An adapted linear: its adapter, and the module that has the base's weight and bias."""
+
+    adapter: MoSAdapter
+    base: nn.Module
+
+    @classmethod
+    def of(cls, linear: nn.Module) -> _Part | None:
+        """None for a linear that is no dense one with exactly one adapter."""
+        if isinstance(linear, MoSLayer):
+            return cls(linear, linear) if type(linear) in (MoSLinear, MoSConv1D) else None
+        adapters = linear._modules.get("mos_adapter")  # of the peft method
+        if not isinstance(adapters, nn.ModuleDict) or linear.disable_adapters or not is_dense(linear.base_layer):
+            return None
+        active = [name for name in linear.active_adapters if name in adapters]
+        if len(active) != 1 or not (type(linear.base_layer) is nn.Linear or _is_conv1d(linear.base_layer)):
+            return None
+        return cls(adapters[active[0]], linear.base_layer)
+
+    @property
+    def weight(self) -> Tensor:
+        """(d_out, d_in)."""
+        return self.base.weight.t() if _is_conv1d(self.base) else self.base.weight
+
+    def adapted(self, dtype: torch.dtype, factors: Factors) -> tuple[Adapted, Prepared | None]:
+        """With the base in dtype, as under autocast; and what is prepared of B."""
+        weight, bias = self.weight, self.base.bias
+        if weight.dtype != dtype or bias is not None and bias.dtype != dtype:
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return Adapted(weight, bias, factors.A, self.adapter.mos_lora_B, factors.kappa), factors.prepared
+
+
+class _Parts(NamedTuple):
+    """A block's adapted linears, those that read its input and the last, and their router."""
+
+    reads: tuple[_Part, ...]
+    down: _Part
+    router: MoSRouter
+
+    @property
+    def all(self) -> tuple[_Part, ...]:
+        return (*self.reads, self.down)
+
+    @property
+    def training(self) -> bool:
+        """Whether a backward may follow a forward without gradients: checkpointing runs it again."""
+        return self.router.training or any(part.adapter.training for part in self.all)
+
+    def tensors(self) -> Iterator[Tensor | None]:
+        yield self.router.weight
+        for adapter, base in self.all:
+            yield from (base.weight, base.bias, adapter.mos_lora_A, adapter.mos_lora_B, adapter.mos_curvature)
+
+
+def why_not_one(block: nn.Module, form: FFNForm) -> str | None:
+    """Why the block's linears are called one by one whatever the input, or None where they are one operation.
+
+    That is of the eager backend. Under torch.compile the linears stay, whose graph Inductor fuses.
+    """
+    parts = _parts(block, form)
+    return parts if isinstance(parts, str) else None
+
+
+def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
+    """The parts of a block that is one operation, or why it is none."""
+    if len(form.routed) < len(form.linears):
+        return "not all of its linears are adapted"
+    modules = [getattr(block, name) for name in form.linears]
+    found = [_Part.of(module) for module in modules]
+    if None in found:
+        return "a base is quantised or wrapped, or has no adapter or several"
+    router = _router(block, modules[0])
+    if router is None:
+        return "its router is not the active adapter's alone"
+    if any(part.adapter.config.is_lora for part in found):
+        return "one of its linears is a plain LoRA"
+    *reads, down = found
+    config = reads[0].adapter.config
+    if any(part.adapter.config is not config and part.adapter.config != config for part in reads):
+        return "the linears that read its input differ in rank, scaling or another setting"
+    if any(part.adapter.mos_router is not None or routing_of(part.adapter) != routing_of(router) for part in found):
+        return "its linears are not routed alike"
+    if any(part.adapter.config.activation != "identity" for part in found):
+        return "an activation stands between expert and lift"
+    if _phi_of(block, form) is None:
+        return "its activation is neither SiLU nor GELU"
+    if any(type(getattr(block, name)) not in (nn.Dropout, nn.Identity) for name in form.hidden):
+        return "a module stands before its last linear"
+    if any(t is not None and t.requires_grad for part in found for t in (part.base.weight, part.base.bias)):
+        return "the base's weights are trained"
+    called = [*modules, block.mos_router, *(getattr(block, name) for name in (*form.activation, *form.hidden))]
+    if router is not block.mos_router:  # of the peft method
+        called += [router, *(module for part in found for module in part)]
+    if not all(map(is_called_plainly, called)):
+        return "a hook, an offload or a forward of its own wants to see a linear's call"
+    return _Parts(tuple(reads), down, router)
+
+
+def as_one(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNPlan] | None:
+    """What one operation is computed from, or None where the linears are called one by one."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.dim() == 0 or x.is_meta:
+        return None
+    parts = _parts(block, form)
+    if isinstance(parts, str) or is_transformed() or resolve_backend("auto", x) != "eager":
+        return None
+    if any(getattr(block, name).training and getattr(getattr(block, name), "p", 0) > 0 for name in form.hidden):
+        return None
+    if any(part.adapter.training and part.adapter.config.lora_dropout > 0 for part in parts.all):
+        return None
+    dtype = autocast_dtype(x)
+    if not _fits_again(block, x, parts, form):
+        return None
+    down, *reads = (part.adapted(dtype, part.adapter._factors(x, None, "eager")) for part in (parts.down, *parts.reads))
+    gates = aux_weight = mask = None
+    if dtype == x.dtype:
+        aux_weight = injected_aux_weight(parts.router)
+        mask = None if aux_weight is None else known_mask(parts.router, x)
+        if mask is not None and mask.shape != x.shape[:-1]:
+            return None
+    else:  # the router reads x before autocast casts it
+        gates = parts.router(x)
+    tensors = FFNTensors(
+        x.to(dtype), gates, parts.router.weight if gates is None else None, aux_weight, mask,
+        down[0], tuple(linear for linear, _ in reads),
+    )  # fmt: skip
+    plan = FFNPlan(
+        parts.reads[0].adapter.config, parts.down.adapter.config, "eager", _phi_of(block, form),
+        gated=form.fused or len(reads) == 2, fused=form.fused,
+        differentiable=torch.is_grad_enabled() or parts.training,
+        prepared=(down[1], *(prepared for _, prepared in reads)),
+    )  # fmt: skip
+    return tensors, plan
+
+
+_fitted: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+"""What the latest call of a block was found to fit: a token costs less where it is the same again."""
+
+
+def _fits_again(block: nn.Module, x: Tensor, parts: _Parts, form: FFNForm) -> bool:
+    """`_fits`, looked up where the very tensors, as they are, were found to fit."""
+    tensors = tuple(parts.tensors())
+    seen = (None if t is None else (t.shape, t.dtype, t.device) for t in tensors)
+    key = x.dtype, x.device, x.shape[-1], is_autocast(x), *seen
+    before = _fitted.get(block)
+    if before is not None and before[0] == key and all(a is b for a, b in zip(before[1], tensors, strict=True)):
+        return True
+    if not _fits(x, parts, form):
+        return False
+    _fitted[block] = key, tensors
+    return True
+
+
+def _fits(x: Tensor, parts: _Parts, form: FFNForm) -> bool:
+    """Whether the tensors go together. Where they do not, the modules' own calls say what is wrong."""
+    if any(t is not None and (t.device != x.device or is_dtensor(t)) for t in parts.tensors()):
+        return False
+    if not x.is_floating_point() or parts.router.weight.shape != (parts.router.config.num_experts, x.shape[-1]):
+        return False
+    hidden = {part.weight.shape[0] for part in parts.reads}
+    if len(hidden) != 1 or {part.weight.shape[1] for part in parts.reads} != {x.shape[-1]}:
+        return False
+    if parts.down.weight.shape[1] * (2 if form.fused else 1) != hidden.pop():
+        return False
+    for part in parts.all:
+        adapter, weight, config = part.adapter, part.weight, part.adapter.config
+        if not (weight.dtype == x.dtype or is_autocast(x) and weight.is_floating_point()):
+            return False
+        (d_out, d_in), E, r = weight.shape, config.num_experts, config.r
+        if adapter.mos_lora_B.shape != (d_out, E, r) or adapter.mos_curvature.shape != (E,):
+            return False
+        if adapter.mos_lora_A.shape != ((r, d_in) if config.share_a else (E, r, d_in)):
+            return False
+    return True
+
+
+def _router(block: nn.Module, linear: nn.Module) -> MoSRouter | None:
+    """The router of the adapter that the linears use."""
+    router = block._modules.get("mos_router")
+    if isinstance(router, MoSRouter):
+        return router if isinstance(linear, MoSLayer) else None
+    if isinstance(linear, MoSLayer) or getattr(router, "disable_adapters", True):  # of the peft method, by adapter
+        return None
+    active = [name for name in router.active_adapters if name in router]
+    used = [name for name in linear.active_adapters if name in linear.mos_adapter]
+    return router[active[0]] if active == used and len(active) == 1 else None
+
+
+def routing_of(module: MoSAdapter | MoSRouter) -> tuple[int, int, bool]:
+    """What decides how logits become gates."""
+    config = module.config
+    return config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
+
+
+_PHI = {"SiLU": "silu", "SiLUActivation": "silu", "GELU": "gelu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh"}
+"""torch's and transformers' classes, by name: transformers need not be there."""
+
+
+def _phi_of(block: nn.Module, form: FFNForm) -> str | None:
+    """The activation as an `FFNPlan` names it; None for another one."""
+    if len(form.activation) != 1:
+        return None
+    module = getattr(block, form.activation[0])
+    kind = type(module)
+    if not kind.__module__.startswith(("torch.nn.", "transformers.")):
+        return None
+    if kind.__name__ == "GELU" and module.approximate == "tanh":
+        return "gelu_tanh"
+    if getattr(module, "act", None) not in (None, F.gelu) and not isinstance(module.act, functools.partial):
+        return None
+    return _PHI.get(kind.__name__)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether the weight is (d_in, d_out), as transformers' Conv1D has it."""
+    return type(module) is MoSConv1D or type(module).__name__ == "Conv1D" and hasattr(module, "nx")
+
+
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether calling the module would run its class's forward and nothing else.
+
+    What replaces a method of the class, or of nn.Module, is not seen.
+    """
+    everywhere, own = nn.modules.module, vars(module)
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in own
+        or "_call_impl" in own
+    )
