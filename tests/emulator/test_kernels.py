@@ -42,7 +42,7 @@ def test_compiled_kernels(trial, architecture):
     assert failures + log.problems == [], str(trial)
 
 
-@pytest.mark.parametrize(("trial", "architecture"), trials("options"))
+@pytest.mark.parametrize(("trial", "architecture"), [one for one in trials("options") if "sm_100" not in one.id])
 def test_results_hold_where_instructions_are_as_inexact_as_they_may_be(trial, architecture):
     with launched.emulated(architecture, [machine.Schedule(rough=True)]) as log:
         failures = trial.failures()
