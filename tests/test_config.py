@@ -41,6 +41,7 @@ REFUSED = [
     ("layers_to_transform", [-1, [0, -2], [1.5], True, ["1"]]),
     ("layers_pattern", ["layers", ["h"]]),  # without layers_to_transform
     ("rank_pattern", [{"up": 0}, {"up": 2.0}, {"(": 4}, ["up"], {"up": 10**30}]),
+    ("spaces_pattern", [{"up": {}}, {"up": {"flat": 1}}, {"(": {"euclidean": 1}}, ["up"], {"up": {"euclidean": -1}}]),
     ("alpha_pattern", [{"up": 0}, {"up": math.nan}, {"(": 4}, "up", {"up": 1e300}]),
 ]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import providers
 from benchmarks.cases.linear import FORWARD, Inputs, checks_of, frozen_work, setting_of, shape_of
 from benchmarks.providers import Ours, Setting
-from benchmarks.suite import Context, Group, Made, Shared, Variant
+from benchmarks.suite import Check, Context, Group, Made, Shared, Variant
 from mos_kernels.backends import load_backend
 
 
@@ -84,8 +84,41 @@ def _step_work(s: Setting) -> dict[str, tuple[int, int]]:
     }  # fmt: skip
 
 
+SEEDED = {
+    "prepare": ("gram",), "bridge": ("bridge",), "bridge backward": ("bridge_backward", "bridge_reduce"),
+    "expand backward": ("expand_backward",), "shrink backward": ("shrink_backward",),
+}  # fmt: skip
+"""The steps whose kernels have other settings to be timed beside the table's: the tuner's seeds."""
+
+
+def _seeded(name: str, call: Callable[[], object]) -> object:
+    from mos_kernels.backends.triton import tune
+
+    with tune.overridden({kernel: tune.SEEDS[kernel]["train"] for kernel in SEEDED[name]}):
+        return call()
+
+
+def _differences(state: Shared, name: str) -> list[str]:
+    """What a step gives with the seeds that it does not give with the table's settings, planes added up."""
+    from mos_kernels.backends.triton import tune
+
+    def numbers(made: object) -> tuple[Tensor, ...]:
+        return tuple(t.sum(0) if name == "expand backward" else t for t in _tensors(made))
+
+    with torch.no_grad():
+        call = state().calls()[name]
+        same = tune.agree(numbers(_seeded(name, call)), numbers(call()))
+    return [] if same else [f"{name} gives other numbers"]
+
+
+def _tensors(made: object) -> list[Tensor]:
+    if isinstance(made, Tensor):
+        return [made]
+    return [t for one in made for t in _tensors(one)] if isinstance(made, tuple) else []
+
+
 def steps(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
-    """One variant a step: ratios are to the base's forward product."""
+    """One variant a step, and one more with the tuner's seeds where there are any: ratios are to the base's forward."""
     setting = setting_of(context, d_in, d_out, tokens)
     triton = providers.why_no_triton(context.device) is None
     backend = "triton" if triton else "eager"
@@ -94,8 +127,10 @@ def steps(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
     for name, (moved, flop) in _step_work(setting).items():
         library = name.startswith("base") or "addmm" in name
 
-        def make(name=name) -> Made:
+        def make(name=name, seeded=False) -> Made:
             call = state().calls()[name]
+            if seeded:
+                call = functools.partial(_seeded, name, call)
 
             def alone() -> object:
                 with torch.no_grad():
@@ -105,7 +140,15 @@ def steps(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
 
         step = f"{name}, {'library' if library else backend}"
         ours = None if library else Ours(backend, own_router=name in ("shrink with router", "route"))
-        variants[name] = Variant(make, moved, flop, step=step, checks=checks_of(setting, ours))
+        checks = checks_of(setting, ours)
+        variants[name] = Variant(make, moved, flop, step=step, checks=checks)
+        if triton and name in SEEDED and tokens > 64:  # few tokens have settings of their own, and no seeds
+            key = ("seeds", name, d_in, d_out, tokens, setting.dtype)
+            same = Check(key, f"{name}, the tuner's seeds", functools.partial(_differences, state, name))
+            variants[f"{name}, seeds"] = Variant(
+                functools.partial(make, seeded=True), moved, flop, step=f"{step}, the tuner's seeds",
+                checks=[*checks, same],
+            )  # fmt: skip
     return Group(
         "steps", "alone", shape_of(setting), variants, base="base forward", clock="graph", repeats=8, shared=[state],
     )  # fmt: skip

@@ -7,6 +7,7 @@ the logits or gates, and nothing as wide as its output.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -248,14 +249,18 @@ def _into_space(p: Tensor, n: Tensor, kappa: Tensor, config: MoSConfig) -> Curve
 
 
 def _squared_output_norm(h: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:
-    """q = hᵀGh (T, E), guarded, and G h / trace (T, E, r).
+    """q = hᵀGh (T, E), saturated, and G h / trace (T, E, r).
 
-    Summed in float64, where a device has it: a huge h makes terms of both signs that float32 cannot hold, inf - inf.
+    A huge h makes terms of both signs that float32 cannot hold, inf - inf. They are summed in float64 then, where a
+    device has it; always, where finding out would wait for the device or be data that a graph depends on.
     """
     unit_gh = exact_matmul(h.transpose(0, 1), prepared.unit_gram).transpose(0, 1)
-    wide = h.dtype if h.device.type == "mps" else torch.float64
-    q = (h.to(wide) * unit_gh.to(wide)).sum(-1) * prepared.trace.to(wide)
-    return q.clamp(0.0, geometry.SATURATION).to(h.dtype), unit_gh
+    total = None
+    if h.device.type == "mps" or h.is_cpu and type(h) is Tensor and not torch.compiler.is_compiling():
+        total = (h * unit_gh).sum(-1)
+    if total is None or h.is_cpu and not math.isfinite(total.sum()):
+        total = (h.double() * unit_gh.double()).sum(-1)
+    return (total * prepared.trace).clamp_(0.0, geometry.SATURATION).to(h.dtype), unit_gh
 
 
 class Bridged(NamedTuple):

@@ -27,7 +27,7 @@ def load_base(folder: str | os.PathLike, base: str | os.PathLike | None = None, 
     base: where its weights are; None for what the adapter's configuration names, or `folder` itself where that holds a
     whole model too (transformers then loads the adapter with it, if peft is installed). A head gets as many classes as
     the adapter's. options: of from_pretrained. Raises as `load_adapter` for the files; ValueError where no base is
-    named, or transformers does not know its class.
+    named, transformers does not know its class, or the weights are of another.
     """
     folder = Path(folder)
     refuse_damaged(folder)
@@ -47,6 +47,9 @@ def load_base(folder: str | os.PathLike, base: str | os.PathLike | None = None, 
     head = next((tensor for name, tensor in tensors.items() if f".{name}".endswith(HEAD_WEIGHTS)), None)
     if head is not None:
         options["num_labels"] = head.shape[0]
+    wanted = getattr(kind, "config_class", None)  # from_pretrained would draw the weights of another type's model anew
+    if wanted is not None and not isinstance(found := transformers.AutoConfig.from_pretrained(source), wanted):
+        raise ValueError(f"{source} is a {found.model_type} model, and the adapter in {folder} is of a {name}")
     return kind.from_pretrained(os.fspath(source), **options)
 
 

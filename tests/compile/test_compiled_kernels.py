@@ -12,7 +12,7 @@ import torch
 from everyday import full_but
 
 from mos_kernels import MoSConfig
-from mos_kernels.backends.triton import compiled
+from mos_kernels.backends.triton import compiled, tune
 
 pytestmark = pytest.mark.budget(40)
 """Compiling takes what it takes; each process compiles a kernel once."""
@@ -69,6 +69,19 @@ def test_the_defaults_compile_without_spills(architecture, T):
     narrow = {"gram", "bridge", "bridge_backward", "bridge_reduce", "route"}
     assert {launch.name for launch in found} >= {*WIDE_OF[T], *narrow}
     assert_fits(architecture, found)
+
+
+@pytest.mark.parametrize("architecture", full_but(EVERYDAY, EVERY))
+def test_the_seeds_of_the_tuner_compile_without_spills(architecture, monkeypatch):
+    settings = tune.launch
+    table, bucket = settings.architecture_settings, settings.bucket
+
+    def seeded(kernel: str, name: str, T: int) -> dict:
+        return dict(tune.SEEDS.get(kernel, {}).get(bucket(T)) or table(kernel, name, T))
+
+    monkeypatch.setattr(settings, "architecture_settings", seeded)
+    found = compiled.layer_launches(architecture, linear(), TRAIN, D_IN, D_OUT, torch.bfloat16)
+    assert_fits(architecture, named(found, *tune.SEEDS))
 
 
 def test_every_kernel_of_the_package_is_compiled_here():

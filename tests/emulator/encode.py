@@ -190,7 +190,7 @@ class _Encoder:
             self._emit(s, self.table["cvt.u32.u64"][0], [low, self._slot(o[1], 8)], 1)
             self._emit(s, number, [self._slot(o[0], sizes[0]), low], 1)
             return
-        self._emit(s, number, [self._slot(x, size) for x, size in zip(o, sizes, strict=True)], 1)
+        self._emit(s, number, [self._slot(x, size) for x, size in zip(o, sizes, strict=True)], 1, d=parts[0] == "mov")
 
     def _known(self, name: str) -> str:
         """The table's name of an instruction: without roundings that are its only ones."""

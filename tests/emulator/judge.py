@@ -148,9 +148,15 @@ def _registers(result: Result, over: dict[int, tuple[int, int]]) -> set[tuple[in
         read = reads | held if e["address"] else reads  # a product that adds nothing does not read its accumulators
         earlier = of_warp["pc"][of_warp["position"] < start]
         since = np.append(-1, np.flatnonzero(code["op"][earlier] == CODE["WGMMA_FENCE"]))[-1]
-        for other in np.unique(earlier[since + 1 :]).tolist():
-            if code["op"][other] != CODE["WGMMA"] and written[other] & read:
-                found.add((min(pc, other), max(pc, other)))
+        after = {} if since >= 0 else dict.fromkeys(read, pc)  # slot -> what wrote it after the fence
+        for other in earlier[since + 1 :].tolist():
+            if code["op"][other] < CODE["BRANCH"] and code["d"][other]:  # a copy is as old as what it copies
+                to, copied = (operands[code["first"][other] : code["first"][other] + 2] // SLOT).tolist()
+                after.pop(to, None)
+                after |= {to: after[copied]} if copied in after else {}
+            elif code["op"][other] != CODE["WGMMA"]:
+                after |= dict.fromkeys(written[other], other)
+        found |= {(min(pc, after[slot]), max(pc, after[slot])) for slot in read & after.keys()}
         within = of_warp["pc"][(of_warp["position"] > start) & (of_warp["position"] < end)]
         for other in np.unique(within).tolist():
             if code["op"][other] != CODE["WGMMA"] and (touched[other] & held or written[other] & reads):

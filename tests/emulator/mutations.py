@@ -1,6 +1,6 @@
 """Barriers, waits and fences of the compiled kernels taken out, one at a time: is each noticed, or was it redundant?
 
-    python -m tests.emulator.mutations sm_90      about ten minutes
+    python -m tests.emulator.mutations sm_90      several minutes; Ctrl-C shows what was found until then
 
 Noticed: the machine reports a fault, in one of two schedules. Redundant: it reports none, and the slow judge, from the
 trace of the same launch and from the definitions, finds that nothing was left unordered. Anything else is missed.
@@ -9,6 +9,7 @@ trace of the same launch and from the definitions, finds that nothing was left u
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -54,8 +55,8 @@ def without(program: Program, site: int) -> Program:
     return dataclasses.replace(program, code=code)
 
 
-def tried(architecture: str, trials, chosen: Callable[[int], bool] = lambda number: True) -> Tally:
-    """Every kernel that the trials launch, the first time that they do, without each of its sites.
+def tried(architecture: str, trials, chosen: Callable[[int], bool], tally: Tally) -> Tally:
+    """Every kernel that the trials launch, the first time that they do, without each of its sites; added to the tally.
 
     chosen: of all sites that are reached, counted in order, which are tried.
     """
@@ -63,7 +64,7 @@ def tried(architecture: str, trials, chosen: Callable[[int], bool] = lambda numb
 
     from . import compilation, launched, machine
 
-    tally, seen, number = Tally(), set(), 0
+    seen, number = set(), 0
     schedules = (machine.Schedule(late_copies=True, late_products=True), machine.Schedule(order="reverse"))
 
     def run(kernel, grid, arguments, constants) -> None:
@@ -126,7 +127,9 @@ def main() -> None:
     sys.path[:0] = [str(tests), str(tests / "backends" / "triton")]
     from .trials import mutated
 
-    tally = tried(arguments.architecture, mutated(), lambda number: number % arguments.every == 0)
+    tally = Tally()
+    with contextlib.suppress(KeyboardInterrupt):  # and say what was found until then
+        tried(arguments.architecture, mutated(), lambda number: number % arguments.every == 0, tally)
     print(*tally.lines(), sep="\n")
     for verdict, texts in ((MISSED, tally.missed), (REDUNDANT, tally.redundant)):
         print(f"{verdict}:", *texts, sep="\n    ")

@@ -31,6 +31,6 @@ def test_it_runs_through(tmp_path, capsys):
     assert demo_lm.main(arguments) == 0
     printed = capsys.readouterr().out
     wanted = ("before: ", "trainable params", "after, with the mixture: ", "exported as a plain LoRA", "KL")
-    for text in (*wanted, "the merged model: ", "writes the same in"):
+    for text in (*wanted, "the merged model: ", "writes the same equation in"):
         assert text in printed, text
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"adapter", "lora", "merged"}

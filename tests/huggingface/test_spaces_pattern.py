@@ -84,7 +84,7 @@ def test_a_pattern_gives_a_module_its_experts_and_k_at_most_those(pattern, k):
     [
         ({"q_proj": {"flat": 1}}, "unknown geometries"),
         ({"q_proj": {"euclidean": 0}}, "holds no experts"),
-        ({"q_proj": {"euclidean": -1}}, "must be an integer of at least 0"),
+        ({"q_proj": {"euclidean": -1}}, "must be an integer from 0 to"),
         ({"q_proj": 1}, "must map"),
         ({"(": {"euclidean": 1}}, "not a valid regular expression"),
         ("q_proj", "must map module names"),

@@ -222,9 +222,9 @@ def bridge_backward_kernel(
             total_dp += tl.sum(scale[:, :, None] * dh, 1)[:, None, :]
         else:
             tl.store(dp + offsets, scale[:, :, None] * dh, mask=mask)
-        flat = row[:, None] * E + o_e[None, :]
-        tl.store(dq_scale + flat, dq * scale * scale, mask=m_e)
-        tl.store(dkappa + flat, bounded(de * e_dkappa) + bounded(dscale * scale_dkappa), mask=m_e)
+        by_expert = o_e[None, :].to(tl.int64) * T + row[:, None]  # (E, T), as `bridge_reduce_kernel` reads them
+        tl.store(dq_scale + by_expert, dq * scale * scale, mask=m_e)
+        tl.store(dkappa + by_expert, bounded(de * e_dkappa) + bounded(dscale * scale_dkappa), mask=m_e)
         b_dgates = scaling * e * dz_h
         dgates += b_dgates if BLOCK_E == ALL_E else put(b_dgates, o_all, o_e)
     if SHARED:
@@ -255,8 +255,9 @@ def bridge_reduce_kernel(
     for start in range(i_s * part, tl.minimum((i_s + 1) * part, T), BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T)
         m_t, row = o_t < T, o_t.to(tl.int64)
-        b_w = tl.load(dq_scale + row * E + i_e, mask=m_t, other=0.0)
-        total_kappa += tl.load(dkappa + row * E + i_e, mask=m_t, other=0.0)
+        by_expert = i_e.to(tl.int64) * T + row
+        b_w = tl.load(dq_scale + by_expert, mask=m_t, other=0.0)
+        total_kappa += tl.load(dkappa + by_expert, mask=m_t, other=0.0)
         base = row * r if SHARED else (row * E + i_e) * r
         b_p = tl.load(p + base[:, None] + o_r[None, :], mask=m_t[:, None] & m_r, other=0.0)
         total = dot(tl.trans(b_w[:, None] * b_p), b_p, total)
@@ -314,7 +315,7 @@ def bridge_backward_launch(
     def empty(*shape):
         return torch.empty(*shape, device=device, dtype=torch.float32)
 
-    dp, dn, drouted, dq_scale, dkappa = empty(p.shape[1:]), empty(T), empty(T, E), empty(T, E), empty(T, E)
+    dp, dn, drouted, dq_scale, dkappa = empty(p.shape[1:]), empty(T), empty(T, E), empty(E, T), empty(E, T)
     share, weight, mask, constants = balance(routed, aux_weight, token_mask, config)
     tile = tile_settings(config, T, device, "bridge_backward")
     launch.launch(

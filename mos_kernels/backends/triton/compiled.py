@@ -108,16 +108,18 @@ def layer_launches(
     out_features: int,
     dtype: torch.dtype,
     wrapped: bool = False,
+    device: str = "meta",
 ) -> list[Launch]:
     """The distinct launches of one linear with these options: forward, backward, and its router's.
 
-    wrapped: its base is no dense product, and its output is added instead of a bias.
+    wrapped: its base is no dense product, and its output is added instead of a bias. device: where its tensors lie; the
+    composition runs, but for the launches, so that they need no memory unless who records them runs them.
     """
-    E, r, meta = config.num_experts, config.r, torch.device("meta")  # the composition runs, but for the launches
+    E, r = config.num_experts, config.r
     own = config.router_scope == "linear"
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=meta)
+        return torch.empty(*shape, dtype=dtype, device=device)
 
     x, router, aux, mask = empty(T, in_features, dtype=dtype), empty(E, in_features), empty(1), empty(T) > 0
     linear = LinearTensors(

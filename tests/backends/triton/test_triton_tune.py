@@ -57,6 +57,24 @@ def test_a_candidate_with_other_numbers_is_not_taken(monkeypatch):
     assert found["num_warps"] == start["num_warps"]
 
 
+@pytest.mark.parametrize("kernel", full_but(("gram", "bridge_reduce"), tuple(tune.SEEDS)))
+def test_the_seeds_give_the_numbers_of_the_table(calls, kernel):
+    seed, table = tune.SEEDS[kernel]["train"], launch.table()["default"][kernel]["train"]
+    assert seed.keys() == table.keys() and all(seed[name] in tune.CANDIDATES[name] for name in seed if seed != table)
+    before = calls[kernel]()
+    with tune.overridden({kernel: seed}):
+        assert tune.agree(calls[kernel](), before)
+
+
+@pytest.mark.parametrize("wins", [True, False])
+def test_the_search_goes_on_from_a_seed_that_is_faster(wins):
+    """Two steps away, past settings that are slower than both."""
+    times = {(4, 1): 2.0, (8, 1): 3.0, (4, 2): 3.0, (8, 2): 1.0 if wins else 2.5, (8, 3): 0.5}
+    start, seed = {"num_warps": 4, "num_stages": 1}, {"num_warps": 8, "num_stages": 2}
+    found, time, before = tune.search(start, lambda s: times.get(tuple(s.values())), seed=seed)
+    assert (found, time, before) == (({"num_warps": 8, "num_stages": 3}, 0.5, 2.0) if wins else (start, 2.0, 2.0))
+
+
 def test_decoding_alone_tunes_the_splits_of_shrink():
     assert ("shrink", "train") in tune._FIXED_SPLITS
     assert not any(s["SPLITS"] != 1 for s in tune.neighbours({"SPLITS": 1, "num_warps": 4}, frozenset({"SPLITS"})))

@@ -142,7 +142,9 @@ static void execute(Warp& w, const Instruction& in, int pc, u32 mask) {
             if (busy & 1 || (busy & 2 && i < in.results)) report(REGISTER_DURING_PRODUCT, pc, -1, w.id, -1, o[i]);
         }
     }
-    if (in.op != WGMMA) for (int i = 0; i < in.results; i++) w.unfenced[o[i] / 128] = 1;
+    // A copy is as old as what it copies: where registers are assigned, both may become one.
+    if (in.op < BRANCH && in.d) w.unfenced[o[0] / 128] = w.unfenced[o[1] / 128];
+    else if (in.op != WGMMA) for (int i = 0; i < in.results; i++) w.unfenced[o[i] / 128] = 1;
     bool by_registers = in.op < BRANCH || in.op == UNPACK || in.op == PACK, partial = by_registers && mask != ALL_LANES;
     char kept[4][8 * LANES];
     if (partial) for (int q = 0; q < in.results; q++) memcpy(kept[q], r + o[q], (L->wide[o[q] / 128] ? 8 : 4) * LANES);
