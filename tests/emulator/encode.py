@@ -360,13 +360,12 @@ class _Encoder:
         elif what.startswith("wait::"):
             self._emit(s, "TENSOR_WAIT", a=what == "wait::st")
         elif what in ("ld", "st"):
-            load, split = what == "ld", "16x32bx2" in parts
-            assert split or "32x32b" in parts, "a shape of tensor memory"
+            load, form = what == "ld", ("32x32b", "16x32bx2", "16x256b").index(parts[4])
             values, address, *rest = o if load else (o[-1], o[0], *o[1:-1])
             slots, (at, offset) = [self._slot(value, 4) for value in values], self._address(address, 4)
             self._emit(
                 s, "TENSOR_LOAD" if load else "TENSOR_STORE", [*slots, at] if load else [at, *slots],
-                len(slots) if load else 0, a=len(slots), b=split, c=int(rest[0], 0) if split else 0, offset=offset,
+                len(slots) if load else 0, a=len(slots), b=form, c=int(rest[0], 0) if rest else 0, offset=offset,
             )  # fmt: skip
         elif what == "mma":
             assert parts[2:] == ["cta_group::1", "kind::f16"] and len(o) == 5, "a kind of product"

@@ -148,7 +148,9 @@ def _registers(result: Result, over: dict[int, tuple[int, int]]) -> set[tuple[in
         read = reads | held if e["address"] else reads  # a product that adds nothing does not read its accumulators
         earlier = of_warp["pc"][of_warp["position"] < start]
         since = np.append(-1, np.flatnonzero(code["op"][earlier] == CODE["WGMMA_FENCE"]))[-1]
-        after = {} if since >= 0 else dict.fromkeys(read, pc)  # slot -> what wrote it after the fence
+        if since < 0 and read:
+            found.add((pc, pc))
+        after = {}  # slot -> what wrote it after the fence
         for other in earlier[since + 1 :].tolist():
             if code["op"][other] < CODE["BRANCH"] and code["d"][other]:  # a copy is as old as what it copies
                 to, copied = (operands[code["first"][other] : code["first"][other] + 2] // SLOT).tolist()

@@ -25,7 +25,7 @@ def rows_softmax(a, b, y, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.co
     tl.store(y + m[:, None] * N + n[None, :], e / tl.sum(e, 1)[:, None], mask=(m[:, None] < M) & (n[None, :] < N))
 
 
-M, N, K = 150, 104, 200
+M, N, K = 150, 112, 208  # multiples of 16, so that copies are asynchronous
 TILES = {"BM": 64, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 4}
 
 
@@ -41,17 +41,24 @@ SCHEDULES = [machine.EARLY, machine.LATE, machine.Schedule(order="random", rough
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_a_softmax_of_a_product(architecture, schedule):
     result, y, truth = launched(architecture, schedule)
     assert result.faults() == []
     assert (y.double() - truth).abs().max() < 2e-6
 
 
-@pytest.mark.budget(15)
+@pytest.mark.budget(30)
 def test_schedules_agree_and_the_judge_with_them():
     one, y, _ = launched("sm_90", machine.EARLY, trace=True, programs=[1])
     other, z, _ = launched("sm_90", machine.LATE, trace=True, programs=[1])
     assert torch.equal(y[64:128], z[64:128]) and y[:64].isnan().all()
     assert not judge(one) and not judge(other)
     assert (one.counts == other.counts).all()
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason=f"of Triton 3.6; this is {triton.__version__}")
+def test_triton_sets_no_proxy_fence_after_a_copy():
+    """A note, in this kernel as in the package's: docs/compiled-code.md says why it is left alone."""
+    result, _, _ = launched("sm_90", machine.EARLY)
+    assert result.notes() == {"no proxy fence between a cp.async and the product that reads it"}

@@ -8,37 +8,55 @@ from pathlib import Path
 import activations
 import pytest
 import torch
+from cases import Trial
 
 from mos_kernels.backends import triton as backend
 from mos_kernels.backends.triton.shrink import shrink_backward_kernel
 
 from . import compilation, launched, machine
-from .trials import LISTS
+from .ptx import Unsupported
+from .trials import FP32, LISTS, linear
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-TRIALS = [
-    pytest.param(trial, id=f"{name}-{number}", marks=[pytest.mark.full] if name != "few" else [])
-    for name, trials in LISTS.items()
-    for number, trial in enumerate(trials())
-]
+OF_SM_100 = ("few", "defaults", "options")
+"""The lists that run for sm_100 too, whose emulation is younger."""
+
+
+def trials(*lists: str) -> list:
+    """(trial, architecture) of the lists; all but the few are for `make test-full`."""
+    full = {name: () if name == "few" else pytest.mark.full for name in lists}
+    return [
+        pytest.param(trial, architecture, id=f"{name}-{number}-{architecture}", marks=full[name])
+        for name in lists
+        for number, trial in enumerate(LISTS[name]())
+        for architecture in ARCHITECTURES
+        if architecture != "sm_100" or name in OF_SM_100
+    ]
 
 
 @pytest.mark.budget(15)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("trial", TRIALS)
+@pytest.mark.parametrize(("trial", "architecture"), trials(*LISTS))
 def test_compiled_kernels(trial, architecture):
     with launched.emulated(architecture) as log:
         failures = trial.failures()
     assert failures + log.problems == [], str(trial)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("trial", [pytest.param(*one.values, id=one.id) for one in TRIALS if "options" in one.id])
+@pytest.mark.parametrize(("trial", "architecture"), trials("options"))
 def test_results_hold_where_instructions_are_as_inexact_as_they_may_be(trial, architecture):
     with launched.emulated(architecture, [machine.Schedule(rough=True)]) as log:
         failures = trial.failures()
     assert failures + log.problems == [], str(trial)
+
+
+@pytest.mark.full
+@pytest.mark.xfail(
+    strict=True, raises=Unsupported, reason="for sm_100 Triton 3.6 multiplies float32 in TF32 in shrink with dropout"
+)
+def test_float32_with_dropout_on_sm_100():
+    """The product of the dropped x asks for IEEE float32, and is compiled to tcgen05.mma of kind::tf32."""
+    with launched.emulated("sm_100"):
+        Trial(linear(share_a=False), (67,), 40, 64, FP32, seed=13, dropout_p=0.3).failures()
 
 
 def test_the_few_launch_every_kernel_of_the_package():

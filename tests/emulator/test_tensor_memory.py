@@ -30,9 +30,13 @@ def shape(m: int, n: int, brain: bool, a_rows: bool, b_rows: bool) -> int:
     return kinds | (not a_rows) << 15 | (not b_rows) << 16 | (n >> 3) << 17 | (m >> 4) << 24
 
 
-def fragment(m: int, n: int) -> tuple[str, str, np.ndarray, np.ndarray]:
+def fragment(m: int, n: int, accumulators: bool = False) -> tuple[str, str, np.ndarray, np.ndarray]:
     """Shape and split of a load of all of D, and for [register, thread] its row and column."""
     threads = np.arange(128)
+    if accumulators:  # as those of mma.sync: two numbers of a row, two of the eighth row below, and eight columns on
+        register = np.arange(n // 2)[:, None]
+        rows = threads // 32 * 16 + threads % 32 // 4 + register // 2 % 2 * 8
+        return f"16x256b.x{n // 8}", "", rows, register // 4 * 8 + threads % 4 * 2 + register % 2
     if m == 128:
         columns = np.arange(n)[:, None] + 0 * threads
         return f"32x32b.x{n}", "", 0 * columns + threads, columns
@@ -43,9 +47,9 @@ def fragment(m: int, n: int) -> tuple[str, str, np.ndarray, np.ndarray]:
 
 def body(
     m, n, of_a, of_b, kind, *, wait_store="tcgen05.wait::st.sync.aligned;", fence="fence.proxy.async.shared::cta;",
-    barrier="bar.sync 0;", issue="", wait=WAIT, wait_load="tcgen05.wait::ld.sync.aligned;",
+    barrier="bar.sync 0;", issue="", accumulators=False, wait=WAIT, wait_load="tcgen05.wait::ld.sync.aligned;",
 ) -> str:  # fmt: skip
-    form, split, rows, _ = fragment(m, n)
+    form, split, rows, _ = fragment(m, n, accumulators)
     names = "{" + ", ".join(f"%r{100 + i}" for i in range(len(rows))) + "}"
     text = by_hand.own_part(2, 4) + f"""mov.b32 %r1, global_smem;
     add.s32 %r4, %r1, {ADDRESS};
@@ -98,7 +102,7 @@ def run(m, n, a_rows, b_rows, swizzle, brain, schedule, **changes) -> tuple[list
     shared_b, *offsets_b = laid_out(b_bits, b_rows, swizzles[1], B - A)
     of_a = descriptor(encode.SHARED_BASE + A, *offsets_a, swizzles[0])
     of_b = descriptor(encode.SHARED_BASE + B, *offsets_b, swizzles[1])
-    _, _, rows, columns = fragment(m, n)
+    _, _, rows, columns = fragment(m, n, changes.get("accumulators", False))
     operands, values = torch.tensor(np.concatenate([shared_a, shared_b])), torch.tensor(c[rows, columns])
     text = body(m, n, of_a, of_b, shape(m, n, brain, a_rows, b_rows), **changes)
     result = by_hand.run(text, [operands, values], schedule, warps=4, shared_bytes=SHARED)
@@ -111,6 +115,11 @@ def run(m, n, a_rows, b_rows, swizzle, brain, schedule, **changes) -> tuple[list
 @pytest.mark.parametrize(("m", "n"), [(64, 64), (128, 64), (128, 16)])
 def test_products_into_tensor_memory(m, n, a_rows, b_rows, swizzle, schedule):
     assert run(m, n, a_rows, b_rows, swizzle, n == 64, schedule) == ([], True)
+
+
+@pytest.mark.parametrize("n", [32, 64])
+def test_products_read_as_accumulators(n):
+    assert run(64, n, True, True, 32, True, machine.LATE, accumulators=True) == ([], True)
 
 
 @pytest.mark.parametrize("schedule", [machine.EARLY, machine.LATE], ids=["early", "late"])

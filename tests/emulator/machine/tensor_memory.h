@@ -76,8 +76,8 @@ static void allocate(Warp& w, const Instruction& in, int pc) {  // a: columns; w
     memcpy(&shared[to], &from, 4);
 }
 
-// a: registers; b: 0 for a lane of tensor memory a thread (32x32b), else the second half of the warp reads the first 16
-// lanes again, c columns on (16x32bx2). Of four warps each reaches 32 lanes.
+// a: registers; b: how the threads share the lanes and columns. Of four warps each reaches 32 lanes.
+enum { LANE_A_THREAD = 0, TWO_HALVES = 1, AS_ACCUMULATORS = 2 };  // 32x32b, 16x32bx2 (the second c columns on), 16x256b
 static void tensor_access(Warp& w, const Instruction& in, int pc, bool load) {
     const s32* o = L->operands + in.first;
     u32 at = get<u32>(w.slot(o[load ? in.a : 0]), 0) + (u32)in.offset, lane_from = at >> 16, column_from = at & 0xFFFF;
@@ -85,7 +85,9 @@ static void tensor_access(Warp& w, const Instruction& in, int pc, bool load) {
     for (int j = 0; j < in.a; j++) {
         char* slot = w.slot(o[load ? j : 1 + j]);
         for (int i = 0; i < LANES; i++) {
-            u32 lane = lane_from + (in.b ? i % 16 : i), column = column_from + j + (in.b && i >= 16 ? in.c : 0);
+            u32 lane = lane_from + i, column = column_from + j;
+            if (in.b == TWO_HALVES) { lane = lane_from + i % 16; column += i / 16 * in.c; }
+            if (in.b == AS_ACCUMULATORS) { lane = lane_from + i / 4 + j / 2 % 2 * 8; column = column_from + j / 4 * 8 + i % 4 * 2 + j % 2; }
             if (!tensor_fits(lane, column, pc, w.id)) continue;
             u32& held = tensor[lane * TENSOR_COLUMNS + column];
             if (load) { cell_read(lane, column, pc, w, false); put<u32>(slot, i, held); }
