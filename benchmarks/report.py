@@ -140,7 +140,10 @@ def summary(found: dict[str, list[dict]]) -> str:
 
     def add(what: str, group: dict[str, dict], number) -> None:
         cells = [next((group[name] for name in names if name in group), None) for names in shown.values()]
-        lines.append([what, *("" if row is None else number(row, group[row["base"]]) for row in cells)])
+        known = [row is not None and row["base"] in group for row in cells]
+        lines.append(
+            [what, *(number(row, group[row["base"]]) if k else "" for row, k in zip(cells, known, strict=True))]
+        )
 
     def over(row: dict, base: dict) -> str:
         return f"{row['median_s'] / base['median_s']:.2f}×"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mos_kernels.backends import resolve_backend
 from mos_kernels.backends.interface import Prepared
 from mos_kernels.call import Adapted, FFNPlan, FFNTensors, autocast_dtype, is_autocast
+from mos_kernels.functional import require_gates
 from mos_kernels.kept import Factors, is_transformed
 from mos_kernels.layer import (
     MoSAdapter,
@@ -146,9 +147,9 @@ def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
         return "a module stands before its last linear"
     if any(t is not None and t.requires_grad for part in found for t in (part.base.weight, part.base.bias)):
         return "the base's weights are trained"
-    called = [*modules, block.mos_router, *(getattr(block, name) for name in (*form.activation, *form.hidden))]
+    called = [*modules, *(getattr(block, name) for name in (*form.activation, *form.hidden))]
     if router is not block.mos_router:  # of the peft method
-        called += [router, *(module for part in found for module in part)]
+        called += [module for part in found for module in part]
     if not all(map(is_called_plainly, called)):
         return "a hook, an offload or a forward of its own wants to see a linear's call"
     return _Parts(tuple(reads), down, router)
@@ -170,13 +171,16 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNP
         return None
     down, *reads = (part.adapted(dtype, part.adapter._factors(x, None, "eager")) for part in (parts.down, *parts.reads))
     gates = aux_weight = mask = None
-    if dtype == x.dtype:
+    if dtype == x.dtype and all(map(is_called_plainly, {block.mos_router, parts.router})):
         aux_weight = injected_aux_weight(parts.router)
         mask = None if aux_weight is None else known_mask(parts.router, x)
         if mask is not None and mask.shape != x.shape[:-1]:
             return None
-    else:  # the router reads x before autocast casts it
-        gates = parts.router(x)
+    else:  # a hook wants to see it, or autocast casts x, but not what the router reads
+        gates = block.mos_router(x)
+        if not isinstance(gates, Tensor):  # of the peft method, by adapter
+            gates = next(gates[name] for name, router in block.mos_router.items() if router is parts.router)
+        require_gates(gates, x, parts.router.config)
     tensors = FFNTensors(
         x.to(dtype), gates, parts.router.weight if gates is None else None, aux_weight, mask,
         down[0], tuple(linear for linear, _ in reads),

@@ -162,8 +162,15 @@ def _check(t: LinearTensors, config: MoSConfig) -> None:
             "no gates were passed, and with router_scope='ffn' the layer has no router of its own: "
             "pass gates=MoSRouter(...)(block_input), or use router_scope='linear'"
         )
-    if t.gates is not None and tuple(t.gates.shape) != (*x.shape[:-1], E):
-        raise ValueError(f"gates have shape {tuple(t.gates.shape)}, x asks for {(*x.shape[:-1], E)}")
+    if t.gates is not None:
+        require_gates(t.gates, x, config)
+
+
+def require_gates(gates: Tensor, x: Tensor, config: MoSConfig) -> None:
+    """Raise ValueError unless there is one for each token and expert."""
+    wanted = (*x.shape[:-1], config.num_experts)
+    if tuple(gates.shape) != wanted:
+        raise ValueError(f"gates have shape {tuple(gates.shape)}, x asks for {wanted}")
 
 
 def check_input(x: Tensor, weight: Tensor | None, d_in: int) -> None:

@@ -96,16 +96,18 @@ def x_of(dtype=torch.float64, *shape, seed=1):
 
 
 class OneByOne:
-    """Within it the block's linears are called one by one, as a hook on its router asks for."""
+    """Within it the block's linears are called one by one, as hooks on them ask for."""
 
     def __init__(self, block):
         self.block = block
 
     def __enter__(self):
-        self.handle = self.block.mos_router.register_forward_hook(lambda *_: None)
+        children = [child for name, child in self.block.named_children() if name != "mos_router"]
+        self.handles = [child.register_forward_hook(lambda *_: None) for child in children]
 
     def __exit__(self, *_):
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
 
 
 @pytest.fixture
@@ -255,6 +257,19 @@ def test_autocast(runs, dtype):
         linears = results(block, x, run)
     for name, expected in linears.items():
         assert (one[name] - expected).abs().max() <= 2**-6 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize("door", ["own", "peft"])
+def test_a_hook_on_the_router_sees_its_call(runs, door):
+    block, x, seen = adapted(door=door, router_aux_loss_coef=5.0), x_of(), []
+    expected = results(block, x)
+    router = block.mos_router if door == "own" else block.mos_router["default"]
+    router.register_forward_hook(lambda module, args, gates: seen.append(gates.shape))
+    assert_same(results(block, x), expected)
+    assert len(runs) == 2 and seen == [(2, 5, 8)]
+    router.register_forward_hook(lambda module, args, gates: gates[..., :7])
+    with pytest.raises(ValueError, match="gates have shape"):
+        block(x)
 
 
 class Mask:

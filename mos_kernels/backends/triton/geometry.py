@@ -49,9 +49,9 @@ def inverse_projection_scale(n, kappa, limit, edge, MAPPING: tl.constexpr):
         value = tl.where(a == a, value, a)
         slope = tl.where(inside, value * value * -0.5, 0.0)
     else:
-        inside = a == tl.maximum(a, limit)
-        value = _guarded(inside, 2.0, 1.0 + a, edge, tl.sqrt_rn(tl.abs(a)))
-        slope = tl.where(inside, value * value * -0.5, tl.div_rn(value * -0.5, a))
+        held = tl.maximum(a, limit)
+        value = tl.div_rn(2.0 + 0.0 * held, 1.0 + held)
+        value, slope = _radial_guard(a, held, value, value * value * -0.5, edge)
     return value, tl.where(n < 1e30, kappa * slope, 0.0), n * slope
 
 
@@ -62,26 +62,20 @@ def projection_scale(q, kappa, limit, edge, MAPPING: tl.constexpr):
     held = tl.minimum(a, limit)
     if MAPPING == _EXP_LOG:
         value, slope = _log_scale(held)
-        value, slope = _radial_guard(a, held, value, slope, edge)
     else:
-        inside = a == held
-        root = tl.sqrt_rn(tl.where(inside, 1.0 - a, tl.abs(a)))
-        value = _guarded(inside, 1.0, 1.0 + root, edge, root)
-        slope = tl.div_rn(tl.where(inside, value * value, value * -0.5), tl.where(inside, 2.0 * root, a))
+        w = tl.sqrt_rn(1.0 - held)
+        value = tl.div_rn(1.0 + 0.0 * w, 1.0 + w)
+        slope = value * tl.div_rn(value, 2.0 * w)
+    value, slope = _radial_guard(a, held, value, slope, edge)
     return value, tl.where(q < 1e30, kappa * slope, 0.0), q * slope
 
 
 @triton.jit
 def _radial_guard(a, held, value, slope, edge):
     inside = a == held
-    value = _guarded(inside, value, 1.0, edge, tl.sqrt_rn(tl.abs(a)))
-    return value, tl.where(inside, slope, tl.div_rn(value * -0.5, a))
-
-
-@triton.jit
-def _guarded(inside, numerator, denominator, edge, root):
-    """numerator / denominator inside, edge / root outside, in one division: ptxas keeps registers aside for each."""
-    return tl.div_rn(tl.where(inside, numerator, edge), tl.where(inside, denominator, root))
+    safe = tl.where(inside, 1.0, a)
+    value = tl.div_rn(tl.where(inside, value, edge), tl.sqrt_rn(tl.abs(safe)))
+    return value, tl.where(inside, slope, tl.div_rn(value * -0.5, safe))
 
 
 @triton.jit
