@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from mos_kernels.functional import autocast_dtype, check_input
+from mos_kernels.call import autocast_dtype, is_autocast
+from mos_kernels.functional import check_input
 
 
 def lora_linear(
@@ -27,7 +28,7 @@ def lora_linear(
     dropout_p: dropout on the input of A.
     """
     x_dtype = autocast_dtype(x)
-    check_input(x, None if weight is None or x_dtype != x.dtype else weight, A.shape[-1])
+    check_input(x, None if is_autocast(x) else weight, A.shape[-1])
     y = linear(x, weight, bias) if base_output is None else base_output
     low = linear(dropout(x, dropout_p) if dropout_p > 0 else x, A.to(x_dtype))
     rows, factor = low.reshape(-1, low.shape[-1]).to(y.dtype), B.to(y.dtype).t()

@@ -67,3 +67,15 @@ def test_z_is_as_right_as_the_eager_bridge(seed, domain, shared, eps, size, kapp
     for i, (narrow, truth) in enumerate(zip(by_torch(torch.float32), by_torch(torch.float64), strict=True)):
         error, allowed = ((z.double() - truth).abs().max() for z in (found[:, i], narrow))
         assert error <= 2 * allowed + 1e-6 * truth.abs().max()
+
+
+def test_huge_values_of_both_signs_stay_finite():
+    """hᵀGh adds terms that float32 cannot hold, of both signs."""
+    config = MoSConfig(r=2, spaces={"euclidean": 2}, num_experts_per_tok=1)
+    factor = torch.tensor([[1.0, 0.9], [0.9, 1.0]]).unsqueeze(1).expand(-1, 2, -1).contiguous()
+    p, n, gates, kappa = torch.tensor([[1e25, -0.9e25]]), torch.tensor([1e30]), torch.ones(1, 2), torch.zeros(2)
+    made = eager.prepare(factor, torch.float32, config)
+    z, _ = eager.bridge(p, n, gates, False, kappa, made, config)
+    found = eager_few.bridge(p.view(1, 1, 1, 2).numpy(), n.numpy(), gates.numpy(), [kappa], [made], config)
+    assert z.isfinite().all()
+    torch.testing.assert_close(torch.from_numpy(found[:, 0]), z)

@@ -311,6 +311,9 @@ def test_any_number_of_tokens(runs, shape, monkeypatch):
         linears = results(block, x)
     assert one["y"].shape == x.shape and len(runs) == 1
     assert_same(one, linears)
+    with torch.no_grad():
+        assert_same({"y": block.eval()(x)}, {"y": one["y"]})
+    assert len(runs) == 2
 
 
 @pytest.mark.parametrize("door", ["own", "peft"])

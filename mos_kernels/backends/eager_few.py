@@ -5,6 +5,7 @@ The formulas and guards are those of `routing.route`, `geometry` (the stereograp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ MOST_TOKENS = 32
 
 def serves(x: Tensor, tokens: int, *configs: MoSConfig) -> bool:
     """Whether x, so many tokens, is bridged here."""
-    return x.is_cpu and tokens <= MOST_TOKENS and all(config.mapping == "stereographic" for config in configs)
+    return x.is_cpu and 0 < tokens <= MOST_TOKENS and all(config.mapping == "stereographic" for config in configs)
 
 
 def route(logits: ndarray, config: MoSConfig) -> ndarray:
@@ -46,7 +47,10 @@ def bridge(
     with np.errstate(all="ignore"):
         h = _into(kappa * n[:, None, None], config)[..., None] * p  # (T, m, E, r)
         unit_gh = np.matmul(h.transpose(1, 2, 0, 3), unit_gram).transpose(2, 0, 1, 3)
-        q = np.clip((h * unit_gh).sum(-1) * trace, 0, n.dtype.type(SATURATION))
+        total = (h * unit_gh).sum(-1)
+        if not math.isfinite(total.sum()):
+            total = (h.astype(np.float64) * unit_gh).sum(-1)
+        q = np.clip(total * trace, 0, SATURATION).astype(n.dtype, copy=False)
         z = (_back(kappa * q, config) * (config.scaling * gates)[:, None])[..., None] * h
     return z.reshape(tokens, m, -1)
 

@@ -203,7 +203,7 @@ def test_autocast_dropout_and_wrong_inputs():
     config = MoSConfig(spaces=LORA, num_experts_per_tok=1, init_lora_weights=False, lora_dropout=0.5)
     layer, x = MoSLinear(24, 40, config=config), torch.randn(4000, 24)
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
+        assert layer(x).dtype == layer(x.bfloat16()).dtype == torch.bfloat16  # the second as a layer before leaves it
     base = linear(x, layer.weight, layer.bias)
     kept = layer.eval()(x) - base
     dropped = layer.train()(x) - base
