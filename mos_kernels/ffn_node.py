@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,6 +55,20 @@ class FFNForm:
     @property
     def linears(self) -> tuple[str, ...]:
         return (*self.inputs, self.down)
+
+
+class Observer:
+    """A forward hook of a router that reads the router's input and changes nothing.
+
+    A block that runs as one operation calls it itself. Measuring then changes neither which operations run nor what
+    they save, which checkpointing's recomputation, after the measuring, would find different.
+    """
+
+    def __init__(self, observe: Callable[[Tensor], None]):
+        self.observe = observe
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        self.observe(args[0] if args else next(iter(kwargs.values())))
 
 
 class _Part(NamedTuple):
@@ -171,7 +185,11 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNP
         return None
     down, *reads = (part.adapted(dtype, part.adapter._factors(x, None, "eager")) for part in (parts.down, *parts.reads))
     gates = aux_weight = mask = None
-    if dtype == x.dtype and all(map(is_called_plainly, {block.mos_router, parts.router})):
+    observers = [hook for hook in parts.router._forward_hooks.values() if isinstance(hook, Observer)]
+    routers = {block.mos_router: 0, parts.router: len(observers)}
+    if dtype == x.dtype and all(is_called_plainly(router, observed) for router, observed in routers.items()):
+        for observer in observers:
+            observer.observe(x)
         aux_weight = injected_aux_weight(parts.router)
         mask = None if aux_weight is None else known_mask(parts.router, x)
         if mask is not None and mask.shape != x.shape[:-1]:
@@ -277,14 +295,14 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module) is MoSConv1D or type(module).__name__ == "Conv1D" and hasattr(module, "nx")
 
 
-def is_called_plainly(module: nn.Module) -> bool:
-    """Whether calling the module would run its class's forward and nothing else.
+def is_called_plainly(module: nn.Module, observers: int = 0) -> bool:
+    """Whether calling the module would run its class's forward and nothing else; observers: so many hooks do not count.
 
     What replaces a method of the class, or of nn.Module, is not seen.
     """
     everywhere, own = nn.modules.module, vars(module)
     return not (
-        module._forward_hooks
+        len(module._forward_hooks) > observers
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -252,14 +252,13 @@ def _squared_output_norm(h: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]
     """q = hᵀGh (T, E), saturated, and G h / trace (T, E, r).
 
     A huge h makes terms of both signs that float32 cannot hold, inf - inf. They are summed in float64 then, where a
-    device has it; always, where finding out would wait for the device or be data that a graph depends on.
+    device has it. Both sums are formed where finding out would wait for the device, or make a graph depend on data.
     """
     unit_gh = exact_matmul(h.transpose(0, 1), prepared.unit_gram).transpose(0, 1)
-    total = None
-    if h.device.type == "mps" or h.is_cpu and type(h) is Tensor and not torch.compiler.is_compiling():
-        total = (h * unit_gh).sum(-1)
-    if total is None or h.is_cpu and not math.isfinite(total.sum()):
-        total = (h.double() * unit_gh.double()).sum(-1)
+    total = (h * unit_gh).sum(-1)
+    is_known = h.is_cpu and type(h) is Tensor and not torch.compiler.is_compiling()
+    if h.device.type != "mps" and not (is_known and math.isfinite(total.sum())):
+        total = torch.where(total.isfinite(), total, (h.double() * unit_gh.double()).sum(-1))
     return (total * prepared.trace).clamp_(0.0, geometry.SATURATION).to(h.dtype), unit_gh
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mos_kernels import routing
 from mos_kernels.config import MoSConfig
+from mos_kernels.ffn_node import Observer
 from mos_kernels.huggingface.modules import router_owners
 from mos_kernels.huggingface.targets import refuse_offloaded
 
@@ -81,18 +82,17 @@ def measured_routing(
             with contextlib.suppress(TypeError):  # the model says itself what is wrong with its arguments
                 mask[0] = signature.bind_partial(*args, **kwargs).arguments.get("attention_mask")
 
-    def measure(name):
-        def hook(owner, args, kwargs, output):
-            x = args[0] if args else next(iter(kwargs.values()))
+    def measure(name, owner):
+        def observe(x):
             with torch.autocast(x.device.type, enabled=False):
                 logits = owner.routing_logits(x.detach())
             known = isinstance(mask[0], Tensor) and mask[0].shape == x.shape[:-1]
             statistics[name].add(logits[mask[0].to(x.device) != 0] if known else logits.flatten(0, -2))
 
-        return hook
+        return Observer(observe)
 
     handles = [model.register_forward_pre_hook(remember_mask, with_kwargs=True)]
-    handles += [owner.register_forward_hook(measure(name), with_kwargs=True) for name, owner in owners.items()]
+    handles += [owner.register_forward_hook(measure(name, owner), with_kwargs=True) for name, owner in owners.items()]
     try:
         with torch.compiler.set_stance("force_eager"):
             yield statistics
