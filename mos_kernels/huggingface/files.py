@@ -123,7 +123,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
     outer, model = model, unwrap(model)
     folder = Path(folder)
     config, modules = _read_config(folder)
-    tensors = read_tensors(folder / WEIGHTS_NAME)
+    tensors = without_idle(read_tensors(folder / WEIGHTS_NAME), config)
 
     applied = adapter_state(model)
     if applied is None:
@@ -178,7 +178,7 @@ def refuse_damaged(folder: Path) -> None:
     if not (folder / WEIGHTS_NAME).is_file() and not (folder / PICKLE_NAME).is_file():
         return
     config, _ = _read_config(folder)
-    found = read_tensors(folder / WEIGHTS_NAME)
+    found = without_idle(read_tensors(folder / WEIGHTS_NAME), config)
     tensors = {name: tensor for name, tensor in found.items() if _is_adapter(name)}
     _require_floating(folder, tensors, {})
     require_finite(folder, found, {name: torch.float64 for name in found if name not in tensors})
@@ -269,6 +269,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if foreign:
         raise ValueError(f"{path} has tensors without the prefix {PREFIX!r}, such as {foreign[0]!r}: no adapter file")
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def without_idle(tensors: dict[str, Tensor], config: MoSConfig) -> dict[str, Tensor]:
+    """The tensors of a file without the router and the curvature that earlier files of one Euclidean expert have.
+
+    Its gate is 1 and its curvature 0 whatever they hold.
+    """
+    if not config.is_lora or config.spaces_pattern:
+        return tensors
+    idle = (".mos_curvature", ".mos_router", ".mos_router.weight")
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(idle)}
 
 
 def _require_equal(applied: MoSConfig, loaded: MoSConfig) -> None:

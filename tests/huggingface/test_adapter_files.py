@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, ids, mos, snapshot, tiny
@@ -268,6 +268,22 @@ def test_another_architecture(tmp_path):
     assert "mlp.down_proj.mos_lora_A (4, 64), the model asks for (4, 96)" in refused(wider, tmp_path)
     deeper = type(tiny())(type(tiny().config)(**{**tiny().config.to_dict(), "num_hidden_layers": 3}))
     assert "10 missing (model.layers.2.mlp" in refused(deeper, tmp_path)
+
+
+def test_one_euclidean_expert_of_a_file_with_its_router_and_curvature(tmp_path):
+    model = saved(tmp_path, spaces={"euclidean": 1}, num_experts_per_tok=1)
+
+    def as_before(tensors):
+        for name in [name for name in tensors if name.endswith("mos_lora_B")]:
+            linear = name.removesuffix("mos_lora_B")
+            tensors[linear + "mos_curvature"] = torch.ones(1)
+            tensors[linear.rpartition("mlp.")[0] + "mlp.mos_router.weight"] = torch.ones(1, 32)
+
+    rewrite(tmp_path, as_before)
+    own = tiny()
+    load_adapter(own, tmp_path)
+    for opened in (own, PeftModel.from_pretrained(tiny(), tmp_path)):
+        assert_close(opened(ids()).logits, model(ids()).logits)
 
 
 def test_missing_and_unexpected_tensors(tmp_path):

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from mos_kernels.ffn import FFNForm
 from mos_kernels.huggingface.attention_mask import follow_attention_mask, forget_attention_mask
 from mos_kernels.huggingface.blocks import add_router, recognise, remove_router
-from mos_kernels.huggingface.files import CONFIG_NAME, WEIGHTS_NAME, read_tensors, require_finite, require_fit
+from mos_kernels.huggingface.files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    read_tensors,
+    require_finite,
+    require_fit,
+    without_idle,
+)
 from mos_kernels.huggingface.files import PREFIX as FILE_PREFIX
 from mos_kernels.huggingface.modules import router_owners
 from mos_kernels.huggingface.peft.config import MOSELORA, MoSPeftConfig
@@ -158,7 +165,8 @@ class MoSPeftModel(BaseTuner):
         in_file = {
             cls._remove_adapter_name_from_key(name, adapter_name).removeprefix(FILE_PREFIX): name for name in own
         }
-        found = {in_file.get(name.removeprefix(FILE_PREFIX), name): tensor for name, tensor in state_dict.items()}
+        tensors = without_idle(state_dict, config.to_mos_config())
+        found = {in_file.get(name.removeprefix(FILE_PREFIX), name): tensor for name, tensor in tensors.items()}
         missing = [name for name in own if name not in found]
         base = {name.removeprefix(FILE_PREFIX) for name in model.state_dict()}
         base -= {name.removeprefix(FILE_PREFIX) for name in _embeddings(model)}
@@ -242,7 +250,7 @@ def _refuse_misfit(model: nn.Module, config: MoSPeftConfig, plan: Plan, folder: 
         return  # it is gone: nothing will be loaded from there
     if getattr(model, "_checkpoint_conversion_mapping", None):
         return  # they come under other names
-    tensors = read_tensors(folder / WEIGHTS_NAME)
+    tensors = without_idle(read_tensors(folder / WEIGHTS_NAME), config.to_mos_config())
     embeddings = {name: tensor for name, tensor in _embeddings(model).items() if name in tensors}
     require_fit(folder, tensors, adapter_shapes(plan), embeddings | _saved_whole(model, config.modules_to_save or []))
 
