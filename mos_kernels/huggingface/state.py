@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.modules import PreHook, adapter_parameters, own_adapter_parameters
 from mos_kernels.huggingface.targets import refuse_peft
-from mos_kernels.layer import MoSLayer
 from mos_kernels.sharded import is_dtensor, spread_like
 
 _STATE = "_mos_adapter"
@@ -54,16 +53,14 @@ class AdapterState(PreHook):
             self.note()
 
     def _warn_if_frozen(self, module: nn.Module) -> None:
-        layer = next((layer for layer in module.modules() if isinstance(layer, MoSLayer)), None)
-        if layer is None:
-            return
-        if self.trains and module.training and not layer.mos_lora_B.requires_grad:
+        trains = any(p.requires_grad for part in module.modules() for p in own_adapter_parameters(part).values())
+        if self.trains and module.training and not trains and adapter_parameters(module):
             warnings.warn(
                 "the Mixture-of-Space adapter takes no part in this training: something froze its parameters, as peft "
                 "does for any of its methods, prompt tuning included",
                 stacklevel=2,
             )
-        self.trains = layer.mos_lora_B.requires_grad
+        self.trains = trains
 
     def note(self) -> None:
         """Remember what is trainable now."""

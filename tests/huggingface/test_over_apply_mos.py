@@ -74,3 +74,14 @@ def test_an_adapter_loaded_for_inference_is_not(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(ids(), labels=ids())
+
+
+def test_an_adapter_frozen_in_a_part_is_not():
+    model = own().train()
+    model.model.layers[0].requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids(), labels=ids())
+    model.requires_grad_(False)
+    with pytest.warns(UserWarning, match="takes no part in this training"):
+        model(ids(), labels=ids())
