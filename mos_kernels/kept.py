@@ -71,7 +71,7 @@ class Kept(NamedTuple):
             self.generation == _generation
             and self.use == use
             and all(
-                a is b and a.grad is None and _mark(a) == mark
+                a is b and _mark(a) == mark and a.grad is None
                 for a, b, mark in zip(tensors, self.tensors, self.marks, strict=True)
             )
         )
@@ -113,6 +113,7 @@ def _shows_changes(t: Tensor) -> bool:
     processes, or of what ZeRO gathers anew."""
     return (
         type(t) in (Tensor, nn.Parameter)
+        and t.is_leaf  # else a call brings another one each time
         and t.grad is None
         and not (t.is_meta or t.is_inference() or is_zero3(t))
         and not (t.device.type == "cpu" and t.is_shared())

@@ -207,6 +207,15 @@ def test_a_change_is_seen(change, frozen):
     assert not torch.equal(now.float(), before.float())
 
 
+def test_computed_parameters_are_used_and_not_kept(recwarn):
+    layer = layer_of()
+    computed = {name: parameter * 2 for name, parameter in layer.named_parameters()}
+    with torch.no_grad():
+        now = torch.func.functional_call(layer, computed, (x_of(),))
+    assert layer._frozen is None and not recwarn.list
+    assert torch.equal(now, torch.func.functional_call(layer, computed, (x_of().requires_grad_(),)).detach())
+
+
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_a_copy_has_its_own(make):
     layer = layer_of().freeze_for_inference()
