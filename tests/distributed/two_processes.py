@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from tiny_models import ids, mos, tiny
 from torch import Tensor, nn
 
 from mos_kernels import routing
+from mos_kernels.ffn_node import Observer
 from mos_kernels.huggingface import MoSPeftConfig, apply_mos
 from mos_kernels.huggingface.modules import router_owners
 
@@ -74,14 +76,14 @@ def truth(model: nn.Module, batches: list[dict[str, Tensor]], coefficient: float
     model.zero_grad()
     terms = []
 
-    def measure(owner, args, output):
+    def measure(owner, x):
         router = owner.weight if owner.config.router_scope == "ffn" else owner.mos_router
-        logits = nn.functional.linear(args[0].to(router.dtype), router).flatten(0, -2)
+        logits = nn.functional.linear(x.to(router.dtype), router).flatten(0, -2)
         terms.append(routing.load_balancing_loss(logits, owner.config.num_experts_per_tok))
 
     for owner in router_owners(model).values():
         owner.mos_aux_weight.zero_()
-        owner.register_forward_hook(measure)
+        owner.register_forward_hook(Observer(functools.partial(measure, owner)), with_kwargs=True)
     loss = sum(model(**batch).loss for batch in batches) / len(batches)
     (loss + coefficient * sum(terms) / len(terms)).backward()
     return gradients(model)
