@@ -420,13 +420,17 @@ def test_given_as_a_plain_callback_the_history_has_the_keys(tmp_path):
     assert "mos/entropy" in entry and "mos/curvature/spherical_mean" in entry
 
 
-def test_measured_values_are_those_of_the_tokens_of_the_logged_step(tmp_path):
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_measured_values_are_those_of_the_tokens_of_the_logged_step(tmp_path, use_reentrant):
     model = adapted(router_aux_loss_coef=0.0)
     callback = MoSCallback()
     before = routing_report(model, SAMPLE["input_ids"].unsqueeze(0))
-    trainer_for(model, tmp_path, [SAMPLE] * 2, [callback], gradient_accumulation_steps=2).train()
+    checkpointing = {} if use_reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    options = {"gradient_accumulation_steps": 2, "gradient_checkpointing": use_reentrant is not None, **checkpointing}
+    trainer_for(model, tmp_path, [SAMPLE] * 2, [callback], **options).train()
     (entry,) = callback.history
     assert entry["share"] == {row["name"]: pytest.approx(row["share"]) for row in before}
+    assert not any(owner._forward_hooks for owner in router_owners(model).values())
 
 
 class Interrupted(BaseException):
