@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, linear
 
 from mos_kernels.call import autocast_dtype, is_autocast
-from mos_kernels.functional import check_input
+from mos_kernels.functional import check_base_output, check_input
 
 
 def lora_linear(
@@ -29,6 +29,8 @@ def lora_linear(
     """
     x_dtype = autocast_dtype(x)
     check_input(x, None if is_autocast(x) else weight, A.shape[-1])
+    if base_output is not None:
+        check_base_output(x, base_output, B.shape[0])
     y = linear(x, weight, bias) if base_output is None else base_output
     low = linear(dropout(x, dropout_p) if dropout_p > 0 else x, A.to(x_dtype))
     rows, factor = low.reshape(-1, low.shape[-1]).to(y.dtype), B.to(y.dtype).t()

@@ -198,6 +198,11 @@ def test_it_is_the_mixture_of_one_expert(kind, share_a):
     assert layer.freeze_for_inference() is layer and layer.curvature.tolist() == [0.0]
 
 
+class _Rounded(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x).long()
+
+
 def test_autocast_dropout_and_wrong_inputs():
     torch.manual_seed(0)
     config = MoSConfig(spaces=LORA, num_experts_per_tok=1, init_lora_weights=False, lora_dropout=0.5)
@@ -213,6 +218,8 @@ def test_autocast_dropout_and_wrong_inputs():
         layer(x[:, :23])
     with pytest.raises(ValueError, match="x is torch.float64 and the weight"):
         layer(x.double())
+    with pytest.raises(ValueError, match="base_output is torch.int64"):
+        MoSWrapped(_Rounded(24, 40), config)(x)
     with pytest.raises(ValueError, match="has no gate"):
         layer(x, torch.ones(4000, 1))
     with pytest.raises(ValueError, match="has no router"):
