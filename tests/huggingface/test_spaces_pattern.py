@@ -203,6 +203,18 @@ class _Rounded(torch.nn.Linear):
         return super().forward(x).long()
 
 
+class _InFloat32(torch.nn.Linear):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+def test_a_base_that_gives_float32_under_autocast_is_not_rounded():
+    layer, x = MoSWrapped(_InFloat32(24, 40), MoSConfig(spaces=LORA, num_experts_per_tok=1)), torch.randn(5, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), layer.base_layer(x))
+
+
 def test_autocast_dropout_and_wrong_inputs():
     torch.manual_seed(0)
     config = MoSConfig(spaces=LORA, num_experts_per_tok=1, init_lora_weights=False, lora_dropout=0.5)
