@@ -144,7 +144,7 @@ def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
         return "a base is quantised or wrapped, or has no adapter or several"
     router = _router(block, modules[0])
     if router is None:
-        return "its router is not the active adapter's alone"
+        return "its router is not the active adapter's alone, or a class of its own"
     if any(part.adapter.config.is_lora for part in found):
         return "one of its linears is a plain LoRA"
     *reads, down = found
@@ -213,7 +213,7 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNP
 
 
 _fitted: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
-"""What the latest call of a block was found to fit: a token costs less where it is the same again."""
+"""What the latest call of a block was found to fit: a token costs less where it is the same again. Keeps none alive."""
 
 
 def _fits_again(block: nn.Module, x: Tensor, parts: _Parts, form: FFNForm) -> bool:
@@ -222,12 +222,16 @@ def _fits_again(block: nn.Module, x: Tensor, parts: _Parts, form: FFNForm) -> bo
     seen = (None if t is None else (t.shape, t.dtype, t.device) for t in tensors)
     key = x.dtype, x.device, x.shape[-1], is_autocast(x), *seen
     before = _fitted.get(block)
-    if before is not None and before[0] == key and all(a is b for a, b in zip(before[1], tensors, strict=True)):
+    if before is not None and before[0] == key and all(seen() is t for seen, t in zip(before[1], tensors, strict=True)):
         return True
     if not _fits(x, parts, form):
         return False
-    _fitted[block] = key, tensors
+    _fitted[block] = key, tuple(_nothing if t is None else weakref.ref(t) for t in tensors)
     return True
+
+
+def _nothing() -> None:
+    """As a reference to a tensor that is gone, or never was."""
 
 
 def _fits(x: Tensor, parts: _Parts, form: FFNForm) -> bool:
@@ -256,13 +260,15 @@ def _fits(x: Tensor, parts: _Parts, form: FFNForm) -> bool:
 def _router(block: nn.Module, linear: nn.Module) -> MoSRouter | None:
     """The router of the adapter that the linears use."""
     router = block._modules.get("mos_router")
-    if isinstance(router, MoSRouter):
+    if type(router) is MoSRouter:  # a subclass may route otherwise
         return router if isinstance(linear, MoSLayer) else None
     if isinstance(linear, MoSLayer) or getattr(router, "disable_adapters", True):  # of the peft method, by adapter
         return None
     active = [name for name in router.active_adapters if name in router]
     used = [name for name in linear.active_adapters if name in linear.mos_adapter]
-    return router[active[0]] if active == used and len(active) == 1 else None
+    if active != used or len(active) != 1 or type(router[active[0]]) is not MoSRouter:
+        return None
+    return router[active[0]]
 
 
 def routing_of(module: MoSAdapter | MoSRouter) -> tuple[int, int, bool]:

@@ -146,7 +146,7 @@ def _check(t: LinearTensors, config: MoSConfig) -> None:
     d_out, d_in = t.weight.shape if t.weight is not None else (t.B.shape[0], t.A.shape[-1])
     check_input(x, t.weight, d_in)
     if t.weight is None:
-        _check_base_output(x, t.added, d_out)
+        check_base_output(x, t.added, d_out)
     wanted = {
         "A": (r, d_in) if config.share_a else (E, r, d_in),
         "B": (d_out, E, r),
@@ -185,7 +185,7 @@ def check_input(x: Tensor, weight: Tensor | None, d_in: int) -> None:
         )
 
 
-def _check_base_output(x: Tensor, base_output: Tensor | None, d_out: int) -> None:
+def check_base_output(x: Tensor, base_output: Tensor | None, d_out: int) -> None:
     assert base_output is not None
     if tuple(base_output.shape) != (*x.shape[:-1], d_out):
         raise ValueError(f"base_output has shape {tuple(base_output.shape)}, x and B ask for {(*x.shape[:-1], d_out)}")

@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from mos_kernels.call import autocast_dtype, is_autocast
-from mos_kernels.functional import check_input
+from mos_kernels.call import autocast_dtype, is_autocast, without_autocast
+from mos_kernels.functional import check_base_output, check_input
 
 
 def lora_linear(
@@ -29,9 +29,12 @@ def lora_linear(
     """
     x_dtype = autocast_dtype(x)
     check_input(x, None if is_autocast(x) else weight, A.shape[-1])
+    if base_output is not None:
+        check_base_output(x, base_output, B.shape[0])
     y = linear(x, weight, bias) if base_output is None else base_output
     low = linear(dropout(x, dropout_p) if dropout_p > 0 else x, A.to(x_dtype))
     rows, factor = low.reshape(-1, low.shape[-1]).to(y.dtype), B.to(y.dtype).t()
-    if base_output is None:  # which nothing else reads
-        return y.view(-1, y.shape[-1]).addmm_(rows, factor, alpha=scaling).view(y.shape)
-    return y.reshape(-1, y.shape[-1]).addmm(rows, factor, alpha=scaling).view(y.shape)
+    with without_autocast(x):  # which would round y
+        if base_output is None:  # which nothing else reads
+            return y.view(-1, y.shape[-1]).addmm_(rows, factor, alpha=scaling).view(y.shape)
+        return y.reshape(-1, y.shape[-1]).addmm(rows, factor, alpha=scaling).view(y.shape)

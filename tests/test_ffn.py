@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import reference.layer
 import reference.routing
-from mos_kernels import MoSConfig, ffn, ops
+from mos_kernels import MoSConfig, MoSRouter, ffn, ops
 from mos_kernels.backends import eager_ffn
 
 transformers = pytest.importorskip("transformers", reason="the blocks are transformers'")
@@ -413,10 +416,19 @@ def with_an_expert_activation(block):
         layer.config = MoSConfig.from_dict({**layer.config.to_dict(), "activation": "silu"})
 
 
+class _EveryExpertAlike(MoSRouter):
+    def forward(self, x, *args, **kwargs):
+        return torch.full_like(super().forward(x, *args, **kwargs), 1 / 8)
+
+
+def with_a_router_of_another_class(block):
+    block.mos_router.__class__ = _EveryExpertAlike
+
+
 CHANGES = [
     with_dropout, with_a_hook, with_a_backward_hook, with_a_hook_on_the_activation, with_a_forward_of_its_own,
     with_another_activation, with_a_trained_base, with_a_trained_bias, with_a_wrapped_base, with_two_ranks,
-    with_an_expert_activation,
+    with_an_expert_activation, with_a_router_of_another_class,
 ]  # fmt: skip
 
 
@@ -433,6 +445,33 @@ def test_linear_by_linear(runs, change):
     torch.manual_seed(3)
     with OneByOne(block):
         assert torch.equal(block(x_of()), y)
+
+
+def test_a_parameter_that_was_replaced_is_freed(runs):
+    block = adapted()
+    block(x_of())
+    old = weakref.ref(block.up_proj.mos_lora_A)
+    block.up_proj = nn.Linear(D, HIDDEN)
+    gc.collect()
+    assert len(runs) == 1 and old() is None
+
+
+def test_a_graph_of_few_tokens_is_computed_from_its_input(runs):
+    """Not from what NumPy made of the tokens that it was traced with."""
+    block, x = adapted(dtype=torch.float32).eval(), x_of(torch.float32).detach()
+    with torch.no_grad():
+        block(x)
+        graph = make_fx(block)(torch.randn_like(x))
+        torch.testing.assert_close(graph(x), block(x))
+    assert len(runs) == 3
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_backward_hook_on_the_base_of_a_peft_layer_sees_its_call(register):
+    block, calls = adapted(door="peft"), []
+    getattr(block.up_proj.base_layer, register)(lambda *_: calls.append(1))
+    block(x_of()).sum().backward()
+    assert len(calls) == 1
 
 
 def test_errors_are_those_of_the_linears():

@@ -70,6 +70,11 @@ def _float32_is_reduced(device_type: str) -> bool:
     return backend.matmul.fp32_precision in ("tf32", "bf16")
 
 
+def is_observed() -> bool:
+    """Whether a graph may come of what is computed now: under torch.compile, and under any dispatch mode."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 # shrink: x -> p, n, logits
 
 
@@ -256,7 +261,7 @@ def _squared_output_norm(h: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]
     """
     unit_gh = exact_matmul(h.transpose(0, 1), prepared.unit_gram).transpose(0, 1)
     total = (h * unit_gh).sum(-1)
-    is_known = h.is_cpu and type(h) is Tensor and not torch.compiler.is_compiling()
+    is_known = h.is_cpu and type(h) is Tensor and not is_observed()
     if h.device.type != "mps" and not (is_known and math.isfinite(total.sum())):
         total = torch.where(total.isfinite(), total, (h.double() * unit_gh.double()).sum(-1))
     return (total * prepared.trace).clamp_(0.0, geometry.SATURATION).to(h.dtype), unit_gh

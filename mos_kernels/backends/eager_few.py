@@ -12,6 +12,7 @@ import numpy as np
 from numpy import ndarray
 from torch import Tensor
 
+from mos_kernels.backends import eager
 from mos_kernels.backends.interface import Prepared
 from mos_kernels.config import MoSConfig
 from mos_kernels.geometry import SATURATION, guard_back, guard_into
@@ -20,8 +21,13 @@ MOST_TOKENS = 32
 
 
 def serves(x: Tensor, tokens: int, *configs: MoSConfig) -> bool:
-    """Whether x, so many tokens, is bridged here."""
-    return x.is_cpu and 0 < tokens <= MOST_TOKENS and all(config.mapping == "stereographic" for config in configs)
+    """Whether x, so many tokens, is bridged here: not where a dispatch mode, as make_fx's, is to see each operation."""
+    return (
+        x.is_cpu
+        and 0 < tokens <= MOST_TOKENS
+        and all(config.mapping == "stereographic" for config in configs)
+        and not eager.is_observed()
+    )
 
 
 def route(logits: ndarray, config: MoSConfig) -> ndarray:

@@ -135,13 +135,15 @@ def export_lora(
 
     Returns the report, which the card in `folder` has too. Nothing is written unless all went well. Raises ValueError
     for no tokens, a linear that no token reached, values that are not finite, a rank below 1, no adapter or several
-    active ones; FileExistsError where the folder holds something.
+    active ones; FileExistsError where the folder holds something, NotADirectoryError where a file stands above it.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # a link stays one
     check_arguments(folder, rank, at_once, ridge)
     _check_batches("calibration_batches", calibration_batches)
     if evaluation_batches is not None:
         _check_batches("evaluation_batches", evaluation_batches)
+        if next(iter(evaluation_batches), None) is None:
+            raise ValueError("there are no evaluation_batches: pass some, or None for the calibration's own")
     outer = unwrap(model)
     inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
     linears = _linears(inner)
@@ -178,6 +180,11 @@ def check_arguments(folder: Path, rank: int | None, at_once: int | None, ridge: 
         raise ValueError(f"ridge={ridge!r} must be a positive number")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already: name a folder that is not, or remove it")
+    if folder.resolve() == Path.cwd():
+        raise FileExistsError(f"{folder} is the current folder, which a new one cannot replace: name one inside it")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{folder}: {above} is a file, in which no folder can be")
 
 
 def _check_batches(name: str, batches) -> None:
@@ -406,6 +413,8 @@ def _run(model: nn.Module, batch: Mapping[str, Tensor] | Tensor):
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     if isinstance(batch, Tensor):
         return model(batch.to(device))
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"a batch is a {type(batch).__name__}: make it a dictionary of tensors, or input_ids")
     return model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
 
 

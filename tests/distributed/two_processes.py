@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mos_kernels import routing
 from mos_kernels.ffn_node import Observer
 from mos_kernels.huggingface import MoSPeftConfig, apply_mos
-from mos_kernels.huggingface.modules import router_owners
+from mos_kernels.huggingface.modules import mos_adapters, router_owners
 
 BATCH = 4
 
@@ -65,16 +65,22 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
 
 
-def truth(model: nn.Module, batches: list[dict[str, Tensor]], coefficient: float = 0.0) -> dict[str, Tensor]:
+def truth(
+    model: nn.Module, batches: list[dict[str, Tensor]], coefficient: float = 0.0, by_linears: bool = False
+) -> dict[str, Tensor]:
     """Gradients of one process, by autograd alone: the mean loss of all batches plus the load-balancing loss, which is
 
         coefficient · mean over batches and routers of E·Σ f·P, f and P over that batch's tokens.
 
-    model: of this process alone; its own injected gradient is switched off.
+    model: of this process alone; its own injected gradient is switched off. by_linears: an FFN block calls its linears
+    one by one, as where each is sharded by itself: in bfloat16 the two round in other places.
     """
     model = copy.deepcopy(model)
     model.zero_grad()
     terms = []
+    if by_linears:
+        for adapter in mos_adapters(model).values():
+            adapter.register_forward_hook(lambda *_: None)
 
     def measure(owner, x):
         router = owner.weight if owner.config.router_scope == "ffn" else owner.mos_router

@@ -328,7 +328,9 @@ def silent(model):
         ({"calibration_batches": {"input_ids": ids()}}, "pass a list of batches"),
         ({"calibration_batches": ids()}, "pass a list of batches"),
         ({"calibration_batches": [{"input_ids": ids(), "attention_mask": torch.zeros(2, 7)}]}, "no token of"),
+        ({"calibration_batches": [(ids(),)]}, "a batch is a tuple: make it a dictionary"),
         ({"evaluation_batches": iter([])}, "evaluation_batches is an iterator"),
+        ({"evaluation_batches": []}, "there are no evaluation_batches"),
         ({"model": tiny()}, "LlamaForCausalLM has no active MoS adapter, put one on"),
     ],
 )  # fmt: skip
@@ -348,7 +350,20 @@ def test_a_folder_with_files_is_refused_and_an_empty_one_taken(tmp_path):
     for name in ("lora", "file"):
         with pytest.raises(FileExistsError, match=f"{name} is there already"):
             export_lora(model, batches(1), tmp_path / name, rank=1)
+    with pytest.raises(NotADirectoryError, match="file is a file"):
+        export_lora(model, batches(1), tmp_path / "file" / "lora", rank=1)
     assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_link_to_an_empty_folder_stays_and_the_current_folder_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    monkeypatch.chdir(tmp_path / "folder")
+    with pytest.raises(FileExistsError, match="is the current folder"):
+        export_lora(adapted(), batches(1), ".", rank=1)
+    monkeypatch.chdir(tmp_path)
+    export_lora(adapted(), batches(1), "link", rank=1)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "adapter_config.json").is_file()
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path):

@@ -198,6 +198,23 @@ def test_it_is_the_mixture_of_one_expert(kind, share_a):
     assert layer.freeze_for_inference() is layer and layer.curvature.tolist() == [0.0]
 
 
+class _Rounded(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x).long()
+
+
+class _InFloat32(torch.nn.Linear):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+def test_a_base_that_gives_float32_under_autocast_is_not_rounded():
+    layer, x = MoSWrapped(_InFloat32(24, 40), MoSConfig(spaces=LORA, num_experts_per_tok=1)), torch.randn(5, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), layer.base_layer(x))
+
+
 def test_autocast_dropout_and_wrong_inputs():
     torch.manual_seed(0)
     config = MoSConfig(spaces=LORA, num_experts_per_tok=1, init_lora_weights=False, lora_dropout=0.5)
@@ -213,6 +230,8 @@ def test_autocast_dropout_and_wrong_inputs():
         layer(x[:, :23])
     with pytest.raises(ValueError, match="x is torch.float64 and the weight"):
         layer(x.double())
+    with pytest.raises(ValueError, match="base_output is torch.int64"):
+        MoSWrapped(_Rounded(24, 40), config)(x)
     with pytest.raises(ValueError, match="has no gate"):
         layer(x, torch.ones(4000, 1))
     with pytest.raises(ValueError, match="has no router"):

@@ -163,6 +163,8 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
         linear = self.base_layer
         if layer_kind(linear) is MoSWrapped or linear._forward_hooks or linear._forward_pre_hooks:
             return None, None, linear(x)
+        if linear._backward_hooks or linear._backward_pre_hooks:
+            return None, None, linear(x)
         if "forward" in vars(linear):  # accelerate's hook stands there
             return None, None, linear(x)
         return (linear.weight.t() if isinstance(linear, Conv1D) else linear.weight), linear.bias, None
