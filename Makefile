@@ -48,6 +48,7 @@ test-oldest:
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 # Within 15 minutes on a CPU.
 bench: $(VENV)/.bench

@@ -20,7 +20,7 @@ TEST = [
     "numpy<2.4",
 ]  # fmt: skip
 DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=0.27"]
-LINT = ["ruff==0.17.6"]
+LINT = ["ruff==0.17.6", "mypy==2.4.1"]
 
 setup(
     name="mos_kernels",
