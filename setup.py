@@ -32,6 +32,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "."},  # an editable install then puts this folder on the path, before a namespace of its name
     packages=find_packages(include=["mos_kernels", "mos_kernels.*"]),
+    package_data={"mos_kernels": ["py.typed"], "mos_kernels.backends.triton": ["settings.json"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "numpy>=1.26"],
     extras_require={
         "hf": HF,
