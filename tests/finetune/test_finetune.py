@@ -449,6 +449,7 @@ def test_a_full_disk_ends_the_run_with_a_message_and_nothing_half_written(bert, 
     assert not (tmp_path / "out" / "metrics.json").exists() and not list((tmp_path / "out").glob("predictions*"))
 
 
+@pytest.mark.budget(15)  # a process of its own
 def test_classes_that_the_terminal_has_no_letters_for(bert, tmp_path):
     rows = [("好" if i % 2 else "坏", f"a cat {i}") for i in range(12)]
     source = ("--model", bert, "--train-file", write_tsv(tmp_path / "t.tsv", rows), "--eval-size", 4)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import sys
 import accelerate, peft, peft.functional, peft.helpers, transformers, transformers.integrations.peft
@@ -35,6 +37,7 @@ print(sorted(set(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING) - set(registered)))
 """
 
 
+@pytest.mark.budget(15)  # a process of its own
 def test_importing_changes_no_attribute_of_peft_or_transformers():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", CODE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

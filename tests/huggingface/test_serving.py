@@ -99,6 +99,7 @@ def test_pipeline_of_a_classifier_batched_and_padded_on_the_right(place, tmp_pat
         assert alone["label"] == found["label"] and abs(alone["score"] - found["score"]) < 1e-5
 
 
+@pytest.mark.full
 def test_continuous_batching():
     model = adapted()
     settings = GenerationConfig(**GREEDY, eos_token_id=-1)

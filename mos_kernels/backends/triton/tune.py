@@ -38,7 +38,7 @@ CANDIDATES = {
     "num_stages": (1, 2, 3, 4),
 }
 SEEDS = {
-    "shrink_backward": {"train": {"BLOCK_T": 64, "BLOCK_D": 64, "SPLITS": 8, "num_warps": 4, "num_stages": 4}},
+    "shrink_backward": {"train": {"BLOCK_T": 32, "BLOCK_D": 64, "SPLITS": 8, "num_warps": 4, "num_stages": 4}},
     "gram": {"train": {"BLOCK_N": 64, "SPLITS": 64, "num_warps": 4, "num_stages": 2}},
     "bridge": {"train": {"TILE": 256, "TOKEN_TILE": 512, "num_warps": 2, "num_stages": 1}},
     "bridge_backward": {"train": {"TILE": 256, "TOKEN_TILE": 512, "num_warps": 1, "num_stages": 1}},
