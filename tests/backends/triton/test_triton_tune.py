@@ -40,8 +40,9 @@ def test_the_search_takes_what_the_clock_prefers(calls, kernel, monkeypatch):
     def clock(call) -> float:  # prefers the smallest tile of tokens, whatever else
         return launch.settings(kernel, CPU, 70)["BLOCK_T"] / 16 + 1
 
+    seed = tune.SEEDS.get(kernel, {}).get("train", start)
     found, time, before = tune.tune_kernel(kernel, "train", [calls[kernel]], CPU, clock)
-    assert found == {**start, "BLOCK_T": 16}
+    assert found == {**min(start, seed, key=lambda s: s["BLOCK_T"]), "BLOCK_T": 16}
     assert (time, before) == (2.0, start["BLOCK_T"] / 16 + 1)
     assert launch.settings(kernel, CPU, 70) == start  # nothing is left in force
 
