@@ -17,10 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mos_kernels.backends import resolve_backend
+from mos_kernels.backends.eager_ffn import few_tokens
 from mos_kernels.backends.interface import Prepared
 from mos_kernels.call import Adapted, FFNPlan, FFNTensors, autocast_dtype, is_autocast
 from mos_kernels.functional import require_gates
-from mos_kernels.kept import Factors, is_transformed
+from mos_kernels.kept import (
+    Factors,
+    Kept,
+    are_unchanged,
+    is_capturing,
+    is_transformed,
+    mark,
+    shows_changes,
+)
 from mos_kernels.layer import (
     MoSAdapter,
     MoSConv1D,
@@ -30,6 +39,7 @@ from mos_kernels.layer import (
     injected_aux_weight,
     is_dense,
     known_mask,
+    parameter_of,
 )
 from mos_kernels.sharded import is_dtensor
 
@@ -97,10 +107,12 @@ class _Part(NamedTuple):
 
     def adapted(self, dtype: torch.dtype, factors: Factors) -> tuple[Adapted, Prepared | None]:
         """With the base in dtype, as under autocast; and what is prepared of B."""
-        weight, bias = self.weight, self.base.bias
+        weight, bias = parameter_of(self.base, "weight"), parameter_of(self.base, "bias")
+        if _is_conv1d(self.base):
+            weight = weight.t()
         if weight.dtype != dtype or bias is not None and bias.dtype != dtype:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        return Adapted(weight, bias, factors.A, self.adapter.mos_lora_B, factors.kappa), factors.prepared
+        return Adapted(weight, bias, factors.A, parameter_of(self.adapter, "mos_lora_B"), factors.kappa), factors.prepared
 
 
 class _Parts(NamedTuple):
@@ -161,18 +173,20 @@ def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
         return "a module stands before its last linear"
     if any(t is not None and t.requires_grad for part in found for t in (part.base.weight, part.base.bias)):
         return "the base's weights are trained"
-    called = [*modules, *(getattr(block, name) for name in (*form.activation, *form.hidden))]
-    if router is not block.mos_router:  # of the peft method
-        called += [module for part in found for module in part]
-    if not all(map(is_called_plainly, called)):
+    made = _Parts(tuple(reads), down, router)
+    routers = block._modules["mos_router"], router  # whose calls may be seen
+    if not all(is_called_plainly(module) for module in _called(block, form, made) if module not in routers):
         return "a hook, an offload or a forward of its own wants to see a linear's call"
-    return _Parts(tuple(reads), down, router)
+    return made
 
 
 def as_one(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNPlan] | None:
     """What one operation is computed from, or None where the linears are called one by one."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.dim() == 0 or x.is_meta:
         return None
+    again = _again(block, form, x)
+    if again is not None:
+        return again
     parts = _parts(block, form)
     if isinstance(parts, str) or is_transformed() or resolve_backend("auto", x) != "eager":
         return None
@@ -209,7 +223,104 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNP
         differentiable=torch.is_grad_enabled() or parts.training,
         prepared=(down[1], *(prepared for _, prepared in reads)),
     )  # fmt: skip
-    return tensors, plan
+    return tensors, _remembered(block, form, parts, tensors, plan)
+
+
+class _Standing(NamedTuple):
+    """What a block was found to be in eval mode without gradients, and is as long as nothing of it changes.
+
+    No module and no weight of a base is kept alive, nor is the block by what belongs to it.
+    """
+
+    use: tuple  # the dtype, device and width of x, and the backend
+    modules: tuple[weakref.ref, ...]  # `_called`
+    bases: tuple[tuple, ...]  # of each linear the weight and bias, and what they are like
+    adapters: tuple[Kept, ...]
+    router: Tensor
+    router_mark: tuple
+    router_storage: torch.UntypedStorage  # held, or another tensor might be put at the same address
+    plan: FFNPlan
+
+
+_standing: weakref.WeakKeyDictionary[nn.Module, _Standing] = weakref.WeakKeyDictionary()
+
+
+def _again(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNPlan] | None:
+    """`as_one`, looked up where nothing has changed of what it asks for; None where it has to be asked."""
+    before = None if torch.is_grad_enabled() or is_transformed() else _standing.get(block)
+    if before is None or before.use != (x.dtype, x.device, x.shape[-1], resolve_backend("auto", x)):
+        return None
+    linears, plan = [block._modules.get(name) for name in form.linears], before.plan
+    found = [_Part.of(linear) for linear in linears if linear is not None]
+    router = _router(block, linears[0]) if len(found) == len(linears) and None not in found else None
+    if router is None or is_autocast(x) or is_capturing(x) or _phi_of(block, form) != plan.activation:
+        return None
+    parts = _Parts(tuple(found[:-1]), found[-1], router)
+    called, weight = _called(block, form, parts), router._parameters.get("weight")
+    if len(called) != len(before.modules) or not are_unchanged((weight,), (before.router,), (before.router_mark,)):
+        return None
+    for module, reference in zip(called, before.modules, strict=True):
+        if module is not reference() or module.training or not is_called_plainly(module):
+            return None
+    adapted = []
+    for part, base, kept in zip(parts.all, before.bases, before.adapters, strict=True):
+        if not (_is_base(part.base, base) and part.adapter._is_kept(kept)):
+            return None
+        adapted.append(part.adapted(x.dtype, kept.factors)[0])
+    return FFNTensors(x, None, weight, None, None, adapted[-1], tuple(adapted[:-1])), plan
+
+
+def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTensors, plan: FFNPlan) -> FFNPlan:
+    """The plan, with what the backend makes of the parameters for few tokens; and noted for `_again`.
+
+    Only where nothing but the parameters decides, and every change of them is seen.
+    """
+    x, weight, adapters = tensors.x, parts.router.weight, [part.adapter._frozen for part in parts.all]
+    called = _called(block, form, parts)
+    if (
+        plan.differentiable
+        or tensors.gates is not None
+        or any(made is None for made in (*plan.prepared, *adapters))
+        or not all(part.adapter._is_kept(kept) for part, kept in zip(parts.all, adapters, strict=True))
+        or not shows_changes(weight)
+        or any(module.training or not is_called_plainly(module) for module in called)
+    ):
+        return plan
+    router_mark = mark(weight)  # before: a change meanwhile ends it
+    if plan.backend == "eager":
+        with torch.inference_mode(False), torch.no_grad():
+            plan = plan._replace(few=few_tokens(tensors, plan))
+    _standing[block] = _Standing(
+        (x.dtype, x.device, x.shape[-1], plan.backend),
+        tuple(map(weakref.ref, called)),
+        tuple(_base_of(part.base) for part in parts.all),
+        tuple(adapters),
+        weight, router_mark, weight.untyped_storage(), plan,
+    )  # fmt: skip
+    return plan
+
+
+def _called(block: nn.Module, form: FFNForm, parts: _Parts) -> list[nn.Module]:
+    """The modules whose calls one operation replaces."""
+    called = [block._modules[name] for name in (*form.linears, *form.activation, *form.hidden, "mos_router")]
+    if parts.router is not called[-1]:  # of the peft method
+        called += [parts.router, *(module for part in parts.all for module in part)]
+    return called
+
+
+def _base_of(base: nn.Module) -> tuple:
+    """The weight and bias of a base, by reference, and what they are like."""
+    tensors = base.weight, base.bias
+    return tuple((_nothing, None) if t is None else (weakref.ref(t), (t.dtype, t.shape, t.device)) for t in tensors)
+
+
+def _is_base(base: nn.Module, before: tuple) -> bool:
+    """Whether a base has the very tensors that it had."""
+    for name, (reference, like) in zip(("weight", "bias"), before, strict=True):
+        t = base._parameters.get(name)
+        if t is not reference() or t is not None and (t.dtype, t.shape, t.device) != like:
+            return False
+    return True
 
 
 _fitted: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
