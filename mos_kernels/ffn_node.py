@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mos_kernels.backends import resolve_backend
 from mos_kernels.backends.eager_ffn import few_tokens
@@ -175,7 +176,7 @@ def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
         return "the base's weights are trained"
     made = _Parts(tuple(reads), down, router)
     routers = block._modules["mos_router"], router  # whose calls may be seen
-    if not all(is_called_plainly(module) for module in _called(block, form, made) if module not in routers):
+    if not all(is_called_plainly(module) for module in _called(block, form, made).values() if module not in routers):
         return "a hook, an offload or a forward of its own wants to see a linear's call"
     return made
 
@@ -233,9 +234,10 @@ class _Standing(NamedTuple):
     """
 
     use: tuple  # the dtype, device and width of x, and the backend
-    modules: tuple[weakref.ref, ...]  # `_called`
-    bases: tuple[tuple, ...]  # of each linear the weight and bias, and what they are like
-    adapters: tuple[Kept, ...]
+    hooks: int  # the number of the next hook of the process: a new one may be on one of the modules
+    children: tuple[tuple[str, weakref.ref, type], ...]  # the block's, whose calls one operation replaces
+    inner: tuple[weakref.ref, ...]  # of the peft method: the router, and adapter and base of each linear
+    linears: tuple[tuple, ...]  # of each: adapter, base, weight, bias; what is kept; whether it is a Conv1D
     router: Tensor
     router_mark: tuple
     router_storage: torch.UntypedStorage  # held, or another tensor might be put at the same address
@@ -246,28 +248,59 @@ _standing: weakref.WeakKeyDictionary[nn.Module, _Standing] = weakref.WeakKeyDict
 
 
 def _again(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNPlan] | None:
-    """`as_one`, looked up where nothing has changed of what it asks for; None where it has to be asked."""
+    """`as_one`, looked up where nothing has changed of what it asks for; None where it has to be asked.
+
+    A token of a small model waits for this: as little is looked at as will do.
+    """
     before = None if torch.is_grad_enabled() or is_transformed() else _standing.get(block)
-    if before is None or before.use != (x.dtype, x.device, x.shape[-1], resolve_backend("auto", x)):
+    if (
+        before is None
+        or before.hooks != RemovableHandle.next_id
+        or before.use != (x.dtype, x.device, x.shape[-1], resolve_backend("auto", x))
+        or is_autocast(x)
+        or is_capturing(x)
+    ):
         return None
-    linears, plan = [block._modules.get(name) for name in form.linears], before.plan
-    found = [_Part.of(linear) for linear in linears if linear is not None]
-    router = _router(block, linears[0]) if len(found) == len(linears) and None not in found else None
-    if router is None or is_autocast(x) or is_capturing(x) or _phi_of(block, form) != plan.activation:
-        return None
-    parts = _Parts(tuple(found[:-1]), found[-1], router)
-    called, weight = _called(block, form, parts), router._parameters.get("weight")
-    if len(called) != len(before.modules) or not are_unchanged((weight,), (before.router,), (before.router_mark,)):
-        return None
-    for module, reference in zip(called, before.modules, strict=True):
-        if module is not reference() or module.training or not is_called_plainly(module):
+    children, plan, module = block._modules, before.plan, None
+    for name, reference, kind in before.children:
+        module = children.get(name)
+        if module is not reference() or type(module) is not kind or not vars(module).keys().isdisjoint(_OWN_CALLS):
             return None
+    router = module  # the last of them
+    if before.inner:
+        router = _is_inside(children, form, before.inner)
+    if router is None or router.training or any(children[name].training for name in form.hidden):
+        return None
+    if plan.activation != "silu" and _phi_of(block, form) != plan.activation:
+        return None
+    weight = router._parameters.get("weight")
+    if not are_unchanged((weight,), (before.router,), (before.router_mark,)):
+        return None
     adapted = []
-    for part, base, kept in zip(parts.all, before.bases, before.adapters, strict=True):
-        if not (_is_base(part.base, base) and part.adapter._is_kept(kept)):
+    for adapter, base, w, b, kept, is_conv1d in before.linears:
+        adapter, own, w, b = adapter(), base()._parameters, w(), b()
+        if adapter._frozen is not kept or own.get("weight") is not w or own.get("bias") is not b:
             return None
-        adapted.append(part.adapted(x.dtype, kept.factors)[0])
+        if not adapter._is_kept(kept):
+            return None
+        kappa, A, _ = kept.factors
+        adapted.append(Adapted(w.t() if is_conv1d else w, b, A, kept.tensors[-1], kappa))
     return FFNTensors(x, None, weight, None, None, adapted[-1], tuple(adapted[:-1])), plan
+
+
+def _is_inside(children: dict, form: FFNForm, inner: Sequence[weakref.ref]) -> MoSRouter | None:
+    """The router of the active adapter, where that and the linears' own adapters and bases are those of `inner`."""
+    linears = [children[name] for name in form.linears]
+    parts = [_Part.of(linear) for linear in linears]
+    router = None if None in parts else _active_router(children["mos_router"], linears[0])
+    found = (router, *(module for part in parts if part is not None for module in part))
+    if len(found) != len(inner):
+        return None
+    same = all(
+        module is reference() and vars(module).keys().isdisjoint(_OWN_CALLS)
+        for module, reference in zip(found, inner, strict=True)
+    )
+    return router if same else None
 
 
 def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTensors, plan: FFNPlan) -> FFNPlan:
@@ -276,51 +309,44 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
     Only where nothing but the parameters decides, and every change of them is seen.
     """
     x, weight, adapters = tensors.x, parts.router.weight, [part.adapter._frozen for part in parts.all]
-    called = _called(block, form, parts)
+    called, hooks = _called(block, form, parts), RemovableHandle.next_id
+    bases = [(part.base._parameters.get("weight"), part.base._parameters.get("bias")) for part in parts.all]
     if (
         plan.differentiable
         or tensors.gates is not None
         or any(made is None for made in (*plan.prepared, *adapters))
         or not all(part.adapter._is_kept(kept) for part, kept in zip(parts.all, adapters, strict=True))
         or not shows_changes(weight)
-        or any(module.training or not is_called_plainly(module) for module in called)
+        or any(module.training or not is_called_plainly(module) for module in called.values())
+        or any(w is None or b is not None and b.dtype != x.dtype for w, b in bases)
     ):
         return plan
     router_mark = mark(weight)  # before: a change meanwhile ends it
     if plan.backend == "eager":
         with torch.inference_mode(False), torch.no_grad():
             plan = plan._replace(few=few_tokens(tensors, plan))
+    inside = () if parts.router is called["mos_router"] else (parts.router, *(m for part in parts.all for m in part))
+    ref = weakref.ref
     _standing[block] = _Standing(
-        (x.dtype, x.device, x.shape[-1], plan.backend),
-        tuple(map(weakref.ref, called)),
-        tuple(_base_of(part.base) for part in parts.all),
-        tuple(adapters),
+        (x.dtype, x.device, x.shape[-1], plan.backend), hooks,
+        tuple((name, ref(child), type(child)) for name, child in called.items() if name in block._modules),
+        tuple(map(ref, inside)),
+        tuple(
+            (ref(part.adapter), ref(part.base), ref(w), _nothing if b is None else ref(b), kept, _is_conv1d(part.base))
+            for part, (w, b), kept in zip(parts.all, bases, adapters, strict=True)
+        ),
         weight, router_mark, weight.untyped_storage(), plan,
     )  # fmt: skip
     return plan
 
 
-def _called(block: nn.Module, form: FFNForm, parts: _Parts) -> list[nn.Module]:
-    """The modules whose calls one operation replaces."""
-    called = [block._modules[name] for name in (*form.linears, *form.activation, *form.hidden, "mos_router")]
-    if parts.router is not called[-1]:  # of the peft method
-        called += [parts.router, *(module for part in parts.all for module in part)]
+def _called(block: nn.Module, form: FFNForm, parts: _Parts) -> dict[str, nn.Module]:
+    """The modules whose calls one operation replaces, by name, the block's router the last of its children."""
+    called = {name: block._modules[name] for name in (*form.linears, *form.activation, *form.hidden, "mos_router")}
+    if parts.router is not called["mos_router"]:  # of the peft method
+        inner = (parts.router, *(module for part in parts.all for module in part))
+        called.update((f"{i} inside", module) for i, module in enumerate(inner))
     return called
-
-
-def _base_of(base: nn.Module) -> tuple:
-    """The weight and bias of a base, by reference, and what they are like."""
-    tensors = base.weight, base.bias
-    return tuple((_nothing, None) if t is None else (weakref.ref(t), (t.dtype, t.shape, t.device)) for t in tensors)
-
-
-def _is_base(base: nn.Module, before: tuple) -> bool:
-    """Whether a base has the very tensors that it had."""
-    for name, (reference, like) in zip(("weight", "bias"), before, strict=True):
-        t = base._parameters.get(name)
-        if t is not reference() or t is not None and (t.dtype, t.shape, t.device) != like:
-            return False
-    return True
 
 
 _fitted: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
@@ -373,7 +399,12 @@ def _router(block: nn.Module, linear: nn.Module) -> MoSRouter | None:
     router = block._modules.get("mos_router")
     if type(router) is MoSRouter:  # a subclass may route otherwise
         return router if isinstance(linear, MoSLayer) else None
-    if isinstance(linear, MoSLayer) or getattr(router, "disable_adapters", True):  # of the peft method, by adapter
+    return None if isinstance(linear, MoSLayer) else _active_router(router, linear)
+
+
+def _active_router(router: nn.Module | None, linear: nn.Module) -> MoSRouter | None:
+    """Of the peft method's routers, by adapter, that of the adapter which the linear uses."""
+    if getattr(router, "disable_adapters", True):
         return None
     active = [name for name in router.active_adapters if name in router]
     used = [name for name in linear.active_adapters if name in linear.mos_adapter]
@@ -412,6 +443,10 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module) is MoSConv1D or type(module).__name__ == "Conv1D" and hasattr(module, "nx")
 
 
+_OWN_CALLS = ("forward", "_call_impl", "_compiled_call_impl")
+"""What of a module's own attributes replaces its class's call."""
+
+
 def is_called_plainly(module: nn.Module, observers: int = 0) -> bool:
     """Whether calling the module would run its class's forward and nothing else; observers: so many hooks do not count.
 
@@ -427,7 +462,5 @@ def is_called_plainly(module: nn.Module, observers: int = 0) -> bool:
         or everywhere._global_forward_pre_hooks
         or everywhere._global_backward_hooks
         or everywhere._global_backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or "forward" in own
-        or "_call_impl" in own
+        or not own.keys().isdisjoint(_OWN_CALLS)
     )

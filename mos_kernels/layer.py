@@ -228,8 +228,10 @@ class MoSAdapter(Float32State):
 
     def _kept_from(self) -> tuple[Tensor, ...]:
         """The tensors that what is kept follows from."""
-        curvature, A, B = (parameter_of(self, name) for name in ("mos_curvature", "mos_lora_A", "mos_lora_B"))
-        return curvature, self.mos_curvature_map, A, B
+        own = self._parameters
+        if "mos_lora_B" not in own:  # of a data-parallel replica
+            return self.mos_curvature, self.mos_curvature_map, self.mos_lora_A, self.mos_lora_B
+        return own["mos_curvature"], self._buffers["mos_curvature_map"], own["mos_lora_A"], own["mos_lora_B"]
 
     def _is_kept(self, kept: Kept) -> bool:
         """Whether this is what is kept, and valid for the use that it was made for."""

@@ -72,7 +72,7 @@ def few(p, n, gates, factors, kappas, config):
     """`eager_few.bridge` of tensors, as one with the guards' warnings off."""
     prepared = [eager.prepare(factor, torch.float32, config) for factor in factors]
     A = [torch.empty(*((2,) if config.share_a else (3, 2)), 5) for _ in factors]
-    made = eager_few.constants(A, kappas, prepared, None, torch.float32, config)
+    made = eager_few.constants(A, kappas, factors, prepared, None, torch.float32, config)
     with np.errstate(all="ignore"):
         z = eager_few.bridge(p.numpy(), n.double().numpy()[:, None, None], gates.numpy(), made)
     return torch.from_numpy(z).transpose(0, 1)

@@ -26,7 +26,7 @@ class Constants(NamedTuple):
     """What follows from the parameters of m linears of one configuration that read the same tokens.
 
     rows: what x meets, [A of each; the router, where its logits are asked for]ᵀ (d_in, m·rank + E or m·rank) in the
-    compute dtype. B: (E·r, d_out) of each, in the base's dtype. safe: up to this q no guard is needed.
+    compute dtype. B: (E·r, d_out) of each. safe: up to this q no guard is needed.
     """
 
     rows: Tensor
@@ -43,7 +43,7 @@ class Constants(NamedTuple):
 
 def serves(x: Tensor, tokens: int, *configs: MoSConfig) -> bool:
     """Whether x, so many tokens, is bridged here: not where a dispatch mode, as make_fx's, is to see each operation."""
-    return 0 < tokens <= MOST_TOKENS and x.is_cpu and are_served(*configs) and not eager.is_observed()
+    return x.is_cpu and 0 < tokens <= MOST_TOKENS and not eager.is_observed() and are_served(*configs)
 
 
 def are_served(*configs: MoSConfig) -> bool:
@@ -53,19 +53,24 @@ def are_served(*configs: MoSConfig) -> bool:
 def constants(
     A: Sequence[Tensor],
     kappa: Sequence[Tensor],
+    B: Sequence[Tensor],
     prepared: Sequence[Prepared],
     router: Tensor | None,
     dtype: torch.dtype,
     config: MoSConfig,
 ) -> Constants:
-    """Of linears whose base has `dtype`. A (r, d_in) or (E, r, d_in), kappa (E,) of each, router (E, d_in)."""
+    """Of linears whose base has `dtype`. A (r, d_in) or (E, r, d_in), B (d_out, E, r), kappa (E,), router (E, d_in).
+
+    B is read as it is in the compute dtype, where it is: its products with few tokens take less time than rounded ones.
+    """
     compute, m = eager.compute_dtype(dtype), len(A)
     factors = [eager.operand(factor, dtype).to(compute).flatten(0, -2) for factor in A]
     rows = torch.cat(factors if router is None else [*factors, router.to(compute)])
     kappas, back = _stacked(kappa), guard_back(config)
     highest = kappas.max()
     return Constants(
-        rows.t(), tuple(made.B.flatten(1).t() for made in prepared),
+        rows.t(),
+        tuple((b if b.dtype == compute else made.B).flatten(1).t() for b, made in zip(B, prepared, strict=True)),
         kappas, _stacked([made.gram for made in prepared]), guard_into(config), back,
         min(SATURATION, back[0] / highest) if highest > 0 else SATURATION,
         (sum(map(len, factors)), (-1, m, 1 if config.share_a else config.num_experts, config.r)),

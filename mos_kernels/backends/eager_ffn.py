@@ -99,14 +99,14 @@ def few_tokens(t: FFNTensors, plan: FFNPlan) -> FewTokens | None:
     down = _prepared(t.down, dtype, plan.down_config, kept_down)
     factors, kappa = [linear.A for linear in t.reads], [linear.kappa for linear in t.reads]
     return FewTokens(
-        eager_few.constants(factors, kappa, prepared, router, dtype, plan.config),
-        eager_few.constants([t.down.A], [t.down.kappa], [down], None, dtype, plan.down_config),
+        eager_few.constants(factors, kappa, [linear.B for linear in t.reads], prepared, router, dtype, plan.config),
+        eager_few.constants([t.down.A], [t.down.kappa], [t.down.B], [down], None, dtype, plan.down_config),
     )
 
 
 def ffn_inference(t: FFNTensors, plan: FFNPlan) -> Tensor:
     """y (..., d_out) where no backward follows; few tokens are bridged in fewer calls."""
-    x = _flat(t.x.detach())
+    x = _flat(t.x.detach() if t.x.requires_grad else t.x)
     if not eager_few.serves(x, x.shape[0], plan.config, plan.down_config):
         return ffn_forward(t, plan)[0]
     made = few_tokens(t, plan) if plan.few is None else plan.few
@@ -121,17 +121,18 @@ def ffn_inference(t: FFNTensors, plan: FFNPlan) -> Tensor:
         if plan.gated:
             h *= outputs[1]
         p, n, _ = eager_few.shrink(h, made.down)
-        z = torch.from_numpy(eager_few.bridge(p, n, gates, made.down)).unbind(1)
-    y = _expand(h, t.down, z[0], made.down.B[0])
+        z = torch.from_numpy(eager_few.bridge(p, n, gates, made.down)).view(h.shape[0], -1)
+    y = _expand(h, t.down, z, made.down.B[0])
     return unsafe_view(y, (*t.x.shape[:-1], y.shape[-1]))
 
 
 def _expand(x: Tensor, linear: Adapted, z: Tensor, B: Tensor) -> Tensor:
     """y = W x + b + B z (T, d_out). x (T, d_in), z (T, E·r), B (E·r, d_out)."""
-    if z.dtype != x.dtype:
-        z = eager.operand(z, x.dtype)
-    bias = linear.bias
-    y = torch.mm(z, B) if bias is None else torch.addmm(bias, z, B)
+    y = torch.mm(z if z.dtype == B.dtype else eager.operand(z, B.dtype), B)
+    if linear.bias is not None:
+        y += linear.bias
+    if y.dtype != x.dtype:
+        y = eager.operand(y, x.dtype)
     return y.addmm_(x, linear.weight.t())
 
 
