@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +24,6 @@ from mos_kernels.call import Adapted, FFNPlan, FFNTensors, autocast_dtype, is_au
 from mos_kernels.functional import require_gates
 from mos_kernels.kept import (
     Factors,
-    Kept,
     are_unchanged,
     is_capturing,
     is_transformed,
@@ -113,7 +112,9 @@ class _Part(NamedTuple):
             weight = weight.t()
         if weight.dtype != dtype or bias is not None and bias.dtype != dtype:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        return Adapted(weight, bias, factors.A, parameter_of(self.adapter, "mos_lora_B"), factors.kappa), factors.prepared
+        return Adapted(
+            weight, bias, factors.A, parameter_of(self.adapter, "mos_lora_B"), factors.kappa
+        ), factors.prepared
 
 
 class _Parts(NamedTuple):
@@ -279,7 +280,7 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNP
     adapted = []
     for adapter, base, w, b, kept, is_conv1d in before.linears:
         adapter, own, w, b = adapter(), base()._parameters, w(), b()
-        if adapter._frozen is not kept or own.get("weight") is not w or own.get("bias") is not b:
+        if adapter._frozen is not kept or w is None or own.get("weight") is not w or own.get("bias") is not b:
             return None
         if not adapter._is_kept(kept):
             return None

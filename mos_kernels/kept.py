@@ -67,9 +67,7 @@ class Kept(NamedTuple):
         return cls(factors, use, tensors, marks, tuple(t.untyped_storage() for t in tensors), generation, frozen)
 
     def is_valid(self, tensors: tuple[Tensor, ...], use: Use) -> bool:
-        return (
-            self.generation == _generation and self.use == use and are_unchanged(tensors, self.tensors, self.marks)
-        )
+        return self.generation == _generation and self.use == use and are_unchanged(tensors, self.tensors, self.marks)
 
 
 def count_backward() -> None:
