@@ -228,10 +228,11 @@ class MoSAdapter(Float32State):
 
     def _kept_from(self) -> tuple[Tensor, ...]:
         """The tensors that what is kept follows from."""
-        own = self._parameters
+        own: Any = self._parameters
         if "mos_lora_B" not in own:  # of a data-parallel replica
             return self.mos_curvature, self.mos_curvature_map, self.mos_lora_A, self.mos_lora_B
-        return own["mos_curvature"], self._buffers["mos_curvature_map"], own["mos_lora_A"], own["mos_lora_B"]
+        constants: Any = self._buffers
+        return own["mos_curvature"], constants["mos_curvature_map"], own["mos_lora_A"], own["mos_lora_B"]
 
     def _is_kept(self, kept: Kept) -> bool:
         """Whether this is what is kept, and valid for the use that it was made for."""
