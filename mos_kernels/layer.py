@@ -34,16 +34,17 @@ class Float32State(nn.Module):
     _float32_state: tuple[str, ...] = ()
 
     def _apply(self, fn, recurse=True):
-        tensors = {name: t for name in self._float32_state if (t := getattr(self, name, None)) is not None}
-        kept = {name: (t.data, None if t.grad is None else t.grad.data) for name, t in tensors.items()}
-        super()._apply(fn, recurse)
-        for name, (data, grad) in kept.items():
-            after = getattr(self, name)
-            if after.dtype != torch.float32:
-                after.data = data.to(after.device, torch.float32)
-                if grad is not None:
-                    after.grad = grad.to(after.device, torch.float32)
-        if any(data.is_meta and not getattr(self, name).is_meta for name, (data, _) in kept.items()):
+        own = [t for name in self._float32_state if (t := getattr(self, name, None)) is not None]
+        was_meta = any(t.is_meta for t in own)
+        own += [t.grad for t in own if t.grad is not None]
+
+        def in_float32(t: Tensor) -> Tensor:
+            moved = fn(t)
+            kept = moved.dtype == torch.float32 or not any(t is one for one in own)
+            return moved if kept else t.to(moved.device, torch.float32)
+
+        super()._apply(in_float32, recurse)
+        if was_meta:
             self._refill_constants()
         return self
 
@@ -124,21 +125,17 @@ class MoSAdapter(Float32State):
         if self.mos_router is not None:
             nn.init.normal_(self.mos_router, std=ROUTER_INIT_STD)
         self._refill_constants()
-        self._frozen = None
 
     def _refill_constants(self) -> None:
         if self.config.is_lora:  # has none
             return
-        config, device = self.config, self._constants_device()
+        config, device = self.config, self.mos_curvature.device
         unit = config.squared_length_unit(self.in_features)
         signs = torch.tensor(config.curvature_signs, dtype=torch.float64, device="cpu")
         rows = [signs * config.curvature_init / unit, signs.abs() * config.curvature_lr_ratio / unit]
         self.mos_curvature_map = torch.stack(rows).to(device, torch.float32)
         if self.mos_router is not None:
             self.mos_aux_weight = torch.full((1,), self.aux_coefficient, device=device, dtype=torch.float32)
-
-    def _constants_device(self) -> torch.device:
-        return self.mos_curvature.device
 
     @property
     def curvature(self) -> Tensor:
@@ -253,14 +250,6 @@ class MoSAdapter(Float32State):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_frozen": None}  # of a copy's or a pickle's own tensors nothing is known yet
-
-    def _apply(self, fn, recurse=True):
-        self._frozen = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._frozen = None
-        super()._load_from_state_dict(*args, **kwargs)
 
 
 class MoSLayer(MoSAdapter):
@@ -424,6 +413,8 @@ class MoSWrapped(MoSLayer):
             )
         self.in_features, self.out_features = widths
         self.base_layer: Any = base_layer
+        self.register_state_dict_post_hook(_without_base_layer)
+        self.register_load_state_dict_pre_hook(_with_base_layer)
         self._add_adapter(config)
         self.train(base_layer.training)
 
@@ -455,18 +446,17 @@ class MoSWrapped(MoSLayer):
         for parameter in self.base_layer.parameters():
             parameter.requires_grad_(False)
 
-    def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False):
-        found = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        inner = f"{prefix}base_layer."
-        for name in [name for name in found if name.startswith(inner)]:
-            found[prefix + name.removeprefix(inner)] = found.pop(name)
-        return found
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        own = tuple(f"{prefix}{name}" for name in ("base_layer.", "mos_"))
-        for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(own)]:
-            state_dict[f"{prefix}base_layer.{name.removeprefix(prefix)}"] = state_dict.pop(name)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+def _without_base_layer(layer: MoSWrapped, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
+    inner = f"{prefix}base_layer."
+    for name in [name for name in state_dict if name.startswith(inner)]:
+        state_dict[prefix + name.removeprefix(inner)] = state_dict.pop(name)
+
+
+def _with_base_layer(layer: MoSWrapped, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    own = tuple(f"{prefix}{name}" for name in ("base_layer.", "mos_"))
+    for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(own)]:
+        state_dict[f"{prefix}base_layer.{name.removeprefix(prefix)}"] = state_dict.pop(name)
 
 
 class MoSRouter(Float32State):

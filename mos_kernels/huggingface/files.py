@@ -162,15 +162,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
     with torch.no_grad():
         for name, target in own.items():
             target.copy_(values[name])
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoSLayer)}
-    for layer in layers.values():
-        layer._frozen = None
     for name, target in targets.items():
         if isinstance(target, nn.Parameter):
             fixed = name.endswith("mos_curvature") and not config.learn_curvature
             target.requires_grad_(is_trainable and not fixed)
     adapter_state(model).trains = is_trainable
-    return list(layers)
+    return [name for name, module in model.named_modules() if isinstance(module, MoSLayer)]
 
 
 def refuse_damaged(folder: Path) -> None:

@@ -206,7 +206,6 @@ def _fill(layer: MoSLayer, factors: tuple[Tensor, Tensor, float] | None) -> None
         layer.mos_lora_B[:, sum(curved) :, :r] = scaled.unsqueeze(1).to(layer.mos_lora_B.dtype)
     if config.share_a and layer.mos_curvature is not None:
         layer.mos_curvature.copy_(_apart(config).to(layer.mos_curvature.device))
-    layer._frozen = None
 
 
 def _apart(config: MoSConfig) -> Tensor:
