@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -553,6 +555,19 @@ def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
     if offloads is not None and offloads.execution_device is not None:
         return torch.device(offloads.execution_device), dtype
     return (tensors[0].device if tensors else torch.get_default_device()), dtype
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode, and at the end each module's own mode again. `model.eval()` would drop what is kept of the parameters."""
+    training = [module for model in models for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def offload_hook(module: nn.Module):

@@ -32,7 +32,7 @@ from mos_kernels.huggingface import files
 from mos_kernels.huggingface.modules import active_names, adapter_parameters, mos_adapters, unwrap
 from mos_kernels.huggingface.state import adapter_state, tensors_of
 from mos_kernels.huggingface.targets import HEADS, refuse_offloaded
-from mos_kernels.layer import MoSAdapter, MoSConv1D, MoSLayer
+from mos_kernels.layer import MoSAdapter, MoSConv1D, MoSLayer, evaluating
 from mos_kernels.sharded import gathered, refuse_sharded, refuse_zero3
 
 PASSES = 10
@@ -153,7 +153,7 @@ def export_lora(
     total = sum(parameter.numel() for parameter in own.values())
     rank = max(round(total / wide), 1) if rank is None else rank
 
-    with _evaluating(outer), _intercepted(linears):
+    with evaluating(outer), torch.no_grad(), torch.compiler.set_stance("force_eager"), _intercepted(linears):
         order = _order(outer, linears, calibration_batches)
         step = max(math.ceil(len(order) / PASSES), 1) if at_once is None else at_once
         passes = range(0, len(order), step)
@@ -389,20 +389,6 @@ def _intercepted(linears: list[_Linear]) -> Iterator[None]:
                 delattr(layer, attribute)
             else:
                 setattr(layer, attribute, before)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, nothing compiled; all as it was at the end."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False  # not .eval(), which may drop what freeze_for_inference computed
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 # passes over the data
