@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from mos_kernels.backends import eager, load_backend, resolve_backend
 from mos_kernels.call import autocast_dtype, without_autocast
-from mos_kernels.config import MoSConfig
+from mos_kernels.config import MoSConfig, listed
 from mos_kernels.functional import mos_linear, mos_route, refuse_scripting, refuse_transforms
 from mos_kernels.kept import Factors, Kept, Use, is_capturing, is_plain
 from mos_kernels.lora import lora_linear
@@ -247,6 +247,9 @@ class MoSAdapter(Float32State):
             theta.data = theta.data.float()
         return super().train(mode)
 
+    def _adapter_repr(self) -> str:
+        return f"r={self.config.r}, experts=({listed(self.config.spaces)}), k={self.config.num_experts_per_tok}"
+
     def __prepare_scriptable__(self):
         refuse_scripting()
 
@@ -326,12 +329,8 @@ class MoSLayer(MoSAdapter):
         return self
 
     def extra_repr(self) -> str:
-        spaces = ", ".join(f"{count} {name}" for name, count in self.config.spaces.items())
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"r={self.config.r}, experts=({spaces}), k={self.config.num_experts_per_tok}, "
-            f"router={self.config.router_scope}"
-        )
+        base = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{base}, {self._adapter_repr()}, router={self.config.router_scope}"
 
 
 class MoSLinear(MoSLayer, nn.Linear):
@@ -559,7 +558,7 @@ def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode, and at the end each module's own mode again. `model.eval()` would drop what is kept of the parameters."""
+    """Eval mode, then each module's own again; what is kept of the parameters stays, which `model.eval()` drops."""
     training = [module for model in models for module in model.modules() if module.training]
     try:
         for module in training:

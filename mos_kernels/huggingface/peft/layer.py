@@ -60,8 +60,7 @@ class MoSPeftAdapter(MoSAdapter):
         return self._adapt(x, gates, backend, *base)
 
     def extra_repr(self) -> str:
-        spaces = ", ".join(f"{count} {name}" for name, count in self.config.spaces.items())
-        return f"r={self.config.r}, experts=({spaces}), k={self.config.num_experts_per_tok}"
+        return self._adapter_repr()
 
 
 class ByAdapter(nn.Module):
