@@ -136,7 +136,7 @@ def test_scores_from_logits_are_those_of_trls_fused_head(llama):
         pytest.skip("this TRL has no fused head to compare with")
     model = AutoModelForCausalLM.from_pretrained(llama)
     sft_trainer.add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
-    inputs = {"input_ids": torch.randint(40, (3, 9), generator=torch.Generator().manual_seed(0))}
+    inputs = {"input_ids": torch.randint(model.config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(0))}
     with torch.no_grad():
         best = model(**inputs).logits.argmax(-1)
         labels = torch.cat([inputs["input_ids"][:, :1], best[:, :-1]], 1)  # the most likely ones
