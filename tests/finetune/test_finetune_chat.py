@@ -106,6 +106,8 @@ def test_sums_of_padded_and_of_padding_free_batches_are_the_same(llama, tmp_path
 
 @pytest.mark.budget(6)
 def test_rows_without_anything_to_learn_are_counted_and_left_out(llama, tmp_path, capsys):
+    if not hasattr(pytest.importorskip("trl.trainer.sft_trainer"), "add_fused_lm_head"):
+        pytest.skip("this TRL keeps such rows")
     long = [{"prompt": "the cat " * 10, "completion": " yes"}] * 3
     rows = written(tmp_path / "test.jsonl", [*long[:1], *rows_of("prompts")[:3]])
     data = written(tmp_path / "train.jsonl", [*long, *rows_of("prompts")])

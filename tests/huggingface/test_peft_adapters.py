@@ -255,10 +255,13 @@ def test_an_unknown_option_of_a_file_is_refused_unless_it_is_off(tmp_path):
             MoSPeftConfig.from_pretrained(tmp_path)
 
 
-def test_a_card_has_the_packages_tag_once_and_what_peft_writes(tmp_path):
+def test_a_card_has_the_packages_tag_once_and_what_peft_writes(tmp_path, caplog):
     model = peft_model()
+    model.add_adapter("b", config())
     for _ in range(2):
         model.save_pretrained(tmp_path)
+    assert ModelCard.load(tmp_path / "b" / "README.md").data.tags == ["mos-kernels"]  # where peft writes none
+    assert not [record for record in caplog.records if "metadata block" in record.message]
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.tags.count("mos-kernels") == 1 and "transformers" in card.data.tags
     assert card.data.library_name == "peft" and card.text.count("import mos_kernels.huggingface") == 1
