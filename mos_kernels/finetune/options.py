@@ -155,6 +155,8 @@ def _completed(options: Options, values: dict) -> dict:
     values["data_seed"] = values["seed"] if values["data_seed"] is None else values["data_seed"]
     values["dataloader_pin_memory"] &= torch.cuda.is_available() and not values["use_cpu"]
     values["label_names"] = values["label_names"] or ["labels"]
+    if values["ddp_find_unused_parameters"] is None and options.method != "full":  # adapter and head are all used
+        values["ddp_find_unused_parameters"] = False
     if "eval_packing" in values:  # predictions.jsonl and exact match need each row by itself
         values["eval_packing"] = values["eval_packing"] or False
     for name in ("activation_checkpointing", "gradient_checkpointing"):

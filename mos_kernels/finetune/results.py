@@ -44,6 +44,7 @@ def run_settings(options: Options, arguments, config, summary: Mapping) -> dict:
     """
     named, values = {name for name, _ in ALIASES.values()} | DEFAULTS.keys(), arguments.to_dict()
     derived = {"hub_token", "do_eval", "label_names", "data_seed", "logging_dir", "accelerator_config"}
+    derived |= {"ddp_find_unused_parameters"}
     changed = {f.name for f in dataclasses.fields(arguments) if f.init and values.get(f.name) not in (f.default, None)}
     kept = {name: values[name] for name in values if name in named | changed and name not in derived}
     adapter = config.to_dict() if isinstance(config, MoSConfig) else config
