@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from mos_kernels.backends import load_backend, resolve_backend
+from mos_kernels.backends import resolve_backend
 from mos_kernels.ffn import bound_form, decoding_of
-from mos_kernels.functional import mos_linear, mos_route
-from mos_kernels.layer import MoSAdapter, MoSLayer, MoSRouter, device_and_dtype
+from mos_kernels.layer import MoSAdapter, MoSLayer, MoSRouter, device_and_dtype, evaluating
 
 
 def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
@@ -58,20 +58,13 @@ def _run_blocks(model: nn.Module) -> None:
         if tuple(kinds) in seen:
             continue
         seen.add(tuple(kinds))
-        training = [module for module in (block.mos_router, *linears) if module.training]
-        try:
-            for module in training:
-                module.training = False  # not .eval(), which drops what freeze_for_inference computed
-            with torch.no_grad():
-                weight = linears[0].weight
-                x = torch.zeros(DECODE_TOKENS, linears[0].in_features, dtype=weight.dtype, device=weight.device)
-                decoding = decoding_of(block, form, x)
-                if decoding is not None:
-                    _, logits = decoding.read()
-                    decoding.write(x.new_zeros(DECODE_TOKENS, decoding.last.tensors.weight.shape[1]), logits)
-        finally:
-            for module in training:
-                module.training = True
+        with torch.no_grad(), evaluating(block.mos_router, *linears):
+            weight = linears[0].weight
+            x = torch.zeros(DECODE_TOKENS, linears[0].in_features, dtype=weight.dtype, device=weight.device)
+            decoding = decoding_of(block, form, x)
+            if decoding is not None:
+                _, logits = decoding.read()
+                decoding.write(x.new_zeros(DECODE_TOKENS, decoding.last.tensors.weight.shape[1]), logits)
 
 
 def _kind(t: Tensor) -> tuple:
@@ -93,44 +86,39 @@ def _run(module: nn.Module, base: nn.Module, dtype: torch.dtype, device: torch.d
     from mos_kernels.backends.triton.launch import DECODE_TOKENS
 
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    modes = [(False, True, False), (False, False, False)]  # training, with gradients, masked
+    if module.training:
+        modes = [(True, True, False), (True, True, True), *modes]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+    with torch.random.fork_rng(devices), autocast:
         for tokens in (DECODE_TOKENS, DECODE_TOKENS + 1):
-            for differentiable, masked in ((True, False), (True, True), (False, False)):
-                x = torch.zeros(tokens, module.in_features, dtype=dtype, device=device)
+            for training, differentiable, masked in modes:
+                x = torch.zeros(tokens, module.in_features, dtype=dtype, device=device, requires_grad=differentiable)
                 with torch.set_grad_enabled(differentiable):
-                    y = _forward(module, base, x, differentiable, masked)
+                    y = _output(_twin(module, training, masked), base, x)
                 if differentiable:
                     y.sum().backward()
-                elif isinstance(module, MoSAdapter):  # what is kept of the parameters has the inputs' dtype
-                    with torch.no_grad():
-                        _forward(module, base, x, False, False, kept=True)
 
 
-def _forward(
-    module: nn.Module, base: nn.Module, x: Tensor, differentiable: bool, masked: bool, kept: bool = False
-) -> Tensor:
-    def stand_in(t: Tensor | None, needs_grad: bool = True) -> Tensor | None:
-        return None if t is None else t.detach().requires_grad_(differentiable and needs_grad)
+def _twin(module: nn.Module, training: bool, masked: bool) -> nn.Module:
+    """A copy that shares the module's values, and neither its gradients nor what it keeps of them."""
+    twin = copy.copy(module)
+    parameters = {name: None if p is None else p.detach().requires_grad_() for name, p in module._parameters.items()}
+    vars(twin).update(training=training, token_mask=_AllReal() if masked else None, _parameters=parameters)
+    return twin
 
-    config, x = module.config, stand_in(x)
-    aux = module.mos_aux_weight if module.training and config.router_aux_loss_coef > 0 else None
-    mask = torch.ones(x.shape[0], dtype=torch.bool, device=x.device) if masked else None
-    if isinstance(module, MoSRouter):
-        weight, inference = stand_in(module.weight), not differentiable
-        return mos_route(x, weight, config=config, aux_weight=aux, token_mask=mask, inference=inference)
-    own = module.mos_router is not None
-    gates = None if own else stand_in(torch.zeros(x.shape[0], config.num_experts, device=x.device))
-    weight, bias, base_output = base._base(x)
-    weight = None if weight is None else stand_in(weight, False).to(x.dtype)
-    A, prepared = stand_in(module.mos_lora_A), None
-    if kept:
-        steps = load_backend(resolve_backend("auto", x))
-        y_dtype = x.dtype if base_output is None else base_output.dtype
-        A, prepared = steps.operand(A, x.dtype), steps.prepare(module.mos_lora_B, y_dtype, config)
-    return mos_linear(
-        x, weight, stand_in(bias, False), A, stand_in(module.mos_lora_B),
-        stand_in(module.curvature), config=config, prepared=prepared, base_output=base_output, gates=gates,
-        router=stand_in(module.mos_router), aux_weight=aux if own else None,
-        token_mask=mask if own else None,
-        dropout_p=config.lora_dropout if module.training else 0.0, inference=not differentiable,
-    )  # fmt: skip
+
+class _AllReal:
+    """A mask in which every token is real."""
+
+    def of(self, x: Tensor) -> Tensor:
+        return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+
+
+def _output(twin: nn.Module, base: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(twin, MoSRouter):
+        return type(twin).forward(twin, x)  # not through a wrapper of accelerate's, which is bound to the module
+    gates = None
+    if twin.mos_router is None:
+        gates = torch.zeros(x.shape[0], twin.config.num_experts, device=x.device, requires_grad=x.requires_grad)
+    return twin._adapt(x, gates, "auto", *(None if t is None else t.detach() for t in base._base(x)))
