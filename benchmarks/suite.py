@@ -106,11 +106,15 @@ class Shared:
 
 @dataclass
 class Made:
-    """A variant, ready to run. forward and owned: for the bytes saved for backward, beyond the owned tensors."""
+    """A variant, ready to run. forward and owned: for the bytes saved for backward, beyond the owned tensors.
+
+    note: what its row says of how it was made.
+    """
 
     call: Call
     forward: Callable[[], Tensor] | None = None
     owned: list[Tensor] = field(default_factory=list)
+    note: str = ""
 
 
 class Check(NamedTuple):
@@ -207,6 +211,7 @@ def _run_group(group, context: Context, ceilings: Ceilings, budget: Budget, keep
         call, outcomes[name] = attempt(lambda made=made: captured(made.call, repeats) if graph else made.call)
         if call is not None:
             ready[name], calls[name] = made, call
+            outcomes[name] = outcomes[name]._replace(message=made.note)
 
     while calls and not timed:
         try:

@@ -68,7 +68,10 @@ def _variants(
     return {name: Variant(functools.partial(make, name), *work, checks=checks(name)) for name in names}
 
 
-def ffn(context: Context, hidden: int, intermediate: int, tokens: int) -> Group:
+TUNED = f"{FORWARD_BACKWARD}, settings found"
+
+
+def ffn(context: Context, hidden: int, intermediate: int, tokens: int, step: str = FORWARD_BACKWARD) -> Group:
     """A gated FFN with its router, forward and backward. What it saves is counted with x, which it may have to keep."""
     size, options = context.dtype.itemsize, {"device": context.device, "dtype": context.dtype}
 
@@ -93,7 +96,7 @@ def ffn(context: Context, hidden: int, intermediate: int, tokens: int) -> Group:
     moved = 2 * size * (3 * hidden * intermediate + tokens * (2 * hidden + 6 * intermediate))
     flop = 12 * tokens * hidden * intermediate
     return Group(
-        "ffn", FORWARD_BACKWARD, {"d_in": hidden, "d_out": intermediate, "tokens": tokens},
+        "ffn", step, {"d_in": hidden, "d_out": intermediate, "tokens": tokens},
         _variants(context, _offered(FFNS, context), make, (moved, flop), hidden, intermediate, tokens),
         providers.FROZEN, weigh=True, shared=[inputs],
     )  # fmt: skip
