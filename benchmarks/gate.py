@@ -74,9 +74,10 @@ def _ffn_block(setting: Setting, provider: str) -> tuple[qwen2.FFN, list[nn.Para
     return block.eval(), trained  # in training the router's gradient has that of load balancing too
 
 
-def check_decoding(setting: Setting, backend: str) -> list[str]:
+def check_decoding(setting: Setting, provider: str) -> list[str]:
     """As `check_layer`, of a gated FFN from d_in to d_out and back, frozen, on FEWEST_TOKENS and without gradients."""
-    block, _ = _ffn_block(setting, providers.EAGER)
+    block, _ = _ffn_block(setting, provider)
+    backend = block.backend
     qwen2.freeze(block, backend)
 
     def through(name: str, x: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ tokens, experts, rank, width    growth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -85,8 +86,7 @@ def _gpu_plan(context: Context) -> Iterator[Group]:
         yield tuning(context)
         for shape in ffns:
             yield ffn(context, *shape, step=TUNED)
-    memory = torch.cuda.get_device_properties(context.device).total_memory
-    yield training(context, qwen2.Shape(layers=28 if memory > 120e9 else 14), batch=4, length=2048)
+    yield training(context, qwen2.Shape(layers=28 if _memory(context) > 120e9 else 14), batch=4, length=2048)
     for widths in (*QWEN2, *LLAMA3):
         yield layer(context, *widths, T)
     yield branch(context, *QWEN2[0], T)
@@ -116,6 +116,10 @@ def _gpu_plan(context: Context) -> Iterator[Group]:
             yield compiled(context, *widths, T)
         for batch in (1, 4, 16):
             yield training(context, qwen2.Shape(), batch=batch, length=512)
+
+
+def _memory(context: Context) -> float:
+    return torch.cuda.get_device_properties(context.device).total_memory if torch.cuda.is_available() else math.inf
 
 
 def _cpu_plan(context: Context) -> Iterator[Group]:

@@ -55,14 +55,14 @@ def _variants(
     settings = [setting_of(context, *widths, tokens) for widths in ((hidden, intermediate), (intermediate, hidden))]
 
     def checks(name: str) -> list[Check]:
-        ours, backend = LAYERS[OURS_AS_LINEARS[name]].ours if name in OURS_AS_LINEARS else None, _backend(name)
+        ours = LAYERS[OURS_AS_LINEARS[name]].ours if name in OURS_AS_LINEARS else None
         found = [check for setting in settings for check in checks_of(setting, ours)]
         if ours is not None or name in (providers.SWIGLU, providers.LORA_MLP):
             run = functools.partial(check_ffn, settings[0], name)
             found.append(Check(("ffn", hidden, intermediate, tokens_of(settings[0]), context.dtype, name), name, run))
         if decoding and ours is not None:
-            run = functools.partial(check_decoding, settings[0], backend)
-            found.append(Check(("decoding", hidden, intermediate, context.dtype, backend), f"{backend}, decoding", run))
+            run = functools.partial(check_decoding, settings[0], name)
+            found.append(Check(("decoding", hidden, intermediate, context.dtype, name), f"{name}, decoding", run))
         return found
 
     return {name: Variant(functools.partial(make, name), *work, checks=checks(name)) for name in names}
