@@ -1,7 +1,7 @@
 """Which FFN blocks run as one operation, and what that is computed from.
 
-The adapted linears of a block are one operation where nothing has to see their own calls and the eager backend runs
-them; else they are called one by one, with the same numbers.
+The adapted linears of a block are one operation where nothing has to see their own calls; else they are called one by
+one, with the same numbers.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class _Parts(NamedTuple):
 def why_not_one(block: nn.Module, form: FFNForm) -> str | None:
     """Why the block's linears are called one by one whatever the input, or None where they are one operation.
 
-    That is of the eager backend. Under torch.compile the linears stay, whose graph Inductor fuses.
+    Under torch.compile the linears stay, whose graph Inductor fuses.
     """
     parts = _parts(block, form)
     return parts if isinstance(parts, str) else None
@@ -169,12 +169,14 @@ def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
     return _Parts(tuple(reads), down, router)
 
 
-def as_one(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNPlan] | None:
+def as_one(
+    block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto"
+) -> tuple[FFNTensors, FFNPlan] | None:
     """What one operation is computed from, or None where the linears are called one by one."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.dim() == 0 or x.is_meta:
         return None
     parts = _parts(block, form)
-    if isinstance(parts, str) or is_transformed() or resolve_backend("auto", x) != "eager":
+    if isinstance(parts, str) or is_transformed():
         return None
     if any(getattr(block, name).training and getattr(getattr(block, name), "p", 0) > 0 for name in form.hidden):
         return None
@@ -183,7 +185,8 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNP
     dtype = autocast_dtype(x)
     if not _fits_again(block, x, parts, form):
         return None
-    down, *reads = (part.adapted(dtype, part.adapter._factors(x, None, "eager")) for part in (parts.down, *parts.reads))
+    backend = resolve_backend(backend, x)
+    down, *reads = (part.adapted(dtype, part.adapter._factors(x, None, backend)) for part in (parts.down, *parts.reads))
     gates = aux_weight = mask = None
     observers = [hook for hook in parts.router._forward_hooks.values() if isinstance(hook, Observer)]
     routers = {block.mos_router: 0, parts.router: len(observers)}
@@ -204,7 +207,7 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNP
         down[0], tuple(linear for linear, _ in reads),
     )  # fmt: skip
     plan = FFNPlan(
-        parts.reads[0].adapter.config, parts.down.adapter.config, "eager", _phi_of(block, form),
+        parts.reads[0].adapter.config, parts.down.adapter.config, backend, _phi_of(block, form),
         gated=form.fused or len(reads) == 2, fused=form.fused,
         differentiable=torch.is_grad_enabled() or parts.training,
         prepared=(down[1], *(prepared for _, prepared in reads)),

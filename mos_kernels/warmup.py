@@ -7,8 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from mos_kernels import ops
 from mos_kernels.backends import load_backend, resolve_backend
-from mos_kernels.ffn import bound_form, decoding_of
+from mos_kernels.call import Adapted
+from mos_kernels.ffn import FFNForm, bound_form, why_not_one
+from mos_kernels.ffn_node import as_one
 from mos_kernels.functional import mos_linear, mos_route
 from mos_kernels.layer import MoSAdapter, MoSLayer, MoSRouter, device_and_dtype
 
@@ -16,7 +19,7 @@ from mos_kernels.layer import MoSAdapter, MoSLayer, MoSRouter, device_and_dtype
 def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Run each distinct adapted linear and router of `model` once in every launch bucket, on zeros.
 
-    And the linears of each FFN block as they share launches in decoding.
+    And each distinct FFN block that is one operation.
 
     After this, no length of input compiles anything. dtype: the inputs', where it is not the weights' (autocast).
     Parameters, gradients, buffers and random state stay as they are. Returns the number of distinct modules; 0 where
@@ -37,41 +40,68 @@ def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
             seen.add(key)
             _run(module, base, x_dtype, device)
     if seen:
-        _run_blocks(model)
+        _run_blocks(model, dtype)
     return len(seen)
 
 
-def _run_blocks(model: nn.Module) -> None:
-    """The linears of each distinct FFN block together, where they share launches in eval mode on few tokens."""
+def _run_blocks(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Each distinct FFN block that is one operation, in training and in inference."""
     from mos_kernels.backends.triton.launch import DECODE_TOKENS
 
     seen = set()
     for block in model.modules():
         form = bound_form(block)
-        linears = [] if form is None else [getattr(block, name) for name in form.linears]
-        if not linears or not all(isinstance(linear, MoSLayer) for linear in linears):
+        if form is None or why_not_one(block, form) is not None:
             continue
-        kinds = [
-            (type(m), m.config.json, tuple(map(_kind, m.parameters(recurse=False))))
-            for m in (block.mos_router, *linears)
-        ]
-        if tuple(kinds) in seen:
+        kinds = (repr(form), *map(repr, block.children()), *map(_kind, block.parameters()))
+        if kinds in seen:
             continue
-        seen.add(tuple(kinds))
-        training = [module for module in (block.mos_router, *linears) if module.training]
-        try:
-            for module in training:
-                module.training = False  # not .eval(), which drops what freeze_for_inference computed
-            with torch.no_grad():
-                weight = linears[0].weight
-                x = torch.zeros(DECODE_TOKENS, linears[0].in_features, dtype=weight.dtype, device=weight.device)
-                decoding = decoding_of(block, form, x)
-                if decoding is not None:
-                    _, logits = decoding.read()
-                    decoding.write(x.new_zeros(DECODE_TOKENS, decoding.last.tensors.weight.shape[1]), logits)
-        finally:
-            for module in training:
-                module.training = True
+        seen.add(kinds)
+        first = getattr(block, form.inputs[0])
+        base = getattr(first, "base_layer", first)
+        width = base.nx if hasattr(base, "nx") else base.in_features
+        device, base_dtype = device_and_dtype(base)
+        for tokens in (DECODE_TOKENS, DECODE_TOKENS + 1):
+            _run_block(block, form, torch.zeros(tokens, width, dtype=base_dtype, device=device), dtype or base_dtype)
+
+
+def _run_block(block: nn.Module, form: FFNForm, x: Tensor, dtype: torch.dtype) -> None:
+    adapters = [module for module in block.modules() if isinstance(module, MoSAdapter)]
+    kept = [adapter._frozen for adapter in adapters]
+    with torch.enable_grad():  # as in training, where nothing is kept
+        one = as_one(block, form, x)
+    for adapter, before in zip(adapters, kept, strict=True):
+        adapter._frozen = before
+    if one is None:  # its linears are called one by one
+        return
+    (tensors, plan), steps = one, load_backend("triton")
+    gates = tensors.gates
+    if dtype != x.dtype:  # under autocast the router is called by itself
+        gates = x.new_zeros(*x.shape[:-1], plan.config.num_experts, dtype=torch.float32)
+    plan = plan._replace(prepared=(None,) * (1 + len(tensors.reads)))
+
+    def leaf(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().requires_grad_()
+
+    def linear(t: Adapted) -> Adapted:
+        wide = (None if base is None else base.detach().to(dtype) for base in t[:2])
+        return Adapted(*wide, *map(leaf, t[2:]))
+
+    given = tensors._replace(
+        x=leaf(x.to(dtype)), gates=leaf(gates), router=leaf(tensors.router if gates is None else None),
+        aux_weight=tensors.aux_weight if gates is None else None, token_mask=None,
+        down=linear(tensors.down), reads=tuple(map(linear, tensors.reads)),
+    )  # fmt: skip
+    mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    for masked in (None,) if given.aux_weight is None else (None, mask):
+        ops.ffn(given._replace(token_mask=masked), plan._replace(differentiable=True)).sum().backward()
+    with torch.no_grad():
+        plan = plan._replace(differentiable=False)
+        ops.ffn(given, plan)
+        linears, configs = (given.down, *given.reads), (plan.down_config, *[plan.config] * len(given.reads))
+        prepared = tuple(steps.prepare(t.B, dtype, config) for t, config in zip(linears, configs, strict=True))
+        down, *reads = (t._replace(A=steps.operand(t.A, dtype)) for t in linears)
+        ops.ffn(given._replace(down=down, reads=tuple(reads)), plan._replace(prepared=prepared))
 
 
 def _kind(t: Tensor) -> tuple:
