@@ -8,7 +8,7 @@ import triton.language as tl
 from cases import compare
 
 from mos_kernels.backends import eager
-from mos_kernels.backends.triton.activated import CODES, activation
+from mos_kernels.backends.triton.activations import CODES, activation
 
 
 @triton.jit
