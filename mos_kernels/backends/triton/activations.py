@@ -5,11 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TANH, SILU, GELU = 0, 1, 2
-CODES = {"tanh": TANH, "silu": SILU, "gelu": GELU}
+TANH, SILU, GELU, GELU_TANH = 0, 1, 2, 3
+CODES = {"tanh": TANH, "silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH}
 
 _TANH = tl.constexpr(TANH)
 _SILU = tl.constexpr(SILU)
+_GELU_TANH = tl.constexpr(GELU_TANH)
 
 
 @triton.jit
@@ -23,10 +24,20 @@ def activation(v, ACTIVATION: tl.constexpr):
         u = tl.where(a < 0.25, small, tl.where(v < 0.0, -large, large))
         return tl.where(v == v, u, v), 1.0 - u * u
     if ACTIVATION == _SILU:
-        s = tl.sigmoid(v)
+        s = _sigmoid(v)
         return v * s, s * (1.0 + v * (1.0 - s))
+    if ACTIVATION == _GELU_TANH:  # v σ(2 √(2/π) (v + 0.044715 v³)); at the bound of v² the sigmoid is 0 or 1
+        square = tl.minimum(v * v, 1e4)
+        s = _sigmoid(v * (1.5957691216057308 + 0.07135481627260025 * square))
+        return v * s, s + v * s * (1.0 - s) * (1.5957691216057308 + 0.21406444881780073 * square)
     below, density = _normal(v)
     return v * below, below + v * density
+
+
+@triton.jit
+def _sigmoid(v):
+    """In fewer instructions than tl.sigmoid, whose division is exact."""
+    return 1.0 / (1.0 + tl.exp2(v * -1.4426950408889634))
 
 
 @triton.jit
