@@ -21,8 +21,8 @@ from triton.compiler import ASTSource
 
 from mos_kernels import steps
 from mos_kernels.backends import load_backend
-from mos_kernels.backends.triton import launch
-from mos_kernels.call import LinearTensors, Plan, RouteTensors
+from mos_kernels.backends.triton import activate, launch
+from mos_kernels.call import FFNPlan, LinearTensors, Plan, RouteTensors
 from mos_kernels.config import MoSConfig
 
 TARGETS = {
@@ -150,6 +150,33 @@ def layer_launches(
     return list(dict.fromkeys(launches))
 
 
+def ffn_launches(
+    architecture: str,
+    config: MoSConfig,
+    T: int,
+    d: int,
+    dtype: torch.dtype,
+    activation: str = "silu",
+    gated: bool = True,
+    fused: bool = False,
+    device: str = "meta",
+) -> list[Launch]:
+    """The distinct launches between the linears of one FFN that is d wide, forward and backward, as `layer_launches`.
+
+    config: of its last linear. activation, gated and fused as in `FFNPlan`.
+    """
+    plan = FFNPlan(config, config, "triton", activation, gated, fused, True, (None, None))
+    outputs = [torch.empty(T, 2 * d if fused else d, dtype=dtype, device=device) for _ in range(2 if gated else 1)]
+    outputs, dh = outputs[:1] if fused else outputs, torch.empty(T, d, dtype=dtype, device=device)
+    A = torch.empty(config.r if config.share_a else config.num_experts * config.r, d, device=device)
+    dp, dn = torch.empty(T, A.shape[0], device=device), torch.empty(T, device=device)
+    with recorded(architecture) as launches:
+        activate.activate_launch(outputs, A, plan)
+        for needs_A in (True, False):
+            activate.activate_backward_launch(dh, outputs, A, dp, dn, plan, needs_A)
+    return list(dict.fromkeys(launches))
+
+
 def compile_launch(described: Launch, architecture: str):
     """Triton's compiled kernel for `architecture` (a key of TARGETS)."""
     constants = dict(described.constants)
@@ -203,6 +230,8 @@ def default_launches(architecture: str, T: int) -> list[Launch]:
         for wrapped in (False, True)
         for described in layer_launches(architecture, config, T, 1536, 8960, torch.bfloat16, wrapped)
     ]
+    for activation in ("silu", "gelu_tanh"):
+        launches += ffn_launches(architecture, MoSConfig(), T, 8960, torch.bfloat16, activation)
     return list(dict.fromkeys(launches))
 
 
