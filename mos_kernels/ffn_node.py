@@ -169,9 +169,7 @@ def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
     return _Parts(tuple(reads), down, router)
 
 
-def as_one(
-    block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto"
-) -> tuple[FFNTensors, FFNPlan] | None:
+def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") -> tuple[FFNTensors, FFNPlan] | None:
     """What one operation is computed from, or None where the linears are called one by one."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.dim() == 0 or x.is_meta:
         return None
@@ -280,7 +278,8 @@ def routing_of(module: MoSAdapter | MoSRouter) -> tuple[int, int, bool]:
     return config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
 
 
-_PHI = {"SiLU": "silu", "SiLUActivation": "silu", "GELU": "gelu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh"}
+_PHI = {"SiLU": "silu", "SiLUActivation": "silu", "GELU": "gelu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
+        "NewGELUActivation": "gelu_tanh"}  # fmt: skip
 """torch's and transformers' classes, by name: transformers need not be there."""
 
 

@@ -132,7 +132,10 @@ class Backend(Protocol):
 
 
 class FFNBackend(Protocol):
-    """An FFN as one operation. `FFNSaved`: what its forward leaves for backward, with `flat` and `of` as `FFNTensors`."""
+    """An FFN as one operation.
+
+    FFNSaved: what forward leaves for backward, with `flat` and `of` as in `FFNTensors`.
+    """
 
     FFNSaved: Any
 

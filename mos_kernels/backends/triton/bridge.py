@@ -406,8 +406,8 @@ def _bridge_backward_launch(
     tile = tile_settings(config, T, device, "bridge_backward")
     launch.launch(
         bridge_backward_kernel, (triton.cdiv(T, tile["BLOCK_T"]),), p,
-        (dz, p, n, routed, kappas[0], grams[0], kappas[-1], grams[-1], share, weight, mask, p if added is None else added,
-         dp, dn, drouted, dq_scale, dkappa, T, config.scaling, *guards(config)),
+        (dz, p, n, routed, kappas[0], grams[0], kappas[-1], grams[-1], share, weight, mask,
+         p if added is None else added, dp, dn, drouted, dq_scale, dkappa, T, config.scaling, *guards(config)),
         E=E, r=r, ROUTE_PARTS=route_parts(routed, own_router, config), NORMALISE=config.norm_topk_prob,
         SHARED=config.share_a, MAPPING=mapping_code(config), DZ_PLANES=dz.shape[1], LINEARS=linears,
         ADDED=added is not None, GATES_ONLY=gates_only, **constants, **tile,

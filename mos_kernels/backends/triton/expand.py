@@ -62,7 +62,7 @@ def grams_kernel(
     READS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_R_H: tl.constexpr, SPLITS: tl.constexpr,
     WIDE: tl.constexpr, WIDE_2: tl.constexpr, WIDE_H: tl.constexpr, GRAM: tl.constexpr,
 ):  # fmt: skip
-    """`gram_kernel` of the READS linears of an FFN that read its input, and of the one (h) that reads what they make."""
+    """`gram_kernel` of the READS linears of an FFN that read its input, and of the one (h) after them."""
     i_e, i_s, i_l = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     size: tl.constexpr = READS * E * r * r + E * r_h * r_h
     if i_l == 0:
@@ -345,9 +345,7 @@ def norm_gradients_kernel(
     i, across, across_h = tl.program_id(0), tl.cdiv(E, BLOCK_E), tl.cdiv(E, BLOCK_E_H)
     of_one = tl.cdiv(N, BLOCK_N) * across
     if i < of_one:
-        _norm_gradient_tile(
-            planes, B, M, dB, i // across, i % across, P, N, stride_M, E, r, BLOCK_N, BLOCK_E, BLOCK_R
-        )
+        _norm_gradient_tile(planes, B, M, dB, i // across, i % across, P, N, stride_M, E, r, BLOCK_N, BLOCK_E, BLOCK_R)
     elif i < READS * of_one:
         i -= of_one
         _norm_gradient_tile(

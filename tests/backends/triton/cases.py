@@ -379,7 +379,7 @@ class RouterTrial:
 
 @dataclass(frozen=True)
 class FFNTrial:
-    """A comparison of an FFN as one operation: its output and all gradients, or the output where no backward follows."""
+    """A comparison of an FFN as one operation: its output, and all gradients where a backward may follow."""
 
     config: MoSConfig  # of the linears that read x
     tokens: tuple[int, ...] = (5,)
@@ -414,15 +414,15 @@ class FFNTrial:
              ((1, 0, 0), 128), ((7, 7, 3), 2), ((32, 0, 32), 1)]
         )  # fmt: skip
         experts = sum(counts)
-        tokens = rng.choice([(), (0,), (1,), (2, 3), (17,), (33,), (65,), (2, 67)] if rank < 33 else [(1,), (2, 3)])
+        tokens = rng.choice([(), (0,), (1,), (2, 3), (33,), (2, 67)] if rank < 33 else [(1,), (2, 3)])
         mapping, domain = rng.choice([("stereographic", "ball"), ("stereographic", "raw"), ("exp_log", "ball")])
         config = MoSConfig(
             r=rank, spaces=dict(zip(("hyperbolic", "spherical", "euclidean"), counts, strict=True)),
             num_experts_per_tok=rng.choice([1, experts, rng.randint(1, experts)]),
             norm_topk_prob=rng.random() < 0.6, share_a=rng.random() < 0.7, mapping=mapping, domain=domain,
-            boundary_eps=rng.choice([4e-3, 0.05, 0.3]),
+            boundary_eps=rng.choice([4e-3, 0.3]),
         )  # fmt: skip
-        widths = [1, 2, 3, 7, 8, 16, 17, 31, 33, 48, 64, 65, 100]
+        widths = [1, 3, 8, 17, 48, 65, 100]
         kappa = [rng.choice([0.0, 1e-9, -1e-9, *(round(rng.uniform(-3, 3), 2),) * 4]) for _ in range(experts)]
         names = ["x", "router", "gates", *(f"{name} {i}" for name in ("A", "B", "kappa") for i in range(3))]
         bias = rng.random() < 0.5
@@ -448,30 +448,40 @@ class FFNTrial:
         return f"FFNTrial({shown}, {_differences(self, FFNTrial(self.config))})"
 
     def failures(self) -> list[str]:
-        """As `Trial.failures`, over up to eight inputs of which the largest errors count.
+        """As `Trial.failures`, where need be over the root mean square of the errors on eight inputs.
 
         An FFN rounds between its linears, and torch elsewhere than the kernels: on one input the two errors are two
         draws of chance.
         """
-        runs: list[tuple[dict[str, Tensor], ...]] = []
+        sums: dict[str, list[float]] = {}  # of squares of the kernels' and of torch's errors; and the largest number
         for attempt in range(8):
-            runs.append(self._compared(attempt))
-            failed = compare(*({n: torch.stack([run[n] for run in by]) for n in by[0]} for by in zip(*runs, strict=True)))
+            by_kernels, by_torch, truth = self._compared(attempt)
+            for name, expected in truth.items():
+                ours, theirs, largest = sums.get(name, [0.0, 0.0, 0.0])
+                largest = max(largest, expected.abs().max().item() if expected.numel() else 0.0)
+                ours, theirs = (
+                    ours + error(by_kernels[name], expected) ** 2,
+                    theirs + error(by_torch[name], expected) ** 2,
+                )
+                sums[name] = [ours, theirs, largest]
+            failed = []
+            for name, (ours, theirs, largest) in sums.items():
+                ours, theirs = ((square / (attempt + 1)) ** 0.5 for square in (ours, theirs))
+                if not ours <= 2 * theirs + 1e-6 * largest:
+                    failed.append(f"{name}: error {ours:.3g}, torch's {theirs:.3g}, largest value {largest:.3g}")
             if not failed:
                 break
         return failed
 
     def _compared(self, attempt: int) -> tuple[dict[str, Tensor], ...]:
-        """By the kernels, by torch and the truth, each result over the largest number of its truth."""
+        """By the kernels, by torch, and the truth."""
         given, dy = self._given(attempt), self._upstream(attempt)
         wide = {name: t.double() if t.is_floating_point() else t for name, t in given.items()}
-        truth = self._results(wide, dy.double(), "eager")
-        size = {name: t.abs().max() if t.numel() else t.new_ones(()) for name, t in truth.items()}
-        size = {name: torch.where((s > 0) & s.isfinite(), s, 1.0) for name, s in size.items()}
-        found = self._results(given, dy, "triton"), self._results(given, dy, "eager"), truth
-        for name in truth:
-            assert found[0][name].dtype == found[1][name].dtype and found[0][name].shape == truth[name].shape, name
-        return tuple({name: t.double() / size[name] for name, t in results.items()} for results in found)
+        kernels, by_torch = (self._results(given, dy, backend) for backend in ("triton", "eager"))
+        assert kernels.keys() == by_torch.keys()
+        for name, found in kernels.items():
+            assert found.dtype == by_torch[name].dtype and found.shape == by_torch[name].shape, name
+        return kernels, by_torch, self._results(wide, dy.double(), "eager")
 
     @property
     def _reads(self) -> int:
@@ -503,7 +513,11 @@ class FFNTrial:
                     given[f"{name} {i}"] = tensor.detach()
                 elif i == 0:
                     given[name] = tensor.detach()
-        given["x"] = given["x"].roll(attempt, -1) * (-1) ** attempt
+        if attempt:
+            length = given["x"].norm(dim=-1, keepdim=True)
+            drawn = normal(self.seed + 1000 * attempt, *given["x"].shape)
+            length = length * (1 + 0.1 * normal(self.seed + 1000 * attempt + 1, *length.shape).tanh())
+            given["x"] = (drawn / drawn.norm(dim=-1, keepdim=True) * length).to(self.dtype)
         if not self.gates_given:
             given["router"] = in_two_parts(given["router"], self.dtype)
             given["x"] = _without_near_ties(given["x"], given["router"], k)
@@ -567,7 +581,8 @@ def kinds(trial: Trial | RouterTrial | FFNTrial) -> set[tuple]:
     for name in ("config", "seed", "json", "kappa", "target_modules", *several):
         found.pop(name, None)
     pairs = [
-        ("activation", "dtype"), ("form", "inference"), ("form", "dtype"), ("kept", "inference"), ("activated", "base_dtype"), ("dtype", "dropout_p"), ("dtype", "masked"),
+        ("activation", "dtype"), ("form", "inference"), ("form", "dtype"), ("kept", "inference"),
+        ("activated", "base_dtype"), ("dtype", "dropout_p"), ("dtype", "masked"),
         ("dtype", "frozen"), ("geometry", "own_router"), ("share_a", "norm_topk_prob", "own_router"),
         ("num_experts_per_tok", "norm_topk_prob"),
     ]  # fmt: skip
