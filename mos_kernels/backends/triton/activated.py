@@ -97,12 +97,12 @@ def _load_planes(planes, row, m_t, o_e, T, E, SPLITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def coefficients_kernel(
-    planes, routed, kappa, share, weight, token_mask, through_dy, through_u, drouted, dkappa, T, scaling,
+    planes, routed, kappa, loads, weight, token_mask, through_dy, through_u, drouted, dkappa, T, scaling,
     out_limit, out_edge,
     E: tl.constexpr,
     BLOCK_T: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, ROUTE_SPLITS: tl.constexpr,
     ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, MAPPING: tl.constexpr, BACKWARD: tl.constexpr,
-    BALANCE: tl.constexpr, MASKED: tl.constexpr,
+    BALANCE: tl.constexpr, MASKED: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
     """through_dy = c; in backward through_u = 2 dq, drouted, and the output scale's share of dκ."""
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -129,7 +129,7 @@ def coefficients_kernel(
         if ROUTE_PARTS > 0:
             b_drouted = gates_backward(b_drouted, gates, logits, o_e, ALL_E, K, NORMALISE)
             if BALANCE:
-                b_drouted += balance_gradient(logits, share, weight, token_mask, o_t, m_t, o_e, E, MASKED)
+                b_drouted += balance_gradient(logits, loads, weight, token_mask, o_t, m_t, o_e, E, K, LOADS, MASKED)
         tl.store(drouted + flat, b_drouted, mask=m)
 
 
@@ -292,14 +292,14 @@ def _coefficients(planes, routed, own_router: bool, kappa, aux_weight, token_mas
 
     through_dy = empty()
     through_u, drouted, dkappa = (empty() for _ in range(3)) if kinds == 2 else (planes,) * 3
-    share, weight, mask, constants = balance(routed, aux_weight, token_mask, config)
+    loads, weight, mask, constants = balance(routed, aux_weight, token_mask, config)
     parts = route_parts(routed, own_router, config)
     settings, all_e = launch.settings("route", planes.device, T), triton.next_power_of_2(E)
     tile = 2048 if splits == 1 else 256  # each plane of q and t holds a tile in registers at once
     settings["BLOCK_T"] = min(settings["BLOCK_T"], max(tile // all_e, 1))
     launch.launch(
         coefficients_kernel, (triton.cdiv(T, settings["BLOCK_T"]),), planes,
-        (planes, routed, kappa, share, weight, mask, through_dy, through_u, drouted, dkappa, T, config.scaling,
+        (planes, routed, kappa, loads, weight, mask, through_dy, through_u, drouted, dkappa, T, config.scaling,
          *guard_back(config)),
         E=E, ALL_E=all_e, K=config.num_experts_per_tok, SPLITS=splits,
         ROUTE_SPLITS=routed.shape[0] if parts else 1, ROUTE_PARTS=parts, NORMALISE=config.norm_topk_prob,

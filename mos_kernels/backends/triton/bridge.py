@@ -9,6 +9,8 @@ padding.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,7 @@ from mos_kernels.backends.triton.route import (
     load_logits,
     top_k_gates,
 )
+from mos_kernels.config import MoSConfig
 
 
 @triton.jit
@@ -190,13 +193,13 @@ def _load_gates(
 
 @triton.jit(do_not_specialize=["T"])
 def bridge_backward_kernel(
-    dz, p, n, routed, kappa, gram, kappa_2, gram_2, share, weight, token_mask, added, dp, dn, drouted, dq_scale, dkappa,
+    dz, p, n, routed, kappa, gram, kappa_2, gram_2, loads, weight, token_mask, added, dp, dn, drouted, dq_scale, dkappa,
     T, scaling, in_limit, in_edge, out_limit, out_edge,
     E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr,
     ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr, MAPPING: tl.constexpr,
-    DZ_PLANES: tl.constexpr, BALANCE: tl.constexpr, MASKED: tl.constexpr, LINEARS: tl.constexpr, ADDED: tl.constexpr,
-    GATES_ONLY: tl.constexpr,
+    DZ_PLANES: tl.constexpr, BALANCE: tl.constexpr, MASKED: tl.constexpr, LOADS: tl.constexpr, LINEARS: tl.constexpr,
+    ADDED: tl.constexpr, GATES_ONLY: tl.constexpr,
 ):  # fmt: skip
     """dp, dn, drouted of a token; dq λ² and its share of dκ, which `bridge_reduce_kernel` sums over tokens.
 
@@ -270,17 +273,16 @@ def bridge_backward_kernel(
     if ROUTE_PARTS > 0 and not GATES_ONLY:
         b_drouted = gates_backward(dgates, gates, logits, o_all, ALL_E, K, NORMALISE)
         if BALANCE:
-            b_drouted += balance_gradient(logits, share, weight, token_mask, o_t, m_t, o_all, E, MASKED)
+            b_drouted += balance_gradient(logits, loads, weight, token_mask, o_t, m_t, o_all, E, K, LOADS, MASKED)
     tl.store(drouted + row[:, None] * E + o_all[None, :], b_drouted, mask=m_all)
 
 
-@triton.jit(do_not_specialize=["T"])
-def bridge_reduce_kernel(
-    p, dq_scale, dkappa, planes, T, E: tl.constexpr, r: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr, LINEARS: tl.constexpr,
+@triton.jit
+def _bridge_reduce_part(
+    p, dq_scale, dkappa, plane, T, i_e, i_s, E: tl.constexpr, r: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """planes[split, i, e] = (Σ_t dq λ² p pᵀ, Σ_t dκ) over the split's tokens, of linear i."""
-    i_e, i_s, i_l = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """plane = (Σ_t dq λ² p pᵀ, Σ_t dκ) of expert i_e over the split's tokens."""
     o_r = tl.arange(0, BLOCK_R)
     m_r = o_r[None, :] < r
     part = tl.cdiv(tl.cdiv(T, BLOCK_T), SPLITS) * BLOCK_T
@@ -288,16 +290,48 @@ def bridge_reduce_kernel(
     total_kappa = tl.zeros([BLOCK_T], tl.float32)
     for start in range(i_s * part, tl.minimum((i_s + 1) * part, T), BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T)
-        m_t, row = o_t < T, i_l.to(tl.int64) * T + o_t
-        by_expert = (i_l * E + i_e).to(tl.int64) * T + o_t
+        m_t, row = o_t < T, o_t.to(tl.int64)
+        by_expert = i_e.to(tl.int64) * T + row
         b_w = tl.load(dq_scale + by_expert, mask=m_t, other=0.0)
         total_kappa += tl.load(dkappa + by_expert, mask=m_t, other=0.0)
         base = row * r if SHARED else (row * E + i_e) * r
         b_p = tl.load(p + base[:, None] + o_r[None, :], mask=m_t[:, None] & m_r, other=0.0)
         total = dot(tl.trans(b_w[:, None] * b_p), b_p, total)
-    plane = planes + ((i_s * LINEARS + i_l) * E + i_e).to(tl.int64) * (r * r + 1)
     tl.store(plane + o_r[:, None] * r + o_r[None, :], total, mask=(o_r[:, None] < r) & m_r)
     tl.store(plane + r * r, tl.sum(total_kappa, 0))
+
+
+@triton.jit(do_not_specialize=["T"])
+def bridge_reduce_kernel(
+    p, dq_scale, dkappa, planes, T, E: tl.constexpr, r: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """planes[split, e] = (Σ_t dq λ² p pᵀ, Σ_t dκ) over the split's tokens."""
+    i_e, i_s = tl.program_id(0), tl.program_id(1)
+    plane = planes + (i_s * E + i_e).to(tl.int64) * (r * r + 1)
+    _bridge_reduce_part(p, dq_scale, dkappa, plane, T, i_e, i_s, E, r, BLOCK_T, BLOCK_R, SPLITS, SHARED)
+
+
+@triton.jit(do_not_specialize=["T"])
+def bridge_reduces_kernel(
+    p, dq_scale, dkappa, p_h, dq_scale_h, dkappa_h, planes, T, E: tl.constexpr, r: tl.constexpr, r_h: tl.constexpr,
+    READS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_R_H: tl.constexpr, SPLITS: tl.constexpr,
+    SHARED: tl.constexpr, SHARED_H: tl.constexpr,
+):  # fmt: skip
+    """`bridge_reduce_kernel` of the READS linears of an FFN that read its input, and of the one (h) after them."""
+    i_e, i_s, i_l = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    size: tl.constexpr = E * (r * r + 1)
+    plane = planes + i_s * (READS * size + E * (r_h * r_h + 1))
+    if i_l < READS:
+        before = T.to(tl.int64) * i_l
+        p += before * (r if SHARED else E * r)
+        plane += i_l * size + i_e * (r * r + 1)
+        _bridge_reduce_part(
+            p, dq_scale + before * E, dkappa + before * E, plane, T, i_e, i_s, E, r, BLOCK_T, BLOCK_R, SPLITS, SHARED
+        )
+    else:
+        plane += READS * size + i_e * (r_h * r_h + 1)
+        _bridge_reduce_part(p_h, dq_scale_h, dkappa_h, plane, T, i_e, i_s, E, r_h, BLOCK_T, BLOCK_R_H, SPLITS, SHARED_H)
 
 
 def tile_settings(config, T: int, device, kernel: str) -> dict:
@@ -347,6 +381,15 @@ def _bridge_launch(p, n, routed, own_router: bool, kappas, grams, dtype, config,
     return z, p_sum, n_sum
 
 
+class BridgeSums(NamedTuple):
+    """What a linear's backward has yet to sum over tokens, into M and dκ."""
+
+    p: Tensor  # planes of one, (1, T, R), or (2, 1, T, R) of two linears
+    dq_scale: Tensor  # (L, E, T)
+    dkappa: Tensor  # (L, E, T)
+    config: MoSConfig
+
+
 def bridge_backward_launch(
     dz: Tensor,
     p,
@@ -358,19 +401,23 @@ def bridge_backward_launch(
     aux_weight: Tensor | None,
     token_mask: Tensor | None,
     config,
-    gates_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """drouted (T, E), dκ (E,), dn (T,), dp (T, R) and M (E, r, r). dz in planes (S, T, E·r).
-
-    gates_only: drouted is the gradient of the gates, though logits made them.
-    """
-    drouted, dkappa, dn, dp, M = _bridge_backward_launch(
-        dz[None], p, n, routed, own_router, [kappa], [gram], aux_weight, token_mask, None, config, gates_only
+    """drouted (T, E), dκ (E,), dn (T,), dp (T, R) and M (E, r, r). dz in planes (S, T, E·r)."""
+    drouted, dn, dp, sums = bridge_backward_parts_launch(
+        dz[None], p, n, routed, own_router, [kappa], [gram], aux_weight, token_mask, config
     )
-    return drouted, dkappa[0], dn, dp.view(p.shape[1:]), M[0]
+    T, E, r = n.shape[1], config.num_experts, config.r
+    settings = _reduce_settings(p.device, T, r)
+    planes = torch.empty(settings["SPLITS"], E, r * r + 1, device=p.device, dtype=torch.float32)
+    launch.launch(
+        bridge_reduce_kernel, (E, settings["SPLITS"]), p, (p, sums.dq_scale, sums.dkappa, planes, T),
+        E=E, r=r, BLOCK_R=launch.block(r, 16, 128), SHARED=config.share_a, **settings,
+    )  # fmt: skip
+    reduced = launch.sum_planes(planes)
+    return drouted, reduced[:, r * r], dn, dp, reduced[:, : r * r].unflatten(1, (r, r))
 
 
-def bridge_backward_pair_launch(
+def bridge_backward_parts_launch(
     dz: Tensor,
     p,
     n,
@@ -380,21 +427,15 @@ def bridge_backward_pair_launch(
     grams,
     aux_weight: Tensor | None,
     token_mask: Tensor | None,
-    added: Tensor | None,
     config,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """drouted (T, E), dκ (L, E), dn (T,), dp (T, L·R) and M (L, E, r, r) of L linears that read one x, one or two.
+    added: Tensor | None = None,
+    gates_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, BridgeSums]:
+    """drouted (T, E), dn (T,) and dp (T, L·R) of L linears that read one x, one or two; M and dκ are to be summed.
 
-    dz (L, S, T, E·r); p (L, 1, T, …), or of one linear (1, T, …). added (T, E): gradients of the gates from elsewhere.
+    dz (L, S, T, E·r); p (2, 1, T, …) of two linears, or (1, T, …). added (T, E): gradients of the gates from elsewhere.
+    gates_only: drouted is the gradient of the gates, though logits made them.
     """
-    return _bridge_backward_launch(
-        dz, p, n, routed, own_router, kappas, grams, aux_weight, token_mask, added, config, False
-    )
-
-
-def _bridge_backward_launch(
-    dz, p, n, routed, own_router, kappas, grams, aux_weight, token_mask, added, config, gates_only: bool
-):
     T, E, r, device, linears = n.shape[1], config.num_experts, config.r, p.device, len(kappas)
 
     def empty(*shape):
@@ -402,23 +443,38 @@ def _bridge_backward_launch(
 
     dp, dn, drouted = empty(T, linears * (r if config.share_a else E * r)), empty(T), empty(T, E)
     dq_scale, dkappa = empty(linears, E, T), empty(linears, E, T)
-    share, weight, mask, constants = balance(routed, aux_weight, token_mask, config)
+    loads, weight, mask, constants = balance(routed, aux_weight, token_mask, config)
     tile = tile_settings(config, T, device, "bridge_backward")
     launch.launch(
         bridge_backward_kernel, (triton.cdiv(T, tile["BLOCK_T"]),), p,
-        (dz, p, n, routed, kappas[0], grams[0], kappas[-1], grams[-1], share, weight, mask,
+        (dz, p, n, routed, kappas[0], grams[0], kappas[-1], grams[-1], loads, weight, mask,
          p if added is None else added, dp, dn, drouted, dq_scale, dkappa, T, config.scaling, *guards(config)),
         E=E, r=r, ROUTE_PARTS=route_parts(routed, own_router, config), NORMALISE=config.norm_topk_prob,
         SHARED=config.share_a, MAPPING=mapping_code(config), DZ_PLANES=dz.shape[1], LINEARS=linears,
         ADDED=added is not None, GATES_ONLY=gates_only, **constants, **tile,
     )  # fmt: skip
+    return drouted, dn, dp, BridgeSums(p, dq_scale, dkappa, config)
+
+
+def _reduce_settings(device: torch.device, T: int, rank: int) -> dict:
     settings = launch.settings("bridge_reduce", device, T)
-    if r > 64:  # the accumulator alone would fill a thread's registers
+    if rank > 64:  # the accumulator alone would fill a thread's registers
         settings["num_warps"] = 8
-    planes = empty(settings["SPLITS"], linears, E, r * r + 1)
+    return settings
+
+
+def bridge_reduces_launch(reads: BridgeSums, last: BridgeSums) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """dκ (L, E) of the L linears of an FFN that read its input, dκ (E,) of the last, and M (E, r, r) of each."""
+    (linears, E, T), r, r_h = reads.dq_scale.shape, reads.config.r, last.config.r
+    settings, device = _reduce_settings(reads.p.device, T, max(r, r_h)), reads.p.device
+    of_reads, of_last = linears * E * (r * r + 1), E * (r_h * r_h + 1)
+    planes = torch.empty(settings["SPLITS"], of_reads + of_last, device=device, dtype=torch.float32)
     launch.launch(
-        bridge_reduce_kernel, (E, settings["SPLITS"], linears), p, (p, dq_scale, dkappa, planes, T),
-        E=E, r=r, BLOCK_R=launch.block(r, 16, 128), SHARED=config.share_a, LINEARS=linears, **settings,
+        bridge_reduces_kernel, (E, settings["SPLITS"], linears + 1), reads.p, (*reads[:3], *last[:3], planes, T),
+        E=E, r=r, r_h=r_h, READS=linears, BLOCK_R=launch.block(r, 16, 128), BLOCK_R_H=launch.block(r_h, 16, 128),
+        SHARED=reads.config.share_a, SHARED_H=last.config.share_a, **settings,
     )  # fmt: skip
-    reduced = launch.sum_planes(planes)
-    return drouted, reduced[..., r * r], dn, dp, reduced[..., : r * r].unflatten(2, (r, r))
+    reduced, reduced_h = launch.sum_planes(planes).split([of_reads, of_last])
+    reduced, reduced_h = reduced.view(linears, E, r * r + 1), reduced_h.view(E, r_h * r_h + 1)
+    Ms = [*reduced[..., : r * r].unflatten(2, (r, r)), reduced_h[:, : r_h * r_h].unflatten(1, (r_h, r_h))]
+    return reduced[..., r * r], reduced_h[:, r_h * r_h], Ms

@@ -17,10 +17,10 @@ from mos_kernels.backends.interface import Prepared
 from mos_kernels.backends.triton import MAX_RANK, route_bytes, rows, shares_launches
 from mos_kernels.backends.triton.activate import activate_backward_launch, activate_launch
 from mos_kernels.backends.triton.bridge import (
-    bridge_backward_launch,
-    bridge_backward_pair_launch,
+    bridge_backward_parts_launch,
     bridge_launch,
     bridge_pair_launch,
+    bridge_reduces_launch,
     bridge_sums_launch,
 )
 from mos_kernels.backends.triton.decode import bridge_expand_launch, bridge_expand_pair_launch
@@ -120,9 +120,9 @@ def ffn_backward(dy: Tensor, t: FFNTensors, saved: FFNSaved, plan: FFNPlan, need
     *grams, gram_h = saved.grams
 
     dz, dB_h = expand_backward_launch(dy, saved.z_h, wide[-1], needs.down.B)
-    (kappa,) = _kappas([down])
-    dgates, dkappa_h, dn, dp, M_h = bridge_backward_launch(
-        dz, saved.p_h, saved.n_h, routed, own_router, kappa, gram_h, None, None, plan.down_config, gates_only=True
+    dz, kappas = dz[None], _kappas([down])
+    dgates, dn, dp, sums_h = bridge_backward_parts_launch(
+        dz, saved.p_h, saved.n_h, routed, own_router, kappas, [gram_h], None, None, plan.down_config, gates_only=True
     )
     dh = dy @ down.weight
     d_outputs, dA_h = activate_backward_launch(dh, saved.outputs, down.A, dp, dn, plan, needs.down.A)
@@ -136,11 +136,12 @@ def ffn_backward(dy: Tensor, t: FFNTensors, saved: FFNSaved, plan: FFNPlan, need
         dz, dBs = dz[None], None if dB is None else dB[None]
     aux_weight = t.aux_weight if needs.router else None
     mask = None if t.token_mask is None or aux_weight is None else route_bytes(t.token_mask.reshape(-1))
-    drouted, dkappas, dn, dp, Ms = bridge_backward_pair_launch(
-        dz, saved.p, saved.n, routed, own_router, _kappas(t.reads), grams, aux_weight, mask, dgates, config
+    drouted, dn, dp, sums = bridge_backward_parts_launch(
+        dz, saved.p, saved.n, routed, own_router, _kappas(t.reads), grams, aux_weight, mask, config, dgates
     )
     del dz
-    d_Bs = _norm_gradients([*(dBs if needs_dB else [None] * m), dB_h], _Bs(t), [*Ms, M_h], needs)
+    dkappas, dkappa_h, Ms = bridge_reduces_launch(sums, sums_h)
+    d_Bs = _norm_gradients([*(dBs if needs_dB else [None] * m), dB_h], _Bs(t), Ms, needs)
 
     As, router = _stacks(t.reads), None if t.router is None or not own_router else t.router.contiguous()
     needs_dw = needs.router or any(linear.A for linear in needs.reads)

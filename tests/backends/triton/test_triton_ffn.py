@@ -74,8 +74,8 @@ NAMES = {
 }  # fmt: skip
 FORWARD = ["grams", "shrink", "bridge", "expand", "activate", "bridge", "expand"]
 BACKWARD = [
-    "expand_backward", "bridge_backward", "bridge_reduce", "activate_backward", "expand_backward",
-    "bridge_backward", "bridge_reduce", "norm_gradients", "shrink_backward",
+    "expand_backward", "bridge_backward", "activate_backward", "expand_backward", "load", "bridge_backward",
+    "bridge_reduces", "norm_gradients", "shrink_backward",
 ]  # fmt: skip
 GATED = ["shrink", "bridge_expand_pair", "activate", "bridge_expand"]
 PLAIN = ["shrink", "bridge_expand", "activate", "bridge_expand"]
@@ -102,6 +102,7 @@ def one_by_one(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return block(x)
 
 
+@pytest.mark.budget(10)  # for importing transformers
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize(("family", "names"), [(llama, GATED), (phi3, PLAIN), (gpt2, PLAIN)])
 def test_a_block_decodes_in_four_launches(launched, family, names, frozen):
@@ -168,9 +169,7 @@ def test_a_training_step_is_22_launches_beside_the_base_products(monkeypatch):
             if base is not None:
                 base.data = base.data.bfloat16()
     x = torch.zeros(200, D).bfloat16().requires_grad_()
-    monkeypatch.setattr(
-        launch, "launch", lambda kernel, grid, *_, **__: launches.append(grid) if 0 not in grid else None
-    )
+    monkeypatch.setattr(launch, "launch", lambda kernel, *_, **__: launches.append(kernel.fn.__name__))
     with _Computed() as computed:
         y = block(x)
         torch.autograd.grad(y, [x, *(p for p in block.parameters() if p.requires_grad)], y.detach())
