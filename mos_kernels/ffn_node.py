@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mos_kernels.backends import resolve_backend
 from mos_kernels.backends.interface import Prepared
@@ -184,7 +185,7 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") ->
     if not _fits_again(block, x, parts, form):
         return None
     backend = resolve_backend(backend, x)
-    down, *reads = (part.adapted(dtype, part.adapter._factors(x, None, backend)) for part in (parts.down, *parts.reads))
+    down, *reads = (part.adapted(dtype, factors) for part, factors in zip(*_factors(parts, x, backend), strict=True))
     gates = aux_weight = mask = None
     observers = [hook for hook in parts.router._forward_hooks.values() if isinstance(hook, Observer)]
     routers = {block.mos_router: 0, parts.router: len(observers)}
@@ -211,6 +212,35 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") ->
         prepared=(down[1], *(prepared for _, prepared in reads)),
     )  # fmt: skip
     return tensors, plan
+
+
+def _factors(parts: _Parts, x: Tensor, backend: str) -> tuple[list[_Part], list[Factors]]:
+    """The linears, the last of them first, and what a call wants of their parameters."""
+    linears = [parts.down, *parts.reads]
+    adapters = [part.adapter for part in linears]
+    if backend == "eager" or not torch.is_grad_enabled() or any(a.config.curvature_max_grad_norm for a in adapters):
+        return linears, [adapter._factors(x, None, backend) for adapter in adapters]
+    thetas, maps = [a.mos_curvature for a in adapters], [a.mos_curvature_map for a in adapters]
+    kappas = _Curvatures.apply(len(adapters), *thetas, *maps)
+    return linears, [Factors(kappa, a.mos_lora_A, None) for kappa, a in zip(kappas, adapters, strict=True)]
+
+
+class _Curvatures(torch.autograd.Function):
+    """κ = offset + gain·θ of several adapters in a launch each way. Their dκ is finite, so a gain of 0 leaves 0."""
+
+    @staticmethod
+    def forward(ctx, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        thetas, maps = tensors[:count], tensors[count:]
+        ctx.save_for_backward(*maps)
+        ctx.dtypes = [theta.dtype for theta in thetas]
+        offsets, gains = ([each[i] for each in maps] for i in range(2))
+        return tuple(torch._foreach_addcmul(offsets, gains, [theta.float() for theta in thetas]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        found = torch._foreach_mul([each[1] for each in ctx.saved_tensors], list(gradients))
+        return None, *(t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True)), *[None] * len(found)
 
 
 _fitted: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()

@@ -298,7 +298,7 @@ def _bridge_reduce_part(
         b_p = tl.load(p + base[:, None] + o_r[None, :], mask=m_t[:, None] & m_r, other=0.0)
         total = dot(tl.trans(b_w[:, None] * b_p), b_p, total)
     tl.store(plane + o_r[:, None] * r + o_r[None, :], total, mask=(o_r[:, None] < r) & m_r)
-    tl.store(plane + r * r, tl.sum(total_kappa, 0))
+    tl.store(plane + r * r, bounded(tl.sum(total_kappa, 0)))  # or the sum of the planes may be infinite
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -48,7 +48,7 @@ def saturate(squared_norm):
 
 @triton.jit
 def bounded(terms):
-    """A token's terms of dκ, held finite: at κ = 0 they grow as a squared norm, and two infinities would be a NaN."""
+    """Terms of dκ, held finite: at κ = 0 they grow as a squared norm, and two infinities would be a NaN."""
     return tl.minimum(tl.maximum(terms, -3.4e32, tl.PropagateNan.ALL), 3.4e32, tl.PropagateNan.ALL)
 
 

@@ -174,9 +174,10 @@ def test_a_training_step_is_22_launches_beside_the_base_products(monkeypatch):
         y = block(x)
         torch.autograd.grad(y, [x, *(p for p in block.parameters() if p.requires_grad)], y.detach())
     base = [name for name in computed.names if name in ("addmm_", "mm")]
-    ours = [name for name in computed.names if name not in base]
+    ours = [name for name in computed.names if name not in base and "empty" not in name]
+    assert ours == ["_foreach_addcmul", *["sum"] * 4, "_foreach_mul"]
     assert [name.removesuffix("_kernel") for name in launches] == [*FORWARD, "grams", *BACKWARD]
-    assert len(base) == 6 and len(launches) + len(ours) <= 22, (launches, computed.names)
+    assert len(base) == 6 and len(launches) + ours.count("sum") <= 22 and len(base) + len(launches) + len(ours) <= 32
 
 
 @pytest.mark.parametrize("count", [1, 17])
