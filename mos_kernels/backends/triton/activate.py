@@ -4,6 +4,9 @@
     dh = dh₀ + dp·A + 2 dn h    du = dh φ(g)    dg = dh u φ'(g)    dA = dpᵀ h
 
 h is rounded to the dtype that the last linear reads before p and n are taken. Backward forms it again.
+
+A step loads the tiles of the next one before it uses its own: those that Triton loads ahead by itself lie in shared
+memory, from where it computes φ once for each layout that reads h.
 """
 
 from __future__ import annotations
@@ -17,14 +20,13 @@ from torch import Tensor
 
 from mos_kernels.backends.triton import launch
 from mos_kernels.backends.triton.activations import CODES, activation
-from mos_kernels.backends.triton.numerics import cast, dot, saturate
+from mos_kernels.backends.triton.numerics import cast, dot, released, saturate
 from mos_kernels.call import FFNPlan
 
 
 @triton.jit
 def _load(t, row, columns, stride, mask):
-    """float32 [tokens, columns] of t."""
-    return tl.load(t + row[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(t + row[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -51,18 +53,26 @@ def activate_kernel(
     part = tl.cdiv(tl.cdiv(D, BLOCK_D), SPLITS) * BLOCK_D
     total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     norm = tl.zeros([BLOCK_T], tl.float32)
-    for start in range(i_s * part, tl.minimum((i_s + 1) * part, D), BLOCK_D):
-        o_d = start + tl.arange(0, BLOCK_D)
-        mask = m_t[:, None] & (o_d[None, :] < D)
-        wide, _ = activation(_load(g, row, o_d, stride_g, mask), ACTIVATION)
+    first, last = i_s * part, tl.minimum((i_s + 1) * part, D)
+    o_d = first + tl.arange(0, BLOCK_D)
+    mask = m_t[:, None] & (o_d[None, :] < D)
+    b_g = _load(g, row, o_d, stride_g, mask)
+    b_u = _load(u, row, o_d, stride_u, mask) if GATED else b_g
+    for start in range(first, last, BLOCK_D):
+        wide, _ = activation(b_g.to(tl.float32), ACTIVATION)
         if GATED:
-            wide *= _load(u, row, o_d, stride_u, mask)
+            wide *= b_u.to(tl.float32)
+        o_next = o_d + BLOCK_D
+        m_next = m_t[:, None] & (o_next[None, :] < D) & (start + BLOCK_D < last)
+        b_g = _load(g, row, o_next, stride_g, m_next)
+        b_u = _load(u, row, o_next, stride_u, m_next) if GATED else b_g
         b_h = cast(wide, dtype)
         wide = b_h.to(tl.float32)
         norm += tl.sum(wide * wide, 1)
         total = dot(b_h, tl.trans(_load_rows(A, o_c, o_d, D, R, dtype)), total)
         if i_c == 0:
             tl.store(h + row[:, None] * D + o_d[None, :], b_h, mask=mask)
+        o_d, mask = o_next, m_next
     plane = i_s.to(tl.int64) * T + row
     tl.store(p + plane[:, None] * R + o_c[None, :], total, mask=m_t[:, None] & (o_c[None, :] < R))
     if i_c == 0:
@@ -88,41 +98,51 @@ def activate_backward_kernel(
     total = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     if COLUMN_BLOCKS == 1:
         b_A = _load_rows(A, o_c, o_d, D, R, dtype)
-    for start in range(i_s * part, tl.minimum((i_s + 1) * part, T), BLOCK_T):
-        o_t = start + tl.arange(0, BLOCK_T)
-        m_t, row = o_t < T, o_t.to(tl.int64)
-        mask = m_t[:, None] & m_d[None, :]
-        phi, slope = activation(_load(g, row, o_d, stride_g, mask), ACTIVATION)
+    first, last = i_s * part, tl.minimum((i_s + 1) * part, T)
+    o_t = first + tl.arange(0, BLOCK_T)
+    m_t, row = o_t < last, o_t.to(tl.int64)
+    mask = m_t[:, None] & m_d[None, :]
+    b_g, b_dh = _load(g, row, o_d, stride_g, mask), _load(dh, row, o_d, stride_dh, mask)
+    b_u = _load(u, row, o_d, stride_u, mask) if GATED else b_g
+    b_dp, b_dn = _load_dp(dp, row, m_t, o_c, R), tl.load(dn + o_t, mask=m_t, other=0.0)
+    for _ in range(first, last, BLOCK_T):
+        o_next = o_t + BLOCK_T
+        m_next, row_next = o_next < last, o_next.to(tl.int64)
+        mask_next = m_next[:, None] & m_d[None, :]
+        phi, slope = activation(b_g.to(tl.float32), ACTIVATION)
         wide = phi
         if GATED:
-            b_u = _load(u, row, o_d, stride_u, mask)
-            wide, slope = phi * b_u, slope * b_u
-        b_h = cast(wide, dtype)
-        b_dp = _load_dp(dp, row, m_t, o_c, R, dtype)
+            wide, slope = phi * b_u.to(tl.float32), slope * b_u.to(tl.float32)
+        b_g = _load(g, row_next, o_d, stride_g, mask_next)
+        b_u = _load(u, row_next, o_d, stride_u, mask_next) if GATED else b_g
+        b_h, narrow = cast(wide, dtype), cast(b_dp, dtype)
         if NEEDS_DA:
-            total = dot(tl.trans(b_dp), b_h, total)
+            total = dot(tl.trans(narrow), b_h, total)
         if COLUMN_BLOCKS == 1 or i_c == 0:
-            b_dh = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+            through = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
             if COLUMN_BLOCKS == 1:
-                b_dh = dot(b_dp, b_A, b_dh)
+                through = dot(narrow, b_A, through)
             else:
                 for j in range(COLUMN_BLOCKS):
                     o_j = j * BLOCK_C + tl.arange(0, BLOCK_C)
-                    b_dh = dot(_load_dp(dp, row, m_t, o_j, R, dtype), _load_rows(A, o_j, o_d, D, R, dtype), b_dh)
-            b_dn = tl.load(dn + o_t, mask=m_t, other=0.0)
-            b_dh += _load(dh, row, o_d, stride_dh, mask) + (2.0 * b_dn)[:, None] * b_h.to(tl.float32)
-            tl.store(dg + row[:, None] * stride_dg + o_d[None, :], cast(b_dh * slope, dtype), mask=mask)
+                    narrow = cast(_load_dp(dp, row, m_t, o_j, R), dtype)
+                    through = dot(narrow, _load_rows(A, o_j, o_d, D, R, dtype), through)
+            whole = released(through) + b_dh.to(tl.float32) + (2.0 * b_dn)[:, None] * b_h.to(tl.float32)
+            tl.store(dg + row[:, None] * stride_dg + o_d[None, :], cast(whole * slope, dtype), mask=mask)
             if GATED:
-                tl.store(du + row[:, None] * stride_du + o_d[None, :], cast(b_dh * phi, dtype), mask=mask)
+                tl.store(du + row[:, None] * stride_du + o_d[None, :], cast(whole * phi, dtype), mask=mask)
+        b_dh = _load(dh, row_next, o_d, stride_dh, mask_next)
+        b_dp, b_dn = _load_dp(dp, row_next, m_next, o_c, R), tl.load(dn + o_next, mask=m_next, other=0.0)
+        o_t, m_t, row, mask = o_next, m_next, row_next, mask_next
     if NEEDS_DA:
         plane = i_s.to(tl.int64) * R + o_c
         tl.store(planes + plane[:, None] * D + o_d[None, :], total, mask=(o_c[:, None] < R) & m_d[None, :])
 
 
 @triton.jit
-def _load_dp(dp, row, m_t, columns, R: tl.constexpr, dtype: tl.constexpr):
+def _load_dp(dp, row, m_t, columns, R: tl.constexpr):
     mask = m_t[:, None] & (columns[None, :] < R)
-    return cast(tl.load(dp + row[:, None] * R + columns[None, :], mask=mask, other=0.0), dtype)
+    return tl.load(dp + row[:, None] * R + columns[None, :], mask=mask, other=0.0)
 
 
 def _halves(outputs: Sequence[Tensor], plan: FFNPlan) -> tuple[Tensor, Tensor]:
@@ -141,7 +161,9 @@ def activate_launch(outputs: Sequence[Tensor], A: Tensor, plan: FFNPlan) -> tupl
     (T, D), A, device = g.shape, A.flatten(0, -2).contiguous(), g.device
     R, wide = A.shape[0], g.dtype == torch.float32
     block_c = launch.block(R, 16, 64)
-    settings = launch.wide_settings("activate", device, T, g.dtype, BLOCK_D=32 if wide and block_c > 32 else 64)
+    settings = launch.wide_settings(
+        "activate", device, T, g.dtype, BLOCK_D=(32 if wide else 64) if block_c > 16 else 64 if wide else 256
+    )
     splits = settings["SPLITS"]
     h = torch.empty(T, D, device=device, dtype=g.dtype)
     p = torch.empty(splits, T, R, device=device, dtype=torch.float32)

@@ -41,6 +41,14 @@ def once(tile):
 
 
 @triton.jit
+def released(product):
+    """The product as it is. Triton gives the layout of a product to all that it meets: it would convert every tile that
+    was loaded, or compute what follows from them in both layouts. A sum ends that.
+    """
+    return tl.sum(tl.reshape(product, [product.shape[0], product.shape[1], 1]), 2)
+
+
+@triton.jit
 def saturate(squared_norm):
     """At most 1e30 (geometry.SATURATION), NaN kept."""
     return tl.minimum(squared_norm, 1e30, tl.PropagateNan.ALL)
