@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from mos_kernels import ops
-from mos_kernels.backends import load_backend, resolve_backend
-from mos_kernels.call import Adapted
-from mos_kernels.ffn import FFNForm, bound_form, why_not_one
+from mos_kernels.backends import resolve_backend
+from mos_kernels.ffn import bound_form, why_not_one
 from mos_kernels.ffn_node import as_one
-from mos_kernels.functional import mos_linear, mos_route
 from mos_kernels.layer import MoSAdapter, MoSLayer, MoSRouter, device_and_dtype
 
 
@@ -38,70 +38,35 @@ def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
         key = type(base), module.config.json, shape, module.in_features, x_dtype, device, bias, module.training
         if key not in seen:
             seen.add(key)
-            _run(module, base, x_dtype, device)
+            output = functools.partial(_output, base=base)
+            _run(module, output, module.in_features, x_dtype, device, x_dtype)
     if seen:
         _run_blocks(model, dtype)
     return len(seen)
 
 
 def _run_blocks(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Each distinct FFN block that is one operation, in training and in inference."""
-    from mos_kernels.backends.triton.launch import DECODE_TOKENS
-
+    """Each distinct FFN block that is one operation."""
     seen = set()
     for block in model.modules():
         form = bound_form(block)
         if form is None or why_not_one(block, form) is not None:
             continue
-        kinds = (repr(form), *map(repr, block.children()), *map(_kind, block.parameters()))
+        kinds = (form, block.training, *map(repr, block.children()), *map(_kind, block.parameters()))
         if kinds in seen:
             continue
         seen.add(kinds)
-        first = getattr(block, form.inputs[0])
-        base = getattr(first, "base_layer", first)
-        width = base.nx if hasattr(base, "nx") else base.in_features
+        reads = getattr(block, form.inputs[0])
+        base = getattr(reads, "base_layer", reads)
         device, base_dtype = device_and_dtype(base)
-        for tokens in (DECODE_TOKENS, DECODE_TOKENS + 1):
-            _run_block(block, form, torch.zeros(tokens, width, dtype=base_dtype, device=device), dtype or base_dtype)
+        width = base.nx if hasattr(base, "nx") else base.in_features
 
+        def run(twin: nn.Module, x: Tensor, form=form) -> Tensor | None:
+            one = as_one(twin, form, x)
+            return None if one is None else ops.ffn(*one)
 
-def _run_block(block: nn.Module, form: FFNForm, x: Tensor, dtype: torch.dtype) -> None:
-    adapters = [module for module in block.modules() if isinstance(module, MoSAdapter)]
-    kept = [adapter._frozen for adapter in adapters]
-    with torch.enable_grad():  # as in training, where nothing is kept
-        one = as_one(block, form, x)
-    for adapter, before in zip(adapters, kept, strict=True):
-        adapter._frozen = before
-    if one is None:  # its linears are called one by one
-        return
-    (tensors, plan), steps = one, load_backend("triton")
-    gates = tensors.gates
-    if dtype != x.dtype:  # under autocast the router is called by itself
-        gates = x.new_zeros(*x.shape[:-1], plan.config.num_experts, dtype=torch.float32)
-    plan = plan._replace(prepared=(None,) * (1 + len(tensors.reads)))
-
-    def leaf(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.detach().requires_grad_()
-
-    def linear(t: Adapted) -> Adapted:
-        wide = (None if base is None else base.detach().to(dtype) for base in t[:2])
-        return Adapted(*wide, *map(leaf, t[2:]))
-
-    given = tensors._replace(
-        x=leaf(x.to(dtype)), gates=leaf(gates), router=leaf(tensors.router if gates is None else None),
-        aux_weight=tensors.aux_weight if gates is None else None, token_mask=None,
-        down=linear(tensors.down), reads=tuple(map(linear, tensors.reads)),
-    )  # fmt: skip
-    mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-    for masked in (None,) if given.aux_weight is None else (None, mask):
-        ops.ffn(given._replace(token_mask=masked), plan._replace(differentiable=True)).sum().backward()
-    with torch.no_grad():
-        plan = plan._replace(differentiable=False)
-        ops.ffn(given, plan)
-        linears, configs = (given.down, *given.reads), (plan.down_config, *[plan.config] * len(given.reads))
-        prepared = tuple(steps.prepare(t.B, dtype, config) for t, config in zip(linears, configs, strict=True))
-        down, *reads = (t._replace(A=steps.operand(t.A, dtype)) for t in linears)
-        ops.ffn(given._replace(down=down, reads=tuple(reads)), plan._replace(prepared=prepared))
+        for x_dtype in {base_dtype, dtype or base_dtype}:
+            _run(block, run, width, x_dtype, device, dtype or base_dtype)
 
 
 def _kind(t: Tensor) -> tuple:
@@ -119,48 +84,51 @@ def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
         yield from ((adapter, module) for adapter in found if not adapter.config.is_lora)
 
 
-def _run(module: nn.Module, base: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def _run(module: nn.Module, output: Callable, width: int, x_dtype: torch.dtype, device, dtype: torch.dtype) -> None:
+    """Run twins of the module on x of x_dtype under autocast to dtype. output: of a twin on x, or None."""
     from mos_kernels.backends.triton.launch import DECODE_TOKENS
 
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    modes = [(False, True, False), (False, False, False)]  # training, with gradients, masked
+    if module.training:
+        modes = [(True, True, False), (True, True, True), *modes]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+    with torch.random.fork_rng(devices), autocast:
         for tokens in (DECODE_TOKENS, DECODE_TOKENS + 1):
-            for differentiable, masked in ((True, False), (True, True), (False, False)):
-                x = torch.zeros(tokens, module.in_features, dtype=dtype, device=device)
+            for training, differentiable, masked in modes:
+                x = torch.zeros(tokens, width, dtype=x_dtype, device=device, requires_grad=differentiable)
                 with torch.set_grad_enabled(differentiable):
-                    y = _forward(module, base, x, differentiable, masked)
-                if differentiable:
+                    y = output(_twin(module, training, masked), x)
+                if differentiable and y is not None:
                     y.sum().backward()
-                elif isinstance(module, MoSAdapter):  # what is kept of the parameters has the inputs' dtype
-                    with torch.no_grad():
-                        _forward(module, base, x, False, False, kept=True)
 
 
-def _forward(
-    module: nn.Module, base: nn.Module, x: Tensor, differentiable: bool, masked: bool, kept: bool = False
-) -> Tensor:
-    def stand_in(t: Tensor | None, needs_grad: bool = True) -> Tensor | None:
-        return None if t is None else t.detach().requires_grad_(differentiable and needs_grad)
+def _twin(module: nn.Module, training: bool, masked: bool) -> nn.Module:
+    """A copy that shares the module's values, and neither its gradients, its hooks nor what it keeps of them."""
+    twin, ours = copy.copy(module), isinstance(module, (MoSAdapter, MoSRouter))
+    parameters = {
+        name: None if p is None else p.detach().requires_grad_(name.startswith("mos_") or isinstance(module, MoSRouter))
+        for name, p in module._parameters.items()
+    }
+    vars(twin).update(training=training, _parameters=parameters, _forward_hooks={}, _forward_pre_hooks={})
+    if ours:
+        vars(twin).update(token_mask=_AllReal() if masked else None)
+    else:  # a block that is one operation, or what holds its adapters
+        vars(twin).update(_modules={n: _twin(child, training, masked) for n, child in module._modules.items()})
+    return twin
 
-    config, x = module.config, stand_in(x)
-    aux = module.mos_aux_weight if module.training and config.router_aux_loss_coef > 0 else None
-    mask = torch.ones(x.shape[0], dtype=torch.bool, device=x.device) if masked else None
-    if isinstance(module, MoSRouter):
-        weight, inference = stand_in(module.weight), not differentiable
-        return mos_route(x, weight, config=config, aux_weight=aux, token_mask=mask, inference=inference)
-    own = module.mos_router is not None
-    gates = None if own else stand_in(torch.zeros(x.shape[0], config.num_experts, device=x.device))
-    weight, bias, base_output = base._base(x)
-    weight = None if weight is None else stand_in(weight, False).to(x.dtype)
-    A, prepared = stand_in(module.mos_lora_A), None
-    if kept:
-        steps = load_backend(resolve_backend("auto", x))
-        y_dtype = x.dtype if base_output is None else base_output.dtype
-        A, prepared = steps.operand(A, x.dtype), steps.prepare(module.mos_lora_B, y_dtype, config)
-    return mos_linear(
-        x, weight, stand_in(bias, False), A, stand_in(module.mos_lora_B),
-        stand_in(module.curvature), config=config, prepared=prepared, base_output=base_output, gates=gates,
-        router=stand_in(module.mos_router), aux_weight=aux if own else None,
-        token_mask=mask if own else None,
-        dropout_p=config.lora_dropout if module.training else 0.0, inference=not differentiable,
-    )  # fmt: skip
+
+class _AllReal:
+    """A mask in which every token is real."""
+
+    def of(self, x: Tensor) -> Tensor:
+        return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+
+
+def _output(twin: nn.Module, x: Tensor, base: nn.Module) -> Tensor:
+    if isinstance(twin, MoSRouter):
+        return type(twin).forward(twin, x)  # not through a wrapper of accelerate's, which is bound to the module
+    gates = None
+    if twin.mos_router is None:
+        gates = torch.zeros(x.shape[0], twin.config.num_experts, device=x.device, requires_grad=x.requires_grad)
+    return twin._adapt(x, gates, "auto", *(None if t is None else t.detach() for t in base._base(x)))

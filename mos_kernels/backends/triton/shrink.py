@@ -120,7 +120,7 @@ def shrink_launch(
     block_c = launch.block(columns, 16, 64 if A_2 is None else 32)
     most = 256 if block_c <= 16 else 64
     if x.dtype == torch.float32 or seed is not None:
-        most = 64 if block_c <= 32 and A_2 is None else 32
+        most = 64 if block_c <= 32 and (A_2 is None or launch.bucket(T) == "decode") else 32
     settings = launch.wide_settings("shrink", device, T, x.dtype, BLOCK_D=most)
     splits = settings.pop("SPLITS")
     splits = splits if splits_allowed else 1
