@@ -530,5 +530,5 @@ def test_the_report_says_which_blocks_are_one_operation():
     model = nn.ModuleDict({"first": llama()[0], "second": llama(hidden_act="relu")[0]})
     report = apply_mos(model, MoSConfig(target_modules=list(GATED))).report()
     one, other = (next(line for line in report.splitlines() if name in line) for name in ("first", "second"))
-    assert "one operation with the eager backend" in one
+    assert "one operation" in one
     assert "linear by linear, since its activation is neither SiLU nor GELU" in other
