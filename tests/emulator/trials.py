@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from cases import DecodingTrial, RouterTrial, Trial
+from ffn_cases import ACTIVATIONS, FORMS, ActivateTrial
 
 from mos_kernels import MoSConfig
 
@@ -24,6 +25,7 @@ def few() -> Iterator:
     yield Trial(MoSConfig(share_a=False, r=4), (9,), 40, 48, FP32, seed=2, own_router=False)
     yield RouterTrial(MoSConfig(), (70,), 72, BF16, seed=3, masked=0.3)
     yield DecodingTrial(MoSConfig(), (5,), 72, 80, 96, BF16, seed=4)
+    yield ActivateTrial(67, 136, dtype=BF16)
 
 
 def defaults() -> Iterator:
@@ -35,6 +37,8 @@ def defaults() -> Iterator:
         yield RouterTrial(MoSConfig(), (9,), 40, dtype, seed=3, masked=0.3)
         yield DecodingTrial(MoSConfig(), (5,), 72, 80, 96, dtype, seed=4)
         yield DecodingTrial(MoSConfig(share_a=False), (33,), 37, 53, 41, dtype, seed=5)
+        for T, d in ((130, 160), (67, 53), (9, 520)):
+            yield ActivateTrial(T, d, dtype=dtype)
 
 
 def options() -> Iterator:
@@ -47,6 +51,8 @@ def options() -> Iterator:
             yield Trial(linear(share_a=False), tokens, 48, 64, dtype, seed=9)
             yield Trial(linear(mapping="exp_log"), tokens, 48, 64, dtype, seed=10)
             yield Trial(linear(domain="raw", norm_topk_prob=False), tokens, 48, 64, dtype, seed=11)
+            for form, activation in zip(FORMS, ACTIVATIONS[::-1], strict=True):
+                yield ActivateTrial(*tokens, 72, dtype=dtype, form=form, activation=activation)
 
 
 def dropout() -> Iterator:
@@ -72,6 +78,9 @@ def large() -> Iterator:
             yield Trial(linear(r=2, **many), (9,), 64, 80, dtype, seed=19)
             yield Trial(linear(activation="gelu", **many), (66,), 40, 48, dtype, seed=20)
             yield Trial(linear(share_a=False, r=3, mapping="exp_log", **many), (66,), 40, 48, dtype, seed=21)
+        for rows in ((33,), (8, 8), (64, 3)):
+            yield ActivateTrial(130, 72, rows, dtype)
+            yield ActivateTrial(9, 136, rows, dtype)
 
 
 def long() -> Iterator:
@@ -82,12 +91,14 @@ def long() -> Iterator:
         yield Trial(linear(activation="silu"), (300,), 300, 330, dtype, seed=24)
         yield DecodingTrial(MoSConfig(), (16,), 2100, 300, 900, dtype, seed=26)
         yield Trial(linear(r=64), (300,), 300, 300, dtype, seed=27)
+        for rows in ((8,), (64,)):
+            yield ActivateTrial(600, 700, rows, dtype)
 
 
 def drawn() -> Iterator:
     """The first seeds of `python -m tests.fuzz`."""
     for seed in range(16):
-        yield from (Trial.drawn(seed), RouterTrial.drawn(seed), DecodingTrial.drawn(seed))
+        yield from (Trial.drawn(seed), RouterTrial.drawn(seed), DecodingTrial.drawn(seed), ActivateTrial.drawn(seed))
 
 
 def mutated() -> Iterator:
