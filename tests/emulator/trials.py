@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from cases import FFNTrial, RouterTrial, Trial
+from ffn_cases import ACTIVATIONS, FORMS, ActivateTrial
 
 from mos_kernels import MoSConfig
 
@@ -38,6 +39,8 @@ def defaults() -> Iterator:
         yield FFNTrial(MoSConfig(), (17,), 37, 53, 41, dtype, seed=5)
         yield FFNTrial(MoSConfig(), (5,), 72, 80, 96, dtype, seed=4, inference=True)
         yield FFNTrial(MoSConfig(share_a=False), (33,), 37, 53, 41, dtype, seed=5, inference=True, kept=True)
+        for T, d in ((130, 160), (67, 53), (9, 520)):
+            yield ActivateTrial(T, d, dtype=dtype)
 
 
 def options() -> Iterator:
@@ -50,6 +53,8 @@ def options() -> Iterator:
             yield Trial(linear(share_a=False), tokens, 48, 64, dtype, seed=9)
             yield Trial(linear(mapping="exp_log"), tokens, 48, 64, dtype, seed=10)
             yield Trial(linear(domain="raw", norm_topk_prob=False), tokens, 48, 64, dtype, seed=11)
+            for form, activation in zip(FORMS, ACTIVATIONS[::-1], strict=True):
+                yield ActivateTrial(*tokens, 72, dtype=dtype, form=form, activation=activation)
         yield FFNTrial(MoSConfig(share_a=False, mapping="exp_log"), (67,), 40, 53, 48, dtype, seed=7, activation="gelu")
         down = (("r", 4), ("share_a", False))
         yield FFNTrial(MoSConfig(norm_topk_prob=False), (9,), 48, 64, 40, dtype, seed=8, form="fused", down=down)
@@ -83,6 +88,9 @@ def large() -> Iterator:
             yield Trial(linear(r=2, **many), (9,), 64, 80, dtype, seed=19)
             yield Trial(linear(activation="gelu", **many), (66,), 40, 48, dtype, seed=20)
             yield Trial(linear(share_a=False, r=3, mapping="exp_log", **many), (66,), 40, 48, dtype, seed=21)
+        for rows in ((33,), (8, 8), (64, 3)):
+            yield ActivateTrial(130, 72, rows, dtype)
+            yield ActivateTrial(9, 136, rows, dtype)
 
 
 def long() -> Iterator:
@@ -94,12 +102,14 @@ def long() -> Iterator:
         yield FFNTrial(MoSConfig(), (600,), 300, 520, 300, dtype, seed=26)
         yield FFNTrial(MoSConfig(), (16,), 2100, 600, 900, dtype, seed=26, inference=True)
         yield Trial(linear(r=64), (300,), 300, 300, dtype, seed=27)
+        for rows in ((8,), (64,)):
+            yield ActivateTrial(600, 700, rows, dtype)
 
 
 def drawn() -> Iterator:
     """The first seeds of `python -m tests.fuzz`."""
     for seed in range(16):
-        yield from (Trial.drawn(seed), RouterTrial.drawn(seed), FFNTrial.drawn(seed))
+        yield from (Trial.drawn(seed), RouterTrial.drawn(seed), FFNTrial.drawn(seed), ActivateTrial.drawn(seed))
 
 
 def mutated() -> Iterator:

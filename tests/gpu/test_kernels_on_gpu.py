@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from cases import DTYPES, FFNTrial, RouterTrial, Trial
+from ffn_cases import ActivateTrial
 from torch import nn
 
 import mos_kernels
@@ -52,6 +53,14 @@ def test_a_drawn_ffn(seed, device):
     if device == "cpu" and seed > 2:
         pytest.skip("rehearsal: the interpreter runs these seeds in tests/backends/triton")
     trial = FFNTrial.drawn(seed, device=device)
+    assert not trial.failures(), str(trial)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_drawn_call_between_the_linears_of_an_ffn(seed, device):
+    if device == "cpu" and seed > 2:
+        pytest.skip("rehearsal: the interpreter runs these seeds in tests/backends/triton")
+    trial = ActivateTrial.drawn(seed, device=device)
     assert not trial.failures(), str(trial)
 
 

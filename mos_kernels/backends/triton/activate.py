@@ -188,7 +188,8 @@ def activate_backward_launch(
     (T, D), A, device = g.shape, A.flatten(0, -2).contiguous(), g.device
     R, wide = A.shape[0], g.dtype == torch.float32
     block_c = launch.block(R, 16, 32 if wide else 64)
-    settings = launch.wide_settings("activate_backward", device, T, g.dtype, BLOCK_T=64, BLOCK_D=64)
+    most = 64 if wide or block_c > 16 else 128
+    settings = launch.wide_settings("activate_backward", device, T, g.dtype, BLOCK_T=most, BLOCK_D=most)
     splits, blocks = settings["SPLITS"], triton.cdiv(R, block_c)
     gradients = [torch.empty(output.shape, device=device, dtype=output.dtype) for output in outputs]
     dg, du = _halves(gradients, plan)

@@ -50,6 +50,8 @@ SEEDS = {
             "CHUNK_ROWS": 1024, "num_warps": 8, "num_stages": 4,
         },
     },
+    "activate": {"train": {"BLOCK_T": 64, "BLOCK_D": 64, "SPLITS": 4, "num_warps": 8, "num_stages": 2}},
+    "activate_backward": {"train": {"BLOCK_T": 16, "BLOCK_D": 128, "SPLITS": 16, "num_warps": 8, "num_stages": 1}},
 }  # fmt: skip
 """Settings that a count of bytes in flight, traffic from the L2 and programs a launch prefers, by kernel and bucket.
 

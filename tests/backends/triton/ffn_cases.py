@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from cases import DTYPES, compare, laid_out
@@ -38,8 +38,9 @@ class ActivateTrial:
     seed: int = 0
     scale: float = 1.0
     layout: str = "dense"
-    A_dtype: torch.dtype = field(default=torch.float32)
+    A_dtype: torch.dtype = torch.float32
     needs_A: bool = True
+    device: str = "cpu"
 
     @classmethod
     def drawn(cls, seed: int, **fixed) -> ActivateTrial:
@@ -60,7 +61,7 @@ class ActivateTrial:
         plan_, generator = plan(self.form, self.activation), torch.Generator().manual_seed(self.seed)
 
         def randn(*shape: int, dtype=torch.float32, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+            return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(self.device, dtype)
 
         width = 2 * self.d if plan_.fused else self.d
         outputs = [
