@@ -223,8 +223,8 @@ def test_ffn_kernels_without_spills(architecture, activation, dtype, rows, form,
 
 OF_AN_FFN = [
     {"dtype": torch.float32}, {"share_a": False}, {"r": 64, "experts": 2}, {"r": 128, "experts": 1},
-    {"r": 2, "experts": 64}, {"mapping": "exp_log"}, {"dtype": torch.float16, "norm_topk_prob": False}, {"form": "fused"},
-    {"form": "plain"},
+    {"r": 2, "experts": 64}, {"mapping": "exp_log"}, {"dtype": torch.float16, "norm_topk_prob": False},
+    {"form": "fused"}, {"form": "plain"},
 ]  # fmt: skip
 
 
