@@ -100,7 +100,7 @@ class _MoSFFN(torch.autograd.Function):
         given = FFNTensors.of(tensors)
         y, saved = load_ffn(plan.backend).ffn_forward(given, plan)
         ctx.save_for_backward(*given._replace(token_mask=None).flat, *saved.flat)
-        ctx.plan, ctx.token_mask, ctx.count = plan._replace(prepared=()), given.token_mask, len(tensors)
+        ctx.plan, ctx.token_mask, ctx.count = plan._replace(prepared=(), few=None), given.token_mask, len(tensors)
         return y
 
     @staticmethod
