@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +25,6 @@ from mos_kernels.call import Adapted, FFNPlan, FFNTensors, autocast_dtype, is_au
 from mos_kernels.functional import require_gates
 from mos_kernels.kept import (
     Factors,
-    Kept,
     are_unchanged,
     is_capturing,
     is_transformed,
