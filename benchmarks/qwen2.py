@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import mos_kernels
 from benchmarks import providers, swiglu
 from benchmarks.providers import FusedLoRA
-from mos_kernels import MoSConfig, MoSLinear, MoSRouter
+from mos_kernels import MoSConfig, MoSLinear, MoSRouter, ops
 from mos_kernels.backends import selected_backend
-from mos_kernels.ffn import FFNForm, ffn_forward
+from mos_kernels.ffn_node import FFNForm, as_one
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ FORM = FFNForm(LINEARS[:2], False, ("act_fn",), (), LINEARS[2], (), LINEARS)
 class FFN(nn.Module):
     """down(silu(gate(x)) · up(x)), as transformers' LlamaMLP; with a router, its gates go to all three linears.
 
-    as_one: with a router, as one operation where it can be, as in the blocks that apply_mos adapts. node: what computes
-    the block in another way than its linears one by one, from the block and x.
+    together: with a router, as one operation where it can be, as in the blocks that apply_mos adapts. node: what else
+    computes the block, from the block and x, than its linears one by one.
     """
 
     def __init__(self, hidden: int, intermediate: int):
@@ -64,16 +64,16 @@ class FFN(nn.Module):
         self.act_fn = nn.SiLU()
         self.mos_router: MoSRouter | None = None
         self.node: Callable[[FFN, Tensor], Tensor] | None = None
-        self.backend, self.as_one = "auto", True
+        self.backend, self.together = "auto", True
 
     def forward(self, x: Tensor) -> Tensor:
         if self.node is not None:
             return self.node(self, x)
         if self.mos_router is None:
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-        if self.as_one:
-            with chosen(self.backend):
-                return ffn_forward(self, FORM, x)
+        one = as_one(self, FORM, x, self.backend) if self.together else None
+        if one is not None:
+            return ops.ffn(*one)
         gates = self.mos_router(x, backend=self.backend)
         gate, up = (linear(x, gates, self.backend) for linear in (self.gate_proj, self.up_proj))
         return self.down_proj(self.act_fn(gate) * up, gates, self.backend)
@@ -206,7 +206,7 @@ def adapt(module: nn.Module, provider: str, config: MoSConfig) -> list[nn.Parame
         return []
     if provider in (providers.EAGER, providers.TRITON, *APART):
         for block in blocks:
-            block.as_one = provider not in APART
+            block.together = provider not in APART
         backend = "eager" if provider in (providers.EAGER, providers.EAGER_APART) else "triton"
         return _adapt_mos(blocks, backend, config)
     if provider in (providers.SWIGLU, providers.LIGER):

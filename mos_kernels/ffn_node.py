@@ -1,7 +1,7 @@
 """Which FFN blocks run as one operation, and what that is computed from.
 
-The adapted linears of a block are one operation where nothing has to see their own calls and the eager backend runs
-them; else they are called one by one, with the same numbers.
+The adapted linears of a block are one operation where nothing has to see their own calls; else they are called one by
+one, with the same numbers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from mos_kernels.backends import resolve_backend
@@ -142,7 +143,7 @@ class _Parts(NamedTuple):
 def why_not_one(block: nn.Module, form: FFNForm) -> str | None:
     """Why the block's linears are called one by one whatever the input, or None where they are one operation.
 
-    That is of the eager backend. Under torch.compile the linears stay, whose graph Inductor fuses.
+    Under torch.compile the linears stay, whose graph Inductor fuses.
     """
     parts = _parts(block, form)
     return parts if isinstance(parts, str) else None
@@ -182,15 +183,15 @@ def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
     return made
 
 
-def as_one(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNPlan] | None:
+def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") -> tuple[FFNTensors, FFNPlan] | None:
     """What one operation is computed from, or None where the linears are called one by one."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.dim() == 0 or x.is_meta:
         return None
-    again = _again(block, form, x)
+    again = _again(block, form, x, backend)
     if again is not None:
         return again
     parts = _parts(block, form)
-    if isinstance(parts, str) or is_transformed() or resolve_backend("auto", x) != "eager":
+    if isinstance(parts, str) or is_transformed():
         return None
     if any(getattr(block, name).training and getattr(getattr(block, name), "p", 0) > 0 for name in form.hidden):
         return None
@@ -199,7 +200,8 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNP
     dtype = autocast_dtype(x)
     if not _fits_again(block, x, parts, form):
         return None
-    down, *reads = (part.adapted(dtype, part.adapter._factors(x, None, "eager")) for part in (parts.down, *parts.reads))
+    backend = resolve_backend(backend, x)
+    down, *reads = (part.adapted(dtype, factors) for part, factors in zip(*_factors(parts, x, backend), strict=True))
     gates = aux_weight = mask = None
     observers = [hook for hook in parts.router._forward_hooks.values() if isinstance(hook, Observer)]
     routers = {block.mos_router: 0, parts.router: len(observers)}
@@ -220,7 +222,7 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNP
         down[0], tuple(linear for linear, _ in reads),
     )  # fmt: skip
     plan = FFNPlan(
-        parts.reads[0].adapter.config, parts.down.adapter.config, "eager", _phi_of(block, form),
+        parts.reads[0].adapter.config, parts.down.adapter.config, backend, _phi_of(block, form),
         gated=form.fused or len(reads) == 2, fused=form.fused,
         differentiable=torch.is_grad_enabled() or parts.training,
         prepared=(down[1], *(prepared for _, prepared in reads)),
@@ -248,7 +250,7 @@ class _Standing(NamedTuple):
 _standing: weakref.WeakKeyDictionary[nn.Module, _Standing] = weakref.WeakKeyDictionary()
 
 
-def _again(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNPlan] | None:
+def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FFNTensors, FFNPlan] | None:
     """`as_one`, looked up where nothing has changed of what it asks for; None where it has to be asked.
 
     A token of a small model waits for this: as little is looked at as will do.
@@ -257,7 +259,7 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNP
     if (
         before is None
         or before.hooks != RemovableHandle.next_id
-        or before.use != (x.dtype, x.device, x.shape[-1], resolve_backend("auto", x))
+        or before.use != (x.dtype, x.device, x.shape[-1], resolve_backend(backend, x))
         or is_autocast(x)
         or is_capturing(x)
     ):
@@ -350,6 +352,35 @@ def _called(block: nn.Module, form: FFNForm, parts: _Parts) -> dict[str, nn.Modu
     return called
 
 
+def _factors(parts: _Parts, x: Tensor, backend: str) -> tuple[list[_Part], list[Factors]]:
+    """The linears, the last of them first, and what a call wants of their parameters."""
+    linears = [parts.down, *parts.reads]
+    adapters = [part.adapter for part in linears]
+    if backend == "eager" or not torch.is_grad_enabled() or any(a.config.curvature_max_grad_norm for a in adapters):
+        return linears, [adapter._factors(x, None, backend) for adapter in adapters]
+    thetas, maps = [a.mos_curvature for a in adapters], [a.mos_curvature_map for a in adapters]
+    kappas = _Curvatures.apply(len(adapters), *thetas, *maps)
+    return linears, [Factors(kappa, a.mos_lora_A, None) for kappa, a in zip(kappas, adapters, strict=True)]
+
+
+class _Curvatures(torch.autograd.Function):
+    """κ = offset + gain·θ of several adapters in a launch each way. Their dκ is finite, so a gain of 0 leaves 0."""
+
+    @staticmethod
+    def forward(ctx, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        thetas, maps = tensors[:count], tensors[count:]
+        ctx.save_for_backward(*maps)
+        ctx.dtypes = [theta.dtype for theta in thetas]
+        offsets, gains = ([each[i] for each in maps] for i in range(2))
+        return tuple(torch._foreach_addcmul(offsets, gains, [theta.float() for theta in thetas]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        found = torch._foreach_mul([each[1] for each in ctx.saved_tensors], list(gradients))
+        return None, *(t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True)), *[None] * len(found)
+
+
 _fitted: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
 """What the latest call of a block was found to fit: a token costs less where it is the same again. Keeps none alive."""
 
@@ -420,7 +451,8 @@ def routing_of(module: MoSAdapter | MoSRouter) -> tuple[int, int, bool]:
     return config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
 
 
-_PHI = {"SiLU": "silu", "SiLUActivation": "silu", "GELU": "gelu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh"}
+_PHI = {"SiLU": "silu", "SiLUActivation": "silu", "GELU": "gelu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
+        "NewGELUActivation": "gelu_tanh"}  # fmt: skip
 """torch's and transformers' classes, by name: transformers need not be there."""
 
 
