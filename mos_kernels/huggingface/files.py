@@ -197,7 +197,7 @@ def require_fit(
     folder: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], whole: dict[str, Tensor]
 ) -> None:
     """ValueError unless a file's tensors are an adapter's, of these shapes, and those that are saved whole; finite."""
-    _require_shapes(folder, tensors, shapes | {name: whole_shape(tensor) for name, tensor in whole.items()})
+    require_shapes(folder, tensors, shapes | {name: whole_shape(tensor) for name, tensor in whole.items()})
     require_finite(folder, tensors, _require_floating(folder, tensors, whole))
 
 
@@ -303,7 +303,8 @@ def _require_equal(applied: MoSConfig, loaded: MoSConfig) -> None:
         )
 
 
-def _require_shapes(folder: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+def require_shapes(where, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """ValueError unless these are the tensors that there should be, of these shapes."""
     missing = [name for name in shapes if name not in tensors]
     unexpected = [name for name in tensors if name not in shapes]
     reshaped = [
@@ -318,7 +319,7 @@ def _require_shapes(folder: Path, tensors: dict[str, Tensor], shapes: dict[str, 
     ]
     if problems:
         raise ValueError(
-            f"{folder} holds an adapter of another architecture than this model's; tensors: {'; '.join(problems)}. "
+            f"{where} holds an adapter of another architecture than this model's; tensors: {'; '.join(problems)}. "
             "Load the base model that it was trained on"
         )
 
