@@ -24,10 +24,10 @@ import mos_kernels
 from mos_kernels.config import MoSConfig, listed
 from mos_kernels.huggingface.apply import install, remove_mos
 from mos_kernels.huggingface.modules import adapter_parameters, refuse_parallel, unwrap
-from mos_kernels.huggingface.plan import PlannedLinear, adapter_shapes, make_plan, parameter_shapes
+from mos_kernels.huggingface.plan import PlannedLinear, adapter_shapes, make_plan
 from mos_kernels.huggingface.state import adapter_state, tensors_of
 from mos_kernels.huggingface.targets import refuse_peft
-from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, offload_hook
+from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, offload_hook, parameter_shapes
 from mos_kernels.sharded import gathered, refuse_zero3, spread_like, whole_shape, write_once
 
 try:
