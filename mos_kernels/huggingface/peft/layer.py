@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
+from mos_kernels.ffn_node import is_called_plainly
 from mos_kernels.huggingface.targets import in_features, layer_kind, out_features
 from mos_kernels.layer import MoSAdapter, MoSRouter, MoSWrapped, adapter_tensors, device_and_dtype
 
@@ -163,11 +164,7 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
     def _base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """weight and bias of a dense base, or the output on x of any other."""
         linear = self.base_layer
-        if layer_kind(linear) is MoSWrapped or linear._forward_hooks or linear._forward_pre_hooks:
-            return None, None, linear(x)
-        if linear._backward_hooks or linear._backward_pre_hooks:
-            return None, None, linear(x)
-        if "forward" in vars(linear):  # accelerate's hook stands there
+        if layer_kind(linear) is MoSWrapped or not is_called_plainly(linear):
             return None, None, linear(x)
         return (linear.weight.t() if isinstance(linear, Conv1D) else linear.weight), linear.bias, None
 
