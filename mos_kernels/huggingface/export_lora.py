@@ -29,7 +29,13 @@ from transformers.pytorch_utils import Conv1D
 import mos_kernels
 from mos_kernels.functional import mos_linear, mos_route
 from mos_kernels.huggingface import files
-from mos_kernels.huggingface.modules import active_names, adapter_parameters, mos_adapters, unwrap
+from mos_kernels.huggingface.modules import (
+    active_names,
+    adapter_parameters,
+    forward_through,
+    mos_adapters,
+    unwrap,
+)
 from mos_kernels.huggingface.state import adapter_state, tensors_of
 from mos_kernels.huggingface.targets import HEADS, refuse_offloaded
 from mos_kernels.layer import MoSAdapter, MoSConv1D, MoSLayer, evaluating
@@ -153,7 +159,11 @@ def export_lora(
     total = sum(parameter.numel() for parameter in own.values())
     rank = max(round(total / wide), 1) if rank is None else rank
 
-    with evaluating(outer), torch.no_grad(), torch.compiler.set_stance("force_eager"), _intercepted(linears):
+    with contextlib.ExitStack() as stack:
+        for context in (evaluating(outer), torch.no_grad(), torch.compiler.set_stance("force_eager")):
+            stack.enter_context(context)
+        for linear in linears:
+            stack.enter_context(forward_through(linear.layer, linear.forward))
         order = _order(outer, linears, calibration_batches)
         step = max(math.ceil(len(order) / PASSES), 1) if at_once is None else at_once
         passes = range(0, len(order), step)
@@ -365,30 +375,6 @@ def _linears(model: nn.Module) -> list[_Linear]:
         )
     refuse_zero3(adapter_parameters(model).values())
     return found
-
-
-@contextlib.contextmanager
-def _intercepted(linears: list[_Linear]) -> Iterator[None]:
-    """Let every forward of these layers go through its `_Linear`."""
-    places = []
-    for linear in linears:
-        layer = linear.layer
-        attribute = "_old_forward" if "_old_forward" in vars(layer) else "forward"  # accelerate's wrapper calls that
-        places.append((layer, attribute, vars(layer).get(attribute)))
-        original = getattr(layer, attribute)
-
-        def forward(x, gates=None, backend="auto", linear=linear, original=original):
-            return linear.forward(original, x, gates, backend)
-
-        setattr(layer, attribute, forward)
-    try:
-        yield
-    finally:
-        for layer, attribute, before in places:
-            if before is None:
-                delattr(layer, attribute)
-            else:
-                setattr(layer, attribute, before)
 
 
 # passes over the data

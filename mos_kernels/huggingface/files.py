@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -233,11 +233,7 @@ def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
     if values.get("peft_type") != PEFT_TYPE:
         found = values.get("peft_type")
         raise ValueError(f"{path} has peft_type {found!r}, not {PEFT_TYPE!r}: it is no MoS adapter; load it with peft")
-    # a peft option that is off asks for nothing; any other unknown one would be dropped silently
-    known = _MOS_FIELDS.union(_OTHER_FIELDS.split())
-    unknown = {
-        name: value for name, value in values.items() if name not in known and value not in (None, False, [], {})
-    }
+    unknown = unknown_options(values, _MOS_FIELDS.union(_OTHER_FIELDS.split()))
     try:
         config = MoSConfig.from_dict({**unknown, **{k: v for k, v in values.items() if k in _MOS_FIELDS}})
     except (ValueError, TypeError, OverflowError) as error:
@@ -246,6 +242,11 @@ def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
         raise ValueError(f"{path}: modules_to_save={modules!r} must be a list of module names")
     return config, modules
+
+
+def unknown_options(values: Mapping, known: Container[str]) -> dict:
+    """The options of a file that would be dropped silently. One of peft's that is off asks for nothing."""
+    return {name: v for name, v in values.items() if name not in known and v not in (None, False, [], {})}
 
 
 def read_json(path: Path) -> dict:
