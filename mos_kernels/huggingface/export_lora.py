@@ -37,7 +37,7 @@ from mos_kernels.huggingface.modules import (
     unwrap,
 )
 from mos_kernels.huggingface.state import adapter_state, tensors_of
-from mos_kernels.huggingface.targets import HEADS, refuse_offloaded
+from mos_kernels.huggingface.targets import classifier_heads, refuse_offloaded
 from mos_kernels.layer import MoSAdapter, MoSConv1D, MoSLayer, evaluating
 from mos_kernels.sharded import gathered, refuse_sharded, refuse_zero3
 
@@ -481,15 +481,12 @@ def _compare(model: nn.Module, linears: list[_Linear], batches, report: ExportRe
             sums += torch.tensor([float(value) for value in found], dtype=torch.float64)
     report.linears.update({linear.name: linear.error for linear in linears})
     if positions:
-        report.positions, report.kl, report.agreement = (
-            positions,
-            float(sums[0]) / positions,
-            float(sums[1]) / positions,
-        )
+        report.positions = positions
+        report.kl, report.agreement = (sums[:2] / positions).tolist()
     if weight:
         report.loss = losses[0] / weight, losses[1] / weight
     if classes:
-        report.accuracy = float(sums[2]) / classes, float(sums[3]) / classes
+        report.accuracy = tuple((sums[2:] / classes).tolist())
 
 
 def _logits(output) -> Tensor | None:
@@ -535,8 +532,8 @@ def _modules_saved_whole(outer: nn.Module, inner: nn.Module) -> tuple[list[str],
         state = adapter_state(inner)
         modules = [] if state is None else state.modules_to_save()
         tensors = tensors_of(inner, [*modules, *files.named_by_ending(inner, modules)])
-    for head in HEADS if _task_type(files.class_of(inner)) in WITH_HEAD else ():
-        if head in inner._modules and not any(name.startswith(f"{head}.") for name in tensors):
+    for head in classifier_heads(inner) if _task_type(files.class_of(inner)) in WITH_HEAD else ():
+        if not any(name.startswith(f"{head}.") for name in tensors):
             modules.append(head)
             tensors |= tensors_of(inner, [head])
     present = [name for name in modules if any(f".{name}." in f".{tensor}" for tensor in tensors)]
