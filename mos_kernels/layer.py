@@ -211,7 +211,7 @@ class MoSAdapter(Float32State):
         """
         if getattr(self, "_is_fsdp_managed_module", False):  # it fills one tensor again and again, at one version
             return None
-        tensors = (self.mos_curvature, self.mos_curvature_map, self.mos_lora_A, self.mos_lora_B)
+        tensors = self._kept_from()
         use, kept = Use(backend, x_dtype, y_dtype, self.config), self._frozen
         if kept is not None and kept.is_valid(tensors, use) and not frozen:
             return kept if kept.frozen or not capturing else None
@@ -226,6 +226,18 @@ class MoSAdapter(Float32State):
 
         self._frozen = Kept.make(tensors, use, form, frozen)
         return self._frozen
+
+    def _kept_from(self) -> tuple[Tensor, ...]:
+        """The tensors that what is kept follows from."""
+        own: Any = self._parameters
+        buffers: Any = self._buffers
+        if "mos_lora_B" not in own:  # of a data-parallel replica
+            return self.mos_curvature, self.mos_curvature_map, self.mos_lora_A, self.mos_lora_B
+        return own["mos_curvature"], buffers["mos_curvature_map"], own["mos_lora_A"], own["mos_lora_B"]
+
+    def _is_kept(self, kept: Kept) -> bool:
+        """Whether this is what is kept, and valid for the use that it was made for."""
+        return self._frozen is kept and self.config is kept.use.config and kept.is_valid(self._kept_from(), kept.use)
 
     def routing_logits(self, x: Tensor) -> Tensor:
         """The logits (..., E) of the layer's own router on x (..., d_in), detached from the graph."""
@@ -544,6 +556,12 @@ class _Curvature(torch.autograd.Function):
             norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
             gradient = gradient * (ctx.bound / norm.clamp(min=ctx.bound)).to(gradient.dtype)
         return gradient.to(ctx.dtype), None, None
+
+
+def parameter_of(module: nn.Module, name: str) -> Any:
+    """The module's parameter, or what stands in its place; looked up faster than by nn.Module's `__getattr__`."""
+    found = module._parameters
+    return found[name] if name in found else getattr(module, name)
 
 
 def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -83,7 +83,7 @@ class Plan:
 
         for block in self.blocks:
             why = why_not_one(block.block, block.form)
-            how = "one operation with the eager backend" if why is None else f"linear by linear, since {why}"
+            how = "one operation" if why is None else f"linear by linear, since {why}"
             text = f"one router{of(block.config)} per block, for {', '.join(block.form.routed)}; {how}"
             groups[text].append(block.name or "(the model)")
         for linear in self.linears:
