@@ -282,7 +282,7 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
     adapted = []
     for adapter, base, w, b, kept, is_conv1d, shape in before.linears:
         adapter, own, w, b = adapter(), base()._parameters, w(), b()
-        if adapter._frozen is not kept or own.get("weight") is not w or own.get("bias") is not b:
+        if adapter._frozen is not kept or w is None or own.get("weight") is not w or own.get("bias") is not b:
             return None
         if w.dtype != x.dtype or w.shape != shape or w.device != x.device:  # assigned through .data
             return None
