@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mos_kernels.backends.triton import launch
-from mos_kernels.backends.triton.numerics import cast, dot, keep, saturate
+from mos_kernels.backends.triton.numerics import cast, dot, keep, saturate, settled
 
 LOW_SCALE = tl.constexpr(2048.0)  # float16 would lose the low part of a small weight to its subnormals
 
@@ -204,7 +204,7 @@ def _stacked_gradients(dp, dlogits, row, m_t, columns, R: tl.constexpr, E: tl.co
         o_e = columns - R
         mask = m_t[:, None] & (o_e[None, :] >= 0) & (o_e[None, :] < E)
         total += tl.load(dlogits + row[:, None] * E + o_e[None, :], mask=mask, other=0.0)
-    return cast(total, dtype)
+    return settled(cast(total, dtype))
 
 
 @triton.jit
