@@ -189,7 +189,9 @@ def activate_backward_launch(
     R, wide = A.shape[0], g.dtype == torch.float32
     block_c = launch.block(R, 16, 32 if wide else 64)
     most = 64 if wide or block_c > 16 else 128
-    settings = launch.wide_settings("activate_backward", device, T, g.dtype, BLOCK_T=most, BLOCK_D=most)
+    settings = launch.wide_settings(
+        "activate_backward", device, T, g.dtype, BLOCK_T=most, BLOCK_D=32 if R > block_c else most
+    )
     splits, blocks = settings["SPLITS"], triton.cdiv(R, block_c)
     gradients = [torch.empty(output.shape, device=device, dtype=output.dtype) for output in outputs]
     dg, du = _halves(gradients, plan)
