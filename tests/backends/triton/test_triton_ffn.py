@@ -9,7 +9,7 @@ import torch
 from cases import FFNTrial, everyday_seeds, kinds
 from everyday import full_but
 from strategies import normal
-from test_ffn import FAMILIES, OneByOne, results
+from test_ffn import FAMILIES, OneByOne, assert_little_is_saved, results
 from test_ffn import adapted as any_block
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -282,6 +282,13 @@ def test_a_graph_that_is_kept_and_two_forwards_before_a_backward(triton):
         found = {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
         assert torch.equal(x.grad, expected["x"]) and all(torch.equal(t, expected[name]) for name, t in found.items())
     other.sum().backward()
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_saved_for_backward(triton, monkeypatch, dtype):
+    monkeypatch.setattr(launch, "launch", lambda *_, **__: None)
+    assert_little_is_saved(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
