@@ -256,8 +256,6 @@ def shrink_backward_launch(
         settings["num_stages"] = min(settings["num_stages"], 2)
     if block_c > 32:  # Triton 3.6 refills a stage's x while the second half of dW's product, as it cuts it, still reads
         settings["num_stages"] = 1
-    if A_2 is not None and block_c > 32:  # or registers spill on sm_80
-        settings["num_warps"] = 8
     splits = settings.pop("SPLITS")
     blocks = triton.cdiv(R + E, block_c)
     dx = torch.empty(T, D, device=device, dtype=x.dtype) if needs_dx else None
