@@ -3,7 +3,8 @@
 An access is an interval of its warp's instructions: one instruction, or from the start of a cp.async or wgmma to the
 wait that covers it. Two accesses are ordered if one's interval ends before the other's begins: for one warp in
 instructions, for two warps of a program in barriers passed. Two programs are never ordered. A race is two accesses of
-one byte that are not ordered, at least one of them a write, unless both are plain stores of one value.
+one byte that are not ordered, at least one of them a write, unless both are plain stores of one value. Of the lanes of
+a warp, one that reads a byte of shared memory wrote it itself, or passed a barrier since another did.
 """
 
 from __future__ import annotations
@@ -53,15 +54,16 @@ class Access:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Pairs of instructions (the lesser first) that race in memory; those that touch a register of a product in flight;
-    and those of a store and a wgmma with no proxy fence between them."""
+    """Pairs of instructions (the lesser first) that race in memory; those of two lanes of a warp; those that touch a
+    register of a product in flight; and those of a store and a wgmma with no proxy fence between them."""
 
     races: frozenset[tuple[int, int]]
+    lanes: frozenset[tuple[int, int]]
     registers: frozenset[tuple[int, int]]
     unfenced: frozenset[tuple[int, int]]
 
     def __bool__(self) -> bool:
-        return bool(self.races or self.registers or self.unfenced)
+        return bool(self.races or self.lanes or self.registers or self.unfenced)
 
 
 def judge(result: Result) -> Verdict:
@@ -70,6 +72,8 @@ def judge(result: Result) -> Verdict:
     ends = events[np.isin(events["kind"], (COPY_OVER, PRODUCT_OVER))]
     over = {int(e["ticket"]): (int(e["epoch"]), int(e["position"])) for e in ends}
     memory = events[np.isin(events["kind"], SHARED + GLOBAL)]
+    unit = int(np.gcd(np.gcd.reduce(memory["address"]), np.gcd.reduce(memory["bytes"]).astype(np.uint64))) or 1
+    # bytes that every access takes together
     accesses: list[Access] = []
     of_byte: dict[tuple, dict[int, list[bytes]]] = defaultdict(lambda: defaultdict(list))
     numbers: dict[tuple, int] = {}
@@ -82,8 +86,8 @@ def judge(result: Result) -> Verdict:
             accesses.append(Access(cta, warp, pc, kind, (epoch, position), end))
         space = None if kind in GLOBAL else cta
         value = bytes(value)
-        for i in range(size):
-            of_byte[space, address + i][numbers[key]].append(value[i : i + 1])
+        for i in range(0, size, unit):
+            of_byte[space, address + i][numbers[key]].append(value[i : i + unit])
     alike: dict[tuple[int, ...], list[dict[int, list[bytes]]]] = defaultdict(list)  # bytes that the same accesses touch
     for found in of_byte.values():
         if len(found) > 1:
@@ -99,7 +103,9 @@ def judge(result: Result) -> Verdict:
             if not stores or any(set(found[i]) != set(found[j]) for found in of_bytes):
                 races.add((min(a.pc, b.pc), max(a.pc, b.pc)))
         unfenced |= _unfenced([accesses[i] for i in numbers_of_byte], fences)
-    return Verdict(frozenset(races), frozenset(_registers(result, over)), frozenset(unfenced))
+    return Verdict(
+        frozenset(races), frozenset(_lanes(result)), frozenset(_registers(result, over)), frozenset(unfenced)
+    )
 
 
 def _conflict(a: Access, b: Access) -> bool:
@@ -127,6 +133,40 @@ def _unfenced(accesses: list[Access], fences: dict[int, list[Access]]) -> set[tu
         if not any(last.before(f) and f.before(product) for f in between):
             found.add((min(last.pc, product.pc), max(last.pc, product.pc)))
     return found
+
+
+def _lanes(result: Result) -> set[tuple[int, int]]:
+    """Stores to shared memory, and reads of the same bytes by other lanes of the warp, with no barrier between."""
+    events, operation = result.events, result.program.code["op"]
+    executed = events[events["kind"] == EXECUTED]
+    barriers = executed[np.isin(operation[executed["pc"]], (CODE["BARRIER"], CODE["WARP_BARRIER"]))]
+    found: set[tuple[int, int]] = set()
+    plain = events[np.isin(events["kind"], (READ_SHARED, WRITE_SHARED))]
+    for cta, warp in np.unique(plain[["cta", "warp"]]).tolist():
+        of_warp = plain[(plain["cta"] == cta) & (plain["warp"] == warp)]
+        passed = np.sort(barriers["position"][(barriers["cta"] == cta) & (barriers["warp"] == warp)])
+        lane = np.where(np.isin(operation[of_warp["pc"]], (CODE["LDMATRIX"], CODE["STMATRIX"])), 32, of_warp["lane"])
+        each = np.repeat(np.arange(len(of_warp)), of_warp["bytes"])  # bytes of shared memory, of which event
+        byte = of_warp["address"].astype(np.int64)[each] + _counted(of_warp["bytes"])
+        position = of_warp["position"].astype(np.int64)[each]
+        order = np.lexsort((position, byte))
+        each, byte, position = each[order], byte[order], position[order]
+        writes = of_warp["kind"][each] == WRITE_SHARED
+        last = np.maximum.accumulate(
+            np.where(writes, np.arange(len(each)), -1)
+        )  # write before, of this byte or another
+        read = np.flatnonzero(~writes & (last >= 0) & (byte[last] == byte))
+        read = read[np.searchsorted(passed, position[read]) == np.searchsorted(passed, position[last[read]])]
+        written = byte << 40 | position << 6  # of 18, 34 and 6 bits
+        own = np.isin(written[last[read]] | lane[each[read]], written[writes] | lane[each[writes]])
+        pairs = np.stack([of_warp["pc"][each[read]], of_warp["pc"][each[last[read]]]])[:, ~own]
+        found |= {(min(a, b), max(a, b)) for a, b in np.unique(pairs, axis=1).T.tolist()}
+    return found
+
+
+def _counted(sizes: np.ndarray) -> np.ndarray:
+    """0, 1, … for each size in turn."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def _registers(result: Result, over: dict[int, tuple[int, int]]) -> set[tuple[int, int]]:

@@ -62,7 +62,7 @@ def test_planted_races_are_found(name, schedule):
     body, mending, what = PLANTED[name]
     found, judged = planted(body.format(""), schedule)
     assert what in found
-    assert judged or "lanes" in what  # the judge takes a warp's instruction as one
+    assert judged
     assert planted(body.format(mending), schedule) == ("", False)
 
 
