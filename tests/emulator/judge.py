@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -68,44 +69,84 @@ class Verdict:
 
 def judge(result: Result) -> Verdict:
     """The verdict on a launch that was run with trace=True."""
-    events = result.events
-    ends = events[np.isin(events["kind"], (COPY_OVER, PRODUCT_OVER))]
-    over = {int(e["ticket"]): (int(e["epoch"]), int(e["position"])) for e in ends}
-    memory = events[np.isin(events["kind"], SHARED + GLOBAL)]
-    unit = int(np.gcd(np.gcd.reduce(memory["address"]), np.gcd.reduce(memory["bytes"]).astype(np.uint64))) or 1
-    # bytes that every access takes together
-    accesses: list[Access] = []
-    of_byte: dict[tuple, dict[int, list[bytes]]] = defaultdict(lambda: defaultdict(list))
-    numbers: dict[tuple, int] = {}
-    for e in memory.tolist():
-        kind, cta, warp, _, pc, size, position, epoch, address, ticket, value = e
-        end = over.get(ticket, (NEVER, NEVER)) if kind in (COPY, PRODUCT_READ) else (epoch, position)
-        key = (cta, warp, pc, kind, position, end)
-        if key not in numbers:
-            numbers[key] = len(accesses)
-            accesses.append(Access(cta, warp, pc, kind, (epoch, position), end))
-        space = None if kind in GLOBAL else cta
-        value = bytes(value)
-        for i in range(0, size, unit):
-            of_byte[space, address + i][numbers[key]].append(value[i : i + unit])
-    alike: dict[tuple[int, ...], list[dict[int, list[bytes]]]] = defaultdict(list)  # bytes that the same accesses touch
-    for found in of_byte.values():
-        if len(found) > 1:
-            alike[tuple(found)].append(found)
-    races, unfenced, fences = set(), set(), _fences(events)
+    over = _ends(result.events)
+    memory = result.events[np.isin(result.events["kind"], SHARED + GLOBAL)]
+    accesses, number = _accesses(memory, over)
+    fences, races, unfenced = _fences(result.events), set(), set()
     unordered = functools.cache(lambda i, j: _conflict(accesses[i], accesses[j]))
-    for numbers_of_byte, of_bytes in alike.items():
-        for i, j in combinations(numbers_of_byte, 2):
-            if not unordered(i, j):
+    for numbers, of_bytes in _alike(memory, number).items():
+        for i, j in combinations(range(len(numbers)), 2):
+            a, b = accesses[numbers[i]], accesses[numbers[j]]
+            if not unordered(numbers[i], numbers[j]):
                 continue
-            a, b = accesses[i], accesses[j]
             stores = a.kind == b.kind and a.kind in (WRITE_SHARED, WRITE_GLOBAL)
-            if not stores or any(set(found[i]) != set(found[j]) for found in of_bytes):
+            if not stores or any(values[i] != values[j] for values in of_bytes()):
                 races.add((min(a.pc, b.pc), max(a.pc, b.pc)))
-        unfenced |= _unfenced([accesses[i] for i in numbers_of_byte], fences)
+        unfenced |= _unfenced([accesses[i] for i in numbers], fences)
     return Verdict(
         frozenset(races), frozenset(_lanes(result)), frozenset(_registers(result, over)), frozenset(unfenced)
     )
+
+
+def _ends(events: np.ndarray) -> dict[int, tuple[int, int]]:
+    """When each copy and each product was over, by its ticket."""
+    ends = events[np.isin(events["kind"], (COPY_OVER, PRODUCT_OVER))]
+    columns = (ends[name].tolist() for name in ("ticket", "epoch", "position"))
+    return {ticket: (epoch, position) for ticket, epoch, position in zip(*columns, strict=True)}
+
+
+def _accesses(memory: np.ndarray, over: dict[int, tuple[int, int]]) -> tuple[list[Access], np.ndarray]:
+    """What each instruction of each warp did, and which of them each event is of."""
+    starts = np.stack([memory["epoch"], memory["position"]]).astype(np.int64)
+    ends = starts.copy()
+    later = np.isin(memory["kind"], (COPY, PRODUCT_READ))
+    of_tickets = [over.get(ticket, (NEVER, NEVER)) for ticket in memory["ticket"][later].tolist()]
+    ends[:, later] = np.array(of_tickets, np.int64).reshape(-1, 2).T
+    columns = [*(memory[name].astype(np.int64) for name in ("cta", "warp", "pc", "kind")), *starts, *ends]
+    order = np.lexsort(columns)
+    first = _changes(column[order] for column in columns) if len(order) else np.zeros(0, bool)
+    number = np.empty(len(order), np.int64)
+    number[order] = np.cumsum(first) - 1
+    rows = np.stack(columns)[:, order][:, first].T.tolist()
+    return [Access(*row[:4], tuple(row[4:6]), tuple(row[6:])) for row in rows], number
+
+
+def _alike(memory: np.ndarray, number: np.ndarray) -> dict[tuple[int, ...], Callable[[], Iterator[list[set[bytes]]]]]:
+    """The accesses to bytes that several touch: -> for each such byte, what each of these accesses has there."""
+    if not len(memory):
+        return {}
+    size = memory["bytes"].astype(np.int64)
+    unit = int(np.gcd(np.gcd.reduce(memory["address"].astype(np.int64)), np.gcd.reduce(size)))  # never taken apart
+    each, part = np.repeat(np.arange(len(memory)), size // unit), _counted(size // unit)
+    space = np.where(np.isin(memory["kind"], GLOBAL), -1, memory["cta"])[each]
+    rows = (space, memory["address"].astype(np.int64)[each] + unit * part, number[each])
+    order = np.lexsort(rows[::-1])
+    new_byte, new_access = (_changes(column[order] for column in rows[:count]) for count in (2, 3))
+    values = np.frombuffer(memory["value"].tobytes(), f"V{unit}").reshape(len(memory), -1)
+    touches, accesses = np.flatnonzero(new_access), rows[2][order][new_access].tolist()
+    bytes_at = np.searchsorted(touches, np.flatnonzero(new_byte)).tolist()  # where in touches a byte begins
+    found: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for first, end in zip(bytes_at, [*bytes_at[1:], len(touches)], strict=True):
+        if end - first > 1:
+            found[tuple(accesses[first:end])].append(first)
+
+    def held(firsts: list[int], count: int) -> Iterator[list[set[bytes]]]:
+        for first in firsts:
+            ends = np.append(touches, len(order))[first : first + count + 1]
+            at = [order[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+            yield [set(values[each[rows], part[rows]].tolist()) for rows in at]
+
+    return {numbers: functools.partial(held, firsts, len(numbers)) for numbers, firsts in found.items()}
+
+
+def _changes(columns: Iterable[np.ndarray]) -> np.ndarray:
+    """Of sorted rows, those that differ from the one before."""
+    return np.append(True, np.any([np.diff(column) != 0 for column in columns], 0))
+
+
+def _counted(sizes: np.ndarray) -> np.ndarray:
+    """0, 1, … for each size in turn."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def _conflict(a: Access, b: Access) -> bool:
@@ -162,11 +203,6 @@ def _lanes(result: Result) -> set[tuple[int, int]]:
         pairs = np.stack([of_warp["pc"][each[read]], of_warp["pc"][each[last[read]]]])[:, ~own]
         found |= {(min(a, b), max(a, b)) for a, b in np.unique(pairs, axis=1).T.tolist()}
     return found
-
-
-def _counted(sizes: np.ndarray) -> np.ndarray:
-    """0, 1, … for each size in turn."""
-    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def _registers(result: Result, over: dict[int, tuple[int, int]]) -> set[tuple[int, int]]:
