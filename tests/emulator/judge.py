@@ -13,7 +13,6 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 
@@ -73,16 +72,17 @@ def judge(result: Result) -> Verdict:
     memory = result.events[np.isin(result.events["kind"], SHARED + GLOBAL)]
     accesses, number = _accesses(memory, over)
     fences, races, unfenced = _fences(result.events), set(), set()
-    unordered = functools.cache(lambda i, j: _conflict(accesses[i], accesses[j]))
     for numbers, of_bytes in _alike(memory, number).items():
-        for i, j in combinations(range(len(numbers)), 2):
-            a, b = accesses[numbers[i]], accesses[numbers[j]]
-            if not unordered(numbers[i], numbers[j]):
-                continue
-            stores = a.kind == b.kind and a.kind in (WRITE_SHARED, WRITE_GLOBAL)
-            if not stores or any(values[i] != values[j] for values in of_bytes()):
-                races.add((min(a.pc, b.pc), max(a.pc, b.pc)))
-        unfenced |= _unfenced([accesses[i] for i in numbers], fences)
+        of_these = [accesses[i] for i in numbers]
+        for i, j in _unordered(of_these):
+            a, b = of_these[i], of_these[j]
+            pair, stores = (
+                (min(a.pc, b.pc), max(a.pc, b.pc)),
+                a.kind == b.kind and a.kind in (WRITE_SHARED, WRITE_GLOBAL),
+            )
+            if pair not in races and (not stores or any(values[i] != values[j] for values in of_bytes())):
+                races.add(pair)
+        unfenced |= _unfenced(of_these, fences)
     return Verdict(
         frozenset(races), frozenset(_lanes(result)), frozenset(_registers(result, over)), frozenset(unfenced)
     )
@@ -149,8 +149,14 @@ def _counted(sizes: np.ndarray) -> np.ndarray:
     return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
-def _conflict(a: Access, b: Access) -> bool:
-    return (a.writes or b.writes) and not a.before(b) and not b.before(a)
+def _unordered(accesses: list[Access]) -> list[tuple[int, int]]:
+    """Pairs of the accesses, one of them a write, of which neither is before the other, as `Access.before` says."""
+    rows = [(a.cta, a.warp, a.writes, *a.start, *a.end) for a in accesses]
+    cta, warp, writes, epoch, position, end_epoch, end_position = np.array(rows, np.int64).T
+    in_warp, in_program = end_position[:, None] < position, end_epoch[:, None] < epoch
+    before = np.where(warp[:, None] == warp, in_warp, in_program) & (cta[:, None] == cta)
+    some_writes = (writes[:, None] | writes) > 0
+    return list(zip(*(i.tolist() for i in np.nonzero(np.triu(some_writes & ~before & ~before.T, 1))), strict=True))
 
 
 def _fences(events: np.ndarray) -> dict[int, list[Access]]:

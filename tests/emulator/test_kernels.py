@@ -13,7 +13,7 @@ from mos_kernels.backends import triton as backend
 from mos_kernels.backends.triton.shrink import shrink_backward_kernel
 
 from . import compilation, launched, machine
-from .trials import FP32, LISTS
+from .trials import FP32, LISTS, few, mutated
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 OF_SM_100 = ("few", "defaults", "options")
@@ -56,7 +56,8 @@ def test_float32_with_dropout_on_sm_100(trial):
     assert failures + log.problems == []
 
 
-def test_the_few_launch_every_kernel_of_the_package():
+@pytest.mark.parametrize("trials", [few, pytest.param(mutated, marks=pytest.mark.full)])
+def test_every_kernel_of_the_package_is_launched(trials):
     sources = Path(backend.__file__).parent.glob("*.py")
     defined = {name for path in sources for name in re.findall(r"@triton.jit.*\ndef (\w+)_kernel\(", path.read_text())}
     names = set()
@@ -65,7 +66,7 @@ def test_the_few_launch_every_kernel_of_the_package():
         names.add(kernel.fn.__name__.removesuffix("_kernel"))
 
     with launched.on_cpu("sm_90", note):
-        for trial in LISTS["few"]():
+        for trial in trials():
             trial.failures()
     assert names == defined
 
