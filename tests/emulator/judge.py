@@ -84,7 +84,7 @@ def judge(result: Result) -> Verdict:
                 races.add(pair)
         unfenced |= _unfenced(of_these, fences)
     return Verdict(
-        frozenset(races), frozenset(_lanes(result)), frozenset(_registers(result, over)), frozenset(unfenced)
+        frozenset(races), frozenset(_lanes(result, over)), frozenset(_registers(result, over)), frozenset(unfenced)
     )
 
 
@@ -182,26 +182,28 @@ def _unfenced(accesses: list[Access], fences: dict[int, list[Access]]) -> set[tu
     return found
 
 
-def _lanes(result: Result) -> set[tuple[int, int]]:
-    """Stores to shared memory, and reads of the same bytes by other lanes of the warp, with no barrier between."""
+def _lanes(result: Result, over: dict[int, tuple[int, int]]) -> set[tuple[int, int]]:
+    """What wrote shared memory, and reads of the same bytes by other lanes of the warp, with no barrier between."""
     events, operation = result.events, result.program.code["op"]
     executed = events[events["kind"] == EXECUTED]
     barriers = executed[np.isin(operation[executed["pc"]], (CODE["BARRIER"], CODE["WARP_BARRIER"]))]
     found: set[tuple[int, int]] = set()
-    plain = events[np.isin(events["kind"], (READ_SHARED, WRITE_SHARED))]
-    for cta, warp in np.unique(plain[["cta", "warp"]]).tolist():
-        of_warp = plain[(plain["cta"] == cta) & (plain["warp"] == warp)]
+    memory = events[np.isin(events["kind"], SHARED)]
+    memory = memory[(memory["kind"] != COPY) | np.isin(memory["ticket"], list(over))]  # a copy writes at its wait
+    copies = memory["kind"] == COPY
+    memory["position"][copies] = [over[ticket][1] for ticket in memory["ticket"][copies].tolist()]
+    for cta, warp in np.unique(memory[["cta", "warp"]]).tolist():
+        of_warp = memory[(memory["cta"] == cta) & (memory["warp"] == warp)]
         passed = np.sort(barriers["position"][(barriers["cta"] == cta) & (barriers["warp"] == warp)])
-        lane = np.where(np.isin(operation[of_warp["pc"]], (CODE["LDMATRIX"], CODE["STMATRIX"])), 32, of_warp["lane"])
-        each = np.repeat(np.arange(len(of_warp)), of_warp["bytes"])  # bytes of shared memory, of which event
+        together = np.isin(operation[of_warp["pc"]], [CODE[name] for name in ("LDMATRIX", "STMATRIX", "WGMMA")])
+        lane = np.where(together, 32, of_warp["lane"])  # 32: the whole warp
+        each = np.repeat(np.arange(len(of_warp)), of_warp["bytes"])
         byte = of_warp["address"].astype(np.int64)[each] + _counted(of_warp["bytes"])
         position = of_warp["position"].astype(np.int64)[each]
         order = np.lexsort((position, byte))
         each, byte, position = each[order], byte[order], position[order]
-        writes = of_warp["kind"][each] == WRITE_SHARED
-        last = np.maximum.accumulate(
-            np.where(writes, np.arange(len(each)), -1)
-        )  # write before, of this byte or another
+        writes = np.isin(of_warp["kind"][each], WRITES)
+        last = np.maximum.accumulate(np.where(writes, np.arange(len(each)), -1))  # the write before, of any byte
         read = np.flatnonzero(~writes & (last >= 0) & (byte[last] == byte))
         read = read[np.searchsorted(passed, position[read]) == np.searchsorted(passed, position[last[read]])]
         written = byte << 40 | position << 6  # of 18, 34 and 6 bits
