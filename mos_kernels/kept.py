@@ -12,7 +12,7 @@ never kept from.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,22 +59,15 @@ class Kept(NamedTuple):
         cls, tensors: tuple[Tensor, ...], use: Use, form: Callable[[], Factors], frozen: bool = False
     ) -> Kept | None:
         """What `form` makes of the tensors, or None where a change of them would not be seen."""
-        if not all(map(_shows_changes, tensors)):
+        if not all(map(shows_changes, tensors)):
             return None
-        generation, marks = _generation, tuple(map(_mark, tensors))  # before: a change meanwhile ends it
+        generation, marks = _generation, tuple(map(mark, tensors))  # before: a change meanwhile ends it
         with torch.inference_mode(False), torch.no_grad():
             factors = form()
         return cls(factors, use, tensors, marks, tuple(t.untyped_storage() for t in tensors), generation, frozen)
 
     def is_valid(self, tensors: tuple[Tensor, ...], use: Use) -> bool:
-        return (
-            self.generation == _generation
-            and self.use == use
-            and all(
-                a is b and _mark(a) == mark and a.grad is None
-                for a, b, mark in zip(tensors, self.tensors, self.marks, strict=True)
-            )
-        )
+        return self.generation == _generation and self.use == use and are_unchanged(tensors, self.tensors, self.marks)
 
 
 def count_backward() -> None:
@@ -104,11 +97,22 @@ def is_capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _mark(t: Tensor) -> tuple:
+def mark(t: Tensor) -> tuple:
+    """What differs after a change of t."""
     return t.data_ptr(), t._version, t.dtype, t.shape, t.stride()
 
 
-def _shows_changes(t: Tensor) -> bool:
+def are_unchanged(tensors: Sequence[Tensor | None], before: Sequence[Tensor], marks: Sequence[tuple]) -> bool:
+    """Whether these are the very tensors, with the very marks, and no optimizer's step is to come."""
+    for t, b, (address, version, dtype, shape, stride) in zip(tensors, before, marks, strict=True):
+        if t is not b or t._version != version or t.data_ptr() != address or t.grad is not None:
+            return False
+        if t.stride() != stride or t.shape != shape or t.dtype != dtype:
+            return False
+    return True
+
+
+def shows_changes(t: Tensor) -> bool:
     """Whether a change of t is seen: not by an optimizer's step to come, of an inference tensor, of memory shared by
     processes, or of what ZeRO gathers anew."""
     return (

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from mos_kernels.backends import eager, load_backend, resolve_backend
 from mos_kernels.call import autocast_dtype, without_autocast
-from mos_kernels.config import MoSConfig
+from mos_kernels.config import MoSConfig, listed
 from mos_kernels.functional import mos_linear, mos_route, refuse_scripting, refuse_transforms
 from mos_kernels.kept import Factors, Kept, Use, is_capturing, is_plain
 from mos_kernels.lora import lora_linear
@@ -34,16 +36,17 @@ class Float32State(nn.Module):
     _float32_state: tuple[str, ...] = ()
 
     def _apply(self, fn, recurse=True):
-        tensors = {name: t for name in self._float32_state if (t := getattr(self, name, None)) is not None}
-        kept = {name: (t.data, None if t.grad is None else t.grad.data) for name, t in tensors.items()}
-        super()._apply(fn, recurse)
-        for name, (data, grad) in kept.items():
-            after = getattr(self, name)
-            if after.dtype != torch.float32:
-                after.data = data.to(after.device, torch.float32)
-                if grad is not None:
-                    after.grad = grad.to(after.device, torch.float32)
-        if any(data.is_meta and not getattr(self, name).is_meta for name, (data, _) in kept.items()):
+        own = [t for name in self._float32_state if (t := getattr(self, name, None)) is not None]
+        was_meta = any(t.is_meta for t in own)
+        own += [t.grad for t in own if t.grad is not None]
+
+        def in_float32(t: Tensor) -> Tensor:
+            moved = fn(t)
+            kept = moved.dtype == torch.float32 or not any(t is one for one in own)
+            return moved if kept else t.to(moved.device, torch.float32)
+
+        super()._apply(in_float32, recurse)
+        if was_meta:
             self._refill_constants()
         return self
 
@@ -124,21 +127,17 @@ class MoSAdapter(Float32State):
         if self.mos_router is not None:
             nn.init.normal_(self.mos_router, std=ROUTER_INIT_STD)
         self._refill_constants()
-        self._frozen = None
 
     def _refill_constants(self) -> None:
         if self.config.is_lora:  # has none
             return
-        config, device = self.config, self._constants_device()
+        config, device = self.config, self.mos_curvature.device
         unit = config.squared_length_unit(self.in_features)
         signs = torch.tensor(config.curvature_signs, dtype=torch.float64, device="cpu")
         rows = [signs * config.curvature_init / unit, signs.abs() * config.curvature_lr_ratio / unit]
         self.mos_curvature_map = torch.stack(rows).to(device, torch.float32)
         if self.mos_router is not None:
             self.mos_aux_weight = torch.full((1,), self.aux_coefficient, device=device, dtype=torch.float32)
-
-    def _constants_device(self) -> torch.device:
-        return self.mos_curvature.device
 
     @property
     def curvature(self) -> Tensor:
@@ -210,7 +209,7 @@ class MoSAdapter(Float32State):
         """
         if getattr(self, "_is_fsdp_managed_module", False):  # it fills one tensor again and again, at one version
             return None
-        tensors = (self.mos_curvature, self.mos_curvature_map, self.mos_lora_A, self.mos_lora_B)
+        tensors = self._kept_from()
         use, kept = Use(backend, x_dtype, y_dtype, self.config), self._frozen
         if kept is not None and kept.is_valid(tensors, use) and not frozen:
             return kept if kept.frozen or not capturing else None
@@ -225,6 +224,17 @@ class MoSAdapter(Float32State):
 
         self._frozen = Kept.make(tensors, use, form, frozen)
         return self._frozen
+
+    def _kept_from(self) -> tuple[Tensor, ...]:
+        """The tensors that what is kept follows from."""
+        own = self._parameters
+        if "mos_lora_B" not in own:  # of a data-parallel replica
+            return self.mos_curvature, self.mos_curvature_map, self.mos_lora_A, self.mos_lora_B
+        return own["mos_curvature"], self._buffers["mos_curvature_map"], own["mos_lora_A"], own["mos_lora_B"]
+
+    def _is_kept(self, kept: Kept) -> bool:
+        """Whether this is what is kept, and valid for the use that it was made for."""
+        return self._frozen is kept and self.config is kept.use.config and kept.is_valid(self._kept_from(), kept.use)
 
     def routing_logits(self, x: Tensor) -> Tensor:
         """The logits (..., E) of the layer's own router on x (..., d_in), detached from the graph."""
@@ -248,19 +258,14 @@ class MoSAdapter(Float32State):
             theta.data = theta.data.float()
         return super().train(mode)
 
+    def _adapter_repr(self) -> str:
+        return f"r={self.config.r}, experts=({listed(self.config.spaces)}), k={self.config.num_experts_per_tok}"
+
     def __prepare_scriptable__(self):
         refuse_scripting()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_frozen": None}  # of a copy's or a pickle's own tensors nothing is known yet
-
-    def _apply(self, fn, recurse=True):
-        self._frozen = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._frozen = None
-        super()._load_from_state_dict(*args, **kwargs)
 
 
 class MoSLayer(MoSAdapter):
@@ -335,12 +340,8 @@ class MoSLayer(MoSAdapter):
         return self
 
     def extra_repr(self) -> str:
-        spaces = ", ".join(f"{count} {name}" for name, count in self.config.spaces.items())
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"r={self.config.r}, experts=({spaces}), k={self.config.num_experts_per_tok}, "
-            f"router={self.config.router_scope}"
-        )
+        base = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{base}, {self._adapter_repr()}, router={self.config.router_scope}"
 
 
 class MoSLinear(MoSLayer, nn.Linear):
@@ -424,6 +425,8 @@ class MoSWrapped(MoSLayer):
             )
         self.in_features, self.out_features = widths
         self.base_layer: Any = base_layer
+        self.register_state_dict_post_hook(_without_base_layer)
+        self.register_load_state_dict_pre_hook(_with_base_layer)
         self._add_adapter(config)
         self.train(base_layer.training)
 
@@ -455,18 +458,17 @@ class MoSWrapped(MoSLayer):
         for parameter in self.base_layer.parameters():
             parameter.requires_grad_(False)
 
-    def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False):
-        found = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        inner = f"{prefix}base_layer."
-        for name in [name for name in found if name.startswith(inner)]:
-            found[prefix + name.removeprefix(inner)] = found.pop(name)
-        return found
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        own = tuple(f"{prefix}{name}" for name in ("base_layer.", "mos_"))
-        for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(own)]:
-            state_dict[f"{prefix}base_layer.{name.removeprefix(prefix)}"] = state_dict.pop(name)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+def _without_base_layer(layer: MoSWrapped, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
+    inner = f"{prefix}base_layer."
+    for name in [name for name in state_dict if name.startswith(inner)]:
+        state_dict[prefix + name.removeprefix(inner)] = state_dict.pop(name)
+
+
+def _with_base_layer(layer: MoSWrapped, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    own = tuple(f"{prefix}{name}" for name in ("base_layer.", "mos_"))
+    for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(own)]:
+        state_dict[f"{prefix}base_layer.{name.removeprefix(prefix)}"] = state_dict.pop(name)
 
 
 class MoSRouter(Float32State):
@@ -553,6 +555,12 @@ class _Curvature(torch.autograd.Function):
         return gradient.to(ctx.dtype), None, None
 
 
+def parameter_of(module: nn.Module, name: str) -> Any:
+    """The module's parameter, or what stands in its place; looked up faster than by nn.Module's `__getattr__`."""
+    found = module._parameters
+    return found[name] if name in found else getattr(module, name)
+
+
 def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where any base is, and the dtype of its input: a guess where it is quantised."""
     tensors, offloads = [*base.parameters(), *base.buffers()], offload_hook(base)
@@ -563,6 +571,19 @@ def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
     if offloads is not None and offloads.execution_device is not None:
         return torch.device(offloads.execution_device), dtype
     return (tensors[0].device if tensors else torch.get_default_device()), dtype
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode, then each module's own again; what is kept of the parameters stays, which `model.eval()` drops."""
+    training = [module for model in models for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def offload_hook(module: nn.Module):

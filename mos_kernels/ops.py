@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mos_kernels import steps
-from mos_kernels.backends import eager_ffn, load_backend
+from mos_kernels.backends import load_backend, load_ffn
 from mos_kernels.backends.eager import compute_dtype
 from mos_kernels.backends.interface import Saved
 from mos_kernels.call import (
@@ -42,7 +42,9 @@ def linear(tensors: LinearTensors, plan: Plan) -> Tensor:
 def ffn(tensors: FFNTensors, plan: FFNPlan) -> Tensor:
     """y (..., d_out), differentiable in x, gates, router and the adapters."""
     with without_autocast(tensors.x):
-        return _MoSFFN.apply(plan, *tensors.flat) if plan.differentiable else eager_ffn.ffn_inference(tensors, plan)
+        if plan.differentiable:
+            return _MoSFFN.apply(plan, *tensors.flat)
+        return load_ffn(plan.backend).ffn_inference(tensors, plan)
 
 
 def route(tensors: RouteTensors, plan: Plan) -> Tensor:
@@ -96,19 +98,19 @@ class _MoSFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, *tensors):
         given = FFNTensors.of(tensors)
-        y, saved = eager_ffn.ffn_forward(given, plan)
+        y, saved = load_ffn(plan.backend).ffn_forward(given, plan)
         ctx.save_for_backward(*given._replace(token_mask=None).flat, *saved.flat)
-        ctx.plan, ctx.token_mask, ctx.count = plan._replace(prepared=()), given.token_mask, len(tensors)
+        ctx.plan, ctx.token_mask, ctx.count = plan._replace(prepared=(), few=None), given.token_mask, len(tensors)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         _begin_backward()
-        tensors = ctx.saved_tensors
+        tensors, steps = ctx.saved_tensors, load_ffn(ctx.plan.backend)
         given = FFNTensors.of(tensors[: ctx.count])._replace(token_mask=ctx.token_mask)
-        saved = eager_ffn.FFNSaved.of(tensors[ctx.count :], len(given.reads))
+        saved = steps.FFNSaved.of(tensors[ctx.count :], len(given.reads))
         with without_autocast(dy):
-            gradients = eager_ffn.ffn_backward(dy, given, saved, ctx.plan, FFNTensors.of(ctx.needs_input_grad[1:]))
+            gradients = steps.ffn_backward(dy, given, saved, ctx.plan, FFNTensors.of(ctx.needs_input_grad[1:]))
         return None, *gradients.flat
 
 

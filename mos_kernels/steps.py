@@ -9,8 +9,6 @@ d_out are taken in that output's dtype, which is y's, products with d_in in x's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -19,15 +17,12 @@ from mos_kernels.backends.interface import Backend, Dropout, Prepared, Saved
 from mos_kernels.call import LinearTensors, Plan, RouteTensors
 
 
-def linear_forward(t: LinearTensors, plan: Plan, ffn_logits: Tensor | None = None) -> tuple[Tensor, Saved]:
-    """y, and what backward wants besides the tensors.
-
-    ffn_logits: of the router that other linears on as many tokens share, instead of gates; no backward may follow.
-    """
+def linear_forward(t: LinearTensors, plan: Plan) -> tuple[Tensor, Saved]:
+    """y, and what backward wants besides the tensors."""
     steps = load_backend(plan.backend)
     x, dtype = _flat(t.x), _output_dtype(t)
     p, n, logits = steps.shrink(x, t.A, t.router, _dropout(t, plan), plan.differentiable)
-    routed, own_router = _routed(t, logits if ffn_logits is None else ffn_logits, steps)
+    routed, own_router = _routed(t, logits, steps)
     prepared = _prepared(t, plan, steps)
     added = t.added if t.weight is not None else _flat(t.added)
     y = steps.bridge_expand(p, n, routed, own_router, _curvature(t, steps), prepared, added, dtype, plan.config)
@@ -78,26 +73,6 @@ def linear_backward(dy: Tensor, t: LinearTensors, saved: Saved, plan: Plan, need
         gates=d.routed.view(t.gates.shape).to(t.gates.dtype) if needs.gates else None,
         router=drouter.to(t.router.dtype) if needs.router else None,
     )
-
-
-def pair_forward(
-    linears: Sequence[LinearTensors], prepared: Sequence[Prepared | None], router: Tensor, plan: Plan
-) -> tuple[list[Tensor], Tensor]:
-    """y of two linears of one shape and configuration that read one x, and their router's logits.
-
-    No backward may follow. Through the kernels, for so few tokens that linears share launches there.
-    """
-    steps = load_backend(plan.backend)
-    x = _flat(linears[0].x)
-    p, n, logits = steps.shrink_pair(x, [linear.A for linear in linears], router)
-    made = [
-        _prepared(linear, plan._replace(prepared=kept), steps) for linear, kept in zip(linears, prepared, strict=True)
-    ]
-    curvatures, biases = [_curvature(linear, steps) for linear in linears], [linear.added for linear in linears]
-    both = steps.bridge_expand_pair(p, n, logits, curvatures, made, biases, plan.config)
-    for y, linear in zip(both, linears, strict=True):
-        y.addmm_(x, linear.weight.t())
-    return [_shaped(y, linear.x) for y, linear in zip(both, linears, strict=True)], logits
 
 
 def route_forward(t: RouteTensors, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from mos_kernels.backends import load_backend, resolve_backend
-from mos_kernels.ffn import bound_form, decoding_of
-from mos_kernels.functional import mos_linear, mos_route
+from mos_kernels import ops
+from mos_kernels.backends import resolve_backend
+from mos_kernels.ffn import bound_form, why_not_one
+from mos_kernels.ffn_node import as_one
 from mos_kernels.layer import MoSAdapter, MoSLayer, MoSRouter, device_and_dtype
 
 
 def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Run each distinct adapted linear and router of `model` once in every launch bucket, on zeros.
 
-    And the linears of each FFN block as they share launches in decoding.
+    And each distinct FFN block that is one operation.
 
     After this, no length of input compiles anything. dtype: the inputs', where it is not the weights' (autocast).
     Parameters, gradients, buffers and random state stay as they are. Returns the number of distinct modules; 0 where
@@ -35,43 +38,35 @@ def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
         key = type(base), module.config.json, shape, module.in_features, x_dtype, device, bias, module.training
         if key not in seen:
             seen.add(key)
-            _run(module, base, x_dtype, device)
+            output = functools.partial(_output, base=base)
+            _run(module, output, module.in_features, x_dtype, device, x_dtype)
     if seen:
-        _run_blocks(model)
+        _run_blocks(model, dtype)
     return len(seen)
 
 
-def _run_blocks(model: nn.Module) -> None:
-    """The linears of each distinct FFN block together, where they share launches in eval mode on few tokens."""
-    from mos_kernels.backends.triton.launch import DECODE_TOKENS
-
+def _run_blocks(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Each distinct FFN block that is one operation."""
     seen = set()
     for block in model.modules():
         form = bound_form(block)
-        linears = [] if form is None else [getattr(block, name) for name in form.linears]
-        if not linears or not all(isinstance(linear, MoSLayer) for linear in linears):
+        if form is None or why_not_one(block, form) is not None:
             continue
-        kinds = [
-            (type(m), m.config.json, tuple(map(_kind, m.parameters(recurse=False))))
-            for m in (block.mos_router, *linears)
-        ]
-        if tuple(kinds) in seen:
+        kinds = (form, block.training, *map(repr, block.children()), *map(_kind, block.parameters()))
+        if kinds in seen:
             continue
-        seen.add(tuple(kinds))
-        training = [module for module in (block.mos_router, *linears) if module.training]
-        try:
-            for module in training:
-                module.training = False  # not .eval(), which drops what freeze_for_inference computed
-            with torch.no_grad():
-                weight = linears[0].weight
-                x = torch.zeros(DECODE_TOKENS, linears[0].in_features, dtype=weight.dtype, device=weight.device)
-                decoding = decoding_of(block, form, x)
-                if decoding is not None:
-                    _, logits = decoding.read()
-                    decoding.write(x.new_zeros(DECODE_TOKENS, decoding.last.tensors.weight.shape[1]), logits)
-        finally:
-            for module in training:
-                module.training = True
+        seen.add(kinds)
+        reads = getattr(block, form.inputs[0])
+        base = getattr(reads, "base_layer", reads)
+        device, base_dtype = device_and_dtype(base)
+        width = base.nx if hasattr(base, "nx") else base.in_features
+
+        def run(twin: nn.Module, x: Tensor, form=form) -> Tensor | None:
+            one = as_one(twin, form, x)
+            return None if one is None else ops.ffn(*one)
+
+        for x_dtype in {base_dtype, dtype or base_dtype}:
+            _run(block, run, width, x_dtype, device, dtype or base_dtype)
 
 
 def _kind(t: Tensor) -> tuple:
@@ -89,48 +84,51 @@ def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
         yield from ((adapter, module) for adapter in found if not adapter.config.is_lora)
 
 
-def _run(module: nn.Module, base: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def _run(module: nn.Module, output: Callable, width: int, x_dtype: torch.dtype, device, dtype: torch.dtype) -> None:
+    """Run twins of the module on x of x_dtype under autocast to dtype. output: of a twin on x, or None."""
     from mos_kernels.backends.triton.launch import DECODE_TOKENS
 
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    modes = [(False, True, False), (False, False, False)]  # training, with gradients, masked
+    if module.training:
+        modes = [(True, True, False), (True, True, True), *modes]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+    with torch.random.fork_rng(devices), autocast:
         for tokens in (DECODE_TOKENS, DECODE_TOKENS + 1):
-            for differentiable, masked in ((True, False), (True, True), (False, False)):
-                x = torch.zeros(tokens, module.in_features, dtype=dtype, device=device)
+            for training, differentiable, masked in modes:
+                x = torch.zeros(tokens, width, dtype=x_dtype, device=device, requires_grad=differentiable)
                 with torch.set_grad_enabled(differentiable):
-                    y = _forward(module, base, x, differentiable, masked)
-                if differentiable:
+                    y = output(_twin(module, training, masked), x)
+                if differentiable and y is not None:
                     y.sum().backward()
-                elif isinstance(module, MoSAdapter):  # what is kept of the parameters has the inputs' dtype
-                    with torch.no_grad():
-                        _forward(module, base, x, False, False, kept=True)
 
 
-def _forward(
-    module: nn.Module, base: nn.Module, x: Tensor, differentiable: bool, masked: bool, kept: bool = False
-) -> Tensor:
-    def stand_in(t: Tensor | None, needs_grad: bool = True) -> Tensor | None:
-        return None if t is None else t.detach().requires_grad_(differentiable and needs_grad)
+def _twin(module: nn.Module, training: bool, masked: bool) -> nn.Module:
+    """A copy that shares the module's values, and neither its gradients, its hooks nor what it keeps of them."""
+    twin, ours = copy.copy(module), isinstance(module, (MoSAdapter, MoSRouter))
+    parameters = {
+        name: None if p is None else p.detach().requires_grad_(name.startswith("mos_") or isinstance(module, MoSRouter))
+        for name, p in module._parameters.items()
+    }
+    vars(twin).update(training=training, _parameters=parameters, _forward_hooks={}, _forward_pre_hooks={})
+    if ours:
+        vars(twin).update(token_mask=_AllReal() if masked else None)
+    else:  # a block that is one operation, or what holds its adapters
+        vars(twin).update(_modules={n: _twin(child, training, masked) for n, child in module._modules.items()})
+    return twin
 
-    config, x = module.config, stand_in(x)
-    aux = module.mos_aux_weight if module.training and config.router_aux_loss_coef > 0 else None
-    mask = torch.ones(x.shape[0], dtype=torch.bool, device=x.device) if masked else None
-    if isinstance(module, MoSRouter):
-        weight, inference = stand_in(module.weight), not differentiable
-        return mos_route(x, weight, config=config, aux_weight=aux, token_mask=mask, inference=inference)
-    own = module.mos_router is not None
-    gates = None if own else stand_in(torch.zeros(x.shape[0], config.num_experts, device=x.device))
-    weight, bias, base_output = base._base(x)
-    weight = None if weight is None else stand_in(weight, False).to(x.dtype)
-    A, prepared = stand_in(module.mos_lora_A), None
-    if kept:
-        steps = load_backend(resolve_backend("auto", x))
-        y_dtype = x.dtype if base_output is None else base_output.dtype
-        A, prepared = steps.operand(A, x.dtype), steps.prepare(module.mos_lora_B, y_dtype, config)
-    return mos_linear(
-        x, weight, stand_in(bias, False), A, stand_in(module.mos_lora_B),
-        stand_in(module.curvature), config=config, prepared=prepared, base_output=base_output, gates=gates,
-        router=stand_in(module.mos_router), aux_weight=aux if own else None,
-        token_mask=mask if own else None,
-        dropout_p=config.lora_dropout if module.training else 0.0, inference=not differentiable,
-    )  # fmt: skip
+
+class _AllReal:
+    """A mask in which every token is real."""
+
+    def of(self, x: Tensor) -> Tensor:
+        return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+
+
+def _output(twin: nn.Module, x: Tensor, base: nn.Module) -> Tensor:
+    if isinstance(twin, MoSRouter):
+        return type(twin).forward(twin, x)  # not through a wrapper of accelerate's, which is bound to the module
+    gates = None
+    if twin.mos_router is None:
+        gates = torch.zeros(x.shape[0], twin.config.num_experts, device=x.device, requires_grad=x.requires_grad)
+    return twin._adapt(x, gates, "auto", *(None if t is None else t.detach() for t in base._base(x)))

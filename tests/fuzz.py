@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-KINDS = ("layer", "router", "decoding")
+KINDS = ("layer", "router", "ffn", "activate")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 
@@ -37,11 +37,13 @@ def main() -> int:
     sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "backends" / "triton")]
     import conftest  # offline, one thread
     import torch
-    from cases import DecodingTrial, RouterTrial, Trial
+    from cases import FFNTrial, RouterTrial, Trial
+    from ffn_cases import ActivateTrial
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         setattr(owner, name, conftest._poisoned(getattr(owner, name)))
-    drawn = {"layer": Trial.drawn, "router": RouterTrial.drawn, "decoding": DecodingTrial.drawn}
+    drawn = {"layer": Trial.drawn, "router": RouterTrial.drawn, "ffn": FFNTrial.drawn}
+    drawn["activate"] = ActivateTrial.drawn
     kinds = [arguments.kind] if arguments.kind else KINDS
     fresh = iter(lambda: random.SystemRandom().randrange(2**32), None)
     seeds = fresh if arguments.seed is None else iter([arguments.seed])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -61,12 +62,20 @@ def test_z_is_as_right_as_the_eager_bridge(seed, domain, shared, eps, size, kapp
             z, _ = eager.bridge(part.to(dtype), n.to(dtype), gates.to(dtype), False, kappas[i].to(dtype), made, config)
             yield z
 
-    prepared = [eager.prepare(factor, torch.float32, config) for factor in factors]
-    found = torch.from_numpy(eager_few.bridge(p.numpy(), n.numpy(), gates.numpy(), kappas, prepared, config))
-    assert found.dtype == torch.float32
+    found = few(p, n, gates, factors, kappas, config)
     for i, (narrow, truth) in enumerate(zip(by_torch(torch.float32), by_torch(torch.float64), strict=True)):
-        error, allowed = ((z.double() - truth).abs().max() for z in (found[:, i], narrow))
+        error, allowed = ((z.double() - truth).abs().max() for z in (found[i], narrow))
         assert error <= 2 * allowed + 1e-6 * truth.abs().max()
+
+
+def few(p, n, gates, factors, kappas, config):
+    """`eager_few.bridge` of tensors, as one with the guards' warnings off."""
+    prepared = [eager.prepare(factor, torch.float32, config) for factor in factors]
+    A = [torch.empty(*((2,) if config.share_a else (3, 2)), 5) for _ in factors]
+    made = eager_few.constants(A, kappas, factors, prepared, None, torch.float32, config)
+    with np.errstate(all="ignore"):
+        z = eager_few.bridge(p.numpy(), n.double().numpy()[:, None, None], gates.numpy(), made)
+    return torch.from_numpy(z).transpose(0, 1)
 
 
 def test_huge_values_of_both_signs_stay_finite():
@@ -74,8 +83,19 @@ def test_huge_values_of_both_signs_stay_finite():
     config = MoSConfig(r=2, spaces={"euclidean": 2}, num_experts_per_tok=1)
     factor = torch.tensor([[1.0, 0.9], [0.9, 1.0]]).unsqueeze(1).expand(-1, 2, -1).contiguous()
     p, n, gates, kappa = torch.tensor([[1e25, -0.9e25]]), torch.tensor([1e30]), torch.ones(1, 2), torch.zeros(2)
-    made = eager.prepare(factor, torch.float32, config)
-    z, _ = eager.bridge(p, n, gates, False, kappa, made, config)
-    found = eager_few.bridge(p.view(1, 1, 1, 2).numpy(), n.numpy(), gates.numpy(), [kappa], [made], config)
+    z, _ = eager.bridge(p, n, gates, False, kappa, eager.prepare(factor, torch.float32, config), config)
+    found = few(p.view(1, 1, 1, 2), n, gates, [factor], [kappa], config)
     assert z.isfinite().all()
-    torch.testing.assert_close(torch.from_numpy(found[:, 0]), z)
+    torch.testing.assert_close(found[0].float(), z)
+
+
+def test_a_broken_token_leaves_the_others_as_they_are():
+    config = MoSConfig(r=2, spaces={"hyperbolic": 2, "spherical": 1}, num_experts_per_tok=2)
+    p, n, gates = torch.randn(3, 1, 1, 2), torch.tensor([1.0, 1e6, 2.0]), torch.rand(3, 3)
+    factors, kappas = [torch.randn(5, 3, 2)], [torch.tensor([-0.5, -0.2, 0.3])]
+    whole = few(p, n, gates, factors, kappas, config)
+    for broken in (p.clone(), n.clone()):
+        of_p = broken.dim() > 1
+        broken[(0, 0) if of_p else 0] = torch.nan
+        found = few(broken if of_p else p, n if of_p else broken, gates, factors, kappas, config)
+        assert found[0, 0].isnan().any() and torch.equal(found[:, 1:], whole[:, 1:])

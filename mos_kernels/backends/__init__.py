@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mos_kernels.backends.interface import Backend
+    from mos_kernels.backends.interface import Backend, FFNBackend
 
 BACKENDS = ("auto", "eager", "triton")
 
@@ -66,6 +66,17 @@ def load_backend(name: str) -> Backend:
     from mos_kernels.backends import eager
 
     return eager
+
+
+def load_ffn(name: str) -> FFNBackend:
+    """The module of a resolved backend that computes an FFN's linears together."""
+    if name == "triton":
+        from mos_kernels.backends.triton import ffn
+
+        return ffn
+    from mos_kernels.backends import eager_ffn
+
+    return eager_ffn
 
 
 def why_not_triton(x: Tensor) -> str | None:

@@ -1,14 +1,16 @@
 """Routing and bridge of few tokens on a CPU, forward alone, in NumPy: at these sizes calls cost more than arithmetic.
 
-The formulas and guards are those of `routing.route`, `geometry` (the stereographic mapping) and `eager.bridge`.
+The formulas and guards are those of `routing.route`, `geometry` (the stereographic mapping) and `eager.bridge`. The
+bridge computes in float64, which costs the same here: no sum overflows, and z is rounded once.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy import ndarray
 from torch import Tensor
 
@@ -20,65 +22,115 @@ from mos_kernels.geometry import SATURATION, guard_back, guard_into
 MOST_TOKENS = 32
 
 
+class Constants(NamedTuple):
+    """What follows from the parameters of m linears of one configuration that read the same tokens.
+
+    rows: what x meets, [A of each; the router, where its logits are asked for]ᵀ (d_in, m·rank + E or m·rank) in the
+    compute dtype. B: (E·r, d_out) of each. safe: up to this q no guard is needed.
+    """
+
+    rows: Tensor
+    B: tuple[Tensor, ...]
+    kappa: ndarray  # (m, E)
+    gram: ndarray  # (m, E, r, r)
+    into: tuple[float, float]  # guards
+    back: tuple[float, float]
+    safe: float
+    ranks: tuple[int, tuple[int, ...]]  # how many of the rows are A's, and p's shape
+    dtype: np.dtype  # z's
+    config: MoSConfig
+
+
 def serves(x: Tensor, tokens: int, *configs: MoSConfig) -> bool:
     """Whether x, so many tokens, is bridged here: not where a dispatch mode, as make_fx's, is to see each operation."""
-    return (
-        x.is_cpu
-        and 0 < tokens <= MOST_TOKENS
-        and all(config.mapping == "stereographic" for config in configs)
-        and not eager.is_observed()
-    )
+    return x.is_cpu and 0 < tokens <= MOST_TOKENS and not eager.is_observed() and are_served(*configs)
+
+
+def are_served(*configs: MoSConfig) -> bool:
+    return all(config.mapping == "stereographic" for config in configs)
+
+
+def constants(
+    A: Sequence[Tensor],
+    kappa: Sequence[Tensor],
+    B: Sequence[Tensor],
+    prepared: Sequence[Prepared],
+    router: Tensor | None,
+    dtype: torch.dtype,
+    config: MoSConfig,
+) -> Constants:
+    """Of linears whose base has `dtype`. A (r, d_in) or (E, r, d_in), B (d_out, E, r), kappa (E,), router (E, d_in).
+
+    B is read as it is in the compute dtype, where it is: its products with few tokens take less time than rounded ones.
+    """
+    compute, m = eager.compute_dtype(dtype), len(A)
+    factors = [eager.operand(factor, dtype).to(compute).flatten(0, -2) for factor in A]
+    rows = torch.cat(factors if router is None else [*factors, router.to(compute)])
+    kappas, back = _stacked(kappa), guard_back(config)
+    highest = kappas.max()
+    return Constants(
+        rows.t(),
+        tuple((b if b.dtype == compute else made.B).flatten(1).t() for b, made in zip(B, prepared, strict=True)),
+        kappas, _stacked([made.gram for made in prepared]), guard_into(config), back,
+        min(SATURATION, back[0] / highest) if highest > 0 else SATURATION,
+        (sum(map(len, factors)), (-1, m, 1 if config.share_a else config.num_experts, config.r)),
+        np.dtype(np.float64 if compute == torch.float64 else np.float32), config,
+    )  # fmt: skip
+
+
+def _stacked(tensors: Sequence[Tensor]) -> ndarray:
+    return np.stack([t.detach().double().numpy() for t in tensors])
+
+
+def shrink(x: Tensor, made: Constants) -> tuple[ndarray, ndarray, ndarray]:
+    """p (T, m, 1 or E, r), n (T, 1, 1) in float64, and logits (T, E), empty without a router. x (T, d_in)."""
+    x = x.to(made.rows.dtype)
+    products = eager.exact_matmul(x, made.rows).numpy()
+    ranks, shape = made.ranks
+    n = np.add.reduce(np.square(x.numpy(), dtype=np.float64), 1)[:, None, None]
+    return products[:, :ranks].reshape(shape), np.minimum(n, SATURATION), products[:, ranks:]
 
 
 def route(logits: ndarray, config: MoSConfig) -> ndarray:
     """Gates (T, E) from logits (T, E): ties to the lower index, and a NaN shows."""
     k = config.num_experts_per_tok
-    kept = np.zeros(logits.shape, bool)
-    np.put_along_axis(kept, np.argsort(-logits, 1, kind="stable")[:, :k], True, 1)
-    kept |= logits != logits
-    exponential = np.exp(logits - logits.max(1, keepdims=True))
+    ordered = np.sort(logits, 1)
+    kept = logits >= ordered[:, -k, None]
+    if np.count_nonzero(kept) != k * len(kept):  # ties, or a NaN
+        kept = np.zeros(logits.shape, bool)
+        np.put_along_axis(kept, np.argsort(-logits, 1, kind="stable")[:, :k], True, 1)
+        kept |= logits != logits
+    exponential = np.exp(logits - ordered[:, -1:])
     if config.norm_topk_prob:
         exponential *= kept
-        return exponential / exponential.sum(1, keepdims=True)
-    return exponential / exponential.sum(1, keepdims=True) * kept
+        return exponential / np.add.reduce(exponential, 1, keepdims=True)
+    return exponential / np.add.reduce(exponential, 1, keepdims=True) * kept
 
 
-def bridge(
-    p: ndarray, n: ndarray, gates: ndarray, kappas: Sequence[Tensor], prepared: Sequence[Prepared], config: MoSConfig
-) -> ndarray:
-    """z (T, m, E·r) of m linears of one configuration on the same tokens. p (T, m, 1 or E, r), n (T,), gates (T, E)."""
-    tokens, m, _, r = p.shape
-    kappa = _stacked(kappas).astype(n.dtype, copy=False)  # (m, E)
-    unit_gram, trace = _stacked([made.unit_gram for made in prepared]), _stacked([made.trace for made in prepared])
-    with np.errstate(all="ignore"):
-        h = _into(kappa * n[:, None, None], config)[..., None] * p  # (T, m, E, r)
-        unit_gh = np.matmul(h.transpose(1, 2, 0, 3), unit_gram).transpose(2, 0, 1, 3)
-        total = (h * unit_gh).sum(-1)
-        if not math.isfinite(total.sum()):
-            total = (h.astype(np.float64) * unit_gh).sum(-1)
-        q = np.clip(total * trace, 0, SATURATION).astype(n.dtype, copy=False)
-        z = (_back(kappa * q, config) * (config.scaling * gates)[:, None])[..., None] * h
-    return z.reshape(tokens, m, -1)
+def bridge(p: ndarray, n: ndarray, gates: ndarray, made: Constants) -> ndarray:
+    """z (T, m, E·r), of p (T, m, 1 or E, r), n (T, 1, 1) and gates (T, E)."""
+    h = _into(made.kappa * n, made)[..., None] * p  # (T, m, E, r)
+    q = np.add.reduce(np.matmul(made.gram, h[..., None])[..., 0] * h, -1)
+    scale = made.config.scaling * gates[:, None] / _back(np.maximum(q, 0, out=q), made)
+    return np.multiply(h, scale[..., None], dtype=made.dtype, casting="same_kind").reshape(len(h), len(made.B), -1)
 
 
-def _stacked(tensors: Sequence[Tensor]) -> ndarray:
-    return tensors[0].numpy()[None] if len(tensors) == 1 else np.stack([t.numpy() for t in tensors])
-
-
-def _into(a: ndarray, config: MoSConfig) -> ndarray:
+def _into(a: ndarray, made: Constants) -> ndarray:
     """λ, from a = κ n."""
-    limit, edge = guard_into(config)
-    if config.domain == "raw":
-        divisor = 1 + a
-        return np.where(np.abs(divisor) < limit, np.where(divisor < 0, -edge, edge), 2 / divisor).astype(a.dtype)
-    value = 2 / (1 + np.maximum(a, a.dtype.type(limit)))
-    beyond = a < limit
-    return np.where(beyond, a.dtype.type(edge) / np.sqrt(np.abs(a)), value) if beyond.any() else value
+    limit, edge = made.into
+    divisor = 1 + a
+    value = 2 / divisor
+    if made.config.domain == "raw":
+        return np.where(np.abs(divisor) < limit, np.where(divisor < 0, -edge, edge), value)
+    if np.minimum.reduce(a, None) >= limit:
+        return value
+    return np.where(a < limit, edge / np.sqrt(np.abs(a)), value)
 
 
-def _back(a: ndarray, config: MoSConfig) -> ndarray:
-    """e, from a = κ q."""
-    limit, edge = guard_back(config)
-    value = 1 / (1 + np.sqrt(1 - np.minimum(a, a.dtype.type(limit))))
-    beyond = a > limit
-    return np.where(beyond, a.dtype.type(edge) / np.sqrt(np.abs(a)), value) if beyond.any() else value
+def _back(q: ndarray, made: Constants) -> ndarray:
+    """1 / e, from q."""
+    limit, edge = made.back
+    if np.maximum.reduce(q, None) <= made.safe:
+        return 1 + np.sqrt(1 - made.kappa * q)
+    a = made.kappa * np.minimum(q, SATURATION)
+    return np.where(a > limit, np.sqrt(np.abs(a)) / edge, 1 + np.sqrt(1 - np.minimum(a, limit)))

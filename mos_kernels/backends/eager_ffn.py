@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +26,7 @@ CACHED = 1 << 17
 """Numbers of one wide tensor that are worked on at a time."""
 
 aten = torch.ops.aten
+unsafe_view = aten._unsafe_view.default  # less to look up at each call
 
 
 class FFNSaved(NamedTuple):
@@ -75,36 +77,63 @@ def ffn_forward(t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]:
     h, p_h, n_h = _activate(outputs, down.A, plan)
     z, _ = eager.bridge(p_h, n_h, gates, False, _curvature(down, dtype), made, config)
     y = eager.expand(z, made, down.bias, dtype).addmm_(h, down.weight.t())
-    y = aten._unsafe_view(y, (*t.x.shape[:-1], y.shape[-1]))
+    y = unsafe_view(y, (*t.x.shape[:-1], y.shape[-1]))
     grams = (made.gram, *(made.gram for made in prepared))
     return y, FFNSaved(p, n, logits, p_h, n_h, grams, tuple(outputs))
 
 
+class FewTokens(NamedTuple):
+    """What few tokens are computed from besides the tensors: of the linears that read x, and of the last one."""
+
+    reads: eager_few.Constants
+    down: eager_few.Constants
+
+
+def few_tokens(t: FFNTensors, plan: FFNPlan) -> FewTokens | None:
+    """What `ffn_inference` makes of the parameters for few tokens, to be kept with them; None where it serves none."""
+    if not (t.x.is_cpu and eager_few.are_served(plan.config, plan.down_config)):
+        return None
+    dtype, router = t.x.dtype, t.router if t.gates is None else None
+    kept_down, *kept = plan.prepared
+    prepared = [_prepared(linear, dtype, plan.config, made) for linear, made in zip(t.reads, kept, strict=True)]
+    down = _prepared(t.down, dtype, plan.down_config, kept_down)
+    factors, kappa = [linear.A for linear in t.reads], [linear.kappa for linear in t.reads]
+    return FewTokens(
+        eager_few.constants(factors, kappa, [linear.B for linear in t.reads], prepared, router, dtype, plan.config),
+        eager_few.constants([t.down.A], [t.down.kappa], [t.down.B], [down], None, dtype, plan.down_config),
+    )
+
+
 def ffn_inference(t: FFNTensors, plan: FFNPlan) -> Tensor:
     """y (..., d_out) where no backward follows; few tokens are bridged in fewer calls."""
-    x, config, dtype, m = _flat(t.x), plan.config, t.x.dtype, len(t.reads)
-    if not eager_few.serves(x, x.shape[0], config, plan.down_config):
+    x = _flat(t.x.detach() if t.x.requires_grad else t.x)
+    if not eager_few.serves(x, x.shape[0], plan.config, plan.down_config):
         return ffn_forward(t, plan)[0]
-    made, *prepared = (
-        _prepared(linear, dtype, options, kept)
-        for linear, options, kept in zip(
-            (t.down, *t.reads), (plan.down_config, *[config] * m), plan.prepared, strict=True
-        )
-    )
-    p, n, logits = _shrink(x, t.reads, t.router)
-    gates = eager_few.route(logits.numpy(), config) if t.gates is None else _gates(t, None, config).numpy()
-    p = p.reshape(x.shape[0], m, -1, config.r).numpy()
-    z = eager_few.bridge(p, n.numpy(), gates, [linear.kappa for linear in t.reads], prepared, config)
-    outputs = [
-        eager.expand(torch.from_numpy(z[:, i]), prepared[i], linear.bias, dtype).addmm_(x, linear.weight.t())
-        for i, linear in enumerate(t.reads)
-    ]
-    h, p, n = _activate(outputs, t.down.A, plan)
-    config = plan.down_config
-    p = p.view(x.shape[0], 1, -1, config.r).numpy()
-    z = eager_few.bridge(p, n.numpy(), gates, [t.down.kappa], [made], config)
-    y = eager.expand(torch.from_numpy(z[:, 0]), made, t.down.bias, dtype).addmm_(h, t.down.weight.t())
-    return aten._unsafe_view(y, (*t.x.shape[:-1], y.shape[-1]))
+    made = few_tokens(t, plan) if plan.few is None else plan.few
+    with np.errstate(all="ignore"):
+        p, n, logits = eager_few.shrink(x, made.reads)
+        gates = eager_few.route(logits, plan.config) if t.gates is None else _gates(t, None, plan.config).numpy()
+        z = torch.from_numpy(eager_few.bridge(p, n, gates, made.reads)).unbind(1)
+        outputs = [_expand(x, *one) for one in zip(t.reads, z, made.reads.B, strict=True)]
+        if plan.fused:
+            outputs = outputs[0].chunk(2, -1)
+        h = _phi(outputs[0], plan.activation)
+        if plan.gated:
+            h *= outputs[1]
+        p, n, _ = eager_few.shrink(h, made.down)
+        z = torch.from_numpy(eager_few.bridge(p, n, gates, made.down)).view(h.shape[0], -1)
+    y = _expand(h, t.down, z, made.down.B[0])
+    return unsafe_view(y, (*t.x.shape[:-1], y.shape[-1]))
+
+
+def _expand(x: Tensor, linear: Adapted, z: Tensor, B: Tensor) -> Tensor:
+    """y = W x + b + B z (T, d_out). x (T, d_in), z (T, E·r), B (E·r, d_out)."""
+    y = torch.mm(z if z.dtype == B.dtype else eager.operand(z, B.dtype), B)
+    if linear.bias is not None:
+        y += linear.bias
+    if y.dtype != x.dtype:
+        y = eager.operand(y, x.dtype)
+    return y.addmm_(x, linear.weight.t())
 
 
 def ffn_backward(dy: Tensor, t: FFNTensors, saved: FFNSaved, plan: FFNPlan, needs: FFNTensors) -> FFNTensors:

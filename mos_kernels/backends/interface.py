@@ -1,4 +1,4 @@
-"""What a backend is: a module of the functions of `Backend`, and what they pass around.
+"""What a backend is: modules of the functions of `Backend` and `FFNBackend`, and what they pass around.
 
 T tokens of width d_in; E experts of rank r. "Compute dtype" is float64 for float64 input and float32 otherwise. p, n
 and logits have the form that a backend likes best between its own steps (`Backend.saved_shapes`): the eager backend's
@@ -7,12 +7,15 @@ are (T, …), the kernels' are planes (S, T, …). `eager` documents each functi
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from mos_kernels.config import MoSConfig
+
+if TYPE_CHECKING:
+    from mos_kernels.call import FFNPlan, FFNTensors
 
 Shape = tuple[int, ...]
 
@@ -126,3 +129,20 @@ class Backend(Protocol):
         self, dy: Tensor, p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor, prepared: Prepared,
         aux_weight: Tensor | None, token_mask: Tensor | None, config: MoSConfig,
     ) -> BridgeExpandGradients: ...  # fmt: skip
+
+
+class FFNBackend(Protocol):
+    """An FFN as one operation.
+
+    FFNSaved: what forward leaves for backward, with `flat` and `of` as in `FFNTensors`.
+    """
+
+    FFNSaved: Any
+
+    def ffn_forward(self, t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, Any]: ...
+
+    def ffn_inference(self, t: FFNTensors, plan: FFNPlan) -> Tensor: ...
+
+    def ffn_backward(
+        self, dy: Tensor, t: FFNTensors, saved: Any, plan: FFNPlan, needs: FFNTensors
+    ) -> FFNTensors: ...  # fmt: skip

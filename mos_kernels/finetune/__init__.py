@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
+from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers.trainer_callback import PrinterCallback
@@ -33,6 +35,8 @@ from mos_kernels.run_report.log import FINETUNE_LOG, TRAINER_STATE, checkpoint_s
 
 __all__ = ["FinetuneError", "Method", "finetune", "run"]
 
+_HUB_ERRORS = (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+
 
 def run(argv: Sequence[str]) -> int:
     """The command: 0, 1 for a run that failed, 2 for a mistake of the user's, 130 when interrupted; said on stderr."""
@@ -40,8 +44,11 @@ def run(argv: Sequence[str]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names of classes that the terminal's encoding lacks
     try:
-        finetune(argv)
-    except (FinetuneError, FloatingPointError, OSError, SafetensorError) as error:
+        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+            if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first speaks
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            finetune(argv)
+    except (FinetuneError, FloatingPointError, OSError, SafetensorError, HTTPError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, FinetuneError) else 1
     except KeyboardInterrupt:
@@ -83,6 +90,9 @@ def finetune(argv: Sequence[str], methods: Mapping[str, Method] | None = None, c
     except BaseException as error:
         with contextlib.suppress(OSError):
             Path(arguments.output_dir).rmdir()  # where nothing was written into it
+        if isinstance(error, _HUB_ERRORS) and arguments.push_to_hub:
+            remedy = "log in by `hf auth login`, check --hub_model_id and the network, or drop the option"
+            raise FinetuneError(f"--push_to_hub: {str(error).strip()}: {remedy}") from error
         if isinstance(error, (ValueError, TypeError)) and not isinstance(error, FinetuneError):
             raise FinetuneError(error) from error  # what peft and the Trainer refuse
         raise

@@ -156,18 +156,18 @@ def _names(paths: Sequence[str]) -> dict[str, str]:
 def _labelled(options: Options, train: Rows) -> Callable[[Rows], datasets.Dataset]:
     """How rows become classified texts; the classes are those of the training rows."""
     column, renames = options.label_column, dict(text.partition("=")[::2] for text in options.rename_label or ())
-    found = sorted({str(_column(*row, column)) for row in train})
+    found = sorted({str(column_of(*row, column)) for row in train})
     for old, new in renames.items():
         if old not in found or not new:
             raise FinetuneError(f"--rename-label {old}={new} is not OLD=NEW with OLD one of {_some(found)}")
 
     def label(where: str, row: dict) -> str:
-        value = _column(where, row, column)
+        value = column_of(where, row, column)
         if value is None or value == "" or isinstance(value, (list, dict, float)):
             raise FinetuneError(f"{where}: column {column!r} holds {_short(value)}, which is no class label")
         return renames.get(str(value), str(value))
 
-    names = sorted({label(*row) for row in train}, key=_class_order)
+    names = sorted({label(*row) for row in train}, key=class_order)
     if len(names) < 2:
         raise FinetuneError(f"every training row has the label {names[0]!r}: a classification needs at least two")
     is_pair = len(options.text_column) == 2
@@ -183,7 +183,7 @@ def _labelled(options: Options, train: Rows) -> Callable[[Rows], datasets.Datase
                     f"{where}: the label {_short(name)} does not occur in the training data, which has {_some(names)}: "
                     "merge another spelling with --rename-label OLD=NEW"
                 )
-            texts = [_text(where, row, name) for name in options.text_column]
+            texts = [text_of(where, row, name) for name in options.text_column]
             found["text"].append(texts if is_pair else " ".join(texts))
             found["labels"].append(numbers[name])
         return datasets.Dataset.from_dict(found, features)
@@ -191,7 +191,7 @@ def _labelled(options: Options, train: Rows) -> Callable[[Rows], datasets.Datase
     return examples
 
 
-def _class_order(name: str) -> tuple:
+def class_order(name: str) -> tuple:
     number = name.removeprefix("-")
     return (0, int(name), name) if number.isdecimal() and number.isascii() and len(number) < 19 else (1, 0, name)
 
@@ -213,12 +213,12 @@ def _examples(options: Options, train: Rows) -> Callable[[Rows], datasets.Datase
     def example(where: str, row: dict) -> dict:
         if form:
             names = zip(form, columns or form, strict=True)
-            kept = {key: (_chat if isinstance(first[name], list) else _text)(where, row, name) for key, name in names}
+            kept = {key: (_chat if isinstance(first[name], list) else text_of)(where, row, name) for key, name in names}
         else:
-            kept = {"text": " ".join(_text(where, row, name) for name in columns)}
+            kept = {"text": " ".join(text_of(where, row, name) for name in columns)}
         if options.target_column:
             separator = "\n" if options.separator is None else options.separator
-            kept = {"prompt": kept["text"] + separator, "completion": _text(where, row, options.target_column)}
+            kept = {"prompt": kept["text"] + separator, "completion": text_of(where, row, options.target_column)}
         if not any(kept.values()):
             raise FinetuneError(f"{where}: the text is empty")
         return kept | {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name) is not None}
@@ -234,7 +234,7 @@ def _examples(options: Options, train: Rows) -> Callable[[Rows], datasets.Datase
 
 
 def _chat(where: str, row: dict, column: str) -> list[dict]:
-    messages = _column(where, row, column)
+    messages = column_of(where, row, column)
     if (
         not isinstance(messages, list)
         or not messages
@@ -244,15 +244,15 @@ def _chat(where: str, row: dict, column: str) -> list[dict]:
     return messages
 
 
-def _column(where: str, row: Mapping, column: str):
+def column_of(where: str, row: Mapping, column: str):
     if column not in row:
         hint = "for a file without a header row, name them with --column-names"
         raise FinetuneError(f"{where}: there is no column {column!r}; the columns are: {_some(row)}; {hint}")
     return row[column]
 
 
-def _text(where: str, row: Mapping, column: str) -> str:
-    value = _column(where, row, column)
+def text_of(where: str, row: Mapping, column: str) -> str:
+    value = column_of(where, row, column)
     if not isinstance(value, str):
         hint = "; chat data is for --task causal-lm" if isinstance(value, list) else ""
         raise FinetuneError(f"{where}: column {column!r} holds {_short(value)}, which is not text{hint}")

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
-from mos_kernels.finetune.data import Rows, read_rows
+from mos_kernels.finetune.data import Rows, class_order, column_of, read_rows, text_of
 from mos_kernels.finetune.options import FinetuneError
 from mos_kernels.huggingface.base import is_classifier, load_base
 from mos_kernels.huggingface.export_lora import IGNORED, ExportReport, check_arguments, export_lora
@@ -88,8 +88,8 @@ def _export(options: argparse.Namespace) -> ExportReport:
     other, asked = ("target", "label") if is_classifier(model) else ("label", "target")
     if getattr(options, f"{other}_column"):
         raise FinetuneError(f"--{other}-column does not go with a {type(model).__name__}: name --{asked}-column")
-    classes = sorted({str(_column(*row, options.label_column)) for row in calibration}) if options.label_column else []
-    classes.sort(key=lambda name: (0, int(name)) if name.lstrip("-").isdecimal() else (1, 0))
+    found = {str(column_of(*row, options.label_column)) for row in calibration} if options.label_column else ()
+    classes = sorted(found, key=class_order)
     if classes and len(classes) != model.config.num_labels:
         raise FinetuneError(
             f"the adapter is for {model.config.num_labels} classes, and --label-column {options.label_column} of the "
@@ -112,22 +112,11 @@ def _rows(options: argparse.Namespace, paths: Sequence[str]) -> Rows:
     return rows if len(rows) <= options.rows else random.Random(0).sample(rows, options.rows)
 
 
-def _column(where: str, row: dict, column: str):
-    if column not in row:
-        raise FinetuneError(
-            f"{where}: there is no column {column!r}; the columns are: {', '.join(map(str, row))[:300]}"
-        )
-    return row[column]
-
-
 def _texts(options: argparse.Namespace, where: str, row: dict) -> list[str]:
     columns = options.text_column or next(([name] for name in ("prompt", "text") if name in row), None)
     if columns is None:
         raise FinetuneError(f"{where}: no column is called messages, prompt or text: name --text-column")
-    texts = [_column(where, row, column) for column in columns]
-    if not all(isinstance(text, str) for text in texts):
-        raise FinetuneError(f"{where}: the columns {columns} hold what is not text")
-    return texts
+    return [text_of(where, row, column) for column in columns]
 
 
 def _classified(options: argparse.Namespace, tokenizer, row: tuple[str, dict], classes: list[str]) -> dict:
@@ -135,7 +124,7 @@ def _classified(options: argparse.Namespace, tokenizer, row: tuple[str, dict], c
     texts = texts if len(texts) == 2 else [" ".join(texts)]
     found = dict(tokenizer(*texts, truncation=True, max_length=options.max_length))
     if classes:
-        label = str(_column(*row, options.label_column))
+        label = str(column_of(*row, options.label_column))
         if label not in classes:
             raise FinetuneError(
                 f"{row[0]}: the label {label!r} is none of the calibration data's: {', '.join(classes)}"
@@ -153,9 +142,7 @@ def _continued(options: argparse.Namespace, tokenizer, row: tuple[str, dict], cl
     else:
         text = " ".join(_texts(options, where, values))
         column = options.target_column or ("completion" if not options.text_column and "completion" in values else None)
-        target = None if column is None else _column(where, values, column)
-        if target is not None and not isinstance(target, str):
-            raise FinetuneError(f"{where}: column {column!r} holds what is not text")
+        target = None if column is None else text_of(where, values, column)
         head = tokenizer(text if target is None else text + options.separator).input_ids
         head = head[:-1] if end and head[-1:] == end else head
         tail = None if target is None else tokenizer(target, add_special_tokens=False).input_ids

@@ -34,7 +34,10 @@ ALIASES = {
     "--batch-size": ("per_device_train_batch_size", int), "--eval-batch-size": ("per_device_eval_batch_size", int),
     "--gradient-accumulation": ("gradient_accumulation_steps", int), "--lr-scheduler": ("lr_scheduler_type", str),
 }  # fmt: skip
-FLAGS = {"--group-by-length": ("train_sampling_strategy", "group_by_length"), "--quiet": ("disable_tqdm", True)}
+_GROUPED = ("train_sampling_strategy", "group_by_length")
+if "group_by_length" in TrainingArguments.__dataclass_fields__:  # of transformers 5.0
+    _GROUPED = ("group_by_length", True)
+FLAGS = {"--group-by-length": _GROUPED, "--quiet": ("disable_tqdm", True)}
 
 _CURVED_ONLY = (
     "curvature_init", "length_unit", "learn_curvature", "curvature_lr_ratio", "curvature_max_grad_norm", "mapping",
@@ -152,6 +155,8 @@ def _completed(options: Options, values: dict) -> dict:
     values["data_seed"] = values["seed"] if values["data_seed"] is None else values["data_seed"]
     values["dataloader_pin_memory"] &= torch.cuda.is_available() and not values["use_cpu"]
     values["label_names"] = values["label_names"] or ["labels"]
+    if values["ddp_find_unused_parameters"] is None and options.method != "full":  # adapter and head are all used
+        values["ddp_find_unused_parameters"] = False
     if "eval_packing" in values:  # predictions.jsonl and exact match need each row by itself
         values["eval_packing"] = values["eval_packing"] or False
     for name in ("activation_checkpointing", "gradient_checkpointing"):

@@ -44,6 +44,7 @@ def run_settings(options: Options, arguments, config, summary: Mapping) -> dict:
     """
     named, values = {name for name, _ in ALIASES.values()} | DEFAULTS.keys(), arguments.to_dict()
     derived = {"hub_token", "do_eval", "label_names", "data_seed", "logging_dir", "accelerator_config"}
+    derived |= {"ddp_find_unused_parameters"}
     changed = {f.name for f in dataclasses.fields(arguments) if f.init and values.get(f.name) not in (f.default, None)}
     kept = {name: values[name] for name in values if name in named | changed and name not in derived}
     adapter = config.to_dict() if isinstance(config, MoSConfig) else config
@@ -145,7 +146,8 @@ def generated(trainer, tokenizer, max_new_tokens: int) -> list[str | None]:
 
 def _prompt(row: Mapping, tokenizer) -> list[int] | None:
     if "completion" in row:
-        return row["input_ids"][: next(i for i, label in enumerate(row["labels"]) if label != -100)]
+        learned = row.get("completion_mask") or [label != -100 for label in row["labels"]]  # the mask is TRL 1.2's
+        return row["input_ids"][: learned.index(True)]
     if "messages" in row and row["messages"][-1]["role"] == "assistant":
         turns = {"add_generation_prompt": True, "return_dict": True, "tools": row.get("tools")}
         return tokenizer.apply_chat_template(row["messages"][:-1], **turns)["input_ids"]
@@ -161,7 +163,8 @@ def _predictions(trainer, tokenizer, classes: Sequence[str] | None, answers: Seq
         if classes is not None:
             line |= {"target": classes[row["labels"]], "predicted": classes[output.argmax()], "logits": output.tolist()}
         else:
-            line |= {"loss": float(output[0] / output[1]), "tokens": int(output[1]), "exact_match": bool(output[2])}
+            loss = float(output[0] / output[1]) if output[1] else None  # TRL 1.2 keeps rows with nothing to learn
+            line |= {"loss": loss, "tokens": int(output[1]), "exact_match": bool(output[2])}
             line |= {} if answer is None else {"generated": answer}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)

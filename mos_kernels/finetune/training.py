@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 import time
+import types
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -71,13 +72,16 @@ class ClassifierTrainer(FinetuneTrainer):
 def causal_trainer() -> type[FinetuneTrainer]:
     """TRL's SFTTrainer, evaluating row by row. A function, since TRL is needed for causal language models alone."""
     from trl import SFTTrainer
+    from trl.trainer import sft_trainer
+
+    is_fused = hasattr(sft_trainer, "add_fused_lm_head")  # in TRL 1.16; it never holds the logits of a whole batch
 
     class CausalTrainer(FinetuneTrainer, SFTTrainer):
         def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
             """predictions (rows, 3): summed loss in nats, tokens with a loss, 1 where each is the most likely one."""
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self.compute_loss_context_manager():
-                found = model(**inputs, fused_lm_head=True)
+                found = model(**inputs, fused_lm_head=True) if is_fused else _scored(model, **inputs)
             kept = found.label_mask
             if "attention_mask" in inputs:
                 row = torch.arange(len(kept), device=kept.device).unsqueeze(-1).expand_as(kept)
@@ -89,6 +93,19 @@ def causal_trainer() -> type[FinetuneTrainer]:
             return found.loss, sums, sums[:, :1]
 
     return CausalTrainer
+
+
+def _scored(model, labels: torch.Tensor, **inputs) -> types.SimpleNamespace:
+    """What TRL's fused head returns of each label's token, (B, T - 1), and the loss."""
+    logits, labels = model(**inputs).logits[:, :-1], labels[:, 1:]
+    kept = labels != -100
+    log_probs = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+    for row, mask in enumerate(kept):  # of a large vocabulary a row at a time in float32
+        chosen = logits[row, mask].float().log_softmax(-1)
+        log_probs[row, mask] = chosen.gather(-1, labels[row, mask].unsqueeze(-1)).squeeze(-1)
+    is_top1 = (logits.argmax(-1) == labels) & kept
+    loss = -log_probs.sum() / kept.sum().clamp(min=1)
+    return types.SimpleNamespace(loss=loss, label_mask=kept, log_probs=log_probs, is_top1=is_top1)
 
 
 class _LengthGrouped(LengthGroupedSampler):

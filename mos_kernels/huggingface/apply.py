@@ -85,11 +85,6 @@ def install(model: nn.Module, plan: Plan) -> None:
     try:
         layers = [linear.build() for linear in plan.linears]
         routers = [block.build() for block in plan.blocks]
-    except BaseException:
-        for parameter in trainable.values():
-            parameter.requires_grad_(True)
-        raise
-    try:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for linear, layer in zip(plan.linears, layers, strict=True):

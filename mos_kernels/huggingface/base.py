@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import transformers
 from torch import nn
 
-from mos_kernels.huggingface.files import CONFIG_NAME, WEIGHTS_NAME, read_tensors, refuse_damaged
+from mos_kernels.huggingface.files import CONFIG_NAME, WEIGHTS_NAME, read_json, read_tensors, refuse_damaged
 
 HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 _BY_TASK = {
@@ -31,7 +30,7 @@ def load_base(folder: str | os.PathLike, base: str | os.PathLike | None = None, 
     """
     folder = Path(folder)
     refuse_damaged(folder)
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG_NAME)
     whole = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
     source = base or (folder if whole else config.get("base_model_name_or_path"))
     if not source:

@@ -16,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, has_length
 
 from mos_kernels.huggingface.balance import set_factor
 from mos_kernels.huggingface.history import HistoryFile, curvature_logs, dimensionless_curvature, routing_logs
-from mos_kernels.huggingface.modules import adapter_parameters, mos_adapters, mos_modules
+from mos_kernels.huggingface.modules import adapter_parameters, mos_modules
 from mos_kernels.huggingface.routing_report import measured_routing
 from mos_kernels.huggingface.state import note_trained
 from mos_kernels.run_report.log import HISTORY
@@ -73,9 +73,8 @@ class MoSCallback(TrainerCallback):
 
     The load-balancing gradient is injected in backward, past the factors that a trainer puts on the loss: at every step
     the callback sets its weight to router_aux_loss_coef / routers, divided by the step's accumulation steps (counting a
-    shorter last group of an epoch, where the dataloader has a length) and times the fp16 scaler's scale. It puts
-    curvatures that a trainer has cast back to float32, warns once of adapter parameters that the first step gave no
-    gradient, and adds to the training logs
+    shorter last group of an epoch, where the dataloader has a length) and times the fp16 scaler's scale. It warns once
+    of adapter parameters that the first step gave no gradient, and adds to the training logs
 
         mos/curvature/<space>_{mean,min,max}   dimensionless, κ̂ = κ·length_unit², over experts and layers
         mos/share/<space>, mos/share/max       share of the top-k assignments, 1/E at uniform routing for the maximum
@@ -131,9 +130,6 @@ class MoSCallback(TrainerCallback):
         self._step_in_epoch = None
         self._next_measured = 0
         self._has_stepped = False
-        for layer in mos_adapters(model).values():
-            if layer.mos_curvature is not None and layer.mos_curvature.dtype != torch.float32:
-                layer.mos_curvature.data = layer.mos_curvature.data.float()
         resumed = self._file.open(self.history_file, args, state, model)
         self.history = self.history if resumed is None else resumed
 

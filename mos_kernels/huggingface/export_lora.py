@@ -32,7 +32,7 @@ from mos_kernels.huggingface import files
 from mos_kernels.huggingface.modules import active_names, adapter_parameters, mos_adapters, unwrap
 from mos_kernels.huggingface.state import adapter_state, tensors_of
 from mos_kernels.huggingface.targets import HEADS, refuse_offloaded
-from mos_kernels.layer import MoSAdapter, MoSConv1D, MoSLayer
+from mos_kernels.layer import MoSAdapter, MoSConv1D, MoSLayer, evaluating
 from mos_kernels.sharded import gathered, refuse_sharded, refuse_zero3
 
 PASSES = 10
@@ -153,7 +153,7 @@ def export_lora(
     total = sum(parameter.numel() for parameter in own.values())
     rank = max(round(total / wide), 1) if rank is None else rank
 
-    with _evaluating(outer), _intercepted(linears):
+    with evaluating(outer), torch.no_grad(), torch.compiler.set_stance("force_eager"), _intercepted(linears):
         order = _order(outer, linears, calibration_batches)
         step = max(math.ceil(len(order) / PASSES), 1) if at_once is None else at_once
         passes = range(0, len(order), step)
@@ -391,20 +391,6 @@ def _intercepted(linears: list[_Linear]) -> Iterator[None]:
                 setattr(layer, attribute, before)
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, nothing compiled; all as it was at the end."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False  # not .eval(), which may drop what freeze_for_inference computed
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 # passes over the data
 
 
@@ -557,13 +543,13 @@ def _modules_saved_whole(outer: nn.Module, inner: nn.Module) -> tuple[list[str],
 
         name = active_names(outer)[0]
         found = get_peft_model_state_dict(outer, adapter_name=name)
-        tensors = {k.removeprefix(files.PREFIX): v for k, v in found.items() if not files._is_adapter(k)}
+        tensors = {k.removeprefix(files.PREFIX): v for k, v in found.items() if not files.is_adapter(k)}
         modules = list(outer.peft_config[name].modules_to_save or [])
     else:
         state = adapter_state(inner)
         modules = [] if state is None else state.modules_to_save()
-        tensors = tensors_of(inner, [*modules, *files._named_by_ending(inner, modules)])
-    for head in HEADS if _task_type(files._class_of(inner)) in WITH_HEAD else ():
+        tensors = tensors_of(inner, [*modules, *files.named_by_ending(inner, modules)])
+    for head in HEADS if _task_type(files.class_of(inner)) in WITH_HEAD else ():
         if head in inner._modules and not any(name.startswith(f"{head}.") for name in tensors):
             modules.append(head)
             tensors |= tensors_of(inner, [head])
@@ -584,29 +570,25 @@ def _write(folder: Path, model: nn.Module, linears: list[_Linear], whole, report
     tensors = dict(module_tensors)
     for linear in linears:
         tensors[f"{linear.name}.lora_A.weight"], tensors[f"{linear.name}.lora_B.weight"] = linear.factors
-    kind = files._class_of(model)
-    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    names = [linear.name for linear in linears]
+    kind, about_base = files.class_of(model), files.about_base(model)
     config = {
+        **about_base,
         "peft_type": "LORA",
         "task_type": _task_type(kind),
-        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
-        "base_model_name_or_path": base,
         "r": report.rank,
         "lora_alpha": report.rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": _target_modules(model, names),
+        "target_modules": _target_modules(model, [linear.name for linear in linears]),
         "fan_in_fan_out": any(_is_conv1d(one.layer) for one in linears),
         "modules_to_save": modules or None,
-        "inference_mode": True,
     }
-    card = _card(base, kind, report)
+    card = _card(about_base["base_model_name_or_path"], kind, report)
     values = {files.PREFIX + name: tensor for name, tensor in gathered(tensors).items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        files._write(beside, values, config, card)
+        files.write_folder(beside, values, config, card)
         os.replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -626,36 +608,31 @@ def _task_type(kind: type[nn.Module]) -> str | None:
 
 
 def _card(base: str | None, kind: type[nn.Module], report: ExportReport) -> str:
-    is_hub_id = base is not None and not os.path.exists(base)
-    name = base or "the base model"
-    return "\n".join(
-        [
-            "---",
-            *([f"base_model: {base}"] if is_hub_id else []),
-            "library_name: peft",
-            "tags:",
-            "- lora",
-            "- mos-kernels",
-            "---",
-            "",
-            "# A LoRA exported from a Mixture-of-Space adapter",
-            "",
-            f"A plain LoRA, fitted by mos_kernels {mos_kernels.__version__} to a Mixture-of-Space adapter on "
-            "calibration data. It loads, merges and serves without mos_kernels:",
-            "",
-            "```python",
-            "from peft import PeftModel",
-            f"from transformers import {kind.__name__}",
-            "",
-            f'model = PeftModel.from_pretrained({kind.__name__}.from_pretrained({name!r}), "this folder")',
-            "model = model.merge_and_unload()",
-            "```",
-            "",
-            "## What was lost",
-            "",
-            *(f"- {line}" for line in report.summary()),
-            "",
-            *report.table(),
-            "",
-        ]
-    )
+    base_line = "" if base is None or os.path.exists(base) else f"base_model: {base}\n"
+    lost, table = "\n".join(f"- {line}" for line in report.summary()), "\n".join(report.table())
+    return f"""---
+{base_line}library_name: peft
+tags:
+- lora
+- mos-kernels
+---
+
+# A LoRA exported from a Mixture-of-Space adapter
+
+A plain LoRA, fitted by mos_kernels {mos_kernels.__version__} to a Mixture-of-Space adapter on calibration data. It \
+loads, merges and serves without mos_kernels:
+
+```python
+from peft import PeftModel
+from transformers import {kind.__name__}
+
+model = PeftModel.from_pretrained({kind.__name__}.from_pretrained({base or "the base model"!r}), "this folder")
+model = model.merge_and_unload()
+```
+
+## What was lost
+
+{lost}
+
+{table}
+"""

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,10 +21,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import mos_kernels
-from mos_kernels.config import MoSConfig
+from mos_kernels.config import MoSConfig, listed
 from mos_kernels.huggingface.apply import install, remove_mos
 from mos_kernels.huggingface.modules import adapter_parameters, refuse_parallel, unwrap
-from mos_kernels.huggingface.plan import adapter_shapes, make_plan, parameter_shapes
+from mos_kernels.huggingface.plan import PlannedLinear, adapter_shapes, make_plan, parameter_shapes
 from mos_kernels.huggingface.state import adapter_state, tensors_of
 from mos_kernels.huggingface.targets import refuse_peft
 from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, offload_hook
@@ -68,30 +68,31 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         raise ValueError(f"{type(model).__name__} has no MoS adapter: call apply_mos(model, config) first")
     refuse_peft(model)  # whose parameters would be saved as modules of the base
     modules = state.modules_to_save()
-    whole = tensors_of(model, [*modules, *_named_by_ending(model, modules)])
+    whole = tensors_of(model, [*modules, *named_by_ending(model, modules)])
     parameters = {**adapter_parameters(model), **whole}
     offloaded = [name for name, tensor in parameters.items() if tensor.is_meta]
     if offloaded:
         raise ValueError(f"{offloaded[0]!r} is on the meta device (offloaded?): bring its values back before saving")
     tensors = {PREFIX + name: tensor for name, tensor in gathered(parameters).items()}
 
-    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    kind = _class_of(model)
-    config = {
-        **state.config.to_dict(),
-        "peft_type": PEFT_TYPE,
-        "task_type": None,
+    own = {"peft_type": PEFT_TYPE, "task_type": None, "mos_kernels_version": mos_kernels.__version__}
+    config = {**state.config.to_dict(), **own, **about_base(model), "modules_to_save": modules or None}
+    card = _card(config["base_model_name_or_path"], class_of(model), state.config)
+    write_once(parameters.values(), lambda: write_folder(Path(folder), tensors, config, card))
+
+
+def about_base(model: nn.Module) -> dict:
+    """What an adapter's configuration says of its base model."""
+    kind, base = class_of(model), getattr(getattr(model, "config", None), "_name_or_path", None)
+    return {
         "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "base_model_name_or_path": base or None,
         "inference_mode": True,
-        "base_model_name_or_path": base,
-        "modules_to_save": modules or None,
-        "mos_kernels_version": mos_kernels.__version__,
     }
-    card = _card(base, kind, state.config)
-    write_once(parameters.values(), lambda: _write(Path(folder), tensors, config, card))
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], config: dict, card: str) -> None:
+def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict, card: str) -> None:
+    """Write an adapter's three files, or none of them."""
     folder.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
     with contextlib.ExitStack() as stack:
@@ -129,27 +130,20 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
     if applied is None:
         refuse_parallel(outer)
         plan = make_plan(model, config)
-        shapes = adapter_shapes(plan)
-        on_meta = [linear.name for linear in plan.linears if is_meta(linear.target.module)]
+        shapes, linears = adapter_shapes(plan), plan.linears
     else:
         _require_equal(applied.config, config)
-        shapes = {name: whole_shape(parameter) for name, parameter in adapter_parameters(model).items()}
-        on_meta = [name for name, parameter in adapter_parameters(model).items() if parameter.is_meta]
-    endings = _named_by_ending(model, modules)
+        shapes, linears = {name: whole_shape(p) for name, p in adapter_parameters(model).items()}, []
+    endings = named_by_ending(model, modules)
     modules += [name for name in endings if any(tensor.startswith(f"{name}.") for tensor in tensors)]
     extra = tensors_of(model, modules)
-    on_meta += [name for name, tensor in extra.items() if tensor.is_meta]
-    if on_meta:
-        raise ValueError(
-            f"{on_meta[0]!r} is on the meta device: load the base (and bring back what is offloaded) before the adapter"
-        )
+    refuse_meta(linears, adapter_parameters(model) | extra)
     require_fit(folder, tensors, shapes, extra)
     require_untied(folder, model, extra, tensors)
-    if applied is not None:
-        refuse_zero3(adapter_parameters(model).values())
-
     if applied is None:
         install(model, plan)
+    else:
+        refuse_zero3(adapter_parameters(model).values())
     try:
         own, extra = adapter_parameters(model), tensors_of(model, modules)
         targets = own | extra
@@ -162,15 +156,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
     with torch.no_grad():
         for name, target in own.items():
             target.copy_(values[name])
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoSLayer)}
-    for layer in layers.values():
-        layer._frozen = None
     for name, target in targets.items():
         if isinstance(target, nn.Parameter):
             fixed = name.endswith("mos_curvature") and not config.learn_curvature
             target.requires_grad_(is_trainable and not fixed)
     adapter_state(model).trains = is_trainable
-    return list(layers)
+    return [name for name, module in model.named_modules() if isinstance(module, MoSLayer)]
 
 
 def refuse_damaged(folder: Path) -> None:
@@ -179,7 +170,7 @@ def refuse_damaged(folder: Path) -> None:
         return
     config, _ = _read_config(folder)
     found = without_idle(read_tensors(folder / WEIGHTS_NAME), config)
-    tensors = {name: tensor for name, tensor in found.items() if _is_adapter(name)}
+    tensors = {name: tensor for name, tensor in found.items() if is_adapter(name)}
     _require_floating(folder, tensors, {})
     require_finite(folder, found, {name: torch.float64 for name in found if name not in tensors})
     for name, tensor in tensors.items():
@@ -210,13 +201,21 @@ def require_fit(
     require_finite(folder, tensors, _require_floating(folder, tensors, whole))
 
 
-def _is_adapter(name: str) -> bool:
+def is_adapter(name: str) -> bool:
     return name.endswith((*(f".{parameter}" for parameter in ADAPTER_PARAMETERS), ".mos_router.weight"))
 
 
-def is_meta(module: nn.Module) -> bool:
-    """Whether any of its tensors is on the meta device, and no offloading hook brings it from elsewhere."""
-    return offload_hook(module) is None and any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()])
+def refuse_meta(linears: Iterable[PlannedLinear], tensors: Mapping[str, Tensor]) -> None:
+    """ValueError where a tensor, or a linear to adapt, has no values yet, and no hook brings them from elsewhere."""
+    names = [name for name, tensor in tensors.items() if tensor.is_meta]
+    for linear in linears:
+        base = linear.target.module
+        if offload_hook(base) is None and any(tensor.is_meta for tensor in [*base.parameters(), *base.buffers()]):
+            names.append(linear.name)
+    if names:
+        raise ValueError(
+            f"{names[0]!r} is on the meta device: load the base (and bring back what is offloaded) before the adapter"
+        )
 
 
 def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
@@ -230,12 +229,9 @@ def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
                 "load the model's state dict into it, and call save_adapter"
             )
         raise FileNotFoundError(f"{path} is missing: no adapter was saved here, or the save was interrupted")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged, save the adapter again") from None
-    if not isinstance(values, dict) or values.get("peft_type") != PEFT_TYPE:
-        found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
+    values = read_json(path)
+    if values.get("peft_type") != PEFT_TYPE:
+        found = values.get("peft_type")
         raise ValueError(f"{path} has peft_type {found!r}, not {PEFT_TYPE!r}: it is no MoS adapter; load it with peft")
     # a peft option that is off asks for nothing; any other unknown one would be dropped silently
     known = _MOS_FIELDS.union(_OTHER_FIELDS.split())
@@ -250,6 +246,17 @@ def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
         raise ValueError(f"{path}: modules_to_save={modules!r} must be a list of module names")
     return config, modules
+
+
+def read_json(path: Path) -> dict:
+    """An adapter's configuration as it lies there; ValueError for a damaged file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged, save the adapter again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__} where an object is expected: it is no adapter's")
+    return values
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -339,7 +346,7 @@ def require_finite(where, tensors: dict[str, Tensor], dtypes: dict[str, torch.dt
         raise ValueError(f"{where}: {len(bad)} tensors have values that are not finite, such as {bad[0]}")
 
 
-def _named_by_ending(model: nn.Module, entries: list[str]) -> list[str]:
+def named_by_ending(model: nn.Module, entries: list[str]) -> list[str]:
     """The modules that peft takes for named by the end of a word, as pre_classifier by "classifier"."""
     return [
         name
@@ -362,7 +369,7 @@ def require_untied(where, model: nn.Module, whole: dict[str, Tensor], values: di
                 )
 
 
-def _class_of(model: nn.Module) -> type[nn.Module]:
+def class_of(model: nn.Module) -> type[nn.Module]:
     """The model's class, not the one that fully_shard makes on the fly and puts in its place."""
     kinds = (kind for kind in type(model).__mro__ if issubclass(kind, nn.Module))
     return next(kind for kind in kinds if not kind.__module__.startswith("torch.distributed."))
@@ -439,14 +446,10 @@ model = AutoPeftModelForCausalLM.from_pretrained("this folder")
     return f"{card.rstrip()}\n\n{note}".lstrip()
 
 
-def _listed(spaces: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in spaces.items())
-
-
 def _card(base: str | None, kind: type[nn.Module], config: MoSConfig) -> str:
     is_hub_id = base is not None and not os.path.exists(base)
     elsewhere = "".join(
-        f"Linears that match `{k}` have {_listed(v)}.\n" for k, v in (config.spaces_pattern or {}).items()
+        f"Linears that match `{k}` have {listed(v)}.\n" for k, v in (config.spaces_pattern or {}).items()
     )
     is_transformers = kind.__module__.startswith("transformers.")
     own = f"\nmodel = ...  # the {kind.__name__} that the adapter was trained on"
@@ -472,7 +475,7 @@ model = AutoPeftModel.from_pretrained("this folder")
 
 # A Mixture-of-Space adapter
 
-Rank {config.r}, {config.num_experts} experts ({_listed(config.spaces)}), {config.num_experts_per_tok} used by a token.
+Rank {config.r}, {config.num_experts} experts ({listed(config.spaces)}), {config.num_experts_per_tok} used by a token.
 {elsewhere}{_NO_MERGE}
 
 A process that loads it must import `mos_kernels.huggingface` first:

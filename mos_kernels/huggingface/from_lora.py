@@ -14,10 +14,10 @@ break at the first step; and experts of one space would stay copies of each othe
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +30,9 @@ from mos_kernels.huggingface.files import (
     CONFIG_NAME,
     PREFIX,
     WEIGHTS_NAME,
-    is_meta,
+    read_json,
     read_tensors,
+    refuse_meta,
     require_finite,
     require_untied,
 )
@@ -92,12 +93,9 @@ def start_from_lora(
     for linear in plan.linears:
         if linear.name in found.factors:
             _group_size(linear.config)
-    on_meta = [linear.name for linear in plan.linears if is_meta(linear.target.module)]
-    on_meta += [name for name, tensor in tensors_of(model, found.modules).items() if tensor.is_meta]
-    if on_meta:
-        raise ValueError(f"{on_meta[0]!r} is on the meta device: load the base model's weights first")
-    _require_same_function(found, plan)
     modules = tensors_of(model, found.modules)
+    refuse_meta(plan.linears, modules)
+    _require_same_function(found, plan)
     shapes = {name: tuple(tensor.shape) for name, tensor in modules.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in found.module_tensors.items()}:
         raise ValueError(f"the modules trained with the LoRA, {found.modules}, are not those of this model")
@@ -158,12 +156,12 @@ def _group_size(config: MoSConfig) -> int:
 def _default_config(lora: LoRA) -> MoSConfig:
     size = _group_size(MoSConfig())
     ranks = {name: A.shape[0] for name, (A, _, _) in lora.factors.items()}
-    r = max(set(ranks.values()), key=list(ranks.values()).count)
+    r = statistics.mode(ranks.values())
     alphas = {
         name: scaling * (math.sqrt(ranks[name]) if lora.use_rslora else ranks[name]) * size
         for name, (_, _, scaling) in lora.factors.items()
     }
-    alpha = max(set(alphas.values()), key=list(alphas.values()).count)
+    alpha = statistics.mode(alphas.values())
     return MoSConfig(
         r=r,
         lora_alpha=alpha,
@@ -206,7 +204,6 @@ def _fill(layer: MoSLayer, factors: tuple[Tensor, Tensor, float] | None) -> None
         layer.mos_lora_B[:, sum(curved) :, :r] = scaled.unsqueeze(1).to(layer.mos_lora_B.dtype)
     if config.share_a and layer.mos_curvature is not None:
         layer.mos_curvature.copy_(_apart(config).to(layer.mos_curvature.device))
-    layer._frozen = None
 
 
 def _apart(config: MoSConfig) -> Tensor:
@@ -233,11 +230,7 @@ def _read_folder(folder: Path) -> LoRA:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: pass the folder of a peft LoRA adapter")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        config = values if isinstance(values, dict) else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged") from None
+    config = read_json(path)
     scaling = _scaling(config, str(path))
     return _collect(config, read_tensors(folder / WEIGHTS_NAME), scaling, str(folder))
 
@@ -265,15 +258,8 @@ def _scaling(config: dict, where: str):
     """s of a linear by name and rank, as peft computes it; ValueError where the LoRA is more than B A."""
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{where} has peft_type {config.get('peft_type')!r}: only a LoRA becomes Euclidean experts")
-    plain = {
-        "use_dora": False,
-        "bias": "none",
-        "lora_bias": False,
-        "use_qalora": False,
-        "alora_invocation_tokens": None,
-    }
-    for name, off in plain.items():
-        if (config.get(name) or off) != off:
+    for name in ("use_dora", "bias", "lora_bias", "use_qalora", "alora_invocation_tokens"):
+        if config.get(name) not in (None, False, [], "none"):
             raise ValueError(f"{where} has {name}={config[name]!r}: what it computes is more than B A x")
     init = config.get("init_lora_weights", True)
     if init not in _KEEPS_THE_BASE:

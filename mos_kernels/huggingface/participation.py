@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mos_kernels.huggingface.base import load_base
 from mos_kernels.huggingface.files import load_adapter
 from mos_kernels.huggingface.modules import adapter_parameters, mos_adapters, mos_modules, own_adapter_parameters
-from mos_kernels.layer import MoSRouter
+from mos_kernels.layer import MoSRouter, evaluating
 
 TOKENS = (2, 16)
 
@@ -84,23 +84,18 @@ def _one_step(model: nn.Module) -> Iterator[None]:
     """Gradients of the adapter alone, in eval mode; all as it was at the end."""
     adapter = list(adapter_parameters(model).values())
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    training = [module for module in model.modules() if module.training]
     try:
-        for module in training:
-            module.training = False
         for parameter, _, _ in before:
             parameter.grad = None
             parameter.requires_grad_(False)
         for parameter in adapter:
             parameter.requires_grad_(True)
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        with evaluating(model), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
             parameter.grad = gradient
-        for module in training:
-            module.training = True
 
 
 def run(folder: Path, base: str | None = None) -> int:

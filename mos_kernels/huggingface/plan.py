@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from mos_kernels.backends.eager import compute_dtype
-from mos_kernels.config import MoSConfig
+from mos_kernels.config import MoSConfig, listed
 from mos_kernels.ffn import FFNForm, why_not_one
 from mos_kernels.huggingface.blocks import recognise
 from mos_kernels.huggingface.targets import Target, base_of, find_targets, in_features, layer_kind, out_features
@@ -79,13 +79,11 @@ class Plan:
         groups: dict[str, list[str]] = defaultdict(list)
 
         def of(config: MoSConfig) -> str:
-            if not self.config.spaces_pattern:
-                return ""
-            return f" of {', '.join(f'{count} {space}' for space, count in config.spaces.items())}"
+            return f" of {listed(config.spaces)}" if self.config.spaces_pattern else ""
 
         for block in self.blocks:
             why = why_not_one(block.block, block.form)
-            how = "one operation with the eager backend" if why is None else f"linear by linear, since {why}"
+            how = "one operation" if why is None else f"linear by linear, since {why}"
             text = f"one router{of(block.config)} per block, for {', '.join(block.form.routed)}; {how}"
             groups[text].append(block.name or "(the model)")
         for linear in self.linears:

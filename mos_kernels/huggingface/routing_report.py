@@ -14,6 +14,7 @@ from mos_kernels.config import MoSConfig
 from mos_kernels.ffn_node import Observer
 from mos_kernels.huggingface.modules import router_owners
 from mos_kernels.huggingface.targets import refuse_offloaded
+from mos_kernels.layer import evaluating
 
 
 class RouterStatistics:
@@ -127,15 +128,8 @@ def routing_report(model: nn.Module, *args, **kwargs) -> RoutingReport:
     """
     if not router_owners(model):
         raise ValueError(f"{type(model).__name__} has no MoS routers: call apply_mos(model, config) first")
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False  # not .eval(), which may drop what freeze_for_inference computed
-        with measured_routing(model) as statistics:
-            model(*args, **kwargs)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), measured_routing(model) as statistics:
+        model(*args, **kwargs)
     report = RoutingReport()
     for name, measured in statistics.items():
         summary = measured.summary()

@@ -26,7 +26,7 @@ D_IN, D_OUT, TRAIN, DECODE = 1536, 8960, 8192, 16
 HALF = (torch.bfloat16, torch.float16)
 WIDE = (
     "shrink", "shrink_backward", "expand", "expand_backward",
-    "activated_norm", "activated_expand", "activated_input", "activated_weight",
+    "activated_norm", "activated_expand", "activated_input", "activated_weight", "activate", "activate_backward",
 )  # fmt: skip
 FEW = ("bridge_expand", "bridge_expand_pair")
 WIDE_OF = {TRAIN: WIDE, DECODE: (*(name for name in WIDE if name != "expand"), *FEW)}
@@ -34,6 +34,7 @@ WIDE_OF = {TRAIN: WIDE, DECODE: (*(name for name in WIDE if name != "expand"), *
 
 default_launches = functools.cache(compiled.default_launches)
 layer_launches = functools.cache(compiled.layer_launches)
+ffn_launches = functools.cache(compiled.ffn_launches)
 
 
 @functools.cache
@@ -41,9 +42,18 @@ def compiled_for(architecture: str, launch: compiled.Launch):
     return compiled.compile_launch(launch, architecture)
 
 
-def launches(T: int, *configs: MoSConfig, dtype=torch.bfloat16, architecture="sm_90") -> list[compiled.Launch]:
+def launches(
+    T: int, *configs: MoSConfig, dtype=torch.bfloat16, architecture="sm_90", ffn: bool = False
+) -> list[compiled.Launch]:
+    """Of a linear with each of the configurations. ffn: and of an FFN as one operation."""
     found = [launch for config in configs for launch in layer_launches(architecture, config, T, D_IN, D_OUT, dtype)]
+    found += ffn_launches(architecture, MoSConfig(), T, D_OUT, dtype) if ffn else ()
     return list(dict.fromkeys(found))
+
+
+def between(found: list[compiled.Launch]) -> list[compiled.Launch]:
+    """Those between the linears of an FFN."""
+    return [launch for launch in found if launch.name in ("activate", "activate_backward")]
 
 
 def assert_fits(architecture: str, found: list[compiled.Launch]) -> None:
@@ -81,7 +91,8 @@ def test_the_seeds_of_the_tuner_compile_without_spills(architecture, monkeypatch
 
     monkeypatch.setattr(settings, "architecture_settings", seeded)
     found = compiled.layer_launches(architecture, linear(), TRAIN, D_IN, D_OUT, torch.bfloat16)
-    assert_fits(architecture, named(found, *tune.SEEDS))
+    found += compiled.ffn_launches(architecture, linear(), TRAIN, D_OUT, torch.bfloat16)
+    assert_fits(architecture, [launch for launch in found if launch.name in tune.SEEDS])
 
 
 def test_every_kernel_of_the_package_is_compiled_here():
@@ -165,9 +176,9 @@ def test_few_tokens_with_as_many_columns_as_one_launch_takes(experts, r, dtype, 
 )
 @pytest.mark.one_at_a_time("r", "dtype")
 def test_linears_that_share_launches(r, share_a, dtype):
-    found = launches(DECODE, MoSConfig(r=r, share_a=share_a), dtype=dtype)
+    found = ffn_launches("sm_90", MoSConfig(r=r, share_a=share_a), DECODE, D_OUT, dtype)
     pairs = [one for one in named(found, "shrink", "bridge_expand_pair") if dict(one.constants).get("PAIR", True)]
-    assert [one.name for one in pairs] == ["shrink", "bridge_expand_pair"]
+    assert {one.name for one in pairs} == {"shrink", "bridge_expand_pair"}
     assert_fits("sm_90", pairs)
 
 
@@ -203,6 +214,41 @@ def test_sizes_of_one_compile(options):
     assert_fits("sm_90", list(dict.fromkeys(found)))
 
 
+@pytest.mark.parametrize("T", [TRAIN, DECODE])
+@pytest.mark.parametrize("form", full_but(("gated",), ("gated", "fused", "not gated")))
+@pytest.mark.parametrize("rows", [8, 64, 512])
+@pytest.mark.parametrize("dtype", full_but((torch.bfloat16,), (torch.bfloat16, torch.float16, torch.float32)), ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("architecture", full_but(EVERYDAY, EVERY))
+@pytest.mark.one_at_a_time("rows", "activation", "T")
+def test_ffn_kernels_without_spills(architecture, activation, dtype, rows, form, T):
+    config = MoSConfig(r=rows // 8, share_a=False)
+    form = {"gated": form != "not gated", "fused": form == "fused"}
+    assert_fits(architecture, between(ffn_launches(architecture, config, T, D_OUT, dtype, activation, **form)))
+
+
+OF_AN_FFN = [
+    {"dtype": torch.float32}, {"share_a": False}, {"r": 64, "experts": 2}, {"r": 128, "experts": 1},
+    {"r": 2, "experts": 64}, {"mapping": "exp_log"}, {"dtype": torch.float16, "norm_topk_prob": False},
+    {"form": "fused"}, {"form": "plain"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("T", [TRAIN, DECODE])
+@pytest.mark.parametrize("options", full_but(OF_AN_FFN[:2], OF_AN_FFN), ids=str)
+@pytest.mark.parametrize("architecture", full_but(EVERYDAY, EVERY))
+@pytest.mark.one_at_a_time("options", "architecture")
+def test_an_ffn_without_spills(architecture, options, T):
+    options = dict(options)
+    dtype, form = options.pop("dtype", torch.bfloat16), options.pop("form", "gated")
+    if "experts" in options:
+        experts = options.pop("experts")
+        options["spaces"] = {"hyperbolic": (experts + 1) // 2, "spherical": experts // 2}
+        options["num_experts_per_tok"] = min(4, experts)
+    form = {"gated": form != "plain", "fused": form == "fused"}
+    assert_fits(architecture, ffn_launches(architecture, MoSConfig(**options), T, D_OUT, dtype, **form))
+
+
 # instructions
 
 
@@ -214,7 +260,8 @@ def named(found: list[compiled.Launch], *names: str) -> list[compiled.Launch]:
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_wide_products_in_training_use_the_tensor_cores_of_sm_90(dtype):
-    for launch in named(launches(TRAIN, linear(), linear(activation="silu"), dtype=dtype), *WIDE):
+    wide = [name for name in WIDE if name != "activate_backward"]  # of 32 tokens, which wgmma does not take
+    for launch in named(launches(TRAIN, linear(), linear(activation="silu"), dtype=dtype, ffn=True), *wide):
         assert "wgmma.mma_async" in compiled_for("sm_90", launch).asm["ptx"], (launch.name, launch.constants)
 
 
@@ -237,7 +284,7 @@ def test_float32_is_never_multiplied_in_tf32(architecture):
     text = "amdgcn" if architecture.startswith("gfx") else "ptx"
     dropping = (linear(lora_dropout=0.1), linear(lora_dropout=0.1, share_a=False))
     configs = (linear(), linear(activation="silu"), *dropping)
-    float32 = launches(TRAIN, *configs, dtype=torch.float32, architecture=architecture)
+    float32 = launches(TRAIN, *configs, dtype=torch.float32, architecture=architecture, ffn=True)
     for launch in [*float32, *default_launches(architecture, TRAIN)]:
         code = compiled_for(architecture, launch).asm[text]
         assert not re.search(r"tf32|xf32", code), (launch.name, launch.constants)
@@ -278,6 +325,16 @@ def test_curvature_factors_are_computed_once(architecture, T):
         assert roots <= 2 * 3 * factors, (launch.name, launch.constants)
 
 
+@pytest.mark.parametrize("architecture", full_but(EVERYDAY, ("sm_80", "sm_90")))
+@pytest.mark.parametrize("T", [TRAIN, DECODE])
+def test_activations_of_an_ffn_are_computed_once(architecture, T):
+    """One exponential for each number of a tile: Triton would compute φ again for the product that reads h."""
+    for launch in between(ffn_launches(architecture, MoSConfig(), T, D_OUT, torch.bfloat16)):
+        constants, threads = dict(launch.constants), 32 * dict(launch.options)["num_warps"]
+        exponentials = compiled_for(architecture, launch).asm["ptx"].count("ex2.approx")
+        assert exponentials == constants["BLOCK_T"] * constants["BLOCK_D"] // threads, (launch.name, launch.constants)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_loads_run_ahead_of_the_wide_products(dtype):
     names = ("shrink", "shrink_backward", "expand_backward")  # expand has one step where E·r fits its tile
@@ -312,6 +369,7 @@ def test_no_new_kernel_over_varying_T(dtype, config, widths, wrapped):
     for counts in ((1, 2, 3, 7, 16, 33, 48, 64), (65, 66, 128, 1000, 8192, 99_999)):
         found = {frozenset(layer_launches("sm_90", config, T, *widths, dtype, wrapped)) for T in counts}
         assert len(found) == 1
+        assert len({frozenset(ffn_launches("sm_90", config, T, widths[1], dtype)) for T in counts}) == 1
 
 
 def test_a_specialised_T_would_be_seen():

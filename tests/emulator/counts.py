@@ -135,6 +135,7 @@ def rows(architecture: str, T: int) -> list[Row]:
     with mock.patch.object(compiled, "recorded", recorded):
         for config, wrapped in [*configs, (MoSConfig(), True)]:
             compiled.layer_launches(architecture, config, T, 1536, 8960, torch.bfloat16, wrapped, device="cpu")
+        compiled.ffn_launches(architecture, MoSConfig(), T, 8960, torch.bfloat16, device="cpu")
     return [
         _row(key, *of_launch) for key, of_launch in zip(_keys(list(found)), found.values(), strict=True)
     ]  # fmt: skip

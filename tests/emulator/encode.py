@@ -211,6 +211,18 @@ class _Encoder:
             return self._known(name.replace(".ftz", ""))
         raise KeyError(name)
 
+    def _op_setp(self, s, parts, o):
+        if not parts[-1].endswith("x2"):
+            return False
+        number, _ = self.table[self._known(s.name.removesuffix("x2"))]
+        for result, shift in zip(o[0].split("|"), ("0", "16"), strict=True):
+            halves = []
+            for pair in o[1:]:
+                halves.append(self._new(4))
+                slots = [halves[-1], self._slot(pair, 4), self._slot(shift, 4)]
+                self._emit(s, self.table["shr.b32"][0], slots, 1)
+            self._emit(s, number, [self._slot(result, 4), *halves], 1)
+
     def _op_bra(self, s, parts, o):
         self._emit(s, "BRANCH", a=self.text.labels[o[0]])
 

@@ -367,6 +367,25 @@ def test_every_elementwise_instruction(name):
         assert ours == theirs, shown
 
 
+def test_a_comparison_of_pairs_has_two_results():
+    first = torch.tensor([1.0, 3.0, -2.0, torch.nan] * 16, dtype=torch.float16)
+    second = torch.tensor([2.0, 2.0, -2.0, 1.0] * 16, dtype=torch.float16)
+    body = (
+        by_hand.own_part(3, 4)
+        + """ld.global.b32 %r5, [%d51];
+    ld.global.b32 %r6, [%d52];
+    setp.lt.f16x2 %p1|%p2, %r5, %r6;
+    selp.b32 %r7, 1, 0, %p1;
+    selp.b32 %r8, 2, 0, %p2;
+    or.b32 %r7, %r7, %r8;
+    st.global.b32 [%d53], %r7;
+    """
+    )
+    found = torch.zeros(32, dtype=torch.int32)
+    assert by_hand.run(body, [first, second, found]).faults() == []
+    assert found.tolist() == [1, 0] * 16
+
+
 def test_approximate_instructions_may_err_by_what_is_documented():
     """In units of the last place, and by no more; the same for the same number."""
     values = torch.linspace(0.1, 9.0, 32)

@@ -91,9 +91,9 @@ def shrink_backward(architecture: str, stages: int, schedule: machine.Schedule) 
     dx, planes = torch.full((T, D), torch.nan).bfloat16(), torch.full((2, R + E, D), torch.nan)
     constants = {
         "R": R, "E": E, "BLOCK_T": 32, "BLOCK_D": block, "BLOCK_C": 64, "SPLITS": 2, "NEEDS_DX": True, "NEEDS_DW": True,
-        "DROPOUT": False, "COLUMN_BLOCKS": 1, "num_warps": 8, "num_stages": stages,
+        "DROPOUT": False, "COLUMN_BLOCKS": 1, "PAIR": False, "num_warps": 8, "num_stages": stages,
     }  # fmt: skip
-    arguments = (x, A, router, dp, dn, dlogits, dx, planes, x, T, D, D, 0.0)
+    arguments = (x, A, A, router, dp, dn, dlogits, dx, planes, x, T, D, D, 0.0)
     grid = (D // block, 2, 1)
     result = compilation.launch(shrink_backward_kernel, grid, arguments, constants, architecture, schedule)
     truth = torch.cat([dp, dlogits], 1).bfloat16().double().T @ x.double()

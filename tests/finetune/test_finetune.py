@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.finetune import FinetuneError
-from mos_kernels.finetune.options import parse
+from mos_kernels.finetune.options import FLAGS, parse
 from mos_kernels.finetune.training import classification_scores
 from mos_kernels.huggingface import load_adapter
 
@@ -417,7 +417,8 @@ def test_the_defaults_are_those_of_the_papers_and_every_flag_of_a_trainer_is_the
     arguments = adapter(*aliases, "--lr-scheduler", "cosine", "--warmup-ratio", 0)[1]
     found = (arguments.per_device_train_batch_size, arguments.num_train_epochs, arguments.gradient_accumulation_steps)
     assert found == (3, 2, 4) and arguments.lr_scheduler_type == "cosine" and arguments.warmup_steps == 0
-    assert arguments.train_sampling_strategy == "group_by_length" and arguments.data_seed == 7
+    name, value = FLAGS["--group-by-length"]
+    assert getattr(arguments, name) == value and arguments.data_seed == 7
     lm = ("--task", "causal-lm", "--model", "m", "--output", "o", "--train-file", "f", "--eval-size", 2)
     arguments = parse(strings(*lm, "--packing", "--assistant_only_loss", "--router-aux-loss-coef", 0.5), {})[1]
     assert arguments.packing and arguments.assistant_only_loss and arguments.eval_packing is False

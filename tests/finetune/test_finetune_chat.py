@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from finetune_setup import WORDS, run, save_llama, sentences
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mos_kernels.finetune import training
 
@@ -106,6 +106,8 @@ def test_sums_of_padded_and_of_padding_free_batches_are_the_same(llama, tmp_path
 
 @pytest.mark.budget(6)
 def test_rows_without_anything_to_learn_are_counted_and_left_out(llama, tmp_path, capsys):
+    if not hasattr(pytest.importorskip("trl.trainer.sft_trainer"), "add_fused_lm_head"):
+        pytest.skip("this TRL keeps such rows")
     long = [{"prompt": "the cat " * 10, "completion": " yes"}] * 3
     rows = written(tmp_path / "test.jsonl", [*long[:1], *rows_of("prompts")[:3]])
     data = written(tmp_path / "train.jsonl", [*long, *rows_of("prompts")])
@@ -128,3 +130,20 @@ def test_causal_scores_are_over_tokens():
     sums = torch.tensor([[2.0, 4.0, 0.0], [1.0, 1.0, 1.0]]).numpy()
     scores = training.causal_scores(sums)
     assert scores["exact_loss"] == pytest.approx(0.6) and scores["exact_match"] == 0.5
+
+
+def test_scores_from_logits_are_those_of_trls_fused_head(llama):
+    sft_trainer = pytest.importorskip("trl.trainer.sft_trainer")
+    if not hasattr(sft_trainer, "add_fused_lm_head"):
+        pytest.skip("this TRL has no fused head to compare with")
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    sft_trainer.add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
+    inputs = {"input_ids": torch.randint(model.config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(0))}
+    with torch.no_grad():
+        best = model(**inputs).logits.argmax(-1)
+        labels = torch.cat([inputs["input_ids"][:, :1], best[:, :-1]], 1)  # the most likely ones
+        labels[0, :4], labels[1] = -100, inputs["input_ids"][1]
+        fused, ours = model(**inputs, labels=labels, fused_lm_head=True), training._scored(model, labels, **inputs)
+    assert torch.equal(ours.label_mask, fused.label_mask) and torch.equal(ours.is_top1, fused.is_top1.bool())
+    torch.testing.assert_close(ours.log_probs, fused.log_probs.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.loss, fused.loss, rtol=1e-5, atol=1e-6)

@@ -7,13 +7,14 @@ import threading
 
 import pytest
 import torch
-from cases import DTYPES, DecodingTrial, RouterTrial, Trial
+from cases import DTYPES, FFNTrial, RouterTrial, Trial
+from ffn_cases import ActivateTrial
 from torch import nn
 
 import mos_kernels
-from mos_kernels import MoSConfig, MoSLinear, MoSRouter
+from mos_kernels import MoSConfig, MoSLinear, MoSRouter, ops
 from mos_kernels.backends.triton import launch
-from mos_kernels.decoding import Decoding
+from mos_kernels.ffn_node import FFNForm, as_one
 
 SHAPES = ((1536, 8960), (8960, 1536), (4096, 14336), (14336, 4096))
 
@@ -48,20 +49,31 @@ def test_a_drawn_router(seed, device):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_drawn_ffn_in_decoding(seed, device):
+def test_a_drawn_ffn(seed, device):
     if device == "cpu" and seed > 2:
         pytest.skip("rehearsal: the interpreter runs these seeds in tests/backends/triton")
-    trial = DecodingTrial.drawn(seed, device=device)
+    trial = FFNTrial.drawn(seed, device=device)
+    assert not trial.failures(), str(trial)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_drawn_call_between_the_linears_of_an_ffn(seed, device):
+    if device == "cpu" and seed > 2:
+        pytest.skip("rehearsal: the interpreter runs these seeds in tests/backends/triton")
+    trial = ActivateTrial.drawn(seed, device=device)
     assert not trial.failures(), str(trial)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES[::2], ids=str)
-@pytest.mark.parametrize("tokens", [1, 64])
-def test_decoding_at_real_sizes(tokens, shape, dtype, device, scale):
+@pytest.mark.parametrize("tokens", [1, 64, 1024])
+def test_an_ffn_at_real_sizes(tokens, shape, dtype, device, scale):
+    """On few tokens without a backward, on many with one."""
     d_in, d_hidden = (size // scale for size in shape)
-    trial = DecodingTrial(
-        MoSConfig(), tokens=(tokens,), d_in=d_in, d_hidden=d_hidden, d_out=d_in, dtype=dtype, device=device
+    few, many = tokens <= 64, max(tokens // scale, 70)
+    trial = FFNTrial(
+        MoSConfig(), tokens=(tokens if few else many,), d_in=d_in, d_hidden=d_hidden, d_out=d_in, dtype=dtype,
+        inference=few, device=device,
     )  # fmt: skip
     assert not trial.failures()
 
@@ -122,13 +134,11 @@ def test_decoding_in_a_cuda_graph(tokens, device):
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("tokens", [1, 64])
 def test_an_ffn_decodes_in_a_cuda_graph(tokens, device):
-    router, layers = ffn(1536, 8960, device)
+    block = ffn(1536, 8960, device)
     static = torch.randn(tokens, 1536, device=device, dtype=torch.bfloat16)
 
     def run():
-        decoding = Decoding.of(router, layers, static)
-        (gate, up), logits = decoding.read()
-        return decoding.write(nn.functional.silu(gate) * up, logits)
+        return ops.ffn(*as_one(block, FORM, static))
 
     with torch.no_grad():
         stream = torch.cuda.Stream()
@@ -147,14 +157,23 @@ def test_an_ffn_decodes_in_a_cuda_graph(tokens, device):
             assert torch.equal(y, run())
 
 
-def ffn(d: int, d_hidden: int, device: str) -> tuple[MoSRouter, tuple[MoSLinear, ...]]:
-    """A router and gate, up and down projection, frozen for inference."""
+LINEARS = ("gate_proj", "up_proj", "down_proj")
+FORM = FFNForm(LINEARS[:2], False, ("act_fn",), (), LINEARS[2], (), LINEARS)
+
+
+def ffn(d: int, d_hidden: int, device: str) -> nn.Module:
+    """A block with a router and gate, up and down projection, frozen for inference."""
     torch.manual_seed(0)
-    config, options = MoSConfig(), {"device": device, "dtype": torch.bfloat16}
-    layers = [MoSLinear(*widths, config=config, **options) for widths in ((d, d_hidden), (d, d_hidden), (d_hidden, d))]
-    for made in layers:
+    config, options, block = MoSConfig(), {"device": device, "dtype": torch.bfloat16}, nn.Module()
+    for name, widths in zip(LINEARS, ((d, d_hidden), (d, d_hidden), (d_hidden, d)), strict=True):
+        made = MoSLinear(*widths, config=config, **options)
         nn.init.normal_(made.mos_lora_B, std=0.02)
-    return MoSRouter(d, config, device=device).eval(), tuple(made.freeze_for_inference() for made in layers)
+        block.add_module(name, made)
+    block.act_fn, block.mos_router = nn.SiLU(), MoSRouter(d, config, device=device)
+    block.eval()
+    for name in LINEARS:
+        getattr(block, name).freeze_for_inference()
+    return block
 
 
 def test_a_linear_decodes_in_two_launches(device, scale, monkeypatch):

@@ -317,7 +317,7 @@ def test_configurations_that_do_not_fit(tmp_path):
     reconfigure(tmp_path, peft_type="LORA")
     assert "peft_type 'LORA'" in refused(tiny(), tmp_path)
     (tmp_path / CONFIG).write_text("[1]")
-    assert "peft_type 'list'" in refused(tiny(), tmp_path)
+    assert "holds list where an object is expected" in refused(tiny(), tmp_path)
     (tmp_path / CONFIG).write_text('{"r": 8,')
     assert "not valid JSON" in refused(tiny(), tmp_path)
     (tmp_path / CONFIG).unlink()

@@ -339,10 +339,10 @@ def test_accelerate_cpu_offload(family):
     before = model(ids()).logits
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert model.get_submodule(applied[0]).weight.is_meta
-    assert_close(model(ids()).logits, before, rtol=0, atol=0)
+    assert_close(model(ids()).logits, before, rtol=0, atol=1e-14)  # its blocks are called linear by linear
     with pytest.raises(ValueError, match="offloads the weights.*remove_hook_from_submodules"):
         remove_mos(model)
-    assert_close(model(ids()).logits, before, rtol=0, atol=0)
+    assert_close(model(ids()).logits, before, rtol=0, atol=1e-14)  # its blocks are called linear by linear
     remove_hook_from_submodules(model)
     remove_mos(model)
 

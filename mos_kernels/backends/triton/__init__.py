@@ -1,6 +1,6 @@
 """The four steps as Triton kernels, for CUDA and ROCm, with the interface of the eager backend (float32 and below).
 
-In decoding alone, two linears of an FFN may share a step: `shares_launches`, `shrink_pair` and `bridge_expand_pair`.
+`ffn` composes the kernels for the linears of an FFN together.
 
 p, n and logits are kept as planes (S, T, …): partial sums over S parts of d_in, which the bridge adds up in a fixed
 order. S is 1 wherever a backward may follow. Logits of a half-precision x lie in two parts, high and low.
@@ -30,7 +30,6 @@ __all__ = [
     "bridge_backward",
     "bridge_expand",
     "bridge_expand_backward",
-    "bridge_expand_pair",
     "compute_dtype",
     "draw_dropout",
     "expand",
@@ -45,7 +44,6 @@ __all__ = [
     "shares_launches",
     "shrink",
     "shrink_backward",
-    "shrink_pair",
 ]
 
 
@@ -72,7 +70,7 @@ def draw_dropout(x: Tensor, p: float) -> Dropout:
     return Dropout(torch.randint(0, 2**62, (1,), device=x.device), p)
 
 
-def _rows(t: Tensor) -> Tensor:
+def rows(t: Tensor) -> Tensor:
     """t with dense rows (autograd can hand over expanded gradients, whose strides are 0)."""
     return t if t.stride(1) == 1 or t.shape[1] == 1 and t.stride(0) > 0 else t.contiguous()
 
@@ -85,7 +83,7 @@ def shrink(x, A, router, dropout: Dropout | None, differentiable: bool):
     """Planes p (S, T, R), n (S, T) and logits (S, T, E or 2E) or None."""
     seed, p_drop = (None, 0.0) if dropout is None else dropout
     router = None if router is None else router.contiguous()
-    p, n, logits = _shrink.shrink_launch(_rows(x), _stack(A), router, seed, p_drop, not differentiable)
+    p, n, logits = _shrink.shrink_launch(rows(x), _stack(A), router, seed, p_drop, not differentiable)
     return p, n, None if router is None else logits
 
 
@@ -94,7 +92,7 @@ def shrink_backward(x, A, router, dp, dn, dlogits, dropout: Dropout | None, need
     seed, p_drop = (None, 0.0) if dropout is None else dropout
     stacked, router = _stack(A), None if router is None else router.contiguous()
     dx, dw = _shrink.shrink_backward_launch(
-        _rows(x), stacked, router, dp, dn, dlogits, seed, p_drop, needs[0], needs[1] or needs[2]
+        rows(x), stacked, router, dp, dn, dlogits, seed, p_drop, needs[0], needs[1] or needs[2]
     )
     if dw is None:
         return dx, None, None
@@ -104,12 +102,12 @@ def shrink_backward(x, A, router, dp, dn, dlogits, dropout: Dropout | None, need
 
 def routing_logits(x, router, differentiable: bool = True):
     """Logits (S, T, E or 2E) of a router of its own."""
-    return _shrink.shrink_launch(_rows(x), None, router.contiguous(), None, 0.0, not differentiable)[2]
+    return _shrink.shrink_launch(rows(x), None, router.contiguous(), None, 0.0, not differentiable)[2]
 
 
 def routing_logits_backward(x, router, dlogits, needs: tuple[bool, bool]):
     """dx (T, d_in) and dRouter (E, d_in)."""
-    return _shrink.shrink_backward_launch(_rows(x), None, router.contiguous(), None, None, dlogits, None, 0.0, *needs)
+    return _shrink.shrink_backward_launch(rows(x), None, router.contiguous(), None, None, dlogits, None, 0.0, *needs)
 
 
 def route(logits, config: MoSConfig):
@@ -119,10 +117,10 @@ def route(logits, config: MoSConfig):
 
 def route_backward(dgates, logits, aux_weight, token_mask, config: MoSConfig):
     """dlogits (T, E)."""
-    return _route.route_backward_launch(dgates.contiguous(), logits, aux_weight, _bytes(token_mask), config)
+    return _route.route_backward_launch(dgates.contiguous(), logits, aux_weight, route_bytes(token_mask), config)
 
 
-def _bytes(token_mask):
+def route_bytes(token_mask):
     return None if token_mask is None else token_mask.to(torch.uint8).contiguous()
 
 
@@ -149,7 +147,7 @@ def bridge_backward(
     dz, bridged, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, token_mask, config: MoSConfig
 ):
     """Gradients of `bridge`; dz in planes (S, T, E·r)."""
-    routed, mask = routed if own_router else routed.contiguous(), _bytes(token_mask)
+    routed, mask = routed if own_router else routed.contiguous(), route_bytes(token_mask)
     return BridgeGradients(
         *_bridge.bridge_backward_launch(dz, p, n, routed, own_router, kappa, prepared.gram, aux_weight, mask, config)
     )
@@ -162,7 +160,7 @@ def expand(z, prepared: Prepared, added, dtype: torch.dtype):
 
 def expand_backward(dy, z, prepared: Prepared, needs_dB: bool):
     """dz in planes (S, T, E·r) and dyᵀz in planes (chunks, d_out, E·r) or None."""
-    return _expand.expand_backward_launch(_rows(dy), z, prepared.B, needs_dB)
+    return _expand.expand_backward_launch(rows(dy), z, prepared.B, needs_dB)
 
 
 def add_norm_gradient(dB, B, M):
@@ -186,30 +184,17 @@ def bridge_expand(
 
 
 def shares_launches(T: int, config: MoSConfig) -> bool:
-    """Whether bridge and expand of T tokens are one launch, which a router's logits and a second linear may enter."""
+    """Whether bridge and expand of T tokens are one launch."""
     return config.activation == "identity" and decode.is_few(T, config)
-
-
-def shrink_pair(x, A: tuple[Tensor, Tensor], router):
-    """Planes p (2, S, T, R) of two linears, n (S, T) and logits (S, T, E or 2E), for no backward. A: alike."""
-    first, second = (_stack(a) for a in A)
-    return _shrink.shrink_launch(_rows(x), first, router.contiguous(), None, 0.0, True, second)
-
-
-def bridge_expand_pair(p, n, logits, kappas, prepared: tuple[Prepared, Prepared], biases, config: MoSConfig):
-    """y₀ (2, T, d_out) of the two linears of `shrink_pair`; biases: both (d_out,) or both None."""
-    biases = [None if bias is None else bias.contiguous() for bias in biases]
-    linears = [(k, made.gram, made.B, bias) for k, made, bias in zip(kappas, prepared, biases, strict=True)]
-    return decode.bridge_expand_pair_launch(p, n, logits, linears, config)
 
 
 def bridge_expand_backward(
     dy, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, token_mask, config: MoSConfig
 ):
     """Gradients of `bridge_expand` with an activation."""
-    routed, mask = routed if own_router else routed.contiguous(), _bytes(token_mask)
+    routed, mask = routed if own_router else routed.contiguous(), route_bytes(token_mask)
     return BridgeExpandGradients(
         *activated.activated_backward_launch(
-            _rows(dy), p, n, routed, own_router, kappa, prepared.B, aux_weight, mask, config
+            rows(dy), p, n, routed, own_router, kappa, prepared.B, aux_weight, mask, config
         )
     )

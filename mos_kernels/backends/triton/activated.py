@@ -14,53 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mos_kernels.backends.triton import launch
+from mos_kernels.backends.triton.activations import CODES, activation
 from mos_kernels.backends.triton.bridge import load_factors, load_n, load_p, route_parts, tile_settings
 from mos_kernels.backends.triton.expand import plus_added
 from mos_kernels.backends.triton.geometry import inverse_projection_scale, mapping_code, projection_scale
 from mos_kernels.backends.triton.numerics import bounded, cast, dot, once, saturate
 from mos_kernels.backends.triton.route import balance, balance_gradient, gates_backward, load_logits, top_k_gates
 from mos_kernels.geometry import guard_back, guard_into
-
-TANH, SILU, GELU = 0, 1, 2
-CODES = {"tanh": TANH, "silu": SILU, "gelu": GELU}
-
-_TANH = tl.constexpr(TANH)
-_SILU = tl.constexpr(SILU)
-
-
-@triton.jit
-def activation(v, ACTIVATION: tl.constexpr):
-    """φ(v) and φ'(v)."""
-    if ACTIVATION == _TANH:
-        a = tl.abs(v)
-        s = v * v
-        small = v * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
-        large = 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(a, 20.0)) + 1.0)
-        u = tl.where(a < 0.25, small, tl.where(v < 0.0, -large, large))
-        return tl.where(v == v, u, v), 1.0 - u * u
-    if ACTIVATION == _SILU:
-        s = tl.sigmoid(v)
-        return v * s, s * (1.0 + v * (1.0 - s))
-    below, density = _normal(v)
-    return v * below, below + v * density
-
-
-@triton.jit
-def _normal(v):
-    """Φ(v) and its density, without a branch: at that of tl.erf, between its two formulas, the lanes of a warp part.
-
-    Φ(-a) e^(a²/2) (a + 2) is smooth in w = (a - 2) / (a + 2): a polynomial, fitted at Chebyshev's points of w.
-    """
-    inverse = 1.0 / (tl.abs(v) + 2.0)
-    w = 1.0 - 4.0 * inverse
-    tail = 0.00062539993 + w * 0.00012148632
-    tail = -0.0018459195 + w * (0.0007598505 + w * tail)
-    tail = -0.0004917812 + w * (-0.006694298 + w * tail)
-    tail = 0.028799044 + w * (0.03671178 + w * tail)
-    tail = 0.672408 + w * (-0.33140412 + w * tail)
-    bell = tl.exp(-0.5 * v * v)
-    tail *= inverse * bell
-    return tl.where(v < 0.0, tail, 1.0 - tail), bell * 0.3989422804014327
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -137,12 +97,12 @@ def _load_planes(planes, row, m_t, o_e, T, E, SPLITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def coefficients_kernel(
-    planes, routed, kappa, share, weight, token_mask, through_dy, through_u, drouted, dkappa, T, scaling,
+    planes, routed, kappa, loads, weight, token_mask, through_dy, through_u, drouted, dkappa, T, scaling,
     out_limit, out_edge,
     E: tl.constexpr,
     BLOCK_T: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, ROUTE_SPLITS: tl.constexpr,
     ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, MAPPING: tl.constexpr, BACKWARD: tl.constexpr,
-    BALANCE: tl.constexpr, MASKED: tl.constexpr,
+    BALANCE: tl.constexpr, MASKED: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
     """through_dy = c; in backward through_u = 2 dq, drouted, and the output scale's share of dκ."""
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -169,7 +129,7 @@ def coefficients_kernel(
         if ROUTE_PARTS > 0:
             b_drouted = gates_backward(b_drouted, gates, logits, o_e, ALL_E, K, NORMALISE)
             if BALANCE:
-                b_drouted += balance_gradient(logits, share, weight, token_mask, o_t, m_t, o_e, E, MASKED)
+                b_drouted += balance_gradient(logits, loads, weight, token_mask, o_t, m_t, o_e, E, K, LOADS, MASKED)
         tl.store(drouted + flat, b_drouted, mask=m)
 
 
@@ -332,14 +292,14 @@ def _coefficients(planes, routed, own_router: bool, kappa, aux_weight, token_mas
 
     through_dy = empty()
     through_u, drouted, dkappa = (empty() for _ in range(3)) if kinds == 2 else (planes,) * 3
-    share, weight, mask, constants = balance(routed, aux_weight, token_mask, config)
+    loads, weight, mask, constants = balance(routed, aux_weight, token_mask, config)
     parts = route_parts(routed, own_router, config)
     settings, all_e = launch.settings("route", planes.device, T), triton.next_power_of_2(E)
     tile = 2048 if splits == 1 else 256  # each plane of q and t holds a tile in registers at once
     settings["BLOCK_T"] = min(settings["BLOCK_T"], max(tile // all_e, 1))
     launch.launch(
         coefficients_kernel, (triton.cdiv(T, settings["BLOCK_T"]),), planes,
-        (planes, routed, kappa, share, weight, mask, through_dy, through_u, drouted, dkappa, T, config.scaling,
+        (planes, routed, kappa, loads, weight, mask, through_dy, through_u, drouted, dkappa, T, config.scaling,
          *guard_back(config)),
         E=E, ALL_E=all_e, K=config.num_experts_per_tok, SPLITS=splits,
         ROUTE_SPLITS=routed.shape[0] if parts else 1, ROUTE_PARTS=parts, NORMALISE=config.norm_topk_prob,

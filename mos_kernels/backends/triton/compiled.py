@@ -20,9 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mos_kernels import steps
-from mos_kernels.backends import load_backend
-from mos_kernels.backends.triton import launch
-from mos_kernels.call import LinearTensors, Plan, RouteTensors
+from mos_kernels.backends.triton import ffn, launch
+from mos_kernels.call import Adapted, FFNPlan, FFNTensors, LinearTensors, Plan, RouteTensors
 from mos_kernels.config import MoSConfig
 
 TARGETS = {
@@ -143,10 +142,47 @@ def layer_launches(
             gates, logits = steps.route_forward(routed, plan)
             steps.route_backward(gates, routed, logits, plan, RouteTensors(True, True, False, False))
             steps.route_forward(routed, inference)
-        if not own and not wrapped and load_backend("triton").shares_launches(T, config):  # an FFN's, in decoding
-            linear = linear._replace(gates=None)
-            _, logits = steps.pair_forward([linear, linear], [None, None], router, inference)
-            steps.linear_forward(linear, inference, logits)
+    return list(dict.fromkeys(launches))
+
+
+def ffn_launches(
+    architecture: str,
+    config: MoSConfig,
+    T: int,
+    d_hidden: int,
+    dtype: torch.dtype,
+    activation: str = "silu",
+    gated: bool = True,
+    fused: bool = False,
+    device: str = "meta",
+    d: int = 1536,
+) -> list[Launch]:
+    """The distinct launches of an FFN as one operation: forward, backward, and on the way without a backward.
+
+    d wide, d_hidden between its linears; activation, gated and fused as in `FFNPlan`.
+    """
+    E, r = config.num_experts, config.r
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    def linear(d_in: int, d_out: int) -> Adapted:
+        A = empty(*(r, d_in) if config.share_a else (E, r, d_in))
+        return Adapted(empty(d_out, d_in, dtype=dtype), empty(d_out, dtype=dtype), A, empty(d_out, E, r), empty(E))
+
+    reads = [linear(d, 2 * d_hidden)] if fused else [linear(d, d_hidden) for _ in range(2 if gated else 1)]
+    tensors = FFNTensors(
+        empty(T, d, dtype=dtype), None, empty(E, d), empty(1), empty(T) > 0, linear(d_hidden, d), tuple(reads)
+    )
+    plan = FFNPlan(config, config, "triton", activation, gated, fused, True, (None,) * (1 + len(reads)))
+    needed = Adapted(False, False, True, True, True)
+    needs = FFNTensors(True, False, True, False, False, needed, (needed,) * len(reads))
+    frozen = FFNTensors(True, False, False, False, False, Adapted(*[False] * 5), (Adapted(*[False] * 5),) * len(reads))
+    with recorded(architecture) as launches:
+        y, saved = ffn.ffn_forward(tensors, plan)
+        for asked in (needs, frozen):
+            ffn.ffn_backward(y, tensors, saved, plan, asked)
+        ffn.ffn_inference(tensors, plan._replace(differentiable=False))
     return list(dict.fromkeys(launches))
 
 
@@ -203,6 +239,8 @@ def default_launches(architecture: str, T: int) -> list[Launch]:
         for wrapped in (False, True)
         for described in layer_launches(architecture, config, T, 1536, 8960, torch.bfloat16, wrapped)
     ]
+    for activation in ("silu", "gelu_tanh"):
+        launches += ffn_launches(architecture, MoSConfig(), T, 8960, torch.bfloat16, activation)
     return list(dict.fromkeys(launches))
 
 

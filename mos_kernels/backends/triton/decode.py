@@ -27,8 +27,8 @@ def _bridge_expand_tile(
     p, n, routed, kappa, gram, B, added, y, T, N, scaling,
     in_limit, in_edge, out_limit, out_edge, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, K: tl.constexpr,
-    SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
-    MAPPING: tl.constexpr, ADDED: tl.constexpr,
+    SPLITS: tl.constexpr, ROUTE_SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr,
+    SHARED: tl.constexpr, MAPPING: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(N, BLOCK_N)
     i_t, i_n = tl.program_id(0) // across, tl.program_id(0) % across
@@ -46,10 +46,10 @@ def _bridge_expand_tile(
     b_B = tl.load(
         B + o_n[None, :].to(tl.int64) * (E * r) + column[:, None], mask=m_n[None, :] & m_c[:, None], other=0.0
     )
-    z = bridge_tile(
+    z, _, _ = bridge_tile(
         p, n, routed, kappa, gram, o_t, tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_R), T, scaling,
         in_limit, in_edge, out_limit, out_edge, E, r, BLOCK_E,
-        BLOCK_E, K, SPLITS, ROUTE_PARTS, NORMALISE, SHARED, MAPPING,
+        BLOCK_E, K, SPLITS, ROUTE_SPLITS, ROUTE_PARTS, NORMALISE, SHARED, MAPPING,
     )  # fmt: skip
     b_z = cast(tl.reshape(z, [BLOCK_T, BLOCK_E * BLOCK_R]), B.dtype.element_ty)
     total = dot(b_z, b_B, tl.zeros([BLOCK_T, BLOCK_N], tl.float32))
@@ -62,14 +62,14 @@ def bridge_expand_kernel(
     p, n, routed, kappa, gram, B, added, y, T, N, scaling,
     in_limit, in_edge, out_limit, out_edge, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, K: tl.constexpr,
-    SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
-    MAPPING: tl.constexpr, ADDED: tl.constexpr,
+    SPLITS: tl.constexpr, ROUTE_SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr,
+    SHARED: tl.constexpr, MAPPING: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     """y[t, n] = Σ_e z[t, e] @ B[n, e] + added[n] or added[t, n]"""
     _bridge_expand_tile(
         p, n, routed, kappa, gram, B, added, y, T, N, scaling,
         in_limit, in_edge, out_limit, out_edge, E, r, BLOCK_T, BLOCK_N, BLOCK_E, BLOCK_R, K,
-        SPLITS, ROUTE_PARTS, NORMALISE, SHARED, MAPPING, ADDED,
+        SPLITS, ROUTE_SPLITS, ROUTE_PARTS, NORMALISE, SHARED, MAPPING, ADDED,
     )  # fmt: skip
 
 
@@ -79,8 +79,8 @@ def bridge_expand_pair_kernel(
     in_limit, in_edge, out_limit, out_edge,
     E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, K: tl.constexpr,
-    SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
-    MAPPING: tl.constexpr, ADDED: tl.constexpr,
+    SPLITS: tl.constexpr, ROUTE_SPLITS: tl.constexpr, ROUTE_PARTS: tl.constexpr, NORMALISE: tl.constexpr,
+    SHARED: tl.constexpr, MAPPING: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     """y[i] of two linears i, as `bridge_expand_kernel`, with the same n and logits and p[i]."""
     is_second = tl.program_id(1) == 1
@@ -91,7 +91,7 @@ def bridge_expand_pair_kernel(
         p, n, routed, tl.where(is_second, kappa_2, kappa), tl.where(is_second, gram_2, gram),
         tl.where(is_second, B_2, B), tl.where(is_second, added_2, added), y, T, N, scaling,
         in_limit, in_edge, out_limit, out_edge, E, r, BLOCK_T,
-        BLOCK_N, BLOCK_E, BLOCK_R, K, SPLITS, ROUTE_PARTS, NORMALISE, SHARED, MAPPING, ADDED,
+        BLOCK_N, BLOCK_E, BLOCK_R, K, SPLITS, ROUTE_SPLITS, ROUTE_PARTS, NORMALISE, SHARED, MAPPING, ADDED,
     )  # fmt: skip
 
 
@@ -122,18 +122,18 @@ def bridge_expand_launch(
     return y
 
 
-def bridge_expand_pair_launch(p, n, logits, linears, config) -> Tensor:
-    """y₀ (2, T, d_out) of two linears with equal shapes and one router. p (2, S, T, R).
+def bridge_expand_pair_launch(p, n, routed, own_router: bool, linears, config) -> Tensor:
+    """y₀ (2, T, d_out) of two linears with equal shapes and one routing. p (2, S, T, R).
 
     linears: (kappa, gram, B, bias or None) of each, both or neither with a bias.
     """
     (kappa, gram, B, bias), (kappa_2, gram_2, B_2, bias_2) = linears
     T, N = n.shape[1], B.shape[0]
     y = torch.empty(2, T, N, device=p.device, dtype=B.dtype)
-    blocks, constants = _shape(n, N, B.dtype, logits, True, bias, config)
+    blocks, constants = _shape(n, N, B.dtype, routed, own_router, bias, config)
     launch.launch(
         bridge_expand_pair_kernel, (blocks, 2), p,
-        (p, n, logits, kappa, gram, B, p if bias is None else bias, kappa_2, gram_2, B_2,
+        (p, n, routed, kappa, gram, B, p if bias is None else bias, kappa_2, gram_2, B_2,
          p if bias is None else bias_2, y, T, N, config.scaling, *guards(config)),
         **constants,
     )  # fmt: skip
@@ -149,6 +149,7 @@ def _shape(n, N: int, dtype: torch.dtype, routed, own_router: bool, added, confi
         settings["num_warps"] = 8
     return triton.cdiv(T, settings["BLOCK_T"]) * triton.cdiv(N, settings["BLOCK_N"]), dict(
         E=config.num_experts, r=config.r, BLOCK_E=block_e, BLOCK_R=block_r, K=config.num_experts_per_tok, SPLITS=S,
+        ROUTE_SPLITS=routed.shape[0] if own_router else 1,
         ROUTE_PARTS=route_parts(routed, own_router, config), NORMALISE=config.norm_topk_prob, SHARED=config.share_a,
         MAPPING=mapping_code(config), ADDED=0 if added is None else added.dim(), **settings,
     )  # fmt: skip

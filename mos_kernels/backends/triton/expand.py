@@ -20,12 +20,14 @@ from mos_kernels.backends.triton.numerics import cast, dot
 
 
 @triton.jit
-def gram_kernel(
-    B, wide, planes, N, E: tl.constexpr, r: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr,
+def _gram_part(
+    B, wide, planes, N, i_e, i_s, total_size, E: tl.constexpr, r: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr, GRAM: tl.constexpr,
 ):  # fmt: skip
-    """planes[split, e] = B[part, e].T @ B[part, e];  wide = B in the dtype of the wide products"""
-    i_e, i_s = tl.program_id(0), tl.program_id(1)
+    """planes[split, e] = B[part, e].T @ B[part, e];  wide = B in the dtype of the wide products
+
+    total_size: numbers of a plane, in which this linear's begin at `planes`.
+    """
     o_r = tl.arange(0, BLOCK_R)
     m_r = o_r[None, :] < r
     part = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS) * BLOCK_N
@@ -37,18 +39,54 @@ def gram_kernel(
         b_B = tl.load(B + offsets, mask=mask, other=0.0).to(tl.float32)
         if WIDE:
             tl.store(wide + offsets, cast(b_B, wide.dtype.element_ty), mask=mask)
-        total = dot(tl.trans(b_B), b_B, total)
-    plane = planes + (i_s * E + i_e) * r * r
-    tl.store(plane + o_r[:, None] * r + o_r[None, :], total, mask=(o_r[:, None] < r) & m_r)
+        if GRAM:
+            total = dot(tl.trans(b_B), b_B, total)
+    if GRAM:
+        plane = planes + i_s * total_size + i_e * r * r
+        tl.store(plane + o_r[:, None] * r + o_r[None, :], total, mask=(o_r[:, None] < r) & m_r)
+
+
+@triton.jit
+def gram_kernel(
+    B, wide, planes, N, E: tl.constexpr, r: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """G of a linear in planes, and B in the dtype of the wide products."""
+    i_e, i_s = tl.program_id(0), tl.program_id(1)
+    _gram_part(B, wide, planes, N, i_e, i_s, E * r * r, E, r, BLOCK_N, BLOCK_R, SPLITS, WIDE, True)
+
+
+@triton.jit
+def grams_kernel(
+    B, wide, B_2, wide_2, B_h, wide_h, planes, N, N_h, E: tl.constexpr, r: tl.constexpr, r_h: tl.constexpr,
+    READS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_R_H: tl.constexpr, SPLITS: tl.constexpr,
+    WIDE: tl.constexpr, WIDE_2: tl.constexpr, WIDE_H: tl.constexpr, GRAM: tl.constexpr,
+):  # fmt: skip
+    """`gram_kernel` of the READS linears of an FFN that read its input, and of the one (h) after them."""
+    i_e, i_s, i_l = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    size: tl.constexpr = READS * E * r * r + E * r_h * r_h
+    if i_l == 0:
+        _gram_part(B, wide, planes, N, i_e, i_s, size, E, r, BLOCK_N, BLOCK_R, SPLITS, WIDE, GRAM)
+    elif i_l < READS:
+        second = planes + E * r * r
+        _gram_part(B_2, wide_2, second, N, i_e, i_s, size, E, r, BLOCK_N, BLOCK_R, SPLITS, WIDE_2, GRAM)
+    else:
+        last = planes + READS * E * r * r
+        _gram_part(B_h, wide_h, last, N_h, i_e, i_s, size, E, r_h, BLOCK_N, BLOCK_R_H, SPLITS, WIDE_H, GRAM)
+
+
+def _gram_settings(B: Tensor, N: int, r: int) -> dict:
+    settings = launch.settings("gram", B.device, N)
+    if r > 64:  # the accumulator alone would fill a thread's registers
+        settings.update(num_warps=8, BLOCK_N=16)
+    settings["SPLITS"] = min(settings["SPLITS"], triton.next_power_of_2(triton.cdiv(N, settings["BLOCK_N"])))
+    return settings
 
 
 def gram_launch(B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """B in dtype (B itself where it is that), and G (E, r, r) in float32."""
     N, E, r = B.shape
-    settings = launch.settings("gram", B.device, N)
-    if r > 64:  # the accumulator alone would fill a thread's registers
-        settings.update(num_warps=8, BLOCK_N=16)
-    settings["SPLITS"] = min(settings["SPLITS"], triton.next_power_of_2(triton.cdiv(N, settings["BLOCK_N"])))
+    settings = _gram_settings(B, N, r)
     wide = B if B.dtype == dtype else torch.empty_like(B, dtype=dtype)
     planes = torch.empty(settings["SPLITS"], E, r, r, device=B.device, dtype=torch.float32)
     launch.launch(
@@ -58,12 +96,43 @@ def gram_launch(B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return wide, launch.sum_planes(planes)
 
 
+def grams_launch(Bs: list[Tensor], dtype: torch.dtype, needs_gram: bool) -> tuple[list[Tensor], Tensor | None]:
+    """As `gram_launch` of an FFN's linears, the last of them last: each B in dtype, and where needed all G as one row.
+
+    Those before the last have one shape and dtype.
+    """
+    *reads, last = Bs
+    (N, E, r), (N_h, _, r_h), device = reads[0].shape, last.shape, last.device
+    wide = [B if B.dtype == dtype else torch.empty_like(B, dtype=dtype) for B in Bs]
+    if not needs_gram and all(a is b for a, b in zip(wide, Bs, strict=True)):
+        return wide, None
+    settings = _gram_settings(last, max(N, N_h), max(r, r_h))
+    size = len(reads) * E * r * r + E * r_h * r_h
+    planes = torch.empty(settings["SPLITS"], size, device=device, dtype=torch.float32) if needs_gram else None
+    casts = [a is not b for a, b in zip(wide, Bs, strict=True)]
+    launch.launch(
+        grams_kernel, (E, settings["SPLITS"], len(Bs)), last,
+        (reads[0], wide[0], reads[-1], wide[-2], last, wide[-1], last if planes is None else planes, N, N_h),
+        E=E, r=r, r_h=r_h, READS=len(reads), BLOCK_R=launch.block(r, 16, 128), BLOCK_R_H=launch.block(r_h, 16, 128),
+        WIDE=casts[0], WIDE_2=casts[-2], WIDE_H=casts[-1], GRAM=needs_gram, **settings,
+    )  # fmt: skip
+    return wide, None if planes is None else launch.sum_planes(planes)
+
+
 @triton.jit(do_not_specialize=["T"])
 def expand_kernel(
-    z, B, added, y, T, N, C,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ADDED: tl.constexpr,
+    z, B, added, B_2, added_2, y, T, N, C,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ADDED: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """y[t, n] = z[t] @ Bcat[n] + added[n] or added[t, n]; neighbouring programs write neighbouring columns"""
+    """y[t, n] = z[t] @ Bcat[n] + added[n] or added[t, n]; neighbouring programs write neighbouring columns
+
+    PAIR: y[i] from z[i] of two linears i.
+    """
+    if PAIR:
+        is_second = tl.program_id(1) == 1
+        z += tl.where(is_second, T.to(tl.int64) * C, 0)
+        y += tl.where(is_second, T.to(tl.int64) * N, 0)
+        B, added = tl.where(is_second, B_2, B), tl.where(is_second, added_2, added)
     across = tl.cdiv(N, BLOCK_N)
     i_t, i_n = tl.program_id(0) // across, tl.program_id(0) % across
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -94,14 +163,23 @@ def plus_added(total, added, row, m_t, o_n, N, ADDED: tl.constexpr):
 
 def expand_launch(z: Tensor, B: Tensor, added: Tensor | None) -> Tensor:
     """y₀ (T, d_out) in z's dtype, from z (T, E·r) and B (d_out, E, r) of one dtype, and added, dense, of any."""
-    (T, C), N = z.shape, B.shape[0]
-    y = torch.empty(T, N, device=z.device, dtype=z.dtype)
+    return _expand_launch(z, [B], [added], z.new_empty(z.shape[0], B.shape[0]))
+
+
+def expand_pair_launch(z: Tensor, Bs: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+    """y₀ (2, T, d_out) of two linears, from z (2, T, E·r). Bs: of one shape; biases: of one dtype, or both None."""
+    return _expand_launch(z, Bs, biases, z.new_empty(2, z.shape[1], Bs[0].shape[0]))
+
+
+def _expand_launch(z: Tensor, Bs: list[Tensor], added: list[Tensor | None], y: Tensor) -> Tensor:
+    (T, C), N = z.shape[-2:], y.shape[-1]
     settings = launch.wide_settings("expand", z.device, T, z.dtype, BLOCK_T=64 if z.dtype == torch.float32 else 128)
     settings["BLOCK_C"] = launch.block(C, 16, settings["BLOCK_C"])
-    grid = (triton.cdiv(T, settings["BLOCK_T"]) * triton.cdiv(N, settings["BLOCK_N"]),)
+    there = [z if t is None else t for t in added]
     launch.launch(
-        expand_kernel, grid, z, (z, B, z if added is None else added, y, T, N, C),
-        ADDED=0 if added is None else added.dim(), **settings,
+        expand_kernel, (triton.cdiv(T, settings["BLOCK_T"]) * triton.cdiv(N, settings["BLOCK_N"]), len(Bs)), z,
+        (z, Bs[0], there[0], Bs[-1], there[-1], y, T, N, C),
+        ADDED=0 if added[0] is None else added[0].dim(), PAIR=len(Bs) == 2, **settings,
     )  # fmt: skip
     return y
 
@@ -146,15 +224,23 @@ def _weight_gradient(
 
 @triton.jit(do_not_specialize=["T", "rows"])
 def expand_backward_kernel(
-    dy, z, B, dz, dB, T, rows, N, C, stride_dy,
+    dy, z, B, dy_2, B_2, dz, dB, T, rows, N, C, stride_dy,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WEIGHT_T: tl.constexpr,
-    WEIGHT_N: tl.constexpr, BLOCK_C: tl.constexpr, NEEDS_DB: tl.constexpr,
+    WEIGHT_N: tl.constexpr, BLOCK_C: tl.constexpr, NEEDS_DB: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
     """dz[split, t] = dy[t, part] @ Bcat[part];  dB[chunk, n] = Σ_t dy[t, n] z[t], over the chunk's tokens
 
     One launch for both: they wait for nothing of each other. Programs stand in the order of the chunks, so that those
     of dB find in the L2 what those of dz read at the same time.
+    PAIR: dz[i] and dB[i] from dy_i, z[i] and B_i of two linears i, one after the other.
     """
+    if PAIR:
+        is_second = tl.program_id(2) == 1
+        dy, B = tl.where(is_second, dy_2, dy), tl.where(is_second, B_2, B)
+        tokens = tl.where(is_second, T.to(tl.int64), 0)
+        z += tokens * C
+        dz += tokens * SPLITS * C
+        dB += tl.where(is_second, tl.cdiv(T, rows).to(tl.int64), 0) * N * C
     for_input = tl.cdiv(rows, BLOCK_T) * SPLITS
     programs = for_input + tl.cdiv(N, WEIGHT_N) if NEEDS_DB else for_input
     chunk, i = tl.program_id(0) // programs, tl.program_id(0) % programs
@@ -170,22 +256,38 @@ def expand_backward_kernel(
 
 def expand_backward_launch(dy: Tensor, z: Tensor, B: Tensor, needs_dB: bool) -> tuple[Tensor, Tensor | None]:
     """dz in planes (S, T, E·r) and dyᵀz in planes (chunks, d_out, E·r), float32. dy (T, d_out), rows dense."""
-    (T, N), C, device = dy.shape, z.shape[1], dy.device
+    dz, dB = _expand_backward_launch([dy], z, [B], needs_dB)
+    return dz[0], None if dB is None else dB[0]
+
+
+def expand_backward_pair_launch(
+    dys: list[Tensor], z: Tensor, Bs: list[Tensor], needs_dB: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As `expand_backward_launch` of two linears of one shape: dz (2, S, T, E·r) and dyᵀz (2, chunks, d_out, E·r).
+
+    dys: of one stride; z (2, T, E·r).
+    """
+    return _expand_backward_launch(dys, z, Bs, needs_dB)
+
+
+def _expand_backward_launch(dys, z: Tensor, Bs, needs_dB: bool) -> tuple[Tensor, Tensor | None]:
+    dy, linears = dys[0], len(dys)
+    (T, N), C, device = dy.shape, z.shape[-1], dy.device
     block_c = launch.block(C, 16, 64 if dy.dtype == torch.float32 else 128)
     most = 64 if dy.dtype == torch.float32 else 256 if block_c <= 64 else 128
     settings = launch.wide_settings("expand_backward", device, T, dy.dtype, BLOCK_T=most, WEIGHT_N=most)
     rows = _chunk_rows(T, N * dy.element_size(), settings.pop("CHUNK_BYTES"), settings.pop("CHUNK_ROWS"), settings)
     chunks = triton.cdiv(T, rows)
-    dz = torch.empty(settings["SPLITS"], T, C, device=device, dtype=torch.float32)
-    dB = torch.empty(max(chunks, 1), N, C, device=device, dtype=torch.float32) if needs_dB else None
+    dz = torch.empty(linears, settings["SPLITS"], T, C, device=device, dtype=torch.float32)
+    dB = torch.empty(linears, max(chunks, 1), N, C, device=device, dtype=torch.float32) if needs_dB else None
     if T == 0 and needs_dB:
         dB.zero_()
     programs = triton.cdiv(rows, settings["BLOCK_T"]) * settings["SPLITS"]
     programs += triton.cdiv(N, settings["WEIGHT_N"]) if needs_dB else 0
     launch.launch(
-        expand_backward_kernel, (chunks * programs, triton.cdiv(C, block_c)), dy,
-        (dy, z, B, dz, dz if dB is None else dB, T, rows, N, C, dy.stride(0)),
-        BLOCK_C=block_c, NEEDS_DB=needs_dB, **settings,
+        expand_backward_kernel, (chunks * programs, triton.cdiv(C, block_c), linears), dy,
+        (dy, z, Bs[0], dys[-1], Bs[-1], dz, dz if dB is None else dB, T, rows, N, C, dy.stride(0)),
+        BLOCK_C=block_c, NEEDS_DB=needs_dB, PAIR=linears == 2, **settings,
     )  # fmt: skip
     return dz, dB
 
@@ -197,13 +299,11 @@ def _chunk_rows(T: int, row_bytes: int, most_bytes: int, most_rows: int, setting
     return triton.cdiv(triton.cdiv(T, max(triton.cdiv(T, most), 1)), tile) * tile or tile
 
 
-@triton.jit(do_not_specialize=["P"])
-def norm_gradient_kernel(
-    planes, B, M, dB, P, N, stride_M, E: tl.constexpr, r: tl.constexpr,
+@triton.jit
+def _norm_gradient_tile(
+    planes, B, M, dB, i_n, i_e, P, N, stride_M, E: tl.constexpr, r: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """dB[n, e] = Σ planes[:, n, e] + 2 B[n, e] @ M[e]"""
-    i_n, i_e = tl.program_id(0), tl.program_id(1)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_e = i_e * BLOCK_E + tl.arange(0, BLOCK_E)
     o_r = tl.arange(0, BLOCK_R)
@@ -224,17 +324,78 @@ def norm_gradient_kernel(
     tl.store(dB + offsets, total, mask=mask)
 
 
+@triton.jit(do_not_specialize=["P"])
+def norm_gradient_kernel(
+    planes, B, M, dB, P, N, stride_M, E: tl.constexpr, r: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """dB[n, e] = Σ planes[:, n, e] + 2 B[n, e] @ M[e]"""
+    i_n, i_e = tl.program_id(0), tl.program_id(1)
+    _norm_gradient_tile(planes, B, M, dB, i_n, i_e, P, N, stride_M, E, r, BLOCK_N, BLOCK_E, BLOCK_R)
+
+
+@triton.jit(do_not_specialize=["P", "P_h"])
+def norm_gradients_kernel(
+    planes, B, M, dB, planes_2, B_2, M_2, dB_2, planes_h, B_h, M_h, dB_h, P, P_h, N, N_h, stride_M, stride_M_h,
+    E: tl.constexpr, r: tl.constexpr, r_h: tl.constexpr, READS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N_H: tl.constexpr, BLOCK_E_H: tl.constexpr,
+    BLOCK_R_H: tl.constexpr,
+):  # fmt: skip
+    """`norm_gradient_kernel` of the READS linears of an FFN that read its input, and of the one (h) after them."""
+    i, across, across_h = tl.program_id(0), tl.cdiv(E, BLOCK_E), tl.cdiv(E, BLOCK_E_H)
+    of_one = tl.cdiv(N, BLOCK_N) * across
+    if i < of_one:
+        _norm_gradient_tile(planes, B, M, dB, i // across, i % across, P, N, stride_M, E, r, BLOCK_N, BLOCK_E, BLOCK_R)
+    elif i < READS * of_one:
+        i -= of_one
+        _norm_gradient_tile(
+            planes_2, B_2, M_2, dB_2, i // across, i % across, P, N, stride_M, E, r, BLOCK_N, BLOCK_E, BLOCK_R
+        )
+    else:
+        i -= READS * of_one
+        _norm_gradient_tile(
+            planes_h, B_h, M_h, dB_h, i // across_h, i % across_h, P_h, N_h, stride_M_h, E, r_h,
+            BLOCK_N_H, BLOCK_E_H, BLOCK_R_H,
+        )  # fmt: skip
+
+
+def _norm_gradient_tiles(settings: dict, E: int, r: int) -> tuple[int, int, int]:
+    """BLOCK_N, BLOCK_E and BLOCK_R."""
+    block_r, all_e = triton.next_power_of_2(r), triton.next_power_of_2(E)
+    block_e = min(all_e, max(settings["TOKEN_TILE"] // block_r, 1))
+    return max(settings["TILE"] // (block_e * block_r), 1), block_e, block_r
+
+
 def norm_gradient_launch(planes: Tensor, B: Tensor, M: Tensor) -> Tensor:
     """dB (d_out, E, r) in float32 from the planes of dyᵀz and the gradient through q. M (E, r, r), each dense."""
     N, E, r = B.shape
     dB = torch.empty(N, E, r, device=B.device, dtype=torch.float32)
     settings = launch.settings("norm_gradient", B.device, N)
-    block_r, all_e = triton.next_power_of_2(r), triton.next_power_of_2(E)
-    block_e = min(all_e, max(settings.pop("TOKEN_TILE") // block_r, 1))
-    block_n = max(settings.pop("TILE") // (block_e * block_r), 1)
+    block_n, block_e, block_r = _norm_gradient_tiles(settings, E, r)
     launch.launch(
-        norm_gradient_kernel, (triton.cdiv(N, block_n), all_e // block_e), B,
-        (planes, B, M, dB, planes.shape[0], N, M.stride(0)),
-        E=E, r=r, BLOCK_N=block_n, BLOCK_E=block_e, BLOCK_R=block_r, **settings,
+        norm_gradient_kernel, (triton.cdiv(N, block_n), triton.cdiv(E, block_e)), B,
+        (planes, B, M, dB, planes.shape[0], N, M.stride(0)), E=E, r=r, BLOCK_N=block_n, BLOCK_E=block_e,
+        BLOCK_R=block_r, num_warps=settings["num_warps"], num_stages=settings["num_stages"],
     )  # fmt: skip
     return dB
+
+
+def norm_gradients_launch(planes: list[Tensor], Bs: list[Tensor], Ms: list[Tensor]) -> list[Tensor]:
+    """As `norm_gradient_launch` of an FFN's linears, the last of them last; those before it have one shape."""
+    *reads, last = Bs
+    (N, E, r), (N_h, _, r_h) = reads[0].shape, last.shape
+    dBs = [torch.empty(B.shape, device=B.device, dtype=torch.float32) for B in Bs]
+    settings = launch.settings("norm_gradient", last.device, N)
+    block_n, block_e, block_r = _norm_gradient_tiles(settings, E, r)
+    block_n_h, block_e_h, block_r_h = _norm_gradient_tiles(settings, E, r_h)
+    of_one = triton.cdiv(N, block_n) * triton.cdiv(E, block_e)
+    of_last = triton.cdiv(N_h, block_n_h) * triton.cdiv(E, block_e_h)
+    each = list(zip(planes, Bs, Ms, dBs, strict=True))
+    launch.launch(
+        norm_gradients_kernel, (len(reads) * of_one + of_last,), last,
+        (*each[0], *each[-2], *each[-1], planes[0].shape[0], planes[-1].shape[0], N, N_h, Ms[0].stride(0),
+         Ms[-1].stride(0)),
+        E=E, r=r, r_h=r_h, READS=len(reads), BLOCK_N=block_n, BLOCK_E=block_e, BLOCK_R=block_r, BLOCK_N_H=block_n_h,
+        BLOCK_E_H=block_e_h, BLOCK_R_H=block_r_h, num_warps=settings["num_warps"], num_stages=settings["num_stages"],
+    )  # fmt: skip
+    return dBs

@@ -41,6 +41,14 @@ def once(tile):
 
 
 @triton.jit
+def released(product):
+    """The product as it is. Triton gives the layout of a product to all that it meets: it would convert every tile that
+    was loaded, or compute what follows from them in both layouts. A sum ends that.
+    """
+    return tl.sum(tl.reshape(product, [product.shape[0], product.shape[1], 1]), 2)
+
+
+@triton.jit
 def saturate(squared_norm):
     """At most 1e30 (geometry.SATURATION), NaN kept."""
     return tl.minimum(squared_norm, 1e30, tl.PropagateNan.ALL)
@@ -48,7 +56,7 @@ def saturate(squared_norm):
 
 @triton.jit
 def bounded(terms):
-    """A token's terms of dκ, held finite: at κ = 0 they grow as a squared norm, and two infinities would be a NaN."""
+    """Terms of dκ, held finite: at κ = 0 they grow as a squared norm, and two infinities would be a NaN."""
     return tl.minimum(tl.maximum(terms, -3.4e32, tl.PropagateNan.ALL), 3.4e32, tl.PropagateNan.ALL)
 
 

@@ -72,12 +72,24 @@ def gates_backward(dgates, gates, logits, o_e, BLOCK_E: tl.constexpr, K: tl.cons
 
 
 @triton.jit
-def balance_gradient(logits, share, weight, token_mask, o_t, m_t, o_e, E, MASKED: tl.constexpr):
-    """weight[0] · p (f - Σ f p): the load-balancing gradient in the logits, E / (valid tokens) in the weight."""
-    b_weight = tl.load(weight) + tl.zeros([o_t.shape[0], 1], tl.float32)
+def balance_gradient(
+    logits, loads, weight, token_mask, o_t, m_t, o_e, E, K: tl.constexpr, LOADS: tl.constexpr, MASKED: tl.constexpr
+):
+    """weight[0]·(E/T)·p (f - Σ f p): the load-balancing gradient in the logits.
+
+    f and the number T of valid tokens are made of the LOADS planes of `load_kernel`.
+    """
+    counts = tl.zeros([o_e.shape[0]], tl.float32)
+    tokens = tl.load(loads + E)
+    for s in tl.static_range(LOADS):
+        counts += tl.load(loads + s * (E + 1) + o_e, mask=o_e < E, other=0.0)
+        if s > 0:
+            tokens += tl.load(loads + s * (E + 1) + E)
+    tokens = tl.maximum(tokens, 1.0)
+    b_share = tl.div_rn(counts, tokens * K)[None, :]
+    b_weight = tl.div_rn(tl.load(weight).to(tl.float32) * E, tokens) + tl.zeros([o_t.shape[0], 1], tl.float32)
     if MASKED:
         b_weight = b_weight * tl.load(token_mask + o_t, mask=m_t, other=0).to(tl.float32)[:, None]
-    b_share = tl.load(share + o_e, mask=o_e < E, other=0.0)[None, :]
     probability = softmax(logits)
     return b_weight * softmax_backward(probability, b_share + 0.0 * probability)
 
@@ -98,9 +110,9 @@ def route_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def route_backward_kernel(
-    dgates, logits, share, weight, token_mask, dlogits, T, E: tl.constexpr,
+    dgates, logits, loads, weight, token_mask, dlogits, T, E: tl.constexpr,
     BLOCK_T: tl.constexpr, ALL_E: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, NORMALISE: tl.constexpr,
-    BALANCE: tl.constexpr, MASKED: tl.constexpr,
+    BALANCE: tl.constexpr, MASKED: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
     """dlogits[t], the load-balancing gradient added"""
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -112,7 +124,7 @@ def route_backward_kernel(
     b_dgates = tl.load(dgates + row[:, None] * E + o_e[None, :], mask=m, other=0.0)
     b_dlogits = gates_backward(b_dgates, b_gates, b_logits, o_e, ALL_E, K, NORMALISE)
     if BALANCE:
-        b_dlogits += balance_gradient(b_logits, share, weight, token_mask, o_t, m_t, o_e, E, MASKED)
+        b_dlogits += balance_gradient(b_logits, loads, weight, token_mask, o_t, m_t, o_e, E, K, LOADS, MASKED)
     tl.store(dlogits + row[:, None] * E + o_e[None, :], b_dlogits, mask=m)
 
 
@@ -141,33 +153,22 @@ def load_kernel(
     tl.store(planes + i_s * (E + 1) + E, tl.sum(tokens, 0))
 
 
-def load_share(logits: Tensor, token_mask: Tensor | None, config) -> tuple[Tensor, Tensor]:
-    """f (E,), the share of the assignments that each expert got, and the number of valid tokens (1,)."""
-    (_, T, _), E, device = logits.shape, config.num_experts, logits.device
-    settings = launch.settings("load", device, T)
-    planes = torch.empty(settings["SPLITS"], E + 1, device=device, dtype=torch.float32)
-    launch.launch(
-        load_kernel, (settings["SPLITS"],), logits,
-        (logits, logits if token_mask is None else token_mask, planes, T),
-        E=E, ALL_E=triton.next_power_of_2(E), K=config.num_experts_per_tok, PARTS=logits.shape[-1] // E,
-        MASKED=token_mask is not None, **settings,
-    )  # fmt: skip
-    counts = launch.sum_planes(planes)
-    tokens = counts[E:].clamp(min=1)
-    return counts[:E] / (tokens * config.num_experts_per_tok), tokens
-
-
 def balance(logits: Tensor, aux_weight: Tensor | None, token_mask: Tensor | None, config) -> tuple:
-    """What `balance_gradient` reads, share, weight and mask, and the constants that go with them.
+    """What `balance_gradient` reads, loads, weight and mask, and the constants that go with them.
 
     Where one is not wanted the logits stand in, since a kernel's pointer cannot be absent.
     """
-    constants = {"BALANCE": aux_weight is not None, "MASKED": aux_weight is not None and token_mask is not None}
     if aux_weight is None:
-        return logits, logits, logits, constants
-    share, tokens = load_share(logits, token_mask, config)
-    weight = aux_weight.float() * config.num_experts / tokens
-    return share, weight, logits if token_mask is None else token_mask, constants
+        return logits, logits, logits, {"BALANCE": False, "MASKED": False, "LOADS": 1}
+    (_, T, _), E, device = logits.shape, config.num_experts, logits.device
+    settings, mask = launch.settings("load", device, T), logits if token_mask is None else token_mask
+    loads = torch.empty(settings["SPLITS"], E + 1, device=device, dtype=torch.float32)
+    launch.launch(
+        load_kernel, (settings["SPLITS"],), logits, (logits, mask, loads, T),
+        E=E, ALL_E=triton.next_power_of_2(E), K=config.num_experts_per_tok, PARTS=logits.shape[-1] // E,
+        MASKED=token_mask is not None, **settings,
+    )  # fmt: skip
+    return loads, aux_weight, mask, {"BALANCE": True, "MASKED": token_mask is not None, "LOADS": loads.shape[0]}
 
 
 def route_launch(logits: Tensor, config) -> Tensor:
@@ -189,11 +190,11 @@ def route_backward_launch(
     """dlogits (T, E) of `route_launch`, the load-balancing gradient added."""
     (_, T, _), E = logits.shape, config.num_experts
     dlogits = torch.empty(T, E, device=logits.device, dtype=torch.float32)
-    share, weight, mask, constants = balance(logits, aux_weight, token_mask, config)
+    loads, weight, mask, constants = balance(logits, aux_weight, token_mask, config)
     settings = launch.settings("route", logits.device, T)
     launch.launch(
         route_backward_kernel, (triton.cdiv(T, settings["BLOCK_T"]),), logits,
-        (dgates, logits, share, weight, mask, dlogits, T),
+        (dgates, logits, loads, weight, mask, dlogits, T),
         E=E, ALL_E=triton.next_power_of_2(E), K=config.num_experts_per_tok, PARTS=logits.shape[-1] // E,
         NORMALISE=config.norm_topk_prob, **constants, **settings,
     )  # fmt: skip

@@ -4,8 +4,8 @@
     dx₀ = drop(dp·A) + dlogits·Router + 2 dn x    dA = dpᵀ drop(x)    dRouter = dlogitsᵀ x
 
 A and Router are read as one stack of rows, so that two ranks under 16 fill a tile instead of padding two; so are the A
-of two linears that read the same x, in decoding (PAIR: `A` holds the first half of R rows, `A_2` the second). A router
-meets a half-precision x as two rows in x's dtype, its rounding and what the rounding lost (times LOW_SCALE).
+of two linears that read the same x (PAIR: `A` holds the first half of R rows, `A_2` the second). A router meets a
+half-precision x as two rows in x's dtype, its rounding and what the rounding lost (times LOW_SCALE).
 """
 
 from __future__ import annotations
@@ -121,9 +121,10 @@ def shrink_launch(
     columns = R + (2 * E if split_router else E)
     block_c = launch.block(columns, 16, 64 if A_2 is None else 32)
     most = 256 if block_c <= 16 else 64
-    wide, dropping = x.dtype == torch.float32, seed is not None
+    wide, dropping, pair = x.dtype == torch.float32, seed is not None, A_2 is not None
     if wide or dropping:
-        most = 32 if block_c > 32 or wide and dropping else 64
+        narrow = block_c > 32 or wide and dropping or pair and launch.bucket(T) != "decode"
+        most = 32 if narrow else 64
     settings = launch.wide_settings("shrink", device, T, x.dtype, BLOCK_D=most)
     splits = settings.pop("SPLITS")
     splits = splits if splits_allowed else 1
@@ -144,9 +145,10 @@ def shrink_launch(
 
 @triton.jit(do_not_specialize=["T"])
 def shrink_backward_kernel(
-    x, A, router, dp, dn, dlogits, dx, planes, seed, T, D, stride_x, dropout_p, R: tl.constexpr, E: tl.constexpr,
+    x, A, A_2, router, dp, dn, dlogits, dx, planes, seed, T, D, stride_x, dropout_p, R: tl.constexpr, E: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
     NEEDS_DX: tl.constexpr, NEEDS_DW: tl.constexpr, DROPOUT: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
+    PAIR: tl.constexpr,
 ):  # fmt: skip
     """dx[t] = (dp, dlogits)[t] @ stack + 2 dn[t] x[t];  planes[split] = (dp, dlogits)[part].T @ x[part]
 
@@ -160,7 +162,7 @@ def shrink_backward_kernel(
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     if NEEDS_DX and COLUMN_BLOCKS == 1:
-        b_w = _stacked_rows(A, A, router, o_c, o_d, D, R, E, dtype, False, False)
+        b_w = _stacked_rows(A, A_2, router, o_c, o_d, D, R, E, dtype, False, PAIR)
     for start in range(i_s * part, tl.minimum((i_s + 1) * part, T), BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T)
         m_t = o_t < T
@@ -187,7 +189,7 @@ def shrink_backward_kernel(
                 for j in range(COLUMN_BLOCKS):
                     o_j = j * BLOCK_C + tl.arange(0, BLOCK_C)
                     b_j = _stacked_gradients(dp, dlogits, row, m_t, o_j, R, E, dtype)
-                    b_w = _stacked_rows(A, A, router, o_j, o_d, D, R, E, dtype, False, False)
+                    b_w = _stacked_rows(A, A_2, router, o_j, o_d, D, R, E, dtype, False, PAIR)
                     b_dx = _through_rows(b_j, b_w, b_dx, factor, o_j, R, DROPOUT)
                 _store_dx(b_dx, dx, dn, b_x, o_t, o_d, m_t, mask, D, R)
     if NEEDS_DW:
@@ -238,10 +240,15 @@ def shrink_backward_launch(
     dropout_p: float,
     needs_dx: bool,
     needs_dw: bool,
+    A_2: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx₀ (T, D) in x's dtype and the stacked (dA, dRouter) (R + E, D) in float32, where needed."""
+    """dx₀ (T, D) in x's dtype and the stacked (dA, dRouter) (R + E, D) in float32, where needed.
+
+    A_2: a second linear's, of A's shape and dtype; dp is (T, R) of both, and dn their sum.
+    """
     (T, D), device = x.shape, x.device
-    R, E = (0 if A is None else A.shape[0]), (0 if dlogits is None else dlogits.shape[1])
+    each, E = (0 if A is None else A.shape[0]), (0 if dlogits is None else dlogits.shape[1])
+    R = each if A_2 is None else 2 * each
     dropping, wide = seed is not None, x.dtype == torch.float32
     block_c = launch.block(R + E, 16, 32 if dropping or wide else 64)
     settings = launch.wide_settings(
@@ -253,6 +260,8 @@ def shrink_backward_launch(
         settings["num_stages"] = min(settings["num_stages"], 2)
     if block_c > 32:  # Triton 3.6 refills a stage's x while the second half of dW's product, as it cuts it, still reads
         settings["num_stages"] = 1
+    if A_2 is not None and block_c > 32:  # or registers spill on sm_80
+        settings["num_warps"] = 8
     splits = settings.pop("SPLITS")
     blocks = triton.cdiv(R + E, block_c)
     dx = torch.empty(T, D, device=device, dtype=x.dtype) if needs_dx else None
@@ -260,10 +269,10 @@ def shrink_backward_launch(
     grid = (triton.cdiv(D, settings["BLOCK_D"]), splits, blocks if needs_dw else 1)
     launch.launch(
         shrink_backward_kernel, grid, x,
-        (x, x if A is None else A, x if router is None else router, x if dp is None else dp, x if dn is None else dn,
-         x if dlogits is None else dlogits, x if dx is None else dx, x if planes is None else planes,
-         x if seed is None else seed, T, D, x.stride(0), dropout_p),
+        (x, x if A is None else A, x if A_2 is None else A_2, x if router is None else router, x if dp is None else dp,
+         x if dn is None else dn, x if dlogits is None else dlogits, x if dx is None else dx,
+         x if planes is None else planes, x if seed is None else seed, T, D, x.stride(0), dropout_p),
         R=R, E=E, BLOCK_C=block_c, SPLITS=splits, NEEDS_DX=needs_dx, NEEDS_DW=needs_dw, DROPOUT=dropping,
-        COLUMN_BLOCKS=blocks, **settings,
+        COLUMN_BLOCKS=blocks, PAIR=A_2 is not None, **settings,
     )  # fmt: skip
     return dx, launch.sum_planes(planes) if needs_dw else None

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mos_kernels import steps as composition
 from mos_kernels.backends.triton import launch
-from mos_kernels.call import LinearTensors, Plan, RouteTensors
+from mos_kernels.backends.triton.activate import activate_backward_launch, activate_launch
+from mos_kernels.call import FFNPlan, LinearTensors, Plan, RouteTensors
 from mos_kernels.config import MoSConfig
 
 CANDIDATES = {
@@ -49,6 +50,8 @@ SEEDS = {
             "CHUNK_ROWS": 1024, "num_warps": 8, "num_stages": 4,
         },
     },
+    "activate": {"train": {"BLOCK_T": 64, "BLOCK_D": 64, "SPLITS": 4, "num_warps": 8, "num_stages": 2}},
+    "activate_backward": {"train": {"BLOCK_T": 16, "BLOCK_D": 128, "SPLITS": 16, "num_warps": 8, "num_stages": 1}},
 }  # fmt: skip
 """Settings that a count of bytes in flight, traffic from the L2 and programs a launch prefers, by kernel and bucket.
 
@@ -71,7 +74,7 @@ _IN_PLANES = ("shrink", "expand_backward", "routing_logits")
 def steps(
     config: MoSConfig, T: int, in_features: int, out_features: int, dtype: torch.dtype, device
 ) -> dict[str, Step]:
-    """Each kernel's name with a call of the step that launches it, as a linear's forward and backward call it.
+    """Each kernel's name with a call of the step that launches it, as forward and backward of a linear or an FFN do.
 
     A linear with a router of its own runs once on random data, with its backend recorded: of the steps that launch a
     kernel, the one with the fewest launches is taken.
@@ -111,7 +114,21 @@ def steps(
         for kernel in launched:
             if kernel not in found or len(launched) < found[kernel][0]:
                 found[kernel] = len(launched), functools.partial(_outputs, name, call)
-    return {kernel: call for kernel, (_, call) in found.items() if kernel in launch.table()["default"]}
+    steps = {kernel: call for kernel, (_, call) in found.items() if kernel in launch.table()["default"]}
+    d = max(in_features, out_features)
+    outputs, dh = [randn(T, d, dtype=dtype) for _ in range(2)], randn(T, d, dtype=dtype)
+    A, dp, dn = randn(r, d, scale=d**-0.5), randn(T, r), randn(T)
+    plan = FFNPlan(config, config, "triton", "silu", True, False, True, (None,) * 3)
+
+    def forward() -> tuple[Tensor, ...]:
+        h, p, n = activate_launch(outputs, A, plan)
+        return h, p.sum(0), n.sum(0)
+
+    def backward() -> tuple[Tensor, ...]:
+        gradients, dA = activate_backward_launch(dh, outputs, A, dp, dn, plan, True)
+        return *gradients, dA
+
+    return {**steps, "activate": forward, "activate_backward": backward}
 
 
 def _outputs(name: str, call: Callable) -> tuple[Tensor, ...]:

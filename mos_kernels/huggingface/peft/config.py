@@ -145,7 +145,8 @@ class MoSPeftConfig(PeftConfig):
         """As peft's; and the model card beside it has the package's tag, and says what to import before loading."""
         super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory) / CARD_NAME
-        card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "")
+        # peft writes none into the subfolder of an adapter that is not called "default"
+        card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n")
         card.data.tags = sorted({*(card.data.tags or []), "mos-kernels"})
         path.write_text(with_import_note(str(card)), encoding="utf-8")
 

@@ -60,8 +60,7 @@ class MoSPeftAdapter(MoSAdapter):
         return self._adapt(x, gates, backend, *base)
 
     def extra_repr(self) -> str:
-        spaces = ", ".join(f"{count} {name}" for name, count in self.config.spaces.items())
-        return f"r={self.config.r}, experts=({spaces}), k={self.config.num_experts_per_tok}"
+        return self._adapter_repr()
 
 
 class ByAdapter(nn.Module):
@@ -87,7 +86,10 @@ class ByAdapter(nn.Module):
     def __setattr__(self, name: str, value) -> None:
         if name not in vars(self).get("_of", ((),))[0]:
             return super().__setattr__(name, value)
-        setattr(self._of[0][name], self._of[1], value.requires_grad_(self[name].requires_grad))
+        adapter, parameter = self._of[0][name], self._of[1]
+        if parameter == "mos_curvature" and not adapter.trains_curvature:
+            value.requires_grad_(False)
+        setattr(adapter, parameter, value)
 
 
 class MoSTunerLayer(BaseTunerLayer):

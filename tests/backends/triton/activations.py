@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from cases import compare
 
-from mos_kernels.backends import eager
-from mos_kernels.backends.triton.activated import CODES, activation
+from mos_kernels.backends import eager, eager_ffn
+from mos_kernels.backends.triton.activations import CODES, activation
 
 
 @triton.jit
@@ -26,7 +26,12 @@ def failures(name: str) -> list[str]:
     kernels = {"u": torch.empty_like(v), "slope": torch.empty_like(v)}
     grid, block = (triton.cdiv(v.numel(), 1024),), {"ACTIVATION": CODES[name], "BLOCK": 1024}
     activation_kernel[grid](v, *kernels.values(), v.numel(), **block)
-    by_torch, truth = (
-        {"u": eager._activation(x, name), "slope": eager._activation_slope(x, name)} for x in (v, v.double())
-    )
-    return compare(kernels, by_torch, truth)
+    return compare(kernels, _by_torch(v, name), _by_torch(v.double(), name))
+
+
+def _by_torch(v: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
+    if name != "gelu_tanh":
+        return {"u": eager._activation(v, name), "slope": eager._activation_slope(v, name)}
+    slope = torch.empty_like(v)
+    eager_ffn._phi_backward(torch.ones_like(v), v, name, slope)
+    return {"u": eager_ffn._phi(v, name), "slope": slope}

@@ -1,42 +1,53 @@
-"""An FFN's linears together on few tokens: as right as one by one, in half the launches, and only where they may be."""
+"""An FFN as one operation through the kernels: right by the criterion, in few launches, and only where it may be."""
 
 from __future__ import annotations
 
 import numpy
 import pytest
+import test_ffn as blocks
 import torch
-from cases import DecodingTrial, everyday_seeds, kinds
+from cases import FFNTrial, everyday_seeds, kinds
 from everyday import full_but
 from strategies import normal
+from test_ffn import FAMILIES, OneByOne, assert_little_is_saved, results
+from test_ffn import adapted as any_block
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import mos_kernels
 from mos_kernels import MoSConfig, MoSLinear, MoSRouter, MoSWrapped
 from mos_kernels.backends.triton import launch
-from mos_kernels.decoding import Decoding
+from mos_kernels.ffn import bound_form
+from mos_kernels.ffn_node import as_one
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="the blocks are transformers'")
 
 D, HIDDEN, R, E = 50, 70, 3, 8
-SEEDS = range(24)
-EVERYDAY = everyday_seeds(DecodingTrial, SEEDS)
+SEEDS = range(72)
+EVERYDAY = everyday_seeds(FFNTrial, SEEDS)
 
 
+@pytest.mark.budget(10)
 @pytest.mark.parametrize("seed", full_but(EVERYDAY, SEEDS))
 def test_an_ffn_drawn_from_a_seed(seed):
-    trial = DecodingTrial.drawn(seed)
+    trial = FFNTrial.drawn(seed)
     assert not trial.failures(), trial
 
 
 def test_the_everyday_seeds_reach_what_all_of_them_do():
-    reached, everything = (set().union(*(kinds(DecodingTrial.drawn(s)) for s in some)) for some in (EVERYDAY, SEEDS))
-    assert reached == everything and len(everything) >= 60
+    reached, everything = (set().union(*(kinds(FFNTrial.drawn(s)) for s in some)) for some in (EVERYDAY, SEEDS))
+    assert reached == everything and len(everything) >= 100
 
 
+@pytest.mark.budget(10)
 @pytest.mark.shipped_settings
-def test_an_ffn_in_as_many_parts_as_on_a_gpu():
-    assert not DecodingTrial(MoSConfig(), tokens=(17,), d_in=600, d_hidden=300, dtype=torch.bfloat16).failures()
+@pytest.mark.parametrize("inference", [False, True])
+def test_an_ffn_in_as_many_parts_as_on_a_gpu(inference):
+    trial = FFNTrial(
+        MoSConfig(), tokens=(17,), d_in=600, d_hidden=300, dtype=torch.bfloat16, inference=inference, kept=True
+    )
+    assert not trial.failures()
 
 
 # blocks of transformers
@@ -61,8 +72,13 @@ def gpt2():
 NAMES = {
     llama: ("gate_proj", "up_proj", "down_proj"), phi3: ("gate_up_proj", "down_proj"), gpt2: ("c_fc", "c_proj"),
 }  # fmt: skip
-GATED = ["shrink", "bridge_expand_pair", "shrink", "bridge_expand"]
-PLAIN = ["shrink", "bridge_expand", "shrink", "bridge_expand"]
+FORWARD = ["grams", "shrink", "bridge", "expand", "activate", "bridge", "expand"]
+BACKWARD = [
+    "expand_backward", "bridge_backward", "activate_backward", "expand_backward", "load", "bridge_backward",
+    "bridge_reduces", "norm_gradients", "shrink_backward",
+]  # fmt: skip
+GATED = ["shrink", "bridge_expand_pair", "activate", "bridge_expand"]
+PLAIN = ["shrink", "bridge_expand", "activate", "bridge_expand"]
 
 
 def adapted(family, frozen=True, **options) -> nn.Module:
@@ -82,30 +98,41 @@ def adapted(family, frozen=True, **options) -> nn.Module:
 
 
 def one_by_one(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What the block computes where a hook wants to see its router called."""
-    handle = block.mos_router.register_forward_hook(lambda *_: None)
-    try:
+    with OneByOne(block):
         return block(x)
-    finally:
-        handle.remove()
 
 
+@pytest.mark.budget(10)  # for importing transformers
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize(("family", "names"), [(llama, GATED), (phi3, PLAIN), (gpt2, PLAIN)])
-def test_a_block_decodes_in_half_the_launches(launched, family, names, frozen):
+def test_a_block_decodes_in_four_launches(launched, family, names, frozen):
+    """Without a call to freeze the first token makes what is kept, and the second needs no more."""
     block, x = adapted(family, frozen), normal(0, 2, 9, D).float()
     launched.clear()
     with torch.no_grad():
-        y = block(x)
+        first = block(x)
         assert [name for name in launched if name != "gram"] == names
         assert launched.count("gram") == (0 if frozen else len(NAMES[family]))
         launched.clear()
+        y = block(x)
+        assert launched == names and torch.equal(y, first)
+        launched.clear()
         expected = one_by_one(block, x)
-    assert [name for name in launched if name != "gram"] == [
-        "shrink", "route", *["shrink", "bridge_expand"] * len(NAMES[family])
-    ]  # fmt: skip
+    linears = ["shrink", "bridge_expand"] * len(NAMES[family])
+    assert [name for name in launched if name != "gram"] == ["shrink", "route", *linears]
     assert y.shape == expected.shape and not y.requires_grad
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [llama, phi3, gpt2])
+def test_a_block_trains_in_few_launches(launched, family):
+    block, x = adapted(family).train(), normal(0, 3, 27, D).float().requires_grad_()
+    launched.clear()
+    y = block(x)
+    assert launched == FORWARD
+    launched.clear()
+    y.sum().backward()
+    assert launched == BACKWARD
 
 
 class _Computed(TorchDispatchMode):
@@ -123,12 +150,34 @@ class _Computed(TorchDispatchMode):
 
 
 @pytest.mark.unpoisoned
-def test_beside_the_launches_there_are_the_base_products_and_the_activation(monkeypatch):
+def test_beside_the_launches_of_decoding_there_are_the_base_products(monkeypatch):
     block, x = adapted(llama), torch.zeros(1, D)
     monkeypatch.setattr(launch, "launch", lambda *_, **__: None)
     with torch.no_grad(), _Computed() as computed:
         block(x)
-    assert computed.names == ["addmm_", "addmm_", "silu", "mul", "addmm_"]
+    assert computed.names == ["addmm_"] * 3
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.shipped_settings
+def test_a_training_step_is_22_launches_beside_the_base_products(monkeypatch):
+    """Kernels and sums of planes, of a bfloat16 base with adapters in float32."""
+    block, launches = adapted(llama).train(), []
+    for name in ("weight", "bias"):
+        for linear in NAMES[llama]:
+            base = getattr(getattr(block, linear), name)
+            if base is not None:
+                base.data = base.data.bfloat16()
+    x = torch.zeros(200, D).bfloat16().requires_grad_()
+    monkeypatch.setattr(launch, "launch", lambda kernel, *_, **__: launches.append(kernel.fn.__name__))
+    with _Computed() as computed:
+        y = block(x)
+        torch.autograd.grad(y, [x, *(p for p in block.parameters() if p.requires_grad)], y.detach())
+    base = [name for name in computed.names if name in ("addmm_", "mm")]
+    ours = [name for name in computed.names if name not in base and "empty" not in name]
+    assert ours == ["_foreach_addcmul", *["sum"] * 4, "_foreach_mul"]
+    assert [name.removesuffix("_kernel") for name in launches] == [*FORWARD, "grams", *BACKWARD]
+    assert len(base) == 6 and len(launches) + ours.count("sum") <= 22 and len(base) + len(launches) + len(ours) <= 32
 
 
 @pytest.mark.parametrize("count", [1, 17])
@@ -138,6 +187,7 @@ def test_a_token_does_not_depend_on_the_others(count, monkeypatch):
     block, x = adapted(llama), normal(0, 64, D).float()
     for name in NAMES[llama]:
         getattr(block, name).weight.data.zero_()
+        getattr(block, name).eval()  # nothing is kept of what was
     which = torch.randperm(64, generator=torch.Generator().manual_seed(count))[:count]
     with torch.no_grad():
         assert torch.equal(block(x[which]), block(x)[which])
@@ -181,11 +231,82 @@ def test_after_warmup_a_block_launches_nothing_new(monkeypatch):
     assert seen == warm
 
 
+# however it runs
+
+
+@pytest.fixture
+def triton():
+    before = mos_kernels.backends.selected_backend()
+    mos_kernels.set_backend("triton")
+    yield
+    mos_kernels.set_backend(before)
+
+
+def close(one: dict, linears: dict) -> None:
+    assert one.keys() == linears.keys()
+    for name, expected in linears.items():
+        assert (one[name] - expected).abs().max() <= 2e-5 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize("door", ["own", "peft"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.one_at_a_time("family", "door")
+def test_a_block_has_the_numbers_of_its_linears(triton, launched, family, door):
+    block, x = any_block(family, torch.float32, door), normal(1, 2, 5, blocks.D).float().requires_grad_()
+    one = results(block, x)
+    assert launched == FORWARD + BACKWARD
+    with OneByOne(block):
+        close(one, results(block, x))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_gives_the_same_numbers(triton, launched, reentrant):
+    block, x = any_block(dtype=torch.float32), normal(1, 2, 5, blocks.D).float().requires_grad_()
+    expected = results(block, x)
+    launched.clear()
+    found = results(block, x, lambda x: checkpoint(block, x, use_reentrant=reentrant))
+    assert launched == FORWARD + FORWARD + BACKWARD
+    assert all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+def test_a_graph_that_is_kept_and_two_forwards_before_a_backward(triton):
+    """Backward writes to nothing that was saved or passed in."""
+    block, x = any_block(dtype=torch.float32), normal(1, 2, 5, blocks.D).float().requires_grad_()
+    expected = results(block, x)
+    y, other = block(x), block(x * 2)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
+    for _ in range(2):
+        block.zero_grad()
+        x.grad = None
+        y.backward(upstream, retain_graph=True)
+        found = {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
+        assert torch.equal(x.grad, expected["x"]) and all(torch.equal(t, expected[name]) for name, t in found.items())
+    other.sum().backward()
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_saved_for_backward(triton, monkeypatch, dtype):
+    monkeypatch.setattr(launch, "launch", lambda *_, **__: None)
+    assert_little_is_saved(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(triton, dtype):
+    block, x = any_block(dtype=torch.float32), normal(1, 2, 5, blocks.D).to(dtype).requires_grad_()
+
+    def run(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return block(x)
+
+    one = results(block, x, run)
+    with OneByOne(block):
+        linears = results(block, x, run)
+    for name, expected in linears.items():
+        assert (one[name] - expected).abs().max() <= 2**-6 * expected.abs().max(), name
+
+
 # where they may not
-
-
-def parts_of(block: nn.Module):
-    return block.mos_router, (block.gate_proj, block.up_proj, block.down_proj)
 
 
 def wrapped(block):
@@ -217,25 +338,6 @@ def called_otherwise(block):
     block.up_proj._call_impl = lambda x, gates: x.new_zeros(*x.shape[:-1], HIDDEN)
 
 
-def with_biases_of_two_dtypes(block):
-    block.gate_proj.bias, block.up_proj.bias = (
-        nn.Parameter(torch.zeros(HIDDEN, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)
-    )
-
-
-def with_one_bias(block):
-    block.gate_proj.bias = nn.Parameter(torch.zeros(HIDDEN))
-
-
-def replace_kappa(layer, kappa):
-    kept = layer._frozen
-    layer._frozen = kept._replace(factors=kept.factors._replace(kappa=kappa))
-
-
-def elsewhere(block):
-    replace_kappa(block.down_proj, torch.empty(E, device="meta"))
-
-
 def with_a_bias_elsewhere(block):
     block.down_proj.bias = nn.Parameter(torch.empty(D, device="meta"))
 
@@ -244,59 +346,54 @@ def of_a_lower_rank(block):
     block.up_proj.mos_lora_B.data = block.up_proj.mos_lora_B.data[:, :, :1].contiguous()
 
 
-def with_few_curvatures(block):
-    replace_kappa(block.up_proj, torch.zeros(E - 1))
-
-
 CHANGES = [
     wrapped, with_own_router, of_other_experts, of_two_ranks, wide_weight, with_a_forward_of_its_own, called_otherwise,
-    with_biases_of_two_dtypes, with_one_bias, elsewhere, with_a_bias_elsewhere, of_a_lower_rank, with_few_curvatures,
+    with_a_bias_elsewhere, of_a_lower_rank,
 ]  # fmt: skip
 
 
-def test_together_by_default():
-    with torch.no_grad():
-        assert Decoding.of(*parts_of(adapted(llama)), torch.ones(64, D)) is not None
+def together(block: nn.Module, x: torch.Tensor) -> bool:
+    return as_one(block, bound_form(block), x) is not None
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_modules_that_do_not_go_together(change):
-    block = adapted(llama)
-    change(block)
+    block, x = adapted(llama), torch.ones(9, D)
     with torch.no_grad():
-        assert Decoding.of(*parts_of(block), torch.ones(9, D)) is None
+        assert together(block, x)
+        change(block)
+        assert not together(block, x)
 
 
 @pytest.mark.parametrize(
-    "x",
-    [torch.ones(65, D), torch.ones(9, D + 1), torch.ones(()), torch.ones(9, D).bfloat16()],
-    ids=lambda x: str(x.shape),
+    "x", [torch.ones(9, D + 1), torch.ones(()), torch.ones(9, D).bfloat16()], ids=lambda x: str(x.shape)
 )
 def test_inputs_that_they_do_not_take(x):
     with torch.no_grad():
-        assert Decoding.of(*parts_of(adapted(llama)), x) is None
+        assert not together(adapted(llama), x)
+
+
+def test_a_rank_beyond_one_tile_is_refused():
+    block = adapted(llama, frozen=False)
+    for name in NAMES[llama]:
+        layer = getattr(block, name)
+        config = MoSConfig(r=129, spaces={"spherical": 1}, num_experts_per_tok=1)
+        setattr(block, name, MoSLinear(layer.in_features, layer.out_features, bias=False, config=config))
+    block.mos_router = MoSRouter(D, config)
+    with pytest.raises(ValueError, match="r=129 exceeds 128"):
+        block(torch.ones(9, D))
 
 
 def test_modes_that_they_do_not_work_in():
     block, x = adapted(llama), torch.ones(9, D)
-    parts = parts_of(block)
-    assert Decoding.of(*parts, x) is None  # a backward may follow
     with torch.no_grad():
-        assert Decoding.of(*parts, x, "eager") is None
-        with torch.autocast("cpu", torch.bfloat16):
-            assert Decoding.of(*parts, x) is None
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.jit, "is_tracing", lambda: True)  # a trace would hold no launch
-            assert Decoding.of(*parts, x) is None
-        for module in (block.mos_router, block.down_proj):
-            module.training = True
-            assert Decoding.of(*parts, x) is None
-            module.training = False
-        assert Decoding.of(*parts, x) is not None
-        curved = adapted(llama, activation="silu")
-        assert Decoding.of(*parts_of(curved), x) is None
+            assert not together(block, x)
+        assert together(block, x)
+        assert not together(adapted(llama, activation="silu"), x)
         with torch.autograd.forward_ad.dual_level():
-            assert Decoding.of(*parts, x) is None
+            assert not together(block, x)
         with pytest.raises(RuntimeError):
             torch.func.vmap(block)(torch.ones(3, 9, D))
 
@@ -320,7 +417,7 @@ def test_narrowed_weights():
     down = block.down_proj
     down.weight.data, down.mos_lora_A.data = down.weight.data[:, :kept], down.mos_lora_A.data[:, :kept]
     with torch.no_grad():
-        assert Decoding.of(*parts_of(block), x) is not None
+        assert together(block, x)
         torch.testing.assert_close(block(x), one_by_one(block, x), rtol=1e-5, atol=1e-5)
 
 
@@ -344,16 +441,3 @@ def test_every_hook_is_called():
         module_count = len(called)
         block(x)
         assert len(called) == module_count
-
-
-def test_what_comes_before_the_last_linear_may_not_change_dtype_width_or_tokens():
-    with torch.no_grad():
-        decoding = Decoding.of(*parts_of(adapted(llama)), torch.ones(9, D))
-        _, logits = decoding.read()
-        for hidden, message in [
-            (torch.ones(9, HIDDEN).bfloat16(), "x is torch.bfloat16 and the weight is torch.float32"),
-            (torch.ones(9, HIDDEN + 1), f"the layer reads in_features={HIDDEN}"),
-            (torch.ones(3, 3, HIDDEN), r"the block reads tokens \(9,\), its last linear \(3, 3\)"),
-        ]:
-            with pytest.raises(ValueError, match=message):
-                decoding.write(hidden, logits)
