@@ -1,6 +1,6 @@
 """Fine-tune a chat model on conversations with TRL's SFTTrainer, and answer a question with the saved adapter.
 
-    pip install ".[peft,trl]"
+    pip install ".[trl]"
     python examples/sft_peft.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/Capybara
 
 The data needs a column `messages`: a list of {"role": ..., "content": ...}.

@@ -63,27 +63,29 @@ class Float32State(nn.Module):
         raise NotImplementedError
 
 
+def parameter_shapes(config: MoSConfig, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter's parameters, by name (see `MoSLayer`). A LoRA has A and B alone."""
+    E, r = config.num_experts, config.r
+    shapes: dict[str, tuple[int, ...]] = {"mos_lora_A": (r, d_in), "mos_lora_B": (d_out, E, r)}
+    if not config.share_a:
+        shapes["mos_lora_A"] = (E, r, d_in)
+    if not config.is_lora:
+        shapes["mos_curvature"] = (E,)
+    if not config.is_lora and config.router_scope == "linear":
+        shapes["mos_router"] = (E, d_in)
+    return shapes
+
+
 def adapter_tensors(
     config: MoSConfig, d_in: int, d_out: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, nn.Parameter | None]:
-    """The parameters of an adapter by name (see `MoSLayer`), unset; A, B and router in float64 on a float64 base.
-
-    A LoRA has A and B alone.
-    """
-    E, r = config.num_experts, config.r
-    wide = eager.compute_dtype(dtype)
-
-    def empty(*shape, dtype=wide):
-        return torch.empty(*shape, device=device, dtype=dtype)
-
-    return {
-        "mos_lora_A": nn.Parameter(empty(r, d_in) if config.share_a else empty(E, r, d_in)),
-        "mos_lora_B": nn.Parameter(empty(d_out, E, r)),
-        "mos_curvature": None
-        if config.is_lora
-        else nn.Parameter(empty(E, dtype=torch.float32), requires_grad=config.learn_curvature),
-        "mos_router": nn.Parameter(empty(E, d_in)) if config.router_scope == "linear" and not config.is_lora else None,
-    }
+    """The parameters of an adapter by name, unset; A, B and router in float64 on a float64 base."""
+    tensors: dict[str, nn.Parameter | None] = {}
+    for name, shape in parameter_shapes(config, d_in, d_out).items():
+        is_theta = name == "mos_curvature"
+        empty = torch.empty(shape, device=device, dtype=torch.float32 if is_theta else eager.compute_dtype(dtype))
+        tensors[name] = nn.Parameter(empty, requires_grad=not is_theta or config.learn_curvature)
+    return tensors | {name: None for name in ADAPTER_PARAMETERS if name not in tensors}
 
 
 class MoSAdapter(Float32State):
@@ -228,10 +230,10 @@ class MoSAdapter(Float32State):
     def _kept_from(self) -> tuple[Tensor, ...]:
         """The tensors that what is kept follows from."""
         own: Any = self._parameters
+        buffers: Any = self._buffers
         if "mos_lora_B" not in own:  # of a data-parallel replica
             return self.mos_curvature, self.mos_curvature_map, self.mos_lora_A, self.mos_lora_B
-        constants: Any = self._buffers
-        return own["mos_curvature"], constants["mos_curvature_map"], own["mos_lora_A"], own["mos_lora_B"]
+        return own["mos_curvature"], buffers["mos_curvature_map"], own["mos_lora_A"], own["mos_lora_B"]
 
     def _is_kept(self, kept: Kept) -> bool:
         """Whether this is what is kept, and valid for the use that it was made for."""

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.command == "report":
         return report.run(options.rows, options.output)
     planned = runner.chosen(options)
-    todo = set(runner.remaining(planned, options.rows))
+    todo = set(rows.remaining(planned, options.rows))
     for cell in planned:
         done = " " if cell in todo else "x"
         print(

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.study import products
@@ -23,6 +23,12 @@ CURVATURES = 20
 
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def remaining(planned: Sequence[Cell], path: Path) -> list[Cell]:
+    """The cells without a row."""
+    done = {row["key"] for row in read(path)}
+    return [cell for cell in planned if cell.key not in done]
 
 
 def append(path: Path, row: dict) -> None:

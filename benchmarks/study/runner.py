@@ -90,12 +90,6 @@ def _prepare_worker() -> None:
     products.prepare()
 
 
-def remaining(planned: Sequence[Cell], path: Path) -> list[Cell]:
-    """The cells without a row."""
-    done = {row["key"] for row in rows.read(path)}
-    return [cell for cell in planned if cell.key not in done]
-
-
 def run_all(planned: Sequence[Cell], place: Place, path: Path, jobs: int, budget: float | None) -> int:
     """Run the cells that have no row, `jobs` at a time, for at most `budget` minutes; the number of runs that erred."""
     with rows.only_writer(path):
@@ -103,7 +97,7 @@ def run_all(planned: Sequence[Cell], place: Place, path: Path, jobs: int, budget
 
 
 def _run_all(planned, place: Place, path: Path, jobs: int, budget: float | None) -> int:
-    todo = remaining(planned, path)
+    todo = rows.remaining(planned, path)
     print(f"{len(planned) - len(todo)} of {len(planned)} runs are done; commit {place.commit}", flush=True)
     end = time.monotonic() + 60 * budget if budget else float("inf")
     erred = finished = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -15,11 +16,9 @@ from mos_kernels.huggingface.attention_mask import follow_attention_mask, forget
 from mos_kernels.huggingface.blocks import add_router, remove_router
 from mos_kernels.huggingface.modules import (
     adapter_parameters,
-    mos_adapters,
     mos_modules,
     own_adapter_parameters,
     refuse_parallel,
-    router_owners,
     unwrap,
 )
 from mos_kernels.huggingface.plan import Plan, make_plan
@@ -156,16 +155,13 @@ def activated_parameters(model: nn.Module) -> ParameterCount:
     every = mos_modules(model, inactive=True).values()
     own = {id(parameter) for module in every for parameter in own_adapter_parameters(module).values()}
     base = sum(_numel(p) for p in model.parameters() if id(p) not in own)
-    activated = sum(owner.weight.numel() for owner in router_owners(model).values() if isinstance(owner, MoSRouter))
-    for layer in mos_adapters(model).values():
-        config = layer.config
-        per_expert = layer.mos_lora_B.numel() + (0 if layer.mos_curvature is None else layer.mos_curvature.numel())
-        always = 0 if layer.mos_router is None else layer.mos_router.numel()
-        if config.share_a:
-            always += layer.mos_lora_A.numel()
-        else:
-            per_expert += layer.mos_lora_A.numel()
-        activated += always + per_expert * config.num_experts_per_tok // config.num_experts
+    activated = 0
+    for module in mos_modules(model).values():
+        config = module.config
+        for name, parameter in own_adapter_parameters(module).items():
+            always = name in ("weight", "mos_router") or name == "mos_lora_A" and config.share_a
+            used = 1 if always else Fraction(config.num_experts_per_tok, config.num_experts)
+            activated += int(parameter.numel() * used)
     return ParameterCount(base, sum(p.numel() for p in adapter.values()), activated)
 
 

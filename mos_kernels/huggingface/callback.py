@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from transformers.trainer_utils import IntervalStrategy, has_length
 
 from mos_kernels.huggingface.balance import set_factor
 from mos_kernels.huggingface.history import HistoryFile, curvature_logs, dimensionless_curvature, routing_logs
-from mos_kernels.huggingface.modules import adapter_parameters, mos_modules
+from mos_kernels.huggingface.modules import adapter_parameters, forward_through, mos_modules
 from mos_kernels.huggingface.routing_report import measured_routing
 from mos_kernels.huggingface.state import note_trained
 from mos_kernels.run_report.log import HISTORY
@@ -207,7 +206,14 @@ class MoSCallback(TrainerCallback):
         self._measuring = contextlib.ExitStack()
         self._measuring.enter_context(measured_routing(model, self._statistics))
         if not _recomputes_compiled(model) and args.n_gpu <= 1:
-            self._measuring.enter_context(_called_after_forward(model, self._stop_measuring))
+            self._measuring.enter_context(forward_through(model, self._watched))
+
+    def _watched(self, forward: Callable, *args, **kwargs):
+        try:
+            return forward(*args, **kwargs)
+        finally:  # a hook would miss interrupts
+            if torch.is_grad_enabled():
+                self._stop_measuring()
 
     def _stop_measuring(self) -> None:
         if self._measuring is not None:
@@ -234,29 +240,6 @@ def _recomputes_compiled(model: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) and any(
         module._compiled_call_impl is not None for module in model.modules() if module is not model
     )
-
-
-@contextlib.contextmanager
-def _called_after_forward(model: nn.Module, call: Callable[[], None]) -> Iterator[None]:
-    """Call `call` after a forward of `model` with gradients, whatever ends it; a hook misses interrupts."""
-    forward, is_own = model.forward, "forward" in vars(model)
-
-    @functools.wraps(forward)
-    def watched(*args, **kwargs):
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            if torch.is_grad_enabled():
-                call()
-
-    model.forward = watched
-    try:
-        yield
-    finally:
-        if is_own:
-            model.forward = forward
-        else:
-            del model.forward
 
 
 def _warn_of_missing_gradients(model: nn.Module) -> None:

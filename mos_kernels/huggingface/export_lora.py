@@ -29,9 +29,15 @@ from transformers.pytorch_utils import Conv1D
 import mos_kernels
 from mos_kernels.functional import mos_linear, mos_route
 from mos_kernels.huggingface import files
-from mos_kernels.huggingface.modules import active_names, adapter_parameters, mos_adapters, unwrap
+from mos_kernels.huggingface.modules import (
+    active_names,
+    adapter_parameters,
+    forward_through,
+    mos_adapters,
+    unwrap,
+)
 from mos_kernels.huggingface.state import adapter_state, tensors_of
-from mos_kernels.huggingface.targets import HEADS, refuse_offloaded
+from mos_kernels.huggingface.targets import classifier_heads, refuse_offloaded
 from mos_kernels.layer import MoSAdapter, MoSConv1D, MoSLayer, evaluating
 from mos_kernels.sharded import gathered, refuse_sharded, refuse_zero3
 
@@ -153,7 +159,11 @@ def export_lora(
     total = sum(parameter.numel() for parameter in own.values())
     rank = max(round(total / wide), 1) if rank is None else rank
 
-    with evaluating(outer), torch.no_grad(), torch.compiler.set_stance("force_eager"), _intercepted(linears):
+    with contextlib.ExitStack() as stack:
+        for context in (evaluating(outer), torch.no_grad(), torch.compiler.set_stance("force_eager")):
+            stack.enter_context(context)
+        for linear in linears:
+            stack.enter_context(forward_through(linear.layer, linear.forward))
         order = _order(outer, linears, calibration_batches)
         step = max(math.ceil(len(order) / PASSES), 1) if at_once is None else at_once
         passes = range(0, len(order), step)
@@ -367,30 +377,6 @@ def _linears(model: nn.Module) -> list[_Linear]:
     return found
 
 
-@contextlib.contextmanager
-def _intercepted(linears: list[_Linear]) -> Iterator[None]:
-    """Let every forward of these layers go through its `_Linear`."""
-    places = []
-    for linear in linears:
-        layer = linear.layer
-        attribute = "_old_forward" if "_old_forward" in vars(layer) else "forward"  # accelerate's wrapper calls that
-        places.append((layer, attribute, vars(layer).get(attribute)))
-        original = getattr(layer, attribute)
-
-        def forward(x, gates=None, backend="auto", linear=linear, original=original):
-            return linear.forward(original, x, gates, backend)
-
-        setattr(layer, attribute, forward)
-    try:
-        yield
-    finally:
-        for layer, attribute, before in places:
-            if before is None:
-                delattr(layer, attribute)
-            else:
-                setattr(layer, attribute, before)
-
-
 # passes over the data
 
 
@@ -495,15 +481,12 @@ def _compare(model: nn.Module, linears: list[_Linear], batches, report: ExportRe
             sums += torch.tensor([float(value) for value in found], dtype=torch.float64)
     report.linears.update({linear.name: linear.error for linear in linears})
     if positions:
-        report.positions, report.kl, report.agreement = (
-            positions,
-            float(sums[0]) / positions,
-            float(sums[1]) / positions,
-        )
+        report.positions = positions
+        report.kl, report.agreement = (sums[:2] / positions).tolist()
     if weight:
         report.loss = losses[0] / weight, losses[1] / weight
     if classes:
-        report.accuracy = float(sums[2]) / classes, float(sums[3]) / classes
+        report.accuracy = tuple((sums[2:] / classes).tolist())
 
 
 def _logits(output) -> Tensor | None:
@@ -549,8 +532,8 @@ def _modules_saved_whole(outer: nn.Module, inner: nn.Module) -> tuple[list[str],
         state = adapter_state(inner)
         modules = [] if state is None else state.modules_to_save()
         tensors = tensors_of(inner, [*modules, *files.named_by_ending(inner, modules)])
-    for head in HEADS if _task_type(files.class_of(inner)) in WITH_HEAD else ():
-        if head in inner._modules and not any(name.startswith(f"{head}.") for name in tensors):
+    for head in classifier_heads(inner) if _task_type(files.class_of(inner)) in WITH_HEAD else ():
+        if not any(name.startswith(f"{head}.") for name in tensors):
             modules.append(head)
             tensors |= tensors_of(inner, [head])
     present = [name for name in modules if any(f".{name}." in f".{tensor}" for tensor in tensors)]

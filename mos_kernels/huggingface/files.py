@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,10 +24,10 @@ import mos_kernels
 from mos_kernels.config import MoSConfig, listed
 from mos_kernels.huggingface.apply import install, remove_mos
 from mos_kernels.huggingface.modules import adapter_parameters, refuse_parallel, unwrap
-from mos_kernels.huggingface.plan import PlannedLinear, adapter_shapes, make_plan, parameter_shapes
+from mos_kernels.huggingface.plan import PlannedLinear, adapter_shapes, make_plan
 from mos_kernels.huggingface.state import adapter_state, tensors_of
 from mos_kernels.huggingface.targets import refuse_peft
-from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, offload_hook
+from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, offload_hook, parameter_shapes
 from mos_kernels.sharded import gathered, refuse_zero3, spread_like, whole_shape, write_once
 
 try:
@@ -197,7 +197,7 @@ def require_fit(
     folder: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], whole: dict[str, Tensor]
 ) -> None:
     """ValueError unless a file's tensors are an adapter's, of these shapes, and those that are saved whole; finite."""
-    _require_shapes(folder, tensors, shapes | {name: whole_shape(tensor) for name, tensor in whole.items()})
+    require_shapes(folder, tensors, shapes | {name: whole_shape(tensor) for name, tensor in whole.items()})
     require_finite(folder, tensors, _require_floating(folder, tensors, whole))
 
 
@@ -233,11 +233,7 @@ def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
     if values.get("peft_type") != PEFT_TYPE:
         found = values.get("peft_type")
         raise ValueError(f"{path} has peft_type {found!r}, not {PEFT_TYPE!r}: it is no MoS adapter; load it with peft")
-    # a peft option that is off asks for nothing; any other unknown one would be dropped silently
-    known = _MOS_FIELDS.union(_OTHER_FIELDS.split())
-    unknown = {
-        name: value for name, value in values.items() if name not in known and value not in (None, False, [], {})
-    }
+    unknown = unknown_options(values, _MOS_FIELDS.union(_OTHER_FIELDS.split()))
     try:
         config = MoSConfig.from_dict({**unknown, **{k: v for k, v in values.items() if k in _MOS_FIELDS}})
     except (ValueError, TypeError, OverflowError) as error:
@@ -246,6 +242,11 @@ def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
         raise ValueError(f"{path}: modules_to_save={modules!r} must be a list of module names")
     return config, modules
+
+
+def unknown_options(values: Mapping, known: Container[str]) -> dict:
+    """The options of a file that would be dropped silently. One of peft's that is off asks for nothing."""
+    return {name: v for name, v in values.items() if name not in known and v not in (None, False, [], {})}
 
 
 def read_json(path: Path) -> dict:
@@ -303,7 +304,8 @@ def _require_equal(applied: MoSConfig, loaded: MoSConfig) -> None:
         )
 
 
-def _require_shapes(folder: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+def require_shapes(where, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """ValueError unless these are the tensors that there should be, of these shapes."""
     missing = [name for name in shapes if name not in tensors]
     unexpected = [name for name in tensors if name not in shapes]
     reshaped = [
@@ -318,7 +320,7 @@ def _require_shapes(folder: Path, tensors: dict[str, Tensor], shapes: dict[str, 
     ]
     if problems:
         raise ValueError(
-            f"{folder} holds an adapter of another architecture than this model's; tensors: {'; '.join(problems)}. "
+            f"{where} holds an adapter of another architecture than this model's; tensors: {'; '.join(problems)}. "
             "Load the base model that it was trained on"
         )
 

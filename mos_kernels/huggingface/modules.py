@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
@@ -26,6 +30,26 @@ class PreHook:
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         RemovableHandle.next_id = max(RemovableHandle.next_id, self._number + 1)  # or the next hook takes its place
+
+
+@contextlib.contextmanager
+def forward_through(module: nn.Module, around: Callable) -> Iterator[None]:
+    """Let a call of the module's forward be around(forward, ...); inside accelerate's wrapper, where it has one."""
+    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    forward, is_own = getattr(module, name), name in vars(module)
+
+    @functools.wraps(forward)
+    def replaced(*args, **kwargs):
+        return around(forward, *args, **kwargs)
+
+    setattr(module, name, replaced)
+    try:
+        yield
+    finally:
+        if is_own:
+            setattr(module, name, forward)
+        else:
+            delattr(module, name)
 
 
 def own_adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -15,7 +15,7 @@ from mos_kernels.config import MoSConfig, listed
 from mos_kernels.ffn import FFNForm, why_not_one
 from mos_kernels.huggingface.blocks import recognise
 from mos_kernels.huggingface.targets import Target, base_of, find_targets, in_features, layer_kind, out_features
-from mos_kernels.layer import MoSLayer, MoSRouter, device_and_dtype
+from mos_kernels.layer import MoSLayer, MoSRouter, device_and_dtype, parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _routed_together(form: FFNForm | None, configs: dict[str, MoSConfig]) -> tup
 
 
 def adapter_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of the adapter, by its name in the model."""
+    """The shape of every tensor of the adapter, by its name in the model; a damaged file may ask for any size."""
     shapes = {}
     for linear in plan.linears:
         base = linear.target.module
@@ -168,16 +168,6 @@ def adapter_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
         width = in_features(getattr(block.block, block.form.inputs[0]))
         shapes[f"{block.name}.mos_router.weight".lstrip(".")] = (block.config.num_experts, width)
     return shapes
-
-
-def parameter_shapes(config: MoSConfig, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a linear's adapter, by name. Builds nothing: a damaged file may ask for sizes that nothing has."""
-    E, r = config.num_experts, config.r
-    shapes = {"mos_lora_A": (r, d_in) if config.share_a else (E, r, d_in), "mos_lora_B": (d_out, E, r)}
-    if config.is_lora:
-        return shapes
-    router = {"mos_router": (E, d_in)} if config.router_scope == "linear" else {}
-    return {**shapes, **router, "mos_curvature": (E,)}
 
 
 def _by_parent(model: nn.Module, targets: list[Target]) -> dict[nn.Module, dict[str, Target]]:

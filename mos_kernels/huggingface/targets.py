@@ -194,18 +194,18 @@ def _heads(model: nn.Module) -> list[nn.Module]:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is not None:
         return [output]
-    heads = [getattr(model, name) for name in HEADS if isinstance(getattr(model, name, None), nn.Module)]
-    return [module for head in heads for module in head.modules()]
+    return [module for head in classifier_heads(model).values() for module in head.modules()]
+
+
+def classifier_heads(model: nn.Module) -> dict[str, nn.Module]:
+    """The heads of a classifier, by name."""
+    return {name: head for name in HEADS if isinstance(head := getattr(model, name, None), nn.Module)}
 
 
 def frozen_heads(model: nn.Module) -> list[str]:
     """The names of a classifier's heads that take no gradient: from_pretrained draws what a checkpoint lacks anew."""
-    found = [(name, getattr(model, name, None)) for name in HEADS]
-    return [
-        name
-        for name, head in found
-        if isinstance(head, nn.Module) and not any(parameter.requires_grad for parameter in head.parameters())
-    ]
+    heads = classifier_heads(model).items()
+    return [name for name, head in heads if not any(parameter.requires_grad for parameter in head.parameters())]
 
 
 def _refuse_adapted(model: nn.Module) -> None:

@@ -169,7 +169,7 @@ def test_the_runner_does_what_has_no_row_and_leaves_the_rest(row, place, tmp_pat
     path = tmp_path / "rows.jsonl"
     rows.append(path, row)
     cells = [TINY, Cell("tiny", BASE, 10, 0)]
-    assert runner.remaining(cells, path) == cells[1:]
+    assert rows.remaining(cells, path) == cells[1:]
     assert runner.run_all([TINY], place, path, jobs=1, budget=None) == 0
     assert rows.read(path) == [row]
     assert "1 of 1 runs are done; commit c0ffee" in capsys.readouterr().out

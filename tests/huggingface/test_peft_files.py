@@ -423,7 +423,7 @@ def test_an_adapter_that_was_there_stays_on_with_its_values(with_head, door, dam
     DAMAGE[damage][0](with_head)
     model = with_a_head()
     expected, before = logits(model), state_of(model)
-    with pytest.raises(ValueError, match="not finite|of another architecture.*such as"):
+    with pytest.raises(ValueError, match="not finite|of another architecture.*tensors: "):
         if door == "load_adapter":
             model.load_adapter(with_head, "default", is_trainable=True)
         else:

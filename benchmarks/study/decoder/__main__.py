@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import machine
+from benchmarks.study import rows
 from benchmarks.study.decoder import export, report, runner
 from benchmarks.study.decoder.plan import ENTRIES, RATES, SEEDS
 from benchmarks.study.decoder.problems import DATASETS
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     planned = runner.chosen(options)
     if options.command != "plan":
         return _run(options, planned)
-    todo = set(runner.remaining(planned, options.rows))
+    todo = set(rows.remaining(planned, options.rows))
     for cell in planned:
         print(f"[{' ' if cell in todo else 'x'}] {cell.key}  ({cell.entry.name})")
     print(f"{len(planned) - len(todo)} of {len(planned)} runs are done")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from benchmarks.study import plan
 from benchmarks.study.decoder.problems import DATASETS
 
 SEEDS = (0, 1, 2)
@@ -59,23 +59,15 @@ ENTRIES = (
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(plan.Cell):
     """One run."""
 
-    dataset: str
     entry: Entry
-    rate: int
-    seed: int
 
     @property
     def key(self) -> str:
         """What identifies a run, whatever name it goes by."""
         return f"{self.dataset} x{self.rate} seed {self.seed} {self.entry.method} {self.entry.settings}"
-
-    @property
-    def folder(self) -> str:
-        digest = hashlib.sha256(self.key.encode()).hexdigest()[:10]
-        return f"{self.dataset}-x{self.rate}-seed{self.seed}-{digest}"
 
 
 def cells(

@@ -121,12 +121,6 @@ def _work(job: tuple[Cell, Place]) -> tuple[dict | None, str]:
             return None, traceback.format_exc(limit=-4)
 
 
-def remaining(planned: Sequence[Cell], path: Path) -> list[Cell]:
-    """The cells without a row."""
-    done = {row["key"] for row in rows.read(path)}
-    return [cell for cell in planned if cell.key not in done]
-
-
 def run_all(planned: Sequence[Cell], place: Place, path: Path, budget: float | None, work: Callable = _work) -> int:
     """Run the cells that have no row, one after another, beginning none after `budget` minutes; how many erred."""
     end = time.monotonic() + 60 * budget if budget else math.inf
@@ -134,7 +128,7 @@ def run_all(planned: Sequence[Cell], place: Place, path: Path, budget: float | N
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     with rows.only_writer(path):
         while time.monotonic() < end:
-            todo = [cell for cell in remaining(planned, path) if cell.key not in erred]
+            todo = [cell for cell in rows.remaining(planned, path) if cell.key not in erred]
             if not todo:
                 break
             cell = todo[0]

@@ -21,6 +21,7 @@ from mos_kernels.huggingface.files import (
     PICKLE_NAME,
     WEIGHTS_NAME,
     refuse_damaged,
+    unknown_options,
     with_import_note,
 )
 
@@ -135,10 +136,8 @@ class MoSPeftConfig(PeftConfig):
     def check_kwargs(cls, **kwargs) -> dict:
         """A file's options. ValueError for those that are not here, unless they are off; peft drops them all."""
         known = inspect.signature(cls).parameters
-        unknown = {name: value for name, value in kwargs.items() if name not in known}
-        wanted = sorted(name for name, value in unknown.items() if value not in (None, False, [], {}))
-        if wanted:
-            raise ValueError(f"unknown options {wanted}: MoSPeftConfig has {sorted(known)}")
+        if unknown := unknown_options(kwargs, known):
+            raise ValueError(f"unknown options {sorted(unknown)}: MoSPeftConfig has {sorted(known)}")
         return {name: value for name, value in kwargs.items() if name in known}
 
     def save_pretrained(self, save_directory, **kwargs) -> None:

@@ -163,11 +163,8 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
     def _base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """weight and bias of a dense base, or the output on x of any other."""
         linear = self.base_layer
-        if layer_kind(linear) is MoSWrapped or linear._forward_hooks or linear._forward_pre_hooks:
-            return None, None, linear(x)
-        if linear._backward_hooks or linear._backward_pre_hooks:
-            return None, None, linear(x)
-        if "forward" in vars(linear):  # accelerate's hook stands there
+        hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+        if layer_kind(linear) is MoSWrapped or any(hooks) or "forward" in vars(linear):  # accelerate's hook
             return None, None, linear(x)
         return (linear.weight.t() if isinstance(linear, Conv1D) else linear.weight), linear.bias, None
 

@@ -28,6 +28,7 @@ from mos_kernels.huggingface.files import (
     read_tensors,
     require_finite,
     require_fit,
+    require_shapes,
     without_idle,
 )
 from mos_kernels.huggingface.files import PREFIX as FILE_PREFIX
@@ -167,20 +168,13 @@ class MoSPeftModel(BaseTuner):
         }
         tensors = without_idle(state_dict, config.to_mos_config())
         found = {in_file.get(name.removeprefix(FILE_PREFIX), name): tensor for name, tensor in tensors.items()}
-        missing = [name for name in own if name not in found]
         base = {name.removeprefix(FILE_PREFIX) for name in model.state_dict()}
         base -= {name.removeprefix(FILE_PREFIX) for name in _embeddings(model)}
         others = [name for name in found if name not in own and f".modules_to_save.{adapter_name}." not in name]
-        foreign = [name for name in others if ".mos_" in name or name.removeprefix(FILE_PREFIX) in base]
-        reshaped = [name for name in own if name in found and found[name].shape != own[name].shape]
-        for problem, tensors in (("missing", missing), ("unexpected", foreign), ("of another shape", reshaped)):
-            if tensors:
-                raise ValueError(
-                    f"the adapter for {adapter_name!r} is of another architecture than this model's: {len(tensors)} "
-                    f"tensors are {problem}, such as {tensors[0]}. Load the base model that it was trained on"
-                )
-        dtypes = {name: torch.float64 for name in found if name not in own}
-        require_finite(f"the adapter for {adapter_name!r}", found, dtypes)
+        foreign = {name for name in others if ".mos_" in name or name.removeprefix(FILE_PREFIX) in base}
+        where, checked = f"the file for {adapter_name!r}", {n: t for n, t in found.items() if n in own or n in foreign}
+        require_shapes(where, checked, {name: tuple(parameter.shape) for name, parameter in own.items()})
+        require_finite(where, found, {name: torch.float64 for name in found if name not in own})
         return found
 
 
