@@ -98,12 +98,16 @@ def measure(options: argparse.Namespace) -> int:
     folder = options.results / about["machine"]
     stored = store.load(folder)
     rows: list[dict] = []
-    for group, found, seconds in suite.run(plan, context, top, budget):
+
+    def keep(found: list[dict]) -> None:
+        if not context.tiny:
+            store.save(folder, store.merged(stored, rows + [{**row, **common} for row in found]))
+
+    for group, found, seconds in suite.run(plan, context, top, budget, keep=keep):
         new = [{**row, **common} for row in found]
         rows += new
+        keep([])
         _say(group, new, seconds, context)
-        if not context.tiny:
-            store.save(folder, store.merged(stored, rows))
     return _conclude(rows, stored, options, context, budget)
 
 

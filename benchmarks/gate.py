@@ -65,14 +65,20 @@ def _together(drawn: list[tuple[dict[str, Tensor], ...]]) -> list[str]:
     ))  # fmt: skip
 
 
-def check_decoding(setting: Setting, backend: str) -> list[str]:
-    """As `check_layer`, of a gated FFN from d_in to d_out and back, frozen, on FEWEST_TOKENS and without gradients."""
+def _ffn_block(setting: Setting, provider: str) -> tuple[qwen2.FFN, list[nn.Parameter]]:
+    """A gated FFN from d_in to d_out and back with the provider's adapters, and what is trained."""
     block = qwen2.FFN(setting.d_in, setting.d_out).to(setting.device, setting.dtype).requires_grad_(False)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
-    config = setting.config()
-    qwen2.adapt(block, providers.EAGER, config)
-    qwen2.freeze(block.eval(), backend)
+    trained = qwen2.adapt(block, provider, setting.config())
+    return block.eval(), trained  # in training the router's gradient has that of load balancing too
+
+
+def check_decoding(setting: Setting, provider: str) -> list[str]:
+    """As `check_layer`, of a gated FFN from d_in to d_out and back, frozen, on FEWEST_TOKENS and without gradients."""
+    block, _ = _ffn_block(setting, provider)
+    backend = block.backend
+    qwen2.freeze(block, backend)
 
     def through(name: str, x: Tensor) -> dict[str, Tensor]:
         block.backend = name
@@ -81,12 +87,63 @@ def check_decoding(setting: Setting, backend: str) -> list[str]:
     drawn = []
     with torch.no_grad():
         for _ in range(TOKENS // FEWEST_TOKENS):
-            x = torch.randn(FEWEST_TOKENS, setting.d_in, device=setting.device, dtype=setting.dtype)
-            x = x[_decided(x, block.mos_router.weight, config.num_experts_per_tok)]
+            x = _ffn_input(setting, block, FEWEST_TOKENS)
             truth = {"y of an FFN": _ffn_formula(block, x.double())}
             plain = {"y of an FFN": _ffn_formula(block, x)} if backend == "eager" else through("eager", x)
             drawn.append((truth, through(backend, x), plain))
     return _together(drawn)
+
+
+def check_ffn(setting: Setting, provider: str) -> list[str]:
+    """As `check_layer`, of a gated FFN in forward and backward, as the provider computes it."""
+    block, trained = _ffn_block(setting, provider)
+    names = ["y", "dx", *(f"gradient {i}" for i in range(len(trained)))]
+    eager = provider not in (providers.TRITON, providers.TRITON_APART)
+
+    def results(run: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+        x = x.detach().requires_grad_()
+        y = run(x)
+        return dict(zip(names, (y.detach(), *torch.autograd.grad(y, [x, *trained], dy.to(y.dtype))), strict=True))
+
+    def by_eager(x: Tensor) -> Tensor:
+        block.backend, before = "eager", block.backend
+        try:
+            return block(x)
+        finally:
+            block.backend = before
+
+    def formula(x: Tensor) -> Tensor:
+        return _plain_formula(block, x) if block.mos_router is None else _ffn_formula(block, x)
+
+    drawn = []
+    for _ in range(DRAWS):
+        x = _ffn_input(setting, block, tokens_of(setting))
+        dy = torch.randn_like(x)
+        truth, ours = results(formula, x.double(), dy), results(block, x, dy)
+        drawn.append((truth, ours, results(formula if eager else by_eager, x, dy)))
+    return _together(drawn)
+
+
+def _ffn_input(setting: Setting, block: qwen2.FFN, tokens: int) -> Tensor:
+    x = torch.randn(tokens, setting.d_in, device=setting.device, dtype=setting.dtype)
+    if block.mos_router is None:
+        return x
+    return x[_decided(x, block.mos_router.weight, block.mos_router.config.num_experts_per_tok)]
+
+
+def _plain_formula(block: qwen2.FFN, x: Tensor) -> Tensor:
+    """The frozen FFN, or that with plain LoRAs, linear by linear and left to autograd."""
+    factors = iter(block.lora) if hasattr(block, "lora") else None
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        y = x @ getattr(block, name).weight.to(x.dtype).t()
+        if factors is not None:
+            A, B = next(factors).to(x.dtype), next(factors).to(x.dtype)
+            y = y + 2.0 * (x @ A.t() @ B.t())
+        return y
+
+    gate, up = (linear(name, x) for name in qwen2.LINEARS[:2])
+    return linear(qwen2.LINEARS[2], nn.functional.silu(gate) * up)
 
 
 def _ffn_formula(block: qwen2.FFN, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Call = Callable[[], object]
 
@@ -279,6 +280,52 @@ def launches(call: Call) -> int:
     finally:
         launch.launch = run
     return next(count)
+
+
+def device_launches(call: Call) -> int:
+    """How many kernels, ours and the library's, and copies a call starts on a GPU, as torch's profiler records them."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sum(1 for event in profiler.events() if event.device_type == DeviceType.CUDA)
+
+
+class _Operations(TorchDispatchMode):
+    """Counts the operations that PyTorch dispatches, but for those that only look at memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        returns = function._schema.returns
+        is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        self.count += not is_view
+        return function(*arguments, **(options or {}))
+
+
+def operations(call: Call) -> int:
+    """How many operations of PyTorch's a call makes, views left out: what launches would be, where there are none."""
+    with _Operations() as counted:
+        call()
+    return counted.count
+
+
+def host_seconds(call: Call, device: torch.device, rounds: int = 7) -> float:
+    """How long Python takes to start a call's kernels: from the call to its return, with an idle GPU; the median."""
+    seconds = []
+    for _ in range(rounds):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    synchronize(device)
+    return quantiles(seconds)["median_s"]
 
 
 def saved_bytes(forward: Callable[[], Tensor], owned: Iterable[Tensor]) -> int:

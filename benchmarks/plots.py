@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import providers as p
-from benchmarks.cases.linear import FORWARD_BACKWARD
 from benchmarks.tables import first, groups_of, is_gpu
 
 BLACK, GREY = "#222222", "#8a8a8a"
@@ -26,6 +25,8 @@ STYLES = {  # provider -> (colour, line style)
     p.EXP_LOG_EAGER: (PINK, "-"), p.EXP_LOG_TRITON: (PINK, "--"),
     p.EAGER: (LIGHT_GREEN, "-"), p.EAGER_COMPILED: (LIGHT_GREEN, "--"), p.EAGER_OWN: (LIGHT_GREEN, ":"),
     p.TRITON: (GREEN, "-"), p.TRITON_OWN: (GREEN, ":"), p.TRITON_APART: (GREEN, "--"),
+    p.EAGER_APART: (LIGHT_GREEN, "-."), p.LIGER: (GREY, "-"), p.SWIGLU: (GREY, "-."), p.LORA_MLP: (TEAL, "-."),
+    p.LILY: (PURPLE, "-."),
     p.COLLAPSED: (GREY, "-"), p.COLLAPSED_COMPILED: (GREY, "--"), p.MAPPED: (ORANGE, "-"),
     p.MAPPED_COMPILED: (ORANGE, "--"),
     "stereographic, eager": (ORANGE, "-"), "stereographic, compiled": (ORANGE, "--"),
@@ -156,11 +157,30 @@ def _width_panel(axes, groups: list[dict[str, dict]]) -> None:
     _bare(axes)
 
 
+def ffn_plot(rows: list[dict]):
+    """Gated FFNs in training: time over the frozen one, and bytes saved for backward over what that saves."""
+    groups = [group for group in groups_of(rows, "ffn") if p.FROZEN in group]
+
+    def saved(group: dict[str, dict]) -> dict[str, float]:
+        base = group[p.FROZEN].get("saved_bytes")
+        return {n: r["saved_bytes"] / base for n, r in group.items() if base and n != p.FROZEN and "saved_bytes" in r}
+
+    def numbers(group: dict[str, dict]) -> dict[str, float]:
+        return over_frozen(group) if not group.get("saved") else saved({n: r for n, r in group.items() if n != "saved"})
+
+    weighed = [{**group, "saved": {"median_s": 1.0}} for group in groups if saved(group)]
+    titles = ["{d_in}→{d_out}, T = {tokens}, {step}".format(**first(group)) for group in groups]
+    titles += ["{d_in}→{d_out}, T = {tokens}: saved for backward".format(**first(group)) for group in weighed]
+    return _bars(
+        [*groups, *weighed], numbers, "over the frozen FFN as transformers runs it", "{:.2f}×", start=1.0,
+        titles=titles, columns=2,
+    )  # fmt: skip
+
+
 def whole_plot(rows: list[dict]):
-    """An FFN in training and in decoding, and a whole model: time over the frozen one."""
-    wanted = [("ffn", FORWARD_BACKWARD), ("decode", None), ("model", "training step"), ("model", "decoding")]
+    """An FFN in decoding, and a whole model: time over the frozen one."""
+    wanted = [("decode", None), ("model", "training step"), ("model", "decoding")]
     titles = {
-        ("ffn", FORWARD_BACKWARD): "gated FFN, forward + backward, T = {tokens}",
         ("decode", None): "gated FFN, decoding, T = {tokens}",
         ("model", "training step"): "model of {layers} layers, training step, {tokens} tokens",
         ("model", "decoding"): "model of {layers} layers, decoding, batch {tokens}",
@@ -174,6 +194,7 @@ def whole_plot(rows: list[dict]):
 
 
 PLOTS = {
+    "ffn": ffn_plot,
     "layer": layer_plot, "compiled": functools.partial(layer_plot, kind="compiled"),
     "branch": branch_plot, "memory": memory_plot, "steps": steps_plot,
     "figure3_dimension": dimension_plot, "figure3_depth": depth_plot, "growth": growth_plot, "whole": whole_plot,

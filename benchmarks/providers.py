@@ -39,7 +39,9 @@ COLLAPSED, COLLAPSED_COMPILED = "collapsed, plain PyTorch", "collapsed, plain Py
 MAPPED, MAPPED_COMPILED = "stereographic, expert by expert", "stereographic, expert by expert, compiled"
 LORA_BRANCH = "LoRA r=8"
 EAGER_OWN, TRITON_OWN = "MoS eager, own router", "MoS Triton, own router"
-TRITON_APART = "MoS Triton, linear by linear"  # an FFN in decoding whose linears share no launch
+EAGER_APART, TRITON_APART = "MoS eager, linear by linear", "MoS Triton, linear by linear"  # an FFN, not as one
+LIGER, SWIGLU = "frozen FFN, Liger's SwiGLU", "frozen FFN, our stand-in for a fused SwiGLU"
+LORA_MLP, LILY = "LoRA MLP r=8 as one node over addmm", "peft Lily r=8"
 
 
 @dataclass(frozen=True)

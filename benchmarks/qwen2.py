@@ -6,6 +6,8 @@ for nothing and fits a CUDA graph. The tests hold it against transformers' Qwen2
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mos_kernels
-from benchmarks import providers
+from benchmarks import providers, swiglu
 from benchmarks.providers import FusedLoRA
 from mos_kernels import MoSConfig, MoSLinear, MoSRouter, ops
 from mos_kernels.backends import selected_backend
 from mos_kernels.ffn_node import FFNForm, as_one
-
-LINEARS = ("gate_proj", "up_proj", "down_proj")
-FORM = FFNForm(LINEARS[:2], False, ("act_fn",), (), LINEARS[2], (), LINEARS)
 
 
 @dataclass(frozen=True)
@@ -46,20 +45,30 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
+LINEARS = ("gate_proj", "up_proj", "down_proj")
+FORM = FFNForm(LINEARS[:2], False, ("act_fn",), (), LINEARS[2], (), LINEARS)
+
+
 class FFN(nn.Module):
-    """down(silu(gate(x)) · up(x)); with a router, its gates go to all three linears."""
+    """down(silu(gate(x)) · up(x)), as transformers' LlamaMLP; with a router, its gates go to all three linears.
+
+    together: with a router, as one operation where it can be, as in the blocks that apply_mos adapts. node: what else
+    computes the block, from the block and x, than its linears one by one.
+    """
 
     def __init__(self, hidden: int, intermediate: int):
         super().__init__()
         self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
         self.up_proj = nn.Linear(hidden, intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
-        self.mos_router: MoSRouter | None = None
-        self.backend = "auto"
         self.act_fn = nn.SiLU()
-        self.together = True  # its adapted linears are one operation, as in the blocks that apply_mos adapts
+        self.mos_router: MoSRouter | None = None
+        self.node: Callable[[FFN, Tensor], Tensor] | None = None
+        self.backend, self.together = "auto", True
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.node is not None:
+            return self.node(self, x)
         if self.mos_router is None:
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         one = as_one(self, FORM, x, self.backend) if self.together else None
@@ -68,6 +77,17 @@ class FFN(nn.Module):
         gates = self.mos_router(x, backend=self.backend)
         gate, up = (linear(x, gates, self.backend) for linear in (self.gate_proj, self.up_proj))
         return self.down_proj(self.act_fn(gate) * up, gates, self.backend)
+
+
+@contextmanager
+def chosen(backend: str) -> Iterator[None]:
+    """A context in which calls that choose no backend have this one."""
+    before = selected_backend()
+    mos_kernels.set_backend(backend)
+    try:
+        yield
+    finally:
+        mos_kernels.set_backend(before)
 
 
 class Attention(nn.Module):
@@ -176,7 +196,7 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Qwen2:
 
 # adapters on every FFN under a module
 
-LINEARS = ("gate_proj", "up_proj", "down_proj")
+APART = (providers.EAGER_APART, providers.TRITON_APART)
 
 
 def adapt(module: nn.Module, provider: str, config: MoSConfig) -> list[nn.Parameter]:
@@ -184,15 +204,44 @@ def adapt(module: nn.Module, provider: str, config: MoSConfig) -> list[nn.Parame
     blocks = [m for m in module.modules() if isinstance(m, FFN)]
     if provider == providers.FROZEN:
         return []
-    if provider in (providers.EAGER, providers.TRITON, providers.TRITON_APART):
+    if provider in (providers.EAGER, providers.TRITON, *APART):
         for block in blocks:
-            block.together = provider != providers.TRITON_APART
-        return _adapt_mos(blocks, "eager" if provider == providers.EAGER else "triton", config)
+            block.together = provider not in APART
+        backend = "eager" if provider in (providers.EAGER, providers.EAGER_APART) else "triton"
+        return _adapt_mos(blocks, backend, config)
+    if provider in (providers.SWIGLU, providers.LIGER):
+        fused = _liger() if provider == providers.LIGER else swiglu.SwiGLU.apply
+        for block in blocks:
+            block.node = lambda block, x: block.down_proj(fused(block.gate_proj(x), block.up_proj(x)))
+        return []
+    if provider == providers.LORA_MLP:
+        return [p for block in blocks for p in _adapt_lora_mlp(block)]
     if provider == providers.FUSED_8:
         return [p for block in blocks for name in LINEARS for p in _adapt_fused(block, name)]
-    if provider in (providers.PEFT_8, providers.PEFT_8_AS_BASE):
-        return _adapt_peft(module, provider == providers.PEFT_8)
+    if provider in (providers.PEFT_8, providers.PEFT_8_AS_BASE, providers.LILY):
+        return _adapt_peft(module, provider)
     raise ValueError(f"{provider!r} has no form for a whole FFN")
+
+
+def _liger() -> Callable[[Tensor, Tensor], Tensor]:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return LigerSiLUMulFunction.apply
+
+
+def _adapt_lora_mlp(block: FFN) -> list[nn.Parameter]:
+    block.lora = nn.ParameterList()
+    for name in LINEARS:
+        weight = getattr(block, name).weight
+        for shape in ((8, weight.shape[1]), (weight.shape[0], 8)):
+            block.lora.append(torch.randn(shape, device=weight.device, dtype=weight.dtype).mul_(0.02))
+
+    def node(block: FFN, x: Tensor) -> Tensor:
+        weights = [getattr(block, name).weight for name in LINEARS]
+        return swiglu.LoRAMLP.apply(x.reshape(-1, x.shape[-1]), *weights, 2.0, *block.lora).view(x.shape)
+
+    block.node = node
+    return list(block.lora)
 
 
 def _adapt_mos(blocks: list[FFN], backend: str, config: MoSConfig) -> list[nn.Parameter]:
@@ -228,16 +277,19 @@ def _adapt_fused(block: FFN, name: str) -> list[nn.Parameter]:
     return [layer.A, layer.B]
 
 
-def _adapt_peft(module: nn.Module, autocast_adapter_dtype: bool) -> list[nn.Parameter]:
+def _adapt_peft(module: nn.Module, provider: str) -> list[nn.Parameter]:
     import peft
 
-    options = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(LINEARS))
+    if provider == providers.LILY:
+        options = peft.LilyConfig(r=8, stride_A=1, num_B=2, target_modules=list(LINEARS))
+    else:
+        options = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(LINEARS))
     peft.inject_adapter_in_model(options, module)
     trained = []
     for name, parameter in module.named_parameters():
-        if "lora_" not in name:
+        if not ("lora_" in name or "lily_" in name):
             continue
-        if autocast_adapter_dtype:
+        if provider == providers.PEFT_8:
             parameter.data = parameter.data.float()
         nn.init.normal_(parameter, std=0.02)
         trained.append(parameter.requires_grad_())
@@ -246,11 +298,7 @@ def _adapt_peft(module: nn.Module, autocast_adapter_dtype: bool) -> list[nn.Para
 
 def freeze(module: nn.Module, backend: str) -> None:
     """`freeze_for_inference` on every adapted linear, for a given backend."""
-    before = selected_backend()
-    mos_kernels.set_backend(backend)
-    try:
+    with chosen(backend):
         for layer in module.modules():
             if isinstance(layer, MoSLinear):
                 layer.freeze_for_inference()
-    finally:
-        mos_kernels.set_backend(before)

@@ -61,6 +61,8 @@ def machine_report(name: str, rows: list[dict], pictures: list[Path]) -> str:
         f"# {name}", "Written by `python -m benchmarks report` from `suite.jsonl`.", tables.made_with(rows) + ".",
         *([] if gpu else [CPU_NOTE]),
         "## Targets", tables.targets(rows, ("gpu",) if gpu else ("cpu",)),
+        "## A gated FFN, forward and backward", tables.ffn_note(rows), tables.ffns(rows), picture.get("ffn"),
+        *(["Launch settings found before “settings found”:", tables.settings_found(rows)] if gpu else []),
         f"## One adapted linear, forward and backward ({over})", tables.layers(rows), picture.get("layer"),
         "## The same through torch.compile", tables.layers(rows, "compiled"), picture.get("compiled"),
         *(["## The same in a CUDA graph: without Python's share", tables.layers(rows, "graph")] if gpu else []),
@@ -68,9 +70,8 @@ def machine_report(name: str, rows: list[dict], pictures: list[Path]) -> str:
         "## The adapter without its base product", tables.shares(rows, "branch"), picture.get("branch"),
         "## Each step alone", tables.shares(rows), picture.get("steps"),
         "## The order of the products, forward", tables.shares(rows, "order"),
-        "## A gated FFN, and a whole model, over the same without adapters",
-        *_titled(rows, (("ffn", "tokens", None, "A gated FFN, forward and backward"),
-                        ("decode", "tokens", None, "A gated FFN in decoding, forward"),
+        "## A gated FFN in decoding, and a whole model, over the same without adapters",
+        *_titled(rows, (("decode", "tokens", None, "A gated FFN in decoding, forward"),
                         ("model", "tokens", "training step", "A whole model, a training step"),
                         ("model", "tokens", "decoding", "A whole model in decoding"))), picture.get("whole"),
         "## The paper's Figure 3", EXP_LOG_NOTE, "The conversion alone, over the embedding dimension:",
@@ -107,12 +108,13 @@ def section(found: dict[str, list[dict]], results: Path, root: Path) -> str:
         note = "" if name in gpus else " " + CPU_NOTE
         over = ("time / " if name in gpus else "") + "over the frozen linear / over peft LoRA r=8"
         shape = tables.first(tables.groups_of(rows, "layer")[0]) if tables.groups_of(rows, "layer") else None
-        what = f"One linear, {shape['dtype']}, {shape['tokens']} tokens, forward and backward: {over}." if shape else ""
+        what = f"One linear, {shape['dtype']}, {shape['tokens']} tokens, forward and backward: {over}:" if shape else ""
         everything = f"Everything: [{folder}/report.md]({folder}/report.md)."
-        about = f"**{title}** ({tables.made_with(rows)}). {what}{note} {everything}"
-        measured = tables.layers(rows, without=NOT_ON_THE_PAGE)
+        about = f"**{title}** ({tables.made_with(rows)}).{note} {everything}"
+        ffn_about = f"A gated FFN, forward and backward. {tables.ffn_note(rows)}"
         targets = tables.targets(rows, ("gpu",) if name in gpus else ("cpu",))
-        parts += [textwrap.fill(about, 120, break_long_words=False, break_on_hyphens=False), measured, targets]
+        parts += [_filled(about), _filled(ffn_about), tables.ffns(rows), targets]
+        parts += [_filled(what), tables.layers(rows, without=NOT_ON_THE_PAGE)] if what else []
         picture = results / name / "plots" / "figure3_dimension.png"
         if picture.exists():
             parts.append(f"![conversion over the embedding dimension]({folder}/plots/figure3_dimension.png)")
@@ -122,6 +124,10 @@ def section(found: dict[str, list[dict]], results: Path, root: Path) -> str:
     if not any(name not in gpus for name in found):
         parts += ["**CPU targets**, not measured yet: `make bench` fills this table.", tables.targets([], ("cpu",))]
     return "\n\n".join(parts)
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def summary(found: dict[str, list[dict]]) -> str:
@@ -148,25 +154,28 @@ def summary(found: dict[str, list[dict]]) -> str:
     def over(row: dict, base: dict) -> str:
         return f"{row['median_s'] / base['median_s']:.2f}×"
 
-    layers = tables.groups_of(rows, "layer")
-    for group in layers:
-        add(f"training, one linear {_shape(group)}, {_tokens(group)}: time", group, over)
-    for group in layers[:1]:
-        if all("peak_bytes" in row for row in group.values()):
-            add(f"the same, {_shape(group)}: memory beyond the frozen linear's, at its peak", group, lambda row, base:
-                f"{(row['peak_bytes'] - base['peak_bytes']) / 1e6:.1f} MB")  # fmt: skip
+    def more(name: str):
+        def number(row: dict, base: dict) -> str:
+            return f"{row[name] / base[name]:.2f}×" if row.get(name) and base.get(name) else ""
+
+        return number
+
+    for group in tables.groups_of(rows, "ffn", "forward+backward"):
+        add(f"training, a gated FFN {_shape(group)}, {_tokens(group)}: time", group, over)
+        add("the same: bytes saved for backward", group, more("saved_bytes"))
     for kind, step, what in (
-        ("ffn", None, "training, a gated FFN"),
         ("decode", None, "decoding, a gated FFN"),
         ("model", "decoding", "decoding, a whole model of Qwen2-1.5B's widths"),
-        ("tokens", None, "training, one small linear"),
     ):
-        for group in tables.groups_of(rows, kind, step)[:1]:
+        for group in tables.groups_of(rows, kind, step)[: 2 if kind == "decode" else 1]:
             where = f" {_shape(group)}" if kind != "model" else ""
             add(f"{what}{where}, {_tokens(group)}: time", group, over)
+    for group in tables.groups_of(rows, "layer"):
+        add(f"training, one linear {_shape(group)}, {_tokens(group)}: time", group, over)
+    for group in tables.groups_of(rows, "tokens")[:1]:
+        add(f"training, one small linear {_shape(group)}, {_tokens(group)}: time", group, over)
     note = f"Times are over the same without an adapter. Measured on {tables.made_with(rows)}."
-    head = textwrap.fill(note, 120, break_long_words=False, break_on_hyphens=False)
-    return head + "\n\n" + tables.table(["", *shown], lines)
+    return _filled(note) + "\n\n" + tables.table(["", *shown], lines)
 
 
 def _shape(group: dict[str, dict]) -> str:

@@ -25,8 +25,11 @@ from benchmarks.measure import (
     Outcome,
     attempt,
     captured,
+    device_launches,
+    host_seconds,
     interleaved,
     launches,
+    operations,
     peak_bytes,
     quantiles,
     release_memory,
@@ -103,11 +106,15 @@ class Shared:
 
 @dataclass
 class Made:
-    """A variant, ready to run. forward and owned: for the bytes saved for backward, beyond the owned tensors."""
+    """A variant, ready to run. forward and owned: for the bytes saved for backward, beyond the owned tensors.
+
+    note: what its row says of how it was made.
+    """
 
     call: Call
     forward: Callable[[], Tensor] | None = None
     owned: list[Tensor] = field(default_factory=list)
+    note: str = ""
 
 
 class Check(NamedTuple):
@@ -164,17 +171,19 @@ def verdict(checks: Sequence[Check]) -> Outcome:
     return Outcome("failed", "gate: " + "; ".join(failed)) if failed else Outcome("ok")
 
 
-def run_group(group: Group, context: Context, ceilings: Ceilings, budget: Budget) -> list[dict]:
-    """A row for each variant of the group."""
+def run_group(
+    group: Group, context: Context, ceilings: Ceilings, budget: Budget, keep: Callable[[list[dict]], None] | None = None
+) -> list[dict]:
+    """A row for each variant of the group. keep: given the rows as soon as they are timed, before they are weighed."""
     try:
-        return _run_group(group, context, ceilings, budget)
+        return _run_group(group, context, ceilings, budget, keep)
     finally:
         for shared in group.shared:
             shared.drop()
         release_memory()
 
 
-def _run_group(group: Group, context: Context, ceilings: Ceilings, budget: Budget) -> list[dict]:
+def _run_group(group, context: Context, ceilings: Ceilings, budget: Budget, keep) -> list[dict]:
     outcomes: dict[str, Outcome] = {}
     timed: dict[str, list[float]] = {}
     weights: dict[str, dict[str, int]] = {}
@@ -202,6 +211,7 @@ def _run_group(group: Group, context: Context, ceilings: Ceilings, budget: Budge
         call, outcomes[name] = attempt(lambda made=made: captured(made.call, repeats) if graph else made.call)
         if call is not None:
             ready[name], calls[name] = made, call
+            outcomes[name] = outcomes[name]._replace(message=made.note)
 
     while calls and not timed:
         try:
@@ -216,11 +226,13 @@ def _run_group(group: Group, context: Context, ceilings: Ceilings, budget: Budge
         except LeftOut as error:
             outcomes.update({name: Outcome("left out", str(error)) for name in calls})
             calls.clear()
-    weigh = group.weigh and not (context.tiny and group.kind != "layer")
+    timed = {name: [s / repeats for s in seconds] for name, seconds in timed.items()}
+    weigh = group.weigh and not (context.tiny and group.kind not in ("layer", "ffn"))
+    if keep is not None and weigh:
+        keep(_rows(group, context, ceilings, outcomes, timed, weights))
     for name, made in ready.items() if weigh else ():
         if outcomes[name].status == "ok" and budget.left() > 0:
             weights[name] = _weigh(made, context)
-    timed = {name: [s / repeats for s in seconds] for name, seconds in timed.items()}
     return _rows(group, context, ceilings, outcomes, timed, weights)
 
 
@@ -249,19 +261,22 @@ def _ready(variant: Variant, context: Context, limit: float) -> Made:
     return made
 
 
-def _weigh(made: Made, context: Context) -> dict[str, int]:
-    found = {}
-    peak, outcome = attempt(lambda: peak_bytes(made.call, context.device))
-    if outcome.status == "ok":
-        found["peak_bytes"] = peak
+def _weigh(made: Made, context: Context) -> dict[str, int | float]:
+    """Memory, launches and the host's share of one call: `peak_bytes`, `saved_bytes`, `launches` of our kernels,
+    `device_launches` (on a GPU) or `operations` of PyTorch's (elsewhere), `host_s` (on a GPU)."""
+    weights = {"peak_bytes": lambda: peak_bytes(made.call, context.device), "launches": lambda: launches(made.call)}
     if context.cuda:
-        count, outcome = attempt(lambda: launches(made.call))
-        if count:
-            found["launches"] = count
+        weights["device_launches"] = lambda: device_launches(made.call)
+        weights["host_s"] = lambda: host_seconds(made.call, context.device)
+    else:
+        weights["operations"] = lambda: operations(made.call)
     if made.forward is not None:
-        saved, outcome = attempt(lambda: saved_bytes(made.forward, made.owned))
-        if outcome.status == "ok":
-            found["saved_bytes"] = saved
+        weights["saved_bytes"] = lambda: saved_bytes(made.forward, made.owned)
+    found = {}
+    for name, weigh in weights.items():
+        weight, outcome = attempt(weigh)
+        if outcome.status == "ok" and (weight or name != "launches"):
+            found[name] = weight
     return found
 
 
@@ -291,7 +306,12 @@ def unmeasured(group: Group, context: Context, outcome: Outcome) -> list[dict]:
 
 
 def run(
-    groups: Iterable[Group], context: Context, ceilings: Ceilings, budget: Budget, reserve_s: float = 10
+    groups: Iterable[Group],
+    context: Context,
+    ceilings: Ceilings,
+    budget: Budget,
+    reserve_s: float = 10,
+    keep: Callable[[list[dict]], None] | None = None,
 ) -> Iterator[tuple[Group, list[dict], float]]:
     """The groups in their order of importance, each with its rows and its seconds, while the budget lasts."""
     for group in groups:
@@ -299,5 +319,5 @@ def run(
         if budget.left() < reserve_s:
             yield group, unmeasured(group, context, Outcome("left out", "the time budget was gone")), 0.0
             continue
-        rows, outcome = attempt(lambda group=group: run_group(group, context, ceilings, budget))
+        rows, outcome = attempt(lambda group=group: run_group(group, context, ceilings, budget, keep))
         yield group, unmeasured(group, context, outcome) if rows is None else rows, time.time() - start

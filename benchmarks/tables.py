@@ -70,6 +70,8 @@ def targets(rows: list[dict], devices: tuple[str, ...] = ("gpu", "cpu")) -> str:
 
 
 def _number(target, value: float) -> str:
+    if target.is_count:
+        return f"{value:.0f}"
     return f"{value:.1%}" if target.measure in ("share", "memory") else f"{value:.2f}×"
 
 
@@ -138,10 +140,64 @@ def memory(rows: list[dict], kind: str = "layer") -> str:
     return table(head, lines)
 
 
+def ffns(rows: list[dict]) -> str:
+    """Every measured FFN: times, and what one forward and backward saves, takes at its peak and launches.
+
+    Over the frozen FFN, and over peft LoRA r=8.
+    """
+    groups, gpu = groups_of(rows, "ffn"), is_gpu(rows)
+    if not groups:
+        return f"{NOT_MEASURED}\n"
+    parts = []
+    for group in groups:
+        row = first(group)
+        counts = ["launches", "of these ours", "host"] if gpu else ["operations of PyTorch's"]
+        head = [f"{row['d_in']}→{row['d_out']}, {row['tokens']} tokens", *(["time"] if gpu else []), "over frozen",
+                "over peft LoRA", "saved, MB", "peak, MB", *counts]  # fmt: skip
+        lines = []
+        for name, row in group.items():
+            over = [
+                f"{row['median_s'] / group[b]['median_s']:.2f}" if b in group else ""
+                for b in (row["base"], providers.PEFT_8)
+            ]
+            bytes_of = [f"{row[n] / 1e6:.1f}" if n in row else "" for n in ("saved_bytes", "peak_bytes")]
+            if gpu:
+                host = duration(row["host_s"]) if "host_s" in row else ""
+                counted = [str(row.get("device_launches", "")), str(row.get("launches", "")), host]
+            else:
+                counted = [str(row.get("operations", ""))]
+            shown = f"**{name}**" if name.startswith("MoS") else name
+            shown = "frozen FFN, as transformers runs it" if name == providers.FROZEN else shown
+            lines.append([shown, *([duration(row["median_s"])] if gpu else []), *over, *bytes_of, *counted])
+        title = "" if row["step"] == "forward+backward" else f"With the {row['step'].split(', ')[1]} for this GPU:\n\n"
+        parts.append(title + table(head, lines))
+    return "\n\n".join(parts)
+
+
+FFN_NOTE = (
+    "Measured: times, {}the peak of memory beyond what was there before. Counted: bytes saved for backward, each "
+    "storage once, x among them where it is kept, the parameters not; {}. “Linear by linear” is the same MoS FFN with "
+    "its linears called one after the other."
+)
+
+
+def ffn_note(rows: list[dict]) -> str:
+    """What of the FFNs' table is measured, and what is counted."""
+    if is_gpu(rows):
+        return FFN_NOTE.format("the host's time until the call returns, ", "launches, as torch's profiler records them")
+    return FFN_NOTE.format("", "operations that PyTorch dispatches, views left out")
+
+
 def launches(rows: list[dict]) -> str:
     """Our own kernels' launches in forward and backward, by provider, where there are any."""
     found = {r["provider"]: r["launches"] for r in store.measured(rows) if r["kind"] == "layer" and r.get("launches")}
     return "Launches of our kernels, forward and backward: " + ", ".join(f"{n} {c}" for n, c in found.items()) + "."
+
+
+def settings_found(rows: list[dict]) -> str:
+    """What the tuner found, by kernel."""
+    found = [row for row in rows if row["kind"] == "tune" and row["status"] == "ok"]
+    return "\n".join(f"- {row['provider']}: {row['message']}" for row in found) or f"{NOT_MEASURED}\n"
 
 
 def shares(rows: list[dict], kind: str = "steps") -> str:

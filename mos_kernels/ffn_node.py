@@ -240,7 +240,7 @@ class _Standing(NamedTuple):
     hooks: int  # the number of the next hook of the process: a new one may be on one of the modules
     children: tuple[tuple[str, weakref.ref, type], ...]  # the block's, whose calls one operation replaces
     inner: tuple[weakref.ref, ...]  # of the peft method: the router, and adapter and base of each linear
-    linears: tuple[tuple, ...]  # of each: adapter, base, weight, bias; what is kept; whether it is a Conv1D
+    linears: tuple[tuple, ...]  # of each: adapter, base, weight, bias; what is kept; is it a Conv1D; weight's shape
     router: Tensor
     router_mark: tuple
     router_storage: torch.UntypedStorage  # held, or another tensor might be put at the same address
@@ -280,9 +280,11 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
     if not are_unchanged((weight,), (before.router,), (before.router_mark,)):
         return None
     adapted = []
-    for adapter, base, w, b, kept, is_conv1d in before.linears:
+    for adapter, base, w, b, kept, is_conv1d, shape in before.linears:
         adapter, own, w, b = adapter(), base()._parameters, w(), b()
-        if adapter._frozen is not kept or own.get("weight") is not w or own.get("bias") is not b:
+        if adapter._frozen is not kept or w is None or own.get("weight") is not w or own.get("bias") is not b:
+            return None
+        if w.dtype != x.dtype or w.shape != shape or w.device != x.device:  # assigned through .data
             return None
         if not adapter._is_kept(kept):
             return None
@@ -335,7 +337,10 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
         tuple((name, ref(child), type(child)) for name, child in called.items() if name in block._modules),
         tuple(map(ref, inside)),
         tuple(
-            (ref(part.adapter), ref(part.base), ref(w), _nothing if b is None else ref(b), kept, _is_conv1d(part.base))
+            (
+                ref(part.adapter), ref(part.base), ref(w), _nothing if b is None else ref(b), kept,
+                _is_conv1d(part.base), w.shape,
+            )
             for part, (w, b), kept in zip(parts.all, bases, adapters, strict=True)
         ),
         weight, router_mark, weight.untyped_storage(), plan,

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import reference.layer
 import reference.routing
-from mos_kernels import MoSConfig, MoSRouter, ffn, ops
+from mos_kernels import MoSConfig, MoSRouter, ffn, ffn_node, ops
 from mos_kernels.backends import eager_ffn
 
 transformers = pytest.importorskip("transformers", reason="the blocks are transformers'")
@@ -447,10 +447,158 @@ def test_linear_by_linear(runs, change):
         assert torch.equal(block(x_of()), y)
 
 
-def test_a_parameter_that_was_replaced_is_freed(runs):
-    block = adapted()
-    block(x_of())
-    old = weakref.ref(block.up_proj.mos_lora_A)
+# what is looked up again in eval mode without gradients, while nothing of it has changed
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """How often a block was looked at as a whole."""
+    calls, look = [], ffn_node._parts
+    monkeypatch.setattr(ffn_node, "_parts", lambda *args: calls.append(1) or look(*args))
+    return calls
+
+
+def a_hook(block):
+    block.up_proj.register_forward_hook(lambda *_: None)
+
+
+def a_hook_on_a_routers_input(block):
+    block.mos_router.register_forward_pre_hook(lambda *_: None)
+
+
+def a_hook_on_every_module(block):
+    return nn.modules.module.register_module_forward_hook(lambda *_: None)
+
+
+def a_forward_of_its_own(block):
+    forward = block.act_fn.forward
+    block.act_fn.forward = lambda x: forward(x) * 2
+
+
+def a_compiled_call(block):
+    block.down_proj.compile(backend="eager")
+
+
+def another_class(block):
+    for router in block.mos_router.modules():
+        if type(router) is MoSRouter:
+            router.__class__ = _EveryExpertAlike
+
+
+def another_activation(block):
+    block.act_fn = nn.Tanh()
+
+
+def other_weights(block):
+    base = getattr(block.up_proj, "base_layer", block.up_proj)
+    base.weight = nn.Parameter(base.weight * 2, requires_grad=False)
+
+
+def another_bias(block):
+    base = getattr(block.down_proj, "base_layer", block.down_proj)
+    base.bias = None
+
+
+def a_changed_router(block):
+    for name, parameter in block.named_parameters():
+        if "mos_router" in name:
+            parameter.data = parameter.data * 3
+
+
+def a_changed_factor(block):
+    for name, parameter in block.named_parameters():
+        if "mos_lora_B" in name:
+            with torch.no_grad():
+                parameter.mul_(2)
+
+
+def a_fused_optimizer(block):
+    parameters = [p for name, p in block.named_parameters() if "mos_" in name]
+    optimizer = torch.optim.SGD(parameters, lr=1.0, fused=True)
+    block(x_of(torch.float32)).sum().backward()
+    optimizer.step()
+
+
+def written_through_data_then_eval(block):
+    for name, parameter in block.named_parameters():
+        if "mos_lora_A" in name:
+            parameter.data.mul_(2)
+    block.eval()
+
+
+AFTERWARDS = [
+    a_hook, a_hook_on_a_routers_input, a_hook_on_every_module, a_forward_of_its_own, a_compiled_call, another_class,
+    another_activation, other_weights, another_bias, a_changed_router, a_changed_factor, a_fused_optimizer,
+    written_through_data_then_eval,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("door", ["own", "peft"])
+@pytest.mark.parametrize("change", AFTERWARDS)
+def test_a_change_is_seen(looks, change, door, tokens):
+    block, x = adapted(dtype=torch.float32, door=door).eval(), x_of(torch.float32, tokens).detach()
+    looks.clear()
+    with torch.no_grad():
+        before = block(x)
+        assert torch.equal(block(x), before) and len(looks) == 1
+    handle = change(block)
+    looks.clear()
+    with torch.no_grad():
+        after = block(x)
+    looked = len(looks)
+    if handle is not None:
+        handle.remove()
+    block.zero_grad()
+    with OneByOne(block), torch.no_grad():
+        expected = block(x)
+    assert looked == (change is not another_bias)  # which is used as it is found
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_another_active_adapter_is_seen(looks):
+    peft = pytest.importorskip("peft")
+    from mos_kernels.huggingface import MoSPeftConfig
+
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        nn.ModuleDict({"mlp": llama()[0]}), MoSPeftConfig(target_modules=list(GATED), init_lora_weights=False, r=2)
+    )
+    model.add_adapter("other", MoSPeftConfig(target_modules=list(GATED), init_lora_weights=False, r=3))
+    block, x = model.eval().base_model.model["mlp"], x_of(torch.float32).detach()
+    found = []
+    with torch.no_grad():
+        for name in ("default", "other", "default"):
+            model.set_adapter(name)
+            found.append(block(x))
+            assert torch.equal(block(x), found[-1])
+        with model.disable_adapter():
+            base = block(x)
+    assert len(looks) == 4 and torch.equal(found[0], found[2])
+    assert not torch.allclose(found[0], found[1]) and not torch.allclose(base, found[0])
+
+
+def test_two_dtypes_and_a_switched_backend_are_seen(looks, monkeypatch):
+    block, x = adapted(dtype=torch.float32).eval(), x_of(torch.float32).detach()
+    with torch.no_grad():
+        first = block(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert block(x).dtype == torch.bfloat16
+        assert torch.equal(block(x), first)
+        looks.clear()
+        monkeypatch.setenv("MOS_BACKEND", "eager")
+        assert torch.equal(block(x), first) and not looks
+        monkeypatch.setenv("MOS_BACKEND", "nonsense")
+        with pytest.raises(ValueError, match="nonsense"):
+            block(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_parameter_that_was_replaced_is_freed(runs, training):
+    block = adapted().train(training)
+    with torch.set_grad_enabled(training):
+        block(x_of())
+    old = weakref.ref(block.up_proj.weight)
     block.up_proj = nn.Linear(D, HIDDEN)
     gc.collect()
     assert len(runs) == 1 and old() is None

@@ -1,12 +1,13 @@
 """What is measured: a function for each kind of group, and the plan, in the order of importance.
 
+order       the base product before or after the adapter
+ffn         a gated FFN, forward and backward, with its memory and launches; and again with the settings that tune found
+tune        launch settings found for this GPU (GPU alone)
 layer       a whole adapted linear, forward and backward, with its memory: every provider but the compiled
 compiled    what torch.compile makes of three forms of it, which takes a minute a form
 graph       the layer in a CUDA graph: what is left of its time without Python's share (GPU alone)
 steps       shrink, bridge, expand and so on alone, in each direction, beside the base products
 branch      the adapter without its base product: the algebra against the kernels
-order       the base product before or after the adapter
-ffn         a gated FFN, forward and backward
 decode      a gated FFN for 1 to 64 tokens, frozen for inference
 model       Qwen2-1.5B's shape: a training step, and decoding
 dimension   the paper's Figure 3a: conversion over the embedding dimension, alone and with the linear
@@ -16,13 +17,17 @@ tokens, experts, rank, width    growth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
-from benchmarks import qwen2
+import torch
+
+from benchmarks import providers, qwen2
 from benchmarks.cases.figure3 import depth, dimension
 from benchmarks.cases.linear import branch, compiled, graph, growth, layer
 from benchmarks.cases.steps import order, steps
-from benchmarks.cases.whole import decode, decoding, ffn, training
+from benchmarks.cases.tuning import tuning
+from benchmarks.cases.whole import TUNED, decode, decoding, ffn, training
 from benchmarks.suite import Context, Group
 from benchmarks.targets import LLAMA3, QWEN2
 
@@ -52,6 +57,9 @@ def _tiny_plan(context: Context) -> Iterator[Group]:
     yield order(context, *TINY, 20)
     shape = qwen2.Shape(hidden=40, intermediate=56, layers=1, heads=4, kv_heads=2, vocabulary=64)
     yield ffn(context, *TINY, 20)
+    if providers.why_no_triton(context.device) is None:
+        yield tuning(context, (TINY, TINY[::-1]), 80)
+        yield ffn(context, *TINY, 20, step=TUNED)
     yield decode(context, *TINY, 3)
     yield training(context, shape, batch=1, length=20)
     yield decoding(context, shape, batch=3, length=8)
@@ -65,16 +73,25 @@ def _tiny_plan(context: Context) -> Iterator[Group]:
 
 def _gpu_plan(context: Context) -> Iterator[Group]:
     T, full = 8192, context.full
+    ffns = [(*widths, tokens) for widths in (QWEN2[0], LLAMA3[0]) for tokens in (T, 2048)]
     for widths in (*QWEN2, *LLAMA3):
-        yield layer(context, *widths, T)
+        yield order(context, *widths, T)
     for widths in (*QWEN2, *LLAMA3):
         yield steps(context, *widths, T)
+    for shape in ffns:
+        yield ffn(context, *shape)
+    for tokens in (1, 4, 16, 64) if full else (1, 16, 64):
+        yield decode(context, 1536, 8960, tokens)
+    if providers.why_no_triton(context.device) is None:
+        yield tuning(context)
+        for shape in ffns:
+            yield ffn(context, *shape, step=TUNED)
+    yield training(context, qwen2.Shape(layers=28 if _memory(context) > 120e9 else 14), batch=4, length=2048)
+    for widths in (*QWEN2, *LLAMA3):
+        yield layer(context, *widths, T)
     yield branch(context, *QWEN2[0], T)
     for widths in (*QWEN2, *LLAMA3):
         yield graph(context, *widths, T)
-    for tokens in (1, 4, 16, 64) if full else (1, 16, 64):
-        yield decode(context, 1536, 8960, tokens)
-    yield training(context, qwen2.Shape(), batch=4, length=2048)
     for tokens in [4**i for i in range(7)] + [8192, 16384, 65536] if full else (1, 1024, 8192, 65536):
         yield growth(context, "tokens", *QWEN2[0], tokens)
     for widths in ((1537, 8961), (1531, 8963), (1544, 8968), QWEN2[0]) if full else ((1537, 8961), QWEN2[0]):
@@ -82,7 +99,6 @@ def _gpu_plan(context: Context) -> Iterator[Group]:
     for d in DIMENSIONS if full else (256, 4096, 16384):
         yield dimension(context, d, T)
     yield compiled(context, *QWEN2[0], T)
-    yield ffn(context, 1536, 8960, T)
     for layers in DEPTHS if full else (1, 8, 64):
         yield depth(context, layers, 1536, T)
     for batch in (1, 2, 4, 8, 16, 32, 64) if full else (1, 64):
@@ -91,8 +107,6 @@ def _gpu_plan(context: Context) -> Iterator[Group]:
         yield growth(context, "experts", *QWEN2[0], T, experts=experts)
     for rank in RANKS if full else (1, 8, 128):
         yield growth(context, "rank", *QWEN2[0], T, rank=rank)
-    for widths in (*QWEN2, *LLAMA3):
-        yield order(context, *widths, T)
     for d in DIMENSIONS if full else (1024, 4096):
         yield dimension(context, d, T, linear=True)
     for widths in (*QWEN2[1:], *LLAMA3):
@@ -104,16 +118,21 @@ def _gpu_plan(context: Context) -> Iterator[Group]:
             yield training(context, qwen2.Shape(), batch=batch, length=512)
 
 
+def _memory(context: Context) -> float:
+    return torch.cuda.get_device_properties(context.device).total_memory if torch.cuda.is_available() else math.inf
+
+
 def _cpu_plan(context: Context) -> Iterator[Group]:
     T, full = 512, context.full
     reduced = qwen2.Shape(layers=2, vocabulary=4096)
+    yield ffn(context, 1536, 8960, T)
+    yield decode(context, 576, 1536, 1)
     for widths in QWEN2:
         yield layer(context, *widths, T)
     for d in DIMENSIONS if full else (256, 1024, 4096, 16384):
         yield dimension(context, d, 128)
     for layers in DEPTHS if full else (1, 8, 64):
         yield depth(context, layers, 1536, 64)
-    yield ffn(context, 1536, 8960, 128)
     yield training(context, reduced, batch=1, length=128)
     yield branch(context, *QWEN2[0], T)
     for widths in QWEN2:

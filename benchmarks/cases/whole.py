@@ -11,20 +11,36 @@ from torch import Tensor, nn
 
 from benchmarks import providers, qwen2
 from benchmarks.cases.linear import FORWARD_BACKWARD, OURS, PEFT, checks_of, setting_of
-from benchmarks.gate import check_decoding
+from benchmarks.gate import check_decoding, check_ffn, tokens_of
 from benchmarks.measure import rotated, rotation
 from benchmarks.providers import LAYERS
 from benchmarks.suite import Check, Context, Group, Made, Shared, Variant
 
 WHOLE = (providers.FROZEN, *PEFT, providers.FUSED_8, *OURS)
+FFNS = (
+    providers.FROZEN, providers.LIGER, providers.SWIGLU, providers.LORA_MLP, *PEFT, providers.LILY, providers.EAGER,
+    providers.EAGER_APART, providers.TRITON, providers.TRITON_APART,
+)  # fmt: skip
+OURS_AS_LINEARS = {
+    providers.EAGER: providers.EAGER, providers.EAGER_APART: providers.EAGER,
+    providers.TRITON: providers.TRITON, providers.TRITON_APART: providers.TRITON,
+}  # fmt: skip
 
 
-def _whole_names(context: Context) -> list[str]:
-    return [name for name in WHOLE if LAYERS[name].offered(context.dtype, context.device)]
+def _offered(names: Iterable[str], context: Context) -> list[str]:
+    """Those of the names that are arms of their own here."""
+
+    def offered(name: str) -> bool:
+        if name == providers.LIGER:
+            return context.cuda
+        known = LAYERS.get(OURS_AS_LINEARS.get(name, name))
+        return known is None or known.offered(context.dtype, context.device)
+
+    return [name for name in names if offered(name)]
 
 
 def _backend(name: str) -> str:
-    return "triton" if name in (providers.TRITON, providers.TRITON_APART) else "eager"
+    return "triton" if OURS_AS_LINEARS.get(name) == providers.TRITON else "eager"
 
 
 def _variants(
@@ -33,23 +49,30 @@ def _variants(
 ) -> dict[str, Variant]:  # fmt: skip
     """A variant for each name, timed where its linears are right in both directions of an FFN. work: bytes, FLOP.
 
-    decoding: and where the FFN is, frozen and on few tokens.
+    And where its FFN is: in forward and backward, and with `decoding` frozen and on few tokens. The packages' own
+    layers are taken as they are.
     """
     settings = [setting_of(context, *widths, tokens) for widths in ((hidden, intermediate), (intermediate, hidden))]
 
     def checks(name: str) -> list[Check]:
-        ours, backend = LAYERS[providers.TRITON if name == providers.TRITON_APART else name].ours, _backend(name)
+        ours = LAYERS[OURS_AS_LINEARS[name]].ours if name in OURS_AS_LINEARS else None
         found = [check for setting in settings for check in checks_of(setting, ours)]
+        if ours is not None or name in (providers.SWIGLU, providers.LORA_MLP):
+            run = functools.partial(check_ffn, settings[0], name)
+            found.append(Check(("ffn", hidden, intermediate, tokens_of(settings[0]), context.dtype, name), name, run))
         if decoding and ours is not None:
-            run = functools.partial(check_decoding, settings[0], backend)
-            found.append(Check(("decoding", hidden, intermediate, context.dtype, backend), f"{backend}, decoding", run))
+            run = functools.partial(check_decoding, settings[0], name)
+            found.append(Check(("decoding", hidden, intermediate, context.dtype, name), f"{name}, decoding", run))
         return found
 
     return {name: Variant(functools.partial(make, name), *work, checks=checks(name)) for name in names}
 
 
-def ffn(context: Context, hidden: int, intermediate: int, tokens: int) -> Group:
-    """A gated FFN with its router, forward and backward."""
+TUNED = f"{FORWARD_BACKWARD}, settings found"
+
+
+def ffn(context: Context, hidden: int, intermediate: int, tokens: int, step: str = FORWARD_BACKWARD) -> Group:
+    """A gated FFN with its router, forward and backward. What it saves is counted with x, which it may have to keep."""
     size, options = context.dtype.itemsize, {"device": context.device, "dtype": context.dtype}
 
     def draw() -> tuple:
@@ -62,19 +85,19 @@ def ffn(context: Context, hidden: int, intermediate: int, tokens: int) -> Group:
     def make(name: str) -> Made:
         block = _ffn_block(context, hidden, intermediate)
         trained = qwen2.adapt(block, name, setting_of(context, hidden, intermediate, tokens).config())
-        x, xs, dy = inputs()
+        x, _, dy = inputs()
 
         def call() -> tuple:
             tokens = x()
             return torch.autograd.grad(block(tokens), [tokens, *trained], dy())
 
-        return Made(call, lambda: block(x()), [*xs, *block.parameters()])
+        return Made(call, lambda: block(x()), [*block.parameters(), *block.buffers()])
 
     moved = 2 * size * (3 * hidden * intermediate + tokens * (2 * hidden + 6 * intermediate))
     flop = 12 * tokens * hidden * intermediate
     return Group(
-        "ffn", FORWARD_BACKWARD, {"d_in": hidden, "d_out": intermediate, "tokens": tokens},
-        _variants(context, _whole_names(context), make, (moved, flop), hidden, intermediate, tokens),
+        "ffn", step, {"d_in": hidden, "d_out": intermediate, "tokens": tokens},
+        _variants(context, _offered(FFNS, context), make, (moved, flop), hidden, intermediate, tokens),
         providers.FROZEN, weigh=True, shared=[inputs],
     )  # fmt: skip
 
@@ -104,8 +127,7 @@ def decode(context: Context, hidden: int, intermediate: int, tokens: int) -> Gro
 
         return Made(call)
 
-    names = _whole_names(context)
-    names += [providers.TRITON_APART] if providers.TRITON in names else []
+    names = _offered((*WHOLE, *OURS_AS_LINEARS), context)
     size = context.dtype.itemsize
     moved = 2 * size * (3 * hidden * intermediate + tokens * (2 * hidden + 6 * intermediate))
     flop = 12 * tokens * hidden * intermediate
@@ -146,7 +168,7 @@ def training(context: Context, shape: qwen2.Shape, batch: int, length: int) -> G
 
     moved, flop = _model_work(shape, batch, length, context.dtype.itemsize)
     fields = {"layers": shape.layers, "tokens": batch * length, "batch": batch, "length": length}
-    names = [name for name in _whole_names(context) if context.tiny or not context.cuda or name != providers.EAGER]
+    names = [name for name in _offered(WHOLE, context) if context.tiny or not context.cuda or name != providers.EAGER]
     return Group(
         "model", "training step", fields,
         _variants(context, names, make, (2 * moved, 2 * flop), shape.hidden, shape.intermediate, batch * length),
@@ -174,7 +196,9 @@ def decoding(context: Context, shape: qwen2.Shape, batch: int, length: int) -> G
     moved, flop = _model_work(shape, batch, 1, context.dtype.itemsize)
     fields = {"layers": shape.layers, "tokens": batch, "batch": batch, "length": length}
     names = [
-        n for n in _whole_names(context) if n in (providers.FROZEN, providers.PEFT_8_AS_BASE, providers.PEFT_8, *OURS)
+        n
+        for n in _offered(WHOLE, context)
+        if n in (providers.FROZEN, providers.PEFT_8_AS_BASE, providers.PEFT_8, *OURS)
     ]
     if context.cuda:
         names = [n for n in names if n not in (providers.EAGER, providers.PEFT_8)]

@@ -37,8 +37,10 @@ class Constants(NamedTuple):
     back: tuple[float, float]
     safe: float
     ranks: tuple[int, tuple[int, ...]]  # how many of the rows are A's, and p's shape
+    routes: bool  # whether logits are asked for
     dtype: np.dtype  # z's
-    config: MoSConfig
+    scaling: float
+    is_raw: bool
 
 
 def serves(x: Tensor, tokens: int, *configs: MoSConfig) -> bool:
@@ -74,7 +76,8 @@ def constants(
         kappas, _stacked([made.gram for made in prepared]), guard_into(config), back,
         min(SATURATION, back[0] / highest) if highest > 0 else SATURATION,
         (sum(map(len, factors)), (-1, m, 1 if config.share_a else config.num_experts, config.r)),
-        np.dtype(np.float64 if compute == torch.float64 else np.float32), config,
+        router is not None,
+        np.dtype(np.float64 if compute == torch.float64 else np.float32), config.scaling, config.domain == "raw",
     )  # fmt: skip
 
 
@@ -85,7 +88,7 @@ def _stacked(tensors: Sequence[Tensor]) -> ndarray:
 def shrink(x: Tensor, made: Constants) -> tuple[ndarray, ndarray, ndarray]:
     """p (T, m, 1 or E, r), n (T, 1, 1) in float64, and logits (T, E), empty without a router. x (T, d_in)."""
     x = x.to(made.rows.dtype)
-    products = eager.exact_matmul(x, made.rows).numpy()
+    products = (eager.exact_matmul(x, made.rows) if made.routes else torch.mm(x, made.rows)).numpy()
     ranks, shape = made.ranks
     n = np.add.reduce(np.square(x.numpy(), dtype=np.float64), 1)[:, None, None]
     return products[:, :ranks].reshape(shape), np.minimum(n, SATURATION), products[:, ranks:]
@@ -111,7 +114,7 @@ def bridge(p: ndarray, n: ndarray, gates: ndarray, made: Constants) -> ndarray:
     """z (T, m, E·r), of p (T, m, 1 or E, r), n (T, 1, 1) and gates (T, E)."""
     h = _into(made.kappa * n, made)[..., None] * p  # (T, m, E, r)
     q = np.add.reduce(np.matmul(made.gram, h[..., None])[..., 0] * h, -1)
-    scale = made.config.scaling * gates[:, None] / _back(np.maximum(q, 0, out=q), made)
+    scale = made.scaling * gates[:, None] / _back(np.maximum(q, 0, out=q), made)
     return np.multiply(h, scale[..., None], dtype=made.dtype, casting="same_kind").reshape(len(h), len(made.B), -1)
 
 
@@ -120,7 +123,7 @@ def _into(a: ndarray, made: Constants) -> ndarray:
     limit, edge = made.into
     divisor = 1 + a
     value = 2 / divisor
-    if made.config.domain == "raw":
+    if made.is_raw:
         return np.where(np.abs(divisor) < limit, np.where(divisor < 0, -edge, edge), value)
     if np.minimum.reduce(a, None) >= limit:
         return value

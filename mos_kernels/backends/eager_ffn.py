@@ -114,19 +114,19 @@ def ffn_inference(t: FFNTensors, plan: FFNPlan) -> Tensor:
         p, n, logits = eager_few.shrink(x, made.reads)
         gates = eager_few.route(logits, plan.config) if t.gates is None else _gates(t, None, plan.config).numpy()
         z = torch.from_numpy(eager_few.bridge(p, n, gates, made.reads)).unbind(1)
-        outputs = [_expand(x, *one) for one in zip(t.reads, z, made.reads.B, strict=True)]
+        outputs = [_few_expanded(x, *one) for one in zip(t.reads, z, made.reads.B, strict=True)]
         if plan.fused:
             outputs = outputs[0].chunk(2, -1)
         h = _phi(outputs[0], plan.activation)
         if plan.gated:
             h *= outputs[1]
         p, n, _ = eager_few.shrink(h, made.down)
-        z = torch.from_numpy(eager_few.bridge(p, n, gates, made.down)).view(h.shape[0], -1)
-    y = _expand(h, t.down, z, made.down.B[0])
+        (z,) = torch.from_numpy(eager_few.bridge(p, n, gates, made.down)).unbind(1)
+    y = _few_expanded(h, t.down, z, made.down.B[0])
     return unsafe_view(y, (*t.x.shape[:-1], y.shape[-1]))
 
 
-def _expand(x: Tensor, linear: Adapted, z: Tensor, B: Tensor) -> Tensor:
+def _few_expanded(x: Tensor, linear: Adapted, z: Tensor, B: Tensor) -> Tensor:
     """y = W x + b + B z (T, d_out). x (T, d_in), z (T, E·r), B (E·r, d_out)."""
     y = torch.mm(z if z.dtype == B.dtype else eager.operand(z, B.dtype), B)
     if linear.bias is not None:

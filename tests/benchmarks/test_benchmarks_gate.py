@@ -7,11 +7,10 @@ import math
 import pytest
 import torch
 
-from benchmarks import cases, ceilings, gate, providers, suite
+from benchmarks import cases, ceilings, gate, providers, suite, swiglu
 from benchmarks.cases.linear import checks_of
 from benchmarks.measure import Budget
-from mos_kernels import ops
-from mos_kernels.backends import eager
+from mos_kernels.backends import eager, eager_few
 
 CPU = torch.device("cpu")
 
@@ -58,15 +57,30 @@ def test_a_wrong_step_is_refused_and_only_what_does_not_use_it_is_timed(step, br
 def test_an_ffn_that_decodes_wrongly_is_not_timed(monkeypatch):
     """Not even where each of its linears is right."""
     torch.manual_seed(0)
-    assert gate.check_decoding(setting(), "eager") == []
-    ffn = ops.ffn
-    monkeypatch.setattr(ops, "ffn", lambda *arguments: ffn(*arguments) * 1.001)
-    assert gate.check_decoding(setting(), "eager")
+    assert gate.check_decoding(setting(), providers.EAGER) == []
+    monkeypatch.setattr(eager_few, "route", lambda *arguments, right=eager_few.route: right(*arguments) * 1.001)
+    assert gate.check_decoding(setting(), providers.EAGER)
     context = suite.Context(CPU, torch.float32, "tiny")
     rows = suite.run_group(cases.decode(context, 24, 32, 3), context, ceilings.Ceilings(1.0, 1.0), Budget(60))
-    ours = [row for row in rows if row["provider"].startswith("MoS")]
-    assert ours and all(row["message"].startswith("gate: eager, decoding: y of an FFN is off by") for row in ours)
-    assert all("median_s" in row for row in rows if row not in ours)
+    (ours,) = [row for row in rows if row["provider"] == providers.EAGER]
+    assert ours["message"].startswith("gate: MoS eager, decoding: y of an FFN is off by")
+    assert all("median_s" in row for row in rows if row is not ours)
+
+
+@pytest.mark.parametrize(
+    "provider", [providers.EAGER, providers.EAGER_APART, providers.SWIGLU, providers.LORA_MLP], ids=str
+)
+def test_an_ffn_that_computes_wrongly_is_refused(provider, monkeypatch):
+    torch.manual_seed(0)
+    assert gate.check_ffn(setting(), provider) == []
+    backward = swiglu.backward
+    monkeypatch.setattr(swiglu, "backward", lambda *args, **kw: tuple(t * 1.001 for t in backward(*args, **kw)))
+    monkeypatch.setattr(eager, "shrink_backward", lambda *args, right=eager.shrink_backward: _off(right(*args)))
+    assert gate.check_ffn(setting(), provider)
+
+
+def _off(gradients: tuple) -> tuple:
+    return gradients[0] * 1.001, *gradients[1:]
 
 
 def test_each_check_is_made_once_but_for_one_that_raises():

@@ -116,6 +116,24 @@ def test_rounds_are_interleaved_in_a_rotating_order():
     assert "".join(order) == "abcbcacab" and all(len(seconds) == 3 for seconds in found.values())
 
 
+def test_launches_and_operations_are_counted():
+    x = torch.randn(4, 6, requires_grad=True)
+    weight = torch.randn(5, 6)
+    assert measure.operations(lambda: (x.detach() @ weight.t()).view(20)) == 1
+    assert measure.operations(lambda: torch.autograd.grad((x @ weight.t()).sum(), x)) >= 4
+
+
+def test_rows_are_kept_before_they_are_weighed(monkeypatch):
+    kept, wide = [], suite.Context(CPU, torch.float32, "quick")
+    monkeypatch.setattr(suite.Context, "rounds", 1)
+    monkeypatch.setattr(suite.Context, "least_s", 0.0)
+    one = group(good=lambda: suite.Made(lambda: torch.ones(3) + 1, note="made so"))
+    one.weigh = True
+    rows = suite.run_group(one, wide, TOP, Budget(60), kept.append)
+    assert len(kept) == 1 and "median_s" in kept[0][0] and "peak_bytes" not in kept[0][0]
+    assert rows[0]["peak_bytes"] > 0 and rows[0]["operations"] >= 1 and rows[0]["message"] == "made so"
+
+
 def test_quantiles_and_memory():
     assert measure.quantiles([5, 1, 2, 4, 3]) == {"median_s": 3, "q20_s": 1.8, "q80_s": 4.2, "rounds": 5}
     x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(32, 16)
@@ -219,7 +237,9 @@ def test_the_plans_hold_what_the_design_asks_for():
             "tokens",
             "experts",
         }
-        assert kinds >= {"rank", "width", "order", "compiled"} and groups[0].kind == "layer"
+        assert kinds >= {"rank", "width", "order", "compiled"} and groups[0].kind == (
+            "order" if device == "cuda" else "ffn"
+        )
         assert len({g.name for g in groups}) == len(groups)
     gpu = [g for g in groups if g.kind == "layer"]
     assert [(g.shape["d_in"], g.shape["d_out"]) for g in gpu] == [*cases.QWEN2, *cases.LLAMA3]

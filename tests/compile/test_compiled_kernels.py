@@ -182,6 +182,12 @@ def test_linears_that_share_launches(r, share_a, dtype):
     assert_fits("sm_90", pairs)
 
 
+@pytest.mark.parametrize("architecture", full_but(EVERYDAY, EVERY))
+def test_float32_with_dropout_without_spills(architecture):
+    configs = (linear(lora_dropout=0.1), linear(lora_dropout=0.1, share_a=False), linear(lora_dropout=0.1, r=64))
+    assert_fits(architecture, launches(TRAIN, *configs, dtype=torch.float32, architecture=architecture))
+
+
 @pytest.mark.parametrize("activation", ["identity", "silu"])
 @pytest.mark.parametrize("r", [64, 128])
 @pytest.mark.full
@@ -276,7 +282,8 @@ def test_wide_products_use_matrix_instructions_on_gfx942():
 @pytest.mark.parametrize("architecture", full_but(EVERYDAY, EVERY))
 def test_float32_is_never_multiplied_in_tf32(architecture):
     text = "amdgcn" if architecture.startswith("gfx") else "ptx"
-    configs = (linear(), linear(activation="silu"))
+    dropping = (linear(lora_dropout=0.1), linear(lora_dropout=0.1, share_a=False))
+    configs = (linear(), linear(activation="silu"), *dropping)
     float32 = launches(TRAIN, *configs, dtype=torch.float32, architecture=architecture, ffn=True)
     for launch in [*float32, *default_launches(architecture, TRAIN)]:
         code = compiled_for(architecture, launch).asm[text]

@@ -223,6 +223,27 @@ class _Encoder:
                 self._emit(s, self.table["shr.b32"][0], slots, 1)
             self._emit(s, number, [self._slot(result, 4), *halves], 1)
 
+    def _op_fma(self, s, parts, o):
+        """A half, or a product of halves, that is added to a float32: the halves are widened, which is exact."""
+        if parts[1:] not in (["rn", "f32", "f16"], ["rn", "f32", "bf16"]):
+            return False
+        wide = [self._new(4) for _ in o[1:-1]]
+        for half, to in zip(o[1:], wide, strict=False):
+            self._emit(s, self.table[f"cvt.f32.{parts[3]}"][0], [to, self._slot(half, 2)], 1)
+        self._emit(s, self.table[f"{parts[0]}.f32"][0], [self._slot(o[0], 4), *wide, self._slot(o[-1], 4)], 1)
+
+    _op_add = _op_sub = _op_fma
+
+    def _op_max(self, s, parts, o):
+        if len(o) < 4:
+            return False
+        number, (_, size, _) = self.table[self._known(s.name)]
+        first = self._new(size)
+        self._emit(s, number, [first, self._slot(o[1], size), self._slot(o[2], size)], 1)
+        self._emit(s, number, [self._slot(o[0], size), first, self._slot(o[3], size)], 1)
+
+    _op_min = _op_max
+
     def _op_bra(self, s, parts, o):
         self._emit(s, "BRANCH", a=self.text.labels[o[0]])
 
@@ -386,8 +407,13 @@ class _Encoder:
             slots = [to, left, self._slot(o[2], 8), self._slot(o[3], 4), self._slot(o[4], 4)]
             self._emit(s, "TENSOR_PRODUCT", slots, a=in_memory, c=left_offset, offset=offset)
         elif what == "commit":
-            assert parts[2:] == ["cta_group::1", "mbarrier::arrive::one", "b64"], "a kind of commit"
-            at, offset = self._address(o[0], 8)
+            shared = parts[4:5] == ["shared::cluster"]  # the address is one of shared memory then, of 32 bits
+            assert [*parts[2:4], parts[-1]] == ["cta_group::1", "mbarrier::arrive::one", "b64"], "a kind of commit"
+            assert len(parts) == 5 + shared, "a kind of commit"
+            at, offset = self._address(o[0], 4 if shared else 8)
+            if shared:
+                narrow, at = at, self._new(8)
+                self._emit(s, self.table["cvt.u64.u32"][0], [at, narrow], 1)
             self._emit(s, "TENSOR_COMMIT", [at], offset=offset)
         else:
             raise KeyError(s.name)

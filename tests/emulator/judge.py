@@ -3,15 +3,16 @@
 An access is an interval of its warp's instructions: one instruction, or from the start of a cp.async or wgmma to the
 wait that covers it. Two accesses are ordered if one's interval ends before the other's begins: for one warp in
 instructions, for two warps of a program in barriers passed. Two programs are never ordered. A race is two accesses of
-one byte that are not ordered, at least one of them a write, unless both are plain stores of one value.
+one byte that are not ordered, at least one of them a write, unless both are plain stores of one value. Of the lanes of
+a warp, one that reads a byte of shared memory wrote it itself, or passed a barrier since another did.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 
@@ -53,57 +54,109 @@ class Access:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Pairs of instructions (the lesser first) that race in memory; those that touch a register of a product in flight;
-    and those of a store and a wgmma with no proxy fence between them."""
+    """Pairs of instructions (the lesser first) that race in memory; those of two lanes of a warp; those that touch a
+    register of a product in flight; and those of a store and a wgmma with no proxy fence between them."""
 
     races: frozenset[tuple[int, int]]
+    lanes: frozenset[tuple[int, int]]
     registers: frozenset[tuple[int, int]]
     unfenced: frozenset[tuple[int, int]]
 
     def __bool__(self) -> bool:
-        return bool(self.races or self.registers or self.unfenced)
+        return bool(self.races or self.lanes or self.registers or self.unfenced)
 
 
 def judge(result: Result) -> Verdict:
     """The verdict on a launch that was run with trace=True."""
-    events = result.events
+    over = _ends(result.events)
+    memory = result.events[np.isin(result.events["kind"], SHARED + GLOBAL)]
+    accesses, number = _accesses(memory, over)
+    fences, races, unfenced = _fences(result.events), set(), set()
+    for numbers, of_bytes in _alike(memory, number).items():
+        of_these = [accesses[i] for i in numbers]
+        for i, j in _unordered(of_these):
+            a, b = of_these[i], of_these[j]
+            pair, stores = (
+                (min(a.pc, b.pc), max(a.pc, b.pc)),
+                a.kind == b.kind and a.kind in (WRITE_SHARED, WRITE_GLOBAL),
+            )
+            if pair not in races and (not stores or any(values[i] != values[j] for values in of_bytes())):
+                races.add(pair)
+        unfenced |= _unfenced(of_these, fences)
+    return Verdict(
+        frozenset(races), frozenset(_lanes(result, over)), frozenset(_registers(result, over)), frozenset(unfenced)
+    )
+
+
+def _ends(events: np.ndarray) -> dict[int, tuple[int, int]]:
+    """When each copy and each product was over, by its ticket."""
     ends = events[np.isin(events["kind"], (COPY_OVER, PRODUCT_OVER))]
-    over = {int(e["ticket"]): (int(e["epoch"]), int(e["position"])) for e in ends}
-    memory = events[np.isin(events["kind"], SHARED + GLOBAL)]
-    accesses: list[Access] = []
-    of_byte: dict[tuple, dict[int, list[bytes]]] = defaultdict(lambda: defaultdict(list))
-    numbers: dict[tuple, int] = {}
-    for e in memory.tolist():
-        kind, cta, warp, _, pc, size, position, epoch, address, ticket, value = e
-        end = over.get(ticket, (NEVER, NEVER)) if kind in (COPY, PRODUCT_READ) else (epoch, position)
-        key = (cta, warp, pc, kind, position, end)
-        if key not in numbers:
-            numbers[key] = len(accesses)
-            accesses.append(Access(cta, warp, pc, kind, (epoch, position), end))
-        space = None if kind in GLOBAL else cta
-        value = bytes(value)
-        for i in range(size):
-            of_byte[space, address + i][numbers[key]].append(value[i : i + 1])
-    alike: dict[tuple[int, ...], list[dict[int, list[bytes]]]] = defaultdict(list)  # bytes that the same accesses touch
-    for found in of_byte.values():
-        if len(found) > 1:
-            alike[tuple(found)].append(found)
-    races, unfenced, fences = set(), set(), _fences(events)
-    unordered = functools.cache(lambda i, j: _conflict(accesses[i], accesses[j]))
-    for numbers_of_byte, of_bytes in alike.items():
-        for i, j in combinations(numbers_of_byte, 2):
-            if not unordered(i, j):
-                continue
-            a, b = accesses[i], accesses[j]
-            stores = a.kind == b.kind and a.kind in (WRITE_SHARED, WRITE_GLOBAL)
-            if not stores or any(set(found[i]) != set(found[j]) for found in of_bytes):
-                races.add((min(a.pc, b.pc), max(a.pc, b.pc)))
-        unfenced |= _unfenced([accesses[i] for i in numbers_of_byte], fences)
-    return Verdict(frozenset(races), frozenset(_registers(result, over)), frozenset(unfenced))
+    columns = (ends[name].tolist() for name in ("ticket", "epoch", "position"))
+    return {ticket: (epoch, position) for ticket, epoch, position in zip(*columns, strict=True)}
 
 
-def _conflict(a: Access, b: Access) -> bool:
-    return (a.writes or b.writes) and not a.before(b) and not b.before(a)
+def _accesses(memory: np.ndarray, over: dict[int, tuple[int, int]]) -> tuple[list[Access], np.ndarray]:
+    """What each instruction of each warp did, and which of them each event is of."""
+    starts = np.stack([memory["epoch"], memory["position"]]).astype(np.int64)
+    ends = starts.copy()
+    later = np.isin(memory["kind"], (COPY, PRODUCT_READ))
+    of_tickets = [over.get(ticket, (NEVER, NEVER)) for ticket in memory["ticket"][later].tolist()]
+    ends[:, later] = np.array(of_tickets, np.int64).reshape(-1, 2).T
+    columns = [*(memory[name].astype(np.int64) for name in ("cta", "warp", "pc", "kind")), *starts, *ends]
+    order = np.lexsort(columns)
+    first = _changes(column[order] for column in columns) if len(order) else np.zeros(0, bool)
+    number = np.empty(len(order), np.int64)
+    number[order] = np.cumsum(first) - 1
+    rows = np.stack(columns)[:, order][:, first].T.tolist()
+    return [Access(*row[:4], tuple(row[4:6]), tuple(row[6:])) for row in rows], number
+
+
+def _alike(memory: np.ndarray, number: np.ndarray) -> dict[tuple[int, ...], Callable[[], Iterator[list[set[bytes]]]]]:
+    """The accesses to bytes that several touch: -> for each such byte, what each of these accesses has there."""
+    if not len(memory):
+        return {}
+    size = memory["bytes"].astype(np.int64)
+    unit = int(np.gcd(np.gcd.reduce(memory["address"].astype(np.int64)), np.gcd.reduce(size)))  # never taken apart
+    each, part = np.repeat(np.arange(len(memory)), size // unit), _counted(size // unit)
+    space = np.where(np.isin(memory["kind"], GLOBAL), -1, memory["cta"])[each]
+    rows = (space, memory["address"].astype(np.int64)[each] + unit * part, number[each])
+    order = np.lexsort(rows[::-1])
+    new_byte, new_access = (_changes(column[order] for column in rows[:count]) for count in (2, 3))
+    values = np.frombuffer(memory["value"].tobytes(), f"V{unit}").reshape(len(memory), -1)
+    touches, accesses = np.flatnonzero(new_access), rows[2][order][new_access].tolist()
+    bytes_at = np.searchsorted(touches, np.flatnonzero(new_byte)).tolist()  # where in touches a byte begins
+    found: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for first, end in zip(bytes_at, [*bytes_at[1:], len(touches)], strict=True):
+        if end - first > 1:
+            found[tuple(accesses[first:end])].append(first)
+
+    def held(firsts: list[int], count: int) -> Iterator[list[set[bytes]]]:
+        for first in firsts:
+            ends = np.append(touches, len(order))[first : first + count + 1]
+            at = [order[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+            yield [set(values[each[rows], part[rows]].tolist()) for rows in at]
+
+    return {numbers: functools.partial(held, firsts, len(numbers)) for numbers, firsts in found.items()}
+
+
+def _changes(columns: Iterable[np.ndarray]) -> np.ndarray:
+    """Of sorted rows, those that differ from the one before."""
+    return np.append(True, np.any([np.diff(column) != 0 for column in columns], 0))
+
+
+def _counted(sizes: np.ndarray) -> np.ndarray:
+    """0, 1, … for each size in turn."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
+def _unordered(accesses: list[Access]) -> list[tuple[int, int]]:
+    """Pairs of the accesses, one of them a write, of which neither is before the other, as `Access.before` says."""
+    rows = [(a.cta, a.warp, a.writes, *a.start, *a.end) for a in accesses]
+    cta, warp, writes, epoch, position, end_epoch, end_position = np.array(rows, np.int64).T
+    in_warp, in_program = end_position[:, None] < position, end_epoch[:, None] < epoch
+    before = np.where(warp[:, None] == warp, in_warp, in_program) & (cta[:, None] == cta)
+    some_writes = (writes[:, None] | writes) > 0
+    return list(zip(*(i.tolist() for i in np.nonzero(np.triu(some_writes & ~before & ~before.T, 1))), strict=True))
 
 
 def _fences(events: np.ndarray) -> dict[int, list[Access]]:
@@ -126,6 +179,37 @@ def _unfenced(accesses: list[Access], fences: dict[int, list[Access]]) -> set[tu
         between = (f for f in fences[product.cta] if f.warp in (last.warp, product.warp))
         if not any(last.before(f) and f.before(product) for f in between):
             found.add((min(last.pc, product.pc), max(last.pc, product.pc)))
+    return found
+
+
+def _lanes(result: Result, over: dict[int, tuple[int, int]]) -> set[tuple[int, int]]:
+    """What wrote shared memory, and reads of the same bytes by other lanes of the warp, with no barrier between."""
+    events, operation = result.events, result.program.code["op"]
+    executed = events[events["kind"] == EXECUTED]
+    barriers = executed[np.isin(operation[executed["pc"]], (CODE["BARRIER"], CODE["WARP_BARRIER"]))]
+    found: set[tuple[int, int]] = set()
+    memory = events[np.isin(events["kind"], SHARED)]
+    memory = memory[(memory["kind"] != COPY) | np.isin(memory["ticket"], list(over))]  # a copy writes at its wait
+    copies = memory["kind"] == COPY
+    memory["position"][copies] = [over[ticket][1] for ticket in memory["ticket"][copies].tolist()]
+    for cta, warp in np.unique(memory[["cta", "warp"]]).tolist():
+        of_warp = memory[(memory["cta"] == cta) & (memory["warp"] == warp)]
+        passed = np.sort(barriers["position"][(barriers["cta"] == cta) & (barriers["warp"] == warp)])
+        together = np.isin(operation[of_warp["pc"]], [CODE[name] for name in ("LDMATRIX", "STMATRIX", "WGMMA")])
+        lane = np.where(together, 32, of_warp["lane"])  # 32: the whole warp
+        each = np.repeat(np.arange(len(of_warp)), of_warp["bytes"])
+        byte = of_warp["address"].astype(np.int64)[each] + _counted(of_warp["bytes"])
+        position = of_warp["position"].astype(np.int64)[each]
+        order = np.lexsort((position, byte))
+        each, byte, position = each[order], byte[order], position[order]
+        writes = np.isin(of_warp["kind"][each], WRITES)
+        last = np.maximum.accumulate(np.where(writes, np.arange(len(each)), -1))  # the write before, of any byte
+        read = np.flatnonzero(~writes & (last >= 0) & (byte[last] == byte))
+        read = read[np.searchsorted(passed, position[read]) == np.searchsorted(passed, position[last[read]])]
+        written = byte << 40 | position << 6  # of 18, 34 and 6 bits
+        own = np.isin(written[last[read]] | lane[each[read]], written[writes] | lane[each[writes]])
+        pairs = np.stack([of_warp["pc"][each[read]], of_warp["pc"][each[last[read]]]])[:, ~own]
+        found |= {(min(a, b), max(a, b)) for a, b in np.unique(pairs, axis=1).T.tolist()}
     return found
 
 

@@ -367,6 +367,35 @@ def test_every_elementwise_instruction(name):
         assert ours == theirs, shown
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_are_added_to_a_float32(dtype):
+    kind = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    torch.manual_seed(0)
+    halves = torch.randn(2, 32, dtype=torch.float64).to(dtype)
+    added, found = torch.randn(32), torch.zeros(3, 32)
+    body = (
+        by_hand.own_part(2, 2)
+        + f"""ld.global.b16 %h1, [%d51];
+    ld.global.b16 %h2, [%d52];
+    mul.wide.u32 %d50, %r0, 4;
+    add.s64 %d53, %d3, %d50;
+    add.s64 %d54, %d4, %d50;
+    ld.global.b32 %r5, [%d53];
+    fma.rn.f32.{kind} %r6, %h1, %h2, %r5;
+    add.rn.f32.{kind} %r7, %h1, %r5;
+    max.f32 %r8, %r5, %r6, %r7;
+    st.global.b32 [%d54], %r6;
+    st.global.b32 [%d54+128], %r7;
+    st.global.b32 [%d54+256], %r8;
+    """
+    )
+    assert by_hand.run(body, [*halves, added, found]).faults() == []
+    a, b = halves.double()
+    sums = torch.stack([a * b + added.double(), a + added.double()]).float()
+    assert torch.equal(found[:2], sums)
+    assert torch.equal(found[2], torch.maximum(added, sums.amax(0)))
+
+
 def test_a_comparison_of_pairs_has_two_results():
     first = torch.tensor([1.0, 3.0, -2.0, torch.nan] * 16, dtype=torch.float16)
     second = torch.tensor([2.0, 2.0, -2.0, 1.0] * 16, dtype=torch.float16)

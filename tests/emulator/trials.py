@@ -113,13 +113,14 @@ def drawn() -> Iterator:
 
 
 def mutated() -> Iterator:
-    """Every kernel with loops that turn several times: what `mutations` takes barriers out of."""
-    yield Trial(linear(), (130,), 96, 160, BF16, seed=1)
-    yield FFNTrial(MoSConfig(), (130,), 96, 160, 96, BF16, seed=4)
-    yield FFNTrial(MoSConfig(), (5,), 300, 300, 96, BF16, seed=4, inference=True)
-    yield Trial(linear(activation="silu"), (130,), 64, 160, BF16, seed=6)
-    yield Trial(linear(share_a=False), (300,), 300, 300, BF16, seed=23)
-    yield RouterTrial(MoSConfig(), (70,), 300, BF16, seed=3, masked=0.3)
+    """Every kernel, with loops that turn twice or more in a program: what `mutations` takes barriers out of."""
+    yield Trial(linear(), (2100,), 256, 2200, BF16, seed=1)
+    yield FFNTrial(MoSConfig(), (1100,), 256, 520, 256, BF16, seed=4)
+    yield FFNTrial(MoSConfig(), (16,), 2100, 1100, 900, BF16, seed=26, inference=True)
+    yield Trial(linear(activation="silu"), (1000,), 300, 330, BF16, seed=24)
+    yield Trial(linear(share_a=False), (1200,), 256, 300, BF16, seed=23)
+    yield Trial(linear(r=32), (300,), 200, 300, BF16, seed=27)
+    yield RouterTrial(MoSConfig(), (2100,), 400, BF16, seed=3, masked=0.3)
 
 
 LISTS = {

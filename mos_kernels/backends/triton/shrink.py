@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mos_kernels.backends.triton import launch
-from mos_kernels.backends.triton.numerics import cast, dot, keep, saturate, settled
+from mos_kernels.backends.triton.numerics import cast, dot, keep, once, saturate, settled
 
 LOW_SCALE = tl.constexpr(2048.0)  # float16 would lose the low part of a small weight to its subnormals
 
@@ -75,6 +75,8 @@ def shrink_kernel(
         if DROPOUT:
             kept = keep(seed, o_t, start, dropout_p, BLOCK_D)
             dropped = cast(tl.where(kept, b_x.to(tl.float32) * (1.0 / (1.0 - dropout_p)), 0.0), dtype)
+            if dtype == tl.float32:  # Triton 3.6 takes what a reshape laid out, as `keep` is, to TF32 on sm_100
+                dropped = once(dropped)
             total = dot(dropped, tl.trans(tl.where(o_c[:, None] < R, b_w, 0.0)), total)
             if E > 0:
                 total = dot(b_x, tl.trans(tl.where(o_c[:, None] < R, 0.0, b_w)), total)
@@ -119,8 +121,10 @@ def shrink_launch(
     columns = R + (2 * E if split_router else E)
     block_c = launch.block(columns, 16, 64 if A_2 is None else 32)
     most = 256 if block_c <= 16 else 64
-    if x.dtype == torch.float32 or seed is not None:
-        most = 64 if block_c <= 32 and (A_2 is None or launch.bucket(T) == "decode") else 32
+    wide, dropping, pair = x.dtype == torch.float32, seed is not None, A_2 is not None
+    if wide or dropping:
+        narrow = block_c > 32 or wide and dropping or pair and launch.bucket(T) != "decode"
+        most = 32 if narrow else 64
     settings = launch.wide_settings("shrink", device, T, x.dtype, BLOCK_D=most)
     splits = settings.pop("SPLITS")
     splits = splits if splits_allowed else 1

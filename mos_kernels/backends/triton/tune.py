@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -227,14 +229,23 @@ class overridden:
         launch.settings = self.before
 
 
-def tune_kernel(kernel: str, bucket: str, calls: list[Step], device: torch.device, timer) -> tuple[dict, float, float]:
-    """Search the settings of one kernel over the given calls (one a shape). timer: step -> milliseconds."""
+def tune_kernel(
+    kernel: str, bucket: str, calls: list[Step], device: torch.device, timer, until: float = math.inf
+) -> tuple[dict, float, float]:
+    """Search the settings of one kernel over the given calls (one a shape). timer: step -> milliseconds.
+
+    until: no candidate is tried after this time.time().
+    """
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
     truths = [call() for call in calls]
 
+    start = launch.settings(kernel, device, TOKENS[bucket])
+
     def measure(constants: dict) -> float | None:
+        if constants != start and time.time() > until:
+            return None
         with overridden({kernel: constants}):
             try:
                 results = [call() for call in calls]
@@ -244,7 +255,6 @@ def tune_kernel(kernel: str, bucket: str, calls: list[Step], device: torch.devic
             except (CompilationError, OutOfResources, PTXASError):
                 return None
 
-    start = launch.settings(kernel, device, TOKENS[bucket])
     fixed = frozenset({"SPLITS"}) if (kernel, bucket) in _FIXED_SPLITS else frozenset()
     return search(start, measure, fixed, SEEDS.get(kernel, {}).get(bucket))
 

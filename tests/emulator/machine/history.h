@@ -48,7 +48,7 @@ static void trace(int kind, const Warp& w, int lane, int pc, u64 address, int by
 
 // ---- shared memory
 
-const int WHOLE_WARP = 254, SEVERAL_LANES = 255;
+const int WHOLE_WARP = LANES;  // in the place of a lane
 
 static SharedByte& of_shared(u32 address) { return shared_history[address - L->shared_base]; }
 
@@ -76,7 +76,7 @@ static void shared_read(u32 address, int bytes, int pc, const Warp& w, int lane,
         if (s.written < first_epoch) report(NEVER_WRITTEN, pc, -1, w.id, -1, address);
         else if (s.written == epoch) {
             if (!(s.writers & bit(w.id))) report(RACE_SHARED, pc, s.write_pc, w.id, one_of(s.writers, w.id), address);
-            else if (s.write_sync == w.sync && s.write_lane != lane && s.write_lane != SEVERAL_LANES)
+            else if (s.write_sync == w.sync && !(s.write_lanes >> lane & 1))
                 report(RACE_WARP, pc, s.write_pc, w.id, w.id, address);
         }
         if (by_product && s.written >= first_epoch && !fenced(s, w))
@@ -101,8 +101,8 @@ static void shared_written(u32 address, const u8* value, int bytes, int pc, cons
             report(s.write_pc == (u32)pc ? REPLICAS_DIFFER : RACE_SHARED, pc, s.write_pc, w.id, one_of(but(s.writers, w.id), w.id), address);
         if (again && same) {
             s.writers |= bit(w.id);
-            if (s.write_lane != lane) s.write_lane = SEVERAL_LANES;
-        } else { s.writers = bit(w.id); s.write_lane = lane; }
+            s.write_lanes |= u64(1) << lane;
+        } else { s.writers = bit(w.id); s.write_lanes = u64(1) << lane; }
         s.written = epoch; s.write_pc = pc; s.write_sync = w.sync; s.write_event = event_count; s.fenced = 0; s.by_copy = by_copy;
     }
 }

@@ -66,8 +66,8 @@ struct SharedByte {
     u32 read, readers, read_pc;
     u32 copy_pc, product_pc;
     u16 copies, products;                         // in flight over it
-    u8 write_lane, by_copy;
-    u64 write_event;
+    u8 by_copy;
+    u64 write_lanes, write_event;                 // write_lanes: a bit each, and one for the whole warp
     u32 fenced;                                   // the epoch in which its writer passed a proxy fence, or 0
     s64 tensor_ticket;                            // of the last tcgen05 product that reads it
 };
