@@ -187,10 +187,10 @@ def activate_backward_launch(
     g, u = _halves(outputs, plan)
     (T, D), A, device = g.shape, A.flatten(0, -2).contiguous(), g.device
     R, wide = A.shape[0], g.dtype == torch.float32
-    block_c = launch.block(R, 16, 32 if wide else 64)
+    block_c = launch.block(R, 16, 32 if wide or R > 64 else 64)
     most = 64 if wide or block_c > 16 else 128
     settings = launch.wide_settings(
-        "activate_backward", device, T, g.dtype, BLOCK_T=most, BLOCK_D=32 if block_c < R else most
+        "activate_backward", device, T, g.dtype, BLOCK_T=16 if R > 64 else most, BLOCK_D=most
     )
     splits, blocks = settings["SPLITS"], triton.cdiv(R, block_c)
     gradients = [torch.empty(output.shape, device=device, dtype=output.dtype) for output in outputs]
