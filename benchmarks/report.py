@@ -167,10 +167,11 @@ def summary(found: dict[str, list[dict]]) -> str:
         ("decode", None, "decoding, a gated FFN"),
         ("model", "decoding", "decoding, a whole model of Qwen2-1.5B's widths"),
     ):
-        for group in tables.groups_of(rows, kind, step)[: 2 if kind == "decode" else 1]:
+        found = [group for group in tables.groups_of(rows, kind, step) if tables.first(group)["tokens"] == 1]
+        for group in found[: 2 if kind == "decode" else 1]:
             where = f" {_shape(group)}" if kind != "model" else ""
             add(f"{what}{where}, {_tokens(group)}: time", group, over)
-    for group in tables.groups_of(rows, "layer"):
+    for group in tables.groups_of(rows, "layer")[:1]:
         add(f"training, one linear {_shape(group)}, {_tokens(group)}: time", group, over)
     for group in tables.groups_of(rows, "tokens")[:1]:
         add(f"training, one small linear {_shape(group)}, {_tokens(group)}: time", group, over)

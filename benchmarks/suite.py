@@ -37,6 +37,7 @@ from benchmarks.measure import (
     synchronize,
     time_limit,
 )
+from benchmarks.providers import why_no_triton
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,9 @@ def _ready(variant: Variant, context: Context, limit: float) -> Made:
 def _weigh(made: Made, context: Context) -> dict[str, int | float]:
     """Memory, launches and the host's share of one call: `peak_bytes`, `saved_bytes`, `launches` of our kernels,
     `device_launches` (on a GPU) or `operations` of PyTorch's (elsewhere), `host_s` (on a GPU)."""
-    weights = {"peak_bytes": lambda: peak_bytes(made.call, context.device), "launches": lambda: launches(made.call)}
+    weights = {"peak_bytes": lambda: peak_bytes(made.call, context.device)}
+    if why_no_triton(context.device) is None:
+        weights["launches"] = lambda: launches(made.call)
     if context.cuda:
         weights["device_launches"] = lambda: device_launches(made.call)
         weights["host_s"] = lambda: host_seconds(made.call, context.device)

@@ -57,10 +57,8 @@ def _ffn(what: str, base: str | None, bound: float, shapes=FFNS, tokens: int | N
     return Target(what, measure, bound, "ffn", p.TRITON, base, shapes, tokens)
 
 
-def _cpu(
-    what: str, ours: str, base: str, bound: float, measure="time", kind="ffn", tokens=512, shapes=QWEN2[:1], **most
-):
-    return Target(f"CPU, {what}", measure, bound, kind, ours, base, shapes, tokens, device="cpu", **most)
+def _cpu(what: str, ours: str, base: str, bound: float, measure="time", kind="ffn", shapes=QWEN2[:1], **more) -> Target:
+    return Target(f"CPU, {what}", measure, bound, kind, ours, base, shapes, **{"tokens": 512, "device": "cpu", **more})
 
 
 TARGETS = (

@@ -22,6 +22,7 @@ from mos_kernels.backends import resolve_backend
 from mos_kernels.backends.eager_ffn import few_tokens
 from mos_kernels.backends.interface import Prepared
 from mos_kernels.call import Adapted, FFNPlan, FFNTensors, autocast_dtype, is_autocast
+from mos_kernels.config import MoSConfig
 from mos_kernels.functional import require_gates
 from mos_kernels.kept import (
     Factors,
@@ -241,6 +242,7 @@ class _Standing(NamedTuple):
     children: tuple[tuple[str, weakref.ref, type], ...]  # the block's, whose calls one operation replaces
     inner: tuple[weakref.ref, ...]  # of the peft method: the router, and adapter and base of each linear
     linears: tuple[tuple, ...]  # of each: adapter, base, weight, bias; what is kept; is it a Conv1D; weight's shape
+    routing: MoSConfig  # the router's
     router: Tensor
     router_mark: tuple
     router_storage: torch.UntypedStorage  # held, or another tensor might be put at the same address
@@ -272,7 +274,12 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
     router = module  # the last of them
     if before.inner:
         router = _is_inside(children, form, before.inner)
-    if router is None or router.training or any(children[name].training for name in form.hidden):
+    if (
+        router is None
+        or router.config is not before.routing
+        or router.training
+        or any(children[name].training for name in form.hidden)
+    ):
         return None
     if plan.activation != "silu" and _phi_of(block, form) != plan.activation:
         return None
@@ -343,7 +350,7 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
             )
             for part, (w, b), kept in zip(parts.all, bases, adapters, strict=True)
         ),
-        weight, router_mark, weight.untyped_storage(), plan,
+        parts.router.config, weight, router_mark, weight.untyped_storage(), plan,
     )  # fmt: skip
     return plan
 

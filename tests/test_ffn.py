@@ -485,6 +485,12 @@ def another_class(block):
             router.__class__ = _EveryExpertAlike
 
 
+def another_routing(block):
+    for router in block.mos_router.modules():
+        if type(router) is MoSRouter:
+            router.config = MoSConfig.from_dict({**router.config.to_dict(), "num_experts_per_tok": 1})
+
+
 def another_activation(block):
     block.act_fn = nn.Tanh()
 
@@ -528,8 +534,8 @@ def written_through_data_then_eval(block):
 
 AFTERWARDS = [
     a_hook, a_hook_on_a_routers_input, a_hook_on_every_module, a_forward_of_its_own, a_compiled_call, another_class,
-    another_activation, other_weights, another_bias, a_changed_router, a_changed_factor, a_fused_optimizer,
-    written_through_data_then_eval,
+    another_routing, another_activation, other_weights, another_bias, a_changed_router, a_changed_factor,
+    a_fused_optimizer, written_through_data_then_eval,
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mos_kernels.backends.triton import launch
 from mos_kernels.backends.triton.activations import CODES, activation
-from mos_kernels.backends.triton.numerics import cast, dot, released, saturate
+from mos_kernels.backends.triton.numerics import cast, dot, saturate, settled
 from mos_kernels.call import FFNPlan
 
 
@@ -127,7 +127,7 @@ def activate_backward_kernel(
                     o_j = j * BLOCK_C + tl.arange(0, BLOCK_C)
                     narrow = cast(_load_dp(dp, row, m_t, o_j, R), dtype)
                     through = dot(narrow, _load_rows(A, o_j, o_d, D, R, dtype), through)
-            whole = released(through) + b_dh.to(tl.float32) + (2.0 * b_dn)[:, None] * b_h.to(tl.float32)
+            whole = settled(through) + b_dh.to(tl.float32) + (2.0 * b_dn)[:, None] * b_h.to(tl.float32)
             tl.store(dg + row[:, None] * stride_dg + o_d[None, :], cast(whole * slope, dtype), mask=mask)
             if GATED:
                 tl.store(du + row[:, None] * stride_du + o_d[None, :], cast(whole * phi, dtype), mask=mask)
@@ -189,7 +189,9 @@ def activate_backward_launch(
     R, wide = A.shape[0], g.dtype == torch.float32
     block_c = launch.block(R, 16, 32 if wide else 64)
     most = 64 if wide or block_c > 16 else 128
-    settings = launch.wide_settings("activate_backward", device, T, g.dtype, BLOCK_T=most, BLOCK_D=most)
+    settings = launch.wide_settings(
+        "activate_backward", device, T, g.dtype, BLOCK_T=most, BLOCK_D=32 if block_c < R else most
+    )
     splits, blocks = settings["SPLITS"], triton.cdiv(R, block_c)
     gradients = [torch.empty(output.shape, device=device, dtype=output.dtype) for output in outputs]
     dg, du = _halves(gradients, plan)

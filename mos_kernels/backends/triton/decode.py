@@ -145,7 +145,7 @@ def _shape(n, N: int, dtype: torch.dtype, routed, own_router: bool, added, confi
     S, T = n.shape
     settings = launch.wide_settings("bridge_expand", n.device, T, dtype)
     block_e, block_r = _columns(config)
-    if block_e * block_r > MAX_COLUMNS // 2:
+    if block_e * block_r > MAX_COLUMNS // 2 or not config.share_a:  # or registers spill, the latter on sm_100
         settings["num_warps"] = 8
     return triton.cdiv(T, settings["BLOCK_T"]) * triton.cdiv(N, settings["BLOCK_N"]), dict(
         E=config.num_experts, r=config.r, BLOCK_E=block_e, BLOCK_R=block_r, K=config.num_experts_per_tok, SPLITS=S,

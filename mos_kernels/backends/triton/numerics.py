@@ -41,11 +41,11 @@ def once(tile):
 
 
 @triton.jit
-def released(product):
-    """The product as it is. Triton gives the layout of a product to all that it meets: it would convert every tile that
-    was loaded, or compute what follows from them in both layouts. A sum ends that.
+def settled(tile):
+    """The tile of two dimensions as it is, in the layout that it has. Triton gives a product's layout to what meets
+    the product and to what it reads: it converts all that was loaded for it, or computes it once for every layout.
     """
-    return tl.sum(tl.reshape(product, [product.shape[0], product.shape[1], 1]), 2)
+    return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1], 1]), 2)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mos_kernels.backends.triton import launch
-from mos_kernels.backends.triton.numerics import cast, dot, keep, once, saturate
+from mos_kernels.backends.triton.numerics import cast, dot, keep, once, saturate, settled
 
 LOW_SCALE = tl.constexpr(2048.0)  # float16 would lose the low part of a small weight to its subnormals
 
@@ -208,7 +208,7 @@ def _stacked_gradients(dp, dlogits, row, m_t, columns, R: tl.constexpr, E: tl.co
         o_e = columns - R
         mask = m_t[:, None] & (o_e[None, :] >= 0) & (o_e[None, :] < E)
         total += tl.load(dlogits + row[:, None] * E + o_e[None, :], mask=mask, other=0.0)
-    return cast(total, dtype)
+    return settled(cast(total, dtype))
 
 
 @triton.jit
@@ -260,8 +260,6 @@ def shrink_backward_launch(
         settings["num_stages"] = min(settings["num_stages"], 2)
     if block_c > 32:  # Triton 3.6 refills a stage's x while the second half of dW's product, as it cuts it, still reads
         settings["num_stages"] = 1
-    if A_2 is not None and block_c > 32:  # or registers spill on sm_80
-        settings["num_warps"] = 8
     splits = settings.pop("SPLITS")
     blocks = triton.cdiv(R + E, block_c)
     dx = torch.empty(T, D, device=device, dtype=x.dtype) if needs_dx else None
