@@ -1,6 +1,6 @@
 """Barriers, waits and fences of the compiled kernels taken out, one at a time: is each noticed, or was it redundant?
 
-    python -m tests.emulator.mutations sm_90      every site, a line each as it is tried; half an hour of one core
+    python -m tests.emulator.mutations sm_90      every site, a line each as it is tried; a quarter of an hour
     python -m tests.emulator.mutations sm_90 --after 120 --every 12
 
 Noticed: the machine reports a fault, in one of two schedules. Redundant: it reports none, and the slow judge, from the
