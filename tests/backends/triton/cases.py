@@ -448,13 +448,13 @@ class FFNTrial:
         return f"FFNTrial({shown}, {_differences(self, FFNTrial(self.config))})"
 
     def failures(self) -> list[str]:
-        """As `Trial.failures`, where need be over the root mean square of the errors on eight inputs.
+        """As `Trial.failures`, where need be over the root mean square of the errors on up to 24 inputs.
 
         An FFN rounds between its linears, and torch elsewhere than the kernels: on one input the two errors are two
         draws of chance.
         """
         sums: dict[str, list[float]] = {}  # of squares of the kernels' and of torch's errors; and the largest number
-        for attempt in range(8):
+        for attempt in range(24):
             by_kernels, by_torch, truth = self._compared(attempt)
             for name, expected in truth.items():
                 ours, theirs, largest = sums.get(name, [0.0, 0.0, 0.0])

@@ -40,5 +40,7 @@ def test_a_compiled_model_keeps_one_graph_with_padding_left_out():
             model.zero_grad()
             call(tokens, attention_mask=mask).logits.square().mean().backward()
             found.append([p.grad for p in model.parameters() if p.grad is not None])
-        assert len(found[0]) == len(found[1]) >= 10 and all(map(torch.equal, *found)), length
+        assert len(found[0]) == len(found[1]) >= 10
+        for one, linears in zip(*found, strict=True):  # a compiled FFN is its linears, another one operation
+            assert (one - linears).abs().max() <= 1e-5 * linears.abs().max(), length
     assert graphs == [{"mos_kernels.linear.default", "mos_kernels.route.default"}] * 2
