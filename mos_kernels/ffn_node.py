@@ -234,14 +234,15 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") ->
 class _Standing(NamedTuple):
     """What a block was found to be in eval mode without gradients, and is as long as nothing of it changes.
 
-    No module and no weight of a base is kept alive, nor is the block by what belongs to it.
+    No module and no weight of a base is kept alive, nor is the block by what belongs to it. A weight of a base has no
+    weak reference either: `torch.utils.swap_tensors` refuses a tensor that has one.
     """
 
     use: tuple  # the dtype, device and width of x, and the backend
     hooks: int  # the number of the next hook of the process: a new one may be on one of the modules
     children: tuple[tuple[str, weakref.ref, type], ...]  # the block's, whose calls one operation replaces
     inner: tuple[weakref.ref, ...]  # of the peft method: the router, and adapter and base of each linear
-    linears: tuple[tuple, ...]  # of each: adapter, base, weight, bias; what is kept; is it a Conv1D; weight's shape
+    linears: tuple[tuple, ...]  # of each: adapter, base; how its weight and bias look; what is kept; is it a Conv1D
     routing: MoSConfig  # the router's
     router: Tensor
     router_mark: tuple
@@ -287,13 +288,10 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
     if not are_unchanged((weight,), (before.router,), (before.router_mark,)):
         return None
     adapted = []
-    for adapter, base, w, b, kept, is_conv1d, shape in before.linears:
-        adapter, own, w, b = adapter(), base()._parameters, w(), b()
-        if adapter._frozen is not kept or w is None or own.get("weight") is not w or own.get("bias") is not b:
-            return None
-        if w.dtype != x.dtype or w.shape != shape or w.device != x.device:  # assigned through .data
-            return None
-        if not adapter._is_kept(kept):
+    for adapter, base, look_w, look_b, kept, is_conv1d in before.linears:
+        adapter, own = adapter(), base()._parameters
+        w, b = own.get("weight"), own.get("bias")
+        if adapter.training or not adapter._is_kept(kept) or _look(w) != look_w or _look(b) != look_b:
             return None
         kappa, A, _ = kept.factors
         adapted.append(Adapted(w.t() if is_conv1d else w, b, A, kept.tensors[-1], kappa))
@@ -345,8 +343,7 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
         tuple(map(ref, inside)),
         tuple(
             (
-                ref(part.adapter), ref(part.base), ref(w), _nothing if b is None else ref(b), kept,
-                _is_conv1d(part.base), w.shape,
+                ref(part.adapter), ref(part.base), _look(w), _look(b), kept, _is_conv1d(part.base),
             )
             for part, (w, b), kept in zip(parts.all, bases, adapters, strict=True)
         ),
@@ -394,25 +391,24 @@ class _Curvatures(torch.autograd.Function):
 
 
 _fitted: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
-"""What the latest call of a block was found to fit: a token costs less where it is the same again. Keeps none alive."""
+"""What the latest call of a block was found to fit: a token costs less where it is the same again."""
 
 
 def _fits_again(block: nn.Module, x: Tensor, parts: _Parts, form: FFNForm) -> bool:
-    """`_fits`, looked up where the very tensors, as they are, were found to fit."""
-    tensors = tuple(parts.tensors())
-    seen = (None if t is None else (t.shape, t.dtype, t.device) for t in tensors)
-    key = x.dtype, x.device, x.shape[-1], is_autocast(x), *seen
-    before = _fitted.get(block)
-    if before is not None and before[0] == key and all(seen() is t for seen, t in zip(before[1], tensors, strict=True)):
+    """`_fits`, looked up where tensors that look alike, with the same configurations, were found to fit."""
+    configs = (part.adapter.config for part in parts.all)
+    key = x.dtype, x.device, x.shape[-1], is_autocast(x), *map(_look, parts.tensors()), parts.router.config, *configs
+    if _fitted.get(block) == key:
         return True
     if not _fits(x, parts, form):
         return False
-    _fitted[block] = key, tuple(_nothing if t is None else weakref.ref(t) for t in tensors)
+    _fitted[block] = key
     return True
 
 
-def _nothing() -> None:
-    """As a reference to a tensor that is gone, or never was."""
+def _look(t: Tensor | None) -> tuple | None:
+    """What decides whether a tensor goes together with others."""
+    return None if t is None else (type(t), t.shape, t.dtype, t.device)
 
 
 def _fits(x: Tensor, parts: _Parts, form: FFNForm) -> bool:
