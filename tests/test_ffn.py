@@ -495,6 +495,13 @@ def another_activation(block):
     block.act_fn = nn.Tanh()
 
 
+def swapped_tensors(block):
+    for name, parameter in block.named_parameters():
+        if not name.endswith(("bias", "mos_curvature")):
+            new = nn.Parameter(parameter.detach() * 2, requires_grad=parameter.requires_grad)
+            torch.utils.swap_tensors(parameter, new)
+
+
 def other_weights(block):
     base = getattr(block.up_proj, "base_layer", block.up_proj)
     base.weight = nn.Parameter(base.weight * 2, requires_grad=False)
@@ -535,7 +542,7 @@ def written_through_data_then_eval(block):
 AFTERWARDS = [
     a_hook, a_hook_on_a_routers_input, a_hook_on_every_module, a_forward_of_its_own, a_compiled_call, another_class,
     another_routing, another_activation, other_weights, another_bias, a_changed_router, a_changed_factor,
-    a_fused_optimizer, written_through_data_then_eval,
+    a_fused_optimizer, written_through_data_then_eval, swapped_tensors,
 ]  # fmt: skip
 
 
@@ -558,8 +565,42 @@ def test_a_change_is_seen(looks, change, door, tokens):
     block.zero_grad()
     with OneByOne(block), torch.no_grad():
         expected = block(x)
-    assert looked == (change is not another_bias)  # which is used as it is found
+    assert looked == (change is not other_weights)  # which are used as they are found
     torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_alone_in_training_mode_is_seen(looks):
+    block, x = adapted(dtype=torch.float32, lora_dropout=0.5).eval(), x_of(torch.float32).detach()
+    looks.clear()
+    with torch.no_grad():
+        before = block(x)
+        block.up_proj.training = True
+        assert not torch.equal(block(x), before) and len(looks) == 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_are_swapped_after_a_call(training):
+    """`torch.utils.swap_tensors` refuses tensors that are referred to weakly, or by a view that is kept."""
+    block = adapted(dtype=torch.float32).train(training)
+    with torch.set_grad_enabled(training):
+        block(x_of(torch.float32, 2).detach())
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        block.to(torch.bfloat16)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert block.up_proj.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("option", [{"r": 2}, {"share_a": False}], ids=str)
+def test_a_configuration_that_no_longer_fits_is_refused(option):
+    block, x = adapted(), x_of()
+    block(x)
+    for name in GATED:
+        layer = getattr(block, name)
+        layer.config = MoSConfig.from_dict({**layer.config.to_dict(), **option})
+    with pytest.raises(ValueError, match="the configuration asks for"):
+        block(x)
 
 
 def test_another_active_adapter_is_seen(looks):
@@ -626,6 +667,33 @@ def test_a_backward_hook_on_the_base_of_a_peft_layer_sees_its_call(register):
     getattr(block.up_proj.base_layer, register)(lambda *_: calls.append(1))
     block(x_of()).sum().backward()
     assert len(calls) == 1
+
+
+def test_an_overflow_of_float16_shows():
+    assert_an_overflow_shows(adapted(dtype=torch.float16))
+
+
+def assert_an_overflow_shows(block):
+    """What a gradient scaler looks for: dh overflows, and no product after it does."""
+    x = x_of(torch.float16, 3)
+    with torch.no_grad():
+        block.down_proj.weight.fill_(10.0)
+        for linear in (block.gate_proj, block.up_proj):
+            linear.weight.mul_(1e-3)
+            linear.mos_lora_B.mul_(1e-3)
+            linear.bias.zero_()
+
+    def overflown() -> set[str]:
+        block.zero_grad()
+        y = block(x)
+        y.backward(torch.full_like(y, 1e4))
+        assert y.isfinite().all()
+        return {name for name, p in block.named_parameters() if p.grad is not None and not p.grad.isfinite().all()}
+
+    one = overflown()
+    with OneByOne(block):
+        assert one == overflown()
+    assert {"gate_proj.mos_lora_B", "up_proj.mos_lora_B"} <= one
 
 
 def test_errors_are_those_of_the_linears():
