@@ -158,7 +158,7 @@ def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
     found = [_Part.of(module) for module in modules]
     if None in found:
         return "a base is quantised or wrapped, or has no adapter or several"
-    router = _router(block, modules[0])
+    router = _router(block, modules)
     if router is None:
         return "its router is not the active adapter's alone, or a class of its own"
     if any(part.adapter.config.is_lora for part in found):
@@ -302,7 +302,7 @@ def _is_inside(children: dict, form: FFNForm, inner: Sequence[weakref.ref]) -> M
     """The router of the active adapter, where that and the linears' own adapters and bases are those of `inner`."""
     linears = [children[name] for name in form.linears]
     parts = [_Part.of(linear) for linear in linears]
-    router = None if None in parts else _active_router(children["mos_router"], linears[0])
+    router = None if None in parts else _active_router(children["mos_router"], linears)
     found = (router, *(module for part in parts if part is not None for module in part))
     if len(found) != len(inner):
         return None
@@ -434,23 +434,23 @@ def _fits(x: Tensor, parts: _Parts, form: FFNForm) -> bool:
     return True
 
 
-def _router(block: nn.Module, linear: nn.Module) -> MoSRouter | None:
+def _router(block: nn.Module, linears: Sequence[nn.Module]) -> MoSRouter | None:
     """The router of the adapter that the linears use."""
-    router = block._modules.get("mos_router")
+    router, is_own = block._modules.get("mos_router"), [isinstance(linear, MoSLayer) for linear in linears]
     if type(router) is MoSRouter:  # a subclass may route otherwise
-        return router if isinstance(linear, MoSLayer) else None
-    return None if isinstance(linear, MoSLayer) else _active_router(router, linear)
+        return router if all(is_own) else None
+    return None if any(is_own) else _active_router(router, linears)
 
 
-def _active_router(router: nn.Module | None, linear: nn.Module) -> MoSRouter | None:
-    """Of the peft method's routers, by adapter, that of the adapter which the linear uses."""
+def _active_router(router: nn.Module | None, linears: Sequence[nn.Module]) -> MoSRouter | None:
+    """Of the peft method's routers, by adapter, that of the one adapter which all of the linears use."""
     if getattr(router, "disable_adapters", True):
         return None
     active = [name for name in router.active_adapters if name in router]
-    used = [name for name in linear.active_adapters if name in linear.mos_adapter]
-    if active != used or len(active) != 1 or type(router[active[0]]) is not MoSRouter:
+    if len(active) != 1 or type(router[active[0]]) is not MoSRouter:
         return None
-    return router[active[0]]
+    used = ([name for name in linear.active_adapters if name in linear.mos_adapter] for linear in linears)
+    return router[active[0]] if all(names == active for names in used) else None
 
 
 def routing_of(module: MoSAdapter | MoSRouter) -> tuple[int, int, bool]:

@@ -625,6 +625,22 @@ def test_another_active_adapter_is_seen(looks):
     assert not torch.allclose(found[0], found[1]) and not torch.allclose(base, found[0])
 
 
+@pytest.mark.parametrize("name", ["up_proj", "down_proj"])
+def test_a_linear_with_another_active_adapter_than_the_router_is_refused(name):
+    peft = pytest.importorskip("peft")
+    from mos_kernels.huggingface import MoSPeftConfig
+
+    config = MoSPeftConfig(target_modules=list(GATED), init_lora_weights=False, r=2)
+    model = peft.get_peft_model(nn.ModuleDict({"mlp": llama()[0]}), config)
+    model.add_adapter("other", config)
+    block, x = model.eval().base_model.model["mlp"], x_of(torch.float32).detach()
+    with torch.no_grad():
+        block(x)
+        getattr(block, name).set_adapter("other")
+        with pytest.raises(ValueError, match="no gates were passed"):
+            block(x)
+
+
 def test_two_dtypes_and_a_switched_backend_are_seen(looks, monkeypatch):
     block, x = adapted(dtype=torch.float32).eval(), x_of(torch.float32).detach()
     with torch.no_grad():
