@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from mos_kernels.backends import resolve_backend
+from mos_kernels.backends.eager import is_observed
 from mos_kernels.backends.eager_ffn import few_tokens
 from mos_kernels.backends.interface import Prepared
 from mos_kernels.call import Adapted, FFNPlan, FFNTensors, autocast_dtype, is_autocast
@@ -323,6 +324,7 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
     bases = [(part.base._parameters.get("weight"), part.base._parameters.get("bias")) for part in parts.all]
     if (
         plan.differentiable
+        or is_observed()
         or tensors.gates is not None
         or any(made is None for made in (*plan.prepared, *adapters))
         or not all(part.adapter._is_kept(kept) for part, kept in zip(parts.all, adapters, strict=True))

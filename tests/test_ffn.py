@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
@@ -675,6 +676,20 @@ def test_a_graph_of_few_tokens_is_computed_from_its_input(runs):
         graph = make_fx(block)(torch.randn_like(x))
         torch.testing.assert_close(graph(x), block(x))
     assert len(runs) == 3
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_nothing_of_a_fake_mode_is_kept(frozen):
+    block, x = adapted(dtype=torch.float32).eval(), x_of(torch.float32, 3).detach()
+    expected = [block(x).detach(), block.up_proj(x, block.mos_router(x)).detach()]
+    if frozen:
+        for name in GATED:
+            getattr(block, name).freeze_for_inference()
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            block(x), block.up_proj(x, block.mos_router(x))
+        for found, truth in zip((block(x), block.up_proj(x, block.mos_router(x))), expected, strict=True):
+            torch.testing.assert_close(found, truth)
 
 
 @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
