@@ -192,6 +192,7 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") ->
     again = _again(block, form, x, backend)
     if again is not None:
         return again
+    _standing.pop(block, None)  # it holds parameters, and copies of them
     parts = _parts(block, form)
     if isinstance(parts, str) or is_transformed():
         return None
@@ -330,7 +331,7 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
         or not all(part.adapter._is_kept(kept) for part, kept in zip(parts.all, adapters, strict=True))
         or not shows_changes(weight)
         or any(module.training or not is_called_plainly(module) for module in called.values())
-        or any(w is None or b is not None and b.dtype != x.dtype for w, b in bases)
+        or any(w is None or w.dtype != x.dtype or b is not None and b.dtype != x.dtype for w, b in bases)
     ):
         return plan
     router_mark = mark(weight)  # before: a change meanwhile ends it

@@ -668,6 +668,27 @@ def test_a_parameter_that_was_replaced_is_freed(runs, training):
     assert len(runs) == 1 and old() is None
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_nothing_is_held_in_training(p):
+    block = adapted(lora_dropout=p).eval()
+    with torch.no_grad():
+        block(x_of())
+    held = weakref.ref(block.up_proj._frozen.factors.kappa)
+    block.train()(x_of())
+    gc.collect()
+    assert held() is None
+
+
+def test_a_weight_that_only_autocast_fits_is_refused_afterwards():
+    block, x = adapted(gemma, dtype=torch.float32).eval(), x_of(torch.bfloat16).detach()
+    with torch.no_grad():
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                block(x)
+        with pytest.raises(ValueError, match="bfloat16.*float32"):
+            block(x)
+
+
 def test_a_graph_of_few_tokens_is_computed_from_its_input(runs):
     """Not from what NumPy made of the tokens that it was traced with."""
     block, x = adapted(dtype=torch.float32).eval(), x_of(torch.float32).detach()
