@@ -234,7 +234,7 @@ def test_float32_at_the_guards_is_as_accurate_as_torch(direction, mapping, domai
         error, torch_error = (((v.double() - truth) / truth.abs().clamp(min=1e-30)).abs() for v in (value, by_torch))
         if mapping == "exp_log":
             torch_error = torch.where(beyond, torch_error, torch_error.amax())
-        wrong = error > 2 * torch_error.clamp(min=2.0**-22)
+        wrong = error > 2 * torch_error + 2.0**-21  # half the absolute term of the rule: four roundings
         assert not wrong.any(), (name, norms[wrong], kappa[wrong], error[wrong], torch_error[wrong])
 
 
