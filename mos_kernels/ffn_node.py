@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from mos_kernels.backends import resolve_backend
+from mos_kernels.backends.eager import is_observed
 from mos_kernels.backends.eager_ffn import few_tokens
 from mos_kernels.backends.interface import Prepared
 from mos_kernels.call import Adapted, FFNPlan, FFNTensors, autocast_dtype, is_autocast
@@ -158,7 +159,7 @@ def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
     found = [_Part.of(module) for module in modules]
     if None in found:
         return "a base is quantised or wrapped, or has no adapter or several"
-    router = _router(block, modules[0])
+    router = _router(block, modules)
     if router is None:
         return "its router is not the active adapter's alone, or a class of its own"
     if any(part.adapter.config.is_lora for part in found):
@@ -191,6 +192,7 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") ->
     again = _again(block, form, x, backend)
     if again is not None:
         return again
+    _standing.pop(block, None)  # it holds parameters, and copies of them
     parts = _parts(block, form)
     if isinstance(parts, str) or is_transformed():
         return None
@@ -234,14 +236,15 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") ->
 class _Standing(NamedTuple):
     """What a block was found to be in eval mode without gradients, and is as long as nothing of it changes.
 
-    No module and no weight of a base is kept alive, nor is the block by what belongs to it.
+    No module and no weight of a base is kept alive, nor is the block by what belongs to it. A weight of a base has no
+    weak reference either: `torch.utils.swap_tensors` refuses a tensor that has one.
     """
 
     use: tuple  # the dtype, device and width of x, and the backend
     hooks: int  # the number of the next hook of the process: a new one may be on one of the modules
     children: tuple[tuple[str, weakref.ref, type], ...]  # the block's, whose calls one operation replaces
     inner: tuple[weakref.ref, ...]  # of the peft method: the router, and adapter and base of each linear
-    linears: tuple[tuple, ...]  # of each: adapter, base, weight, bias; what is kept; is it a Conv1D; weight's shape
+    linears: tuple[tuple, ...]  # of each: adapter, base; how its weight and bias look; what is kept; is it a Conv1D
     routing: MoSConfig  # the router's
     router: Tensor
     router_mark: tuple
@@ -287,13 +290,10 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
     if not are_unchanged((weight,), (before.router,), (before.router_mark,)):
         return None
     adapted = []
-    for adapter, base, w, b, kept, is_conv1d, shape in before.linears:
-        adapter, own, w, b = adapter(), base()._parameters, w(), b()
-        if adapter._frozen is not kept or w is None or own.get("weight") is not w or own.get("bias") is not b:
-            return None
-        if w.dtype != x.dtype or w.shape != shape or w.device != x.device:  # assigned through .data
-            return None
-        if not adapter._is_kept(kept):
+    for adapter, base, look_w, look_b, kept, is_conv1d in before.linears:
+        adapter, own = adapter(), base()._parameters
+        w, b = own.get("weight"), own.get("bias")
+        if adapter.training or not adapter._is_kept(kept) or _look(w) != look_w or _look(b) != look_b:
             return None
         kappa, A, _ = kept.factors
         adapted.append(Adapted(w.t() if is_conv1d else w, b, A, kept.tensors[-1], kappa))
@@ -304,7 +304,7 @@ def _is_inside(children: dict, form: FFNForm, inner: Sequence[weakref.ref]) -> M
     """The router of the active adapter, where that and the linears' own adapters and bases are those of `inner`."""
     linears = [children[name] for name in form.linears]
     parts = [_Part.of(linear) for linear in linears]
-    router = None if None in parts else _active_router(children["mos_router"], linears[0])
+    router = None if None in parts else _active_router(children["mos_router"], linears)
     found = (router, *(module for part in parts if part is not None for module in part))
     if len(found) != len(inner):
         return None
@@ -325,12 +325,13 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
     bases = [(part.base._parameters.get("weight"), part.base._parameters.get("bias")) for part in parts.all]
     if (
         plan.differentiable
+        or is_observed()
         or tensors.gates is not None
         or any(made is None for made in (*plan.prepared, *adapters))
         or not all(part.adapter._is_kept(kept) for part, kept in zip(parts.all, adapters, strict=True))
         or not shows_changes(weight)
         or any(module.training or not is_called_plainly(module) for module in called.values())
-        or any(w is None or b is not None and b.dtype != x.dtype for w, b in bases)
+        or any(w is None or w.dtype != x.dtype or b is not None and b.dtype != x.dtype for w, b in bases)
     ):
         return plan
     router_mark = mark(weight)  # before: a change meanwhile ends it
@@ -345,8 +346,7 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
         tuple(map(ref, inside)),
         tuple(
             (
-                ref(part.adapter), ref(part.base), ref(w), _nothing if b is None else ref(b), kept,
-                _is_conv1d(part.base), w.shape,
+                ref(part.adapter), ref(part.base), _look(w), _look(b), kept, _is_conv1d(part.base),
             )
             for part, (w, b), kept in zip(parts.all, bases, adapters, strict=True)
         ),
@@ -394,25 +394,24 @@ class _Curvatures(torch.autograd.Function):
 
 
 _fitted: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
-"""What the latest call of a block was found to fit: a token costs less where it is the same again. Keeps none alive."""
+"""What the latest call of a block was found to fit: a token costs less where it is the same again."""
 
 
 def _fits_again(block: nn.Module, x: Tensor, parts: _Parts, form: FFNForm) -> bool:
-    """`_fits`, looked up where the very tensors, as they are, were found to fit."""
-    tensors = tuple(parts.tensors())
-    seen = (None if t is None else (t.shape, t.dtype, t.device) for t in tensors)
-    key = x.dtype, x.device, x.shape[-1], is_autocast(x), *seen
-    before = _fitted.get(block)
-    if before is not None and before[0] == key and all(seen() is t for seen, t in zip(before[1], tensors, strict=True)):
+    """`_fits`, looked up where tensors that look alike, with the same configurations, were found to fit."""
+    configs = (part.adapter.config for part in parts.all)
+    key = x.dtype, x.device, x.shape[-1], is_autocast(x), *map(_look, parts.tensors()), parts.router.config, *configs
+    if _fitted.get(block) == key:
         return True
     if not _fits(x, parts, form):
         return False
-    _fitted[block] = key, tuple(_nothing if t is None else weakref.ref(t) for t in tensors)
+    _fitted[block] = key
     return True
 
 
-def _nothing() -> None:
-    """As a reference to a tensor that is gone, or never was."""
+def _look(t: Tensor | None) -> tuple | None:
+    """What decides whether a tensor goes together with others."""
+    return None if t is None else (type(t), t.shape, t.dtype, t.device)
 
 
 def _fits(x: Tensor, parts: _Parts, form: FFNForm) -> bool:
@@ -438,23 +437,23 @@ def _fits(x: Tensor, parts: _Parts, form: FFNForm) -> bool:
     return True
 
 
-def _router(block: nn.Module, linear: nn.Module) -> MoSRouter | None:
+def _router(block: nn.Module, linears: Sequence[nn.Module]) -> MoSRouter | None:
     """The router of the adapter that the linears use."""
-    router = block._modules.get("mos_router")
+    router, is_own = block._modules.get("mos_router"), [isinstance(linear, MoSLayer) for linear in linears]
     if type(router) is MoSRouter:  # a subclass may route otherwise
-        return router if isinstance(linear, MoSLayer) else None
-    return None if isinstance(linear, MoSLayer) else _active_router(router, linear)
+        return router if all(is_own) else None
+    return None if any(is_own) else _active_router(router, linears)
 
 
-def _active_router(router: nn.Module | None, linear: nn.Module) -> MoSRouter | None:
-    """Of the peft method's routers, by adapter, that of the adapter which the linear uses."""
+def _active_router(router: nn.Module | None, linears: Sequence[nn.Module]) -> MoSRouter | None:
+    """Of the peft method's routers, by adapter, that of the one adapter which all of the linears use."""
     if getattr(router, "disable_adapters", True):
         return None
     active = [name for name in router.active_adapters if name in router]
-    used = [name for name in linear.active_adapters if name in linear.mos_adapter]
-    if active != used or len(active) != 1 or type(router[active[0]]) is not MoSRouter:
+    if len(active) != 1 or type(router[active[0]]) is not MoSRouter:
         return None
-    return router[active[0]]
+    used = ([name for name in linear.active_adapters if name in linear.mos_adapter] for linear in linears)
+    return router[active[0]] if all(names == active for names in used) else None
 
 
 def routing_of(module: MoSAdapter | MoSRouter) -> tuple[int, int, bool]:

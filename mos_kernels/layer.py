@@ -215,7 +215,9 @@ class MoSAdapter(Float32State):
         use, kept = Use(backend, x_dtype, y_dtype, self.config), self._frozen
         if kept is not None and kept.is_valid(tensors, use) and not frozen:
             return kept if kept.frozen or not capturing else None
-        if capturing:
+        if (
+            capturing or eager.is_observed()
+        ):  # under a dispatch mode its tensors may be none of numbers, as FakeTensorMode's
             return None
 
         def form() -> Factors:

@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
@@ -495,6 +496,13 @@ def another_activation(block):
     block.act_fn = nn.Tanh()
 
 
+def swapped_tensors(block):
+    for name, parameter in block.named_parameters():
+        if not name.endswith(("bias", "mos_curvature")):
+            new = nn.Parameter(parameter.detach() * 2, requires_grad=parameter.requires_grad)
+            torch.utils.swap_tensors(parameter, new)
+
+
 def other_weights(block):
     base = getattr(block.up_proj, "base_layer", block.up_proj)
     base.weight = nn.Parameter(base.weight * 2, requires_grad=False)
@@ -535,7 +543,7 @@ def written_through_data_then_eval(block):
 AFTERWARDS = [
     a_hook, a_hook_on_a_routers_input, a_hook_on_every_module, a_forward_of_its_own, a_compiled_call, another_class,
     another_routing, another_activation, other_weights, another_bias, a_changed_router, a_changed_factor,
-    a_fused_optimizer, written_through_data_then_eval,
+    a_fused_optimizer, written_through_data_then_eval, swapped_tensors,
 ]  # fmt: skip
 
 
@@ -558,8 +566,42 @@ def test_a_change_is_seen(looks, change, door, tokens):
     block.zero_grad()
     with OneByOne(block), torch.no_grad():
         expected = block(x)
-    assert looked == (change is not another_bias)  # which is used as it is found
+    assert looked == (change is not other_weights)  # which are used as they are found
     torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_alone_in_training_mode_is_seen(looks):
+    block, x = adapted(dtype=torch.float32, lora_dropout=0.5).eval(), x_of(torch.float32).detach()
+    looks.clear()
+    with torch.no_grad():
+        before = block(x)
+        block.up_proj.training = True
+        assert not torch.equal(block(x), before) and len(looks) == 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_are_swapped_after_a_call(training):
+    """`torch.utils.swap_tensors` refuses tensors that are referred to weakly, or by a view that is kept."""
+    block = adapted(dtype=torch.float32).train(training)
+    with torch.set_grad_enabled(training):
+        block(x_of(torch.float32, 2).detach())
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        block.to(torch.bfloat16)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert block.up_proj.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("option", [{"r": 2}, {"share_a": False}], ids=str)
+def test_a_configuration_that_no_longer_fits_is_refused(option):
+    block, x = adapted(), x_of()
+    block(x)
+    for name in GATED:
+        layer = getattr(block, name)
+        layer.config = MoSConfig.from_dict({**layer.config.to_dict(), **option})
+    with pytest.raises(ValueError, match="the configuration asks for"):
+        block(x)
 
 
 def test_another_active_adapter_is_seen(looks):
@@ -582,6 +624,22 @@ def test_another_active_adapter_is_seen(looks):
             base = block(x)
     assert len(looks) == 4 and torch.equal(found[0], found[2])
     assert not torch.allclose(found[0], found[1]) and not torch.allclose(base, found[0])
+
+
+@pytest.mark.parametrize("name", ["up_proj", "down_proj"])
+def test_a_linear_with_another_active_adapter_than_the_router_is_refused(name):
+    peft = pytest.importorskip("peft")
+    from mos_kernels.huggingface import MoSPeftConfig
+
+    config = MoSPeftConfig(target_modules=list(GATED), init_lora_weights=False, r=2)
+    model = peft.get_peft_model(nn.ModuleDict({"mlp": llama()[0]}), config)
+    model.add_adapter("other", config)
+    block, x = model.eval().base_model.model["mlp"], x_of(torch.float32).detach()
+    with torch.no_grad():
+        block(x)
+        getattr(block, name).set_adapter("other")
+        with pytest.raises(ValueError, match="no gates were passed"):
+            block(x)
 
 
 def test_two_dtypes_and_a_switched_backend_are_seen(looks, monkeypatch):
@@ -610,6 +668,27 @@ def test_a_parameter_that_was_replaced_is_freed(runs, training):
     assert len(runs) == 1 and old() is None
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_nothing_is_held_in_training(p):
+    block = adapted(lora_dropout=p).eval()
+    with torch.no_grad():
+        block(x_of())
+    held = weakref.ref(block.up_proj._frozen.factors.kappa)
+    block.train()(x_of())
+    gc.collect()
+    assert held() is None
+
+
+def test_a_weight_that_only_autocast_fits_is_refused_afterwards():
+    block, x = adapted(gemma, dtype=torch.float32).eval(), x_of(torch.bfloat16).detach()
+    with torch.no_grad():
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                block(x)
+        with pytest.raises(ValueError, match="bfloat16.*float32"):
+            block(x)
+
+
 def test_a_graph_of_few_tokens_is_computed_from_its_input(runs):
     """Not from what NumPy made of the tokens that it was traced with."""
     block, x = adapted(dtype=torch.float32).eval(), x_of(torch.float32).detach()
@@ -620,12 +699,53 @@ def test_a_graph_of_few_tokens_is_computed_from_its_input(runs):
     assert len(runs) == 3
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_nothing_of_a_fake_mode_is_kept(frozen):
+    block, x = adapted(dtype=torch.float32).eval(), x_of(torch.float32, 3).detach()
+    expected = [block(x).detach(), block.up_proj(x, block.mos_router(x)).detach()]
+    if frozen:
+        for name in GATED:
+            getattr(block, name).freeze_for_inference()
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            block(x), block.up_proj(x, block.mos_router(x))
+        for found, truth in zip((block(x), block.up_proj(x, block.mos_router(x))), expected, strict=True):
+            torch.testing.assert_close(found, truth)
+
+
 @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
 def test_a_backward_hook_on_the_base_of_a_peft_layer_sees_its_call(register):
     block, calls = adapted(door="peft"), []
     getattr(block.up_proj.base_layer, register)(lambda *_: calls.append(1))
     block(x_of()).sum().backward()
     assert len(calls) == 1
+
+
+def test_an_overflow_of_float16_shows():
+    assert_an_overflow_shows(adapted(dtype=torch.float16))
+
+
+def assert_an_overflow_shows(block):
+    """What a gradient scaler looks for: dh overflows, and no product after it does."""
+    x = x_of(torch.float16, 3)
+    with torch.no_grad():
+        block.down_proj.weight.fill_(10.0)
+        for linear in (block.gate_proj, block.up_proj):
+            linear.weight.mul_(1e-3)
+            linear.mos_lora_B.mul_(1e-3)
+            linear.bias.zero_()
+
+    def overflown() -> set[str]:
+        block.zero_grad()
+        y = block(x)
+        y.backward(torch.full_like(y, 1e4))
+        assert y.isfinite().all()
+        return {name for name, p in block.named_parameters() if p.grad is not None and not p.grad.isfinite().all()}
+
+    one = overflown()
+    with OneByOne(block):
+        assert one == overflown()
+    assert {"gate_proj.mos_lora_B", "up_proj.mos_lora_B"} <= one
 
 
 def test_errors_are_those_of_the_linears():

@@ -64,6 +64,7 @@ def constants(
     """Of linears whose base has `dtype`. A (r, d_in) or (E, r, d_in), B (d_out, E, r), kappa (E,), router (E, d_in).
 
     B is read as it is in the compute dtype, where it is: its products with few tokens take less time than rounded ones.
+    No view of a parameter is made, which `torch.utils.swap_tensors` would refuse to swap.
     """
     compute, m = eager.compute_dtype(dtype), len(A)
     factors = [eager.operand(factor, dtype).to(compute).flatten(0, -2) for factor in A]
@@ -72,7 +73,7 @@ def constants(
     highest = kappas.max()
     return Constants(
         rows.t(),
-        tuple((b if b.dtype == compute else made.B).flatten(1).t() for b, made in zip(B, prepared, strict=True)),
+        tuple((b if b.dtype == compute else made.B).data.flatten(1).t() for b, made in zip(B, prepared, strict=True)),
         kappas, _stacked([made.gram for made in prepared]), guard_into(config), back,
         min(SATURATION, back[0] / highest) if highest > 0 else SATURATION,
         (sum(map(len, factors)), (-1, m, 1 if config.share_a else config.num_experts, config.r)),

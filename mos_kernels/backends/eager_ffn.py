@@ -322,7 +322,7 @@ def _activate_backward(
             few.addmm_(dp[part], rows.to(dtype)).addcmul_(h, twice)
         else:
             total = eager.narrow_matmul(dp[part], rows, dtype).add_(few).addcmul_(h.to(dp.dtype), twice)
-            few.copy_(eager.operand(total, dtype))
+            few.copy_(total)  # float16 infinite where it was, which a gradient scaler looks for
         _phi_backward(few if u is None else few * u, g, plan.activation, dg)
         if u is not None:
             torch.mul(few, phi, out=du)

@@ -3,7 +3,8 @@
     h = φ(g)·u    p = A·h    n = ‖h‖²
     dh = dh₀ + dp·A + 2 dn h    du = dh φ(g)    dg = dh u φ'(g)    dA = dpᵀ h
 
-h is rounded to the dtype that the last linear reads before p and n are taken. Backward forms it again.
+h is rounded to the dtype that the last linear reads before p and n are taken. Backward forms it again. Beyond float16
+h, dg and du are infinite, as those of the base: its products are to show what a gradient scaler looks for.
 
 A step loads the tiles of the next one before it uses its own: those that Triton loads ahead by itself lie in shared
 memory, from where it computes φ once for each layout that reads h.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from mos_kernels.backends.triton import launch
 from mos_kernels.backends.triton.activations import CODES, activation
-from mos_kernels.backends.triton.numerics import cast, dot, saturate, settled
+from mos_kernels.backends.triton.numerics import cast, dot, nearest, saturate, settled
 from mos_kernels.call import FFNPlan
 
 
@@ -66,7 +67,7 @@ def activate_kernel(
         m_next = m_t[:, None] & (o_next[None, :] < D) & (start + BLOCK_D < last)
         b_g = _load(g, row, o_next, stride_g, m_next)
         b_u = _load(u, row, o_next, stride_u, m_next) if GATED else b_g
-        b_h = cast(wide, dtype)
+        b_h = nearest(wide, dtype)
         wide = b_h.to(tl.float32)
         norm += tl.sum(wide * wide, 1)
         total = dot(b_h, tl.trans(_load_rows(A, o_c, o_d, D, R, dtype)), total)
@@ -115,7 +116,7 @@ def activate_backward_kernel(
             wide, slope = phi * b_u.to(tl.float32), slope * b_u.to(tl.float32)
         b_g = _load(g, row_next, o_d, stride_g, mask_next)
         b_u = _load(u, row_next, o_d, stride_u, mask_next) if GATED else b_g
-        b_h, narrow = cast(wide, dtype), cast(b_dp, dtype)
+        b_h, narrow = nearest(wide, dtype), cast(b_dp, dtype)
         if NEEDS_DA:
             total = dot(tl.trans(narrow), b_h, total)
         if COLUMN_BLOCKS == 1 or i_c == 0:
@@ -128,9 +129,9 @@ def activate_backward_kernel(
                     narrow = cast(_load_dp(dp, row, m_t, o_j, R), dtype)
                     through = dot(narrow, _load_rows(A, o_j, o_d, D, R, dtype), through)
             whole = settled(through) + b_dh.to(tl.float32) + (2.0 * b_dn)[:, None] * b_h.to(tl.float32)
-            tl.store(dg + row[:, None] * stride_dg + o_d[None, :], cast(whole * slope, dtype), mask=mask)
+            tl.store(dg + row[:, None] * stride_dg + o_d[None, :], nearest(whole * slope, dtype), mask=mask)
             if GATED:
-                tl.store(du + row[:, None] * stride_du + o_d[None, :], cast(whole * phi, dtype), mask=mask)
+                tl.store(du + row[:, None] * stride_du + o_d[None, :], nearest(whole * phi, dtype), mask=mask)
         b_dh = _load(dh, row_next, o_d, stride_dh, mask_next)
         b_dp, b_dn = _load_dp(dp, row_next, m_next, o_c, R), tl.load(dn + o_next, mask=m_next, other=0.0)
         o_t, m_t, row, mask = o_next, m_next, row_next, mask_next

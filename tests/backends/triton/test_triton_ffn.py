@@ -9,7 +9,7 @@ import torch
 from cases import FFNTrial, everyday_seeds, kinds
 from everyday import full_but
 from strategies import normal
-from test_ffn import FAMILIES, OneByOne, assert_little_is_saved, results
+from test_ffn import FAMILIES, OneByOne, assert_an_overflow_shows, assert_little_is_saved, results
 from test_ffn import adapted as any_block
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -304,6 +304,11 @@ def test_autocast(triton, dtype):
         linears = results(block, x, run)
     for name, expected in linears.items():
         assert (one[name] - expected).abs().max() <= 2**-6 * expected.abs().max(), name
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
+def test_an_overflow_of_float16_shows(triton):
+    assert_an_overflow_shows(any_block(dtype=torch.float16))
 
 
 # where they may not
