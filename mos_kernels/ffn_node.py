@@ -430,6 +430,8 @@ def _fits(x: Tensor, parts: _Parts, form: FFNForm) -> bool:
         if not (weight.dtype == x.dtype or is_autocast(x) and weight.is_floating_point()):
             return False
         (d_out, d_in), E, r = weight.shape, config.num_experts, config.r
+        if part.base.bias is not None and part.base.bias.shape != (d_out,):
+            return False
         if adapter.mos_lora_B.shape != (d_out, E, r) or adapter.mos_curvature.shape != (E,):
             return False
         if adapter.mos_lora_A.shape != ((r, d_in) if config.share_a else (E, r, d_in)):

@@ -147,6 +147,8 @@ def _check(t: LinearTensors, config: MoSConfig) -> None:
     check_input(x, t.weight, d_in)
     if t.weight is None:
         check_base_output(x, t.added, d_out)
+    elif t.added is not None and tuple(t.added.shape) != (d_out,):
+        raise ValueError(f"the bias has shape {tuple(t.added.shape)}, the weight asks for {(d_out,)}")
     wanted = {
         "A": (r, d_in) if config.share_a else (E, r, d_in),
         "B": (d_out, E, r),

@@ -750,6 +750,10 @@ def assert_an_overflow_shows(block):
 
 def test_errors_are_those_of_the_linears():
     block = adapted()
+    bias, block.up_proj.bias = block.up_proj.bias, nn.Parameter(torch.zeros(1, dtype=torch.float64), False)
+    with pytest.raises(ValueError, match=r"the bias has shape \(1,\), the weight asks for \(20,\)"):
+        block(x_of())
+    block.up_proj.bias = bias
     with pytest.raises(ValueError, match="width 11"):
         block(torch.randn(2, 11, dtype=torch.float64))
     with pytest.raises(ValueError, match="float32.*float64"):
