@@ -191,7 +191,7 @@ def activate_backward_launch(
     block_c = launch.block(R, 16, 32 if wide or R > 64 else 64)
     most = 64 if wide or block_c > 16 else 128
     settings = launch.wide_settings(
-        "activate_backward", device, T, g.dtype, BLOCK_T=16 if R > 64 else most, BLOCK_D=most
+        "activate_backward", device, T, g.dtype, BLOCK_T=16 if R > 64 else most, BLOCK_D=32 if R > 64 else most
     )
     splits, blocks = settings["SPLITS"], triton.cdiv(R, block_c)
     gradients = [torch.empty(output.shape, device=device, dtype=output.dtype) for output in outputs]

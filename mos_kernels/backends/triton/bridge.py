@@ -446,7 +446,7 @@ def bridge_backward_parts_launch(
     loads, weight, mask, constants = balance(routed, aux_weight, token_mask, config)
     tile = tile_settings(config, T, device, "bridge_backward")
     if linears == 2 and tile["BLOCK_R"] >= 64:  # or registers spill
-        tile["BLOCK_T"] = max(tile["BLOCK_T"] // 2, 1)
+        tile["num_warps"] = 8 if tile["BLOCK_R"] == 64 else 4
     launch.launch(
         bridge_backward_kernel, (triton.cdiv(T, tile["BLOCK_T"]),), p,
         (dz, p, n, routed, kappas[0], grams[0], kappas[-1], grams[-1], loads, weight, mask,
