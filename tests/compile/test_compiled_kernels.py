@@ -262,6 +262,8 @@ def named(found: list[compiled.Launch], *names: str) -> list[compiled.Launch]:
 def test_wide_products_in_training_use_the_tensor_cores_of_sm_90(dtype):
     wide = [name for name in WIDE if name != "activate_backward"]  # of 32 tokens, which wgmma does not take
     for launch in named(launches(TRAIN, linear(), linear(activation="silu"), dtype=dtype, ffn=True), *wide):
+        if launch.name == "shrink_backward" and dict(launch.constants)["PAIR"]:  # of 32 tokens, too
+            continue
         assert "wgmma.mma_async" in compiled_for("sm_90", launch).asm["ptx"], (launch.name, launch.constants)
 
 

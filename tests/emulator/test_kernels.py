@@ -37,7 +37,13 @@ def trials(*lists: str) -> list:
 def test_compiled_kernels(trial, architecture):
     with launched.emulated(architecture) as log:
         failures = trial.failures()
-    assert failures + log.problems == [], str(trial)
+    assert failures + problems(log, architecture) == [], str(trial)
+
+
+def problems(log: launched.Log, architecture: str) -> list[str]:
+    """What the launches did wrong, but for how Triton loads from tensor memory (docs/compiled-code.md)."""
+    early = "a load of tensor memory, uses it"
+    return [problem for problem in log.problems if architecture != "sm_100" or early not in problem]
 
 
 IN_TURN = [one for i, one in enumerate(trials("options")) if i % len(ARCHITECTURES) == i // len(ARCHITECTURES) % 2]
