@@ -41,9 +41,12 @@ def test_compiled_kernels(trial, architecture):
 
 
 def problems(log: launched.Log, architecture: str) -> list[str]:
-    """What the launches did wrong, but for how Triton loads from tensor memory (docs/compiled-code.md)."""
-    early = "a load of tensor memory, uses it"
-    return [problem for problem in log.problems if architecture != "sm_100" or early not in problem]
+    """What the launches did wrong, but for early reads of tensor memory in three kernels (docs/compiled-code.md)."""
+    early = tuple(
+        f"activated_{name}: a register touched while a wgmma, or a load of tensor memory, uses it"
+        for name in ("expand", "input", "weight")
+    )
+    return [problem for problem in log.problems if architecture != "sm_100" or not problem.startswith(early)]
 
 
 IN_TURN = [one for i, one in enumerate(trials("options")) if i % len(ARCHITECTURES) == i // len(ARCHITECTURES) % 2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -43,13 +45,16 @@ def test_no_reason_is_given_for_a_barrier_that_is_needed():
 @pytest.mark.full
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
 def test_a_barrier_that_is_taken_out_is_noticed_or_was_redundant(architecture):
-    """Every twelfth; `python -m tests.emulator.mutations` tries them all."""
-    found = mutations.tried(architecture, mutated(), lambda number: number % 12 == 0)
+    """One in twelve, drawn; `python -m tests.emulator.mutations` tries them all.
+
+    Not every twelfth: unrolled loops repeat their sites, and a step through them meets the same ones again.
+    """
+    found = mutations.tried(architecture, mutated(), lambda number: random.Random(number).random() < 1 / 12)
     noticed, redundant = ([site for site in found if site.verdict == verdict] for verdict in (NOTICED, REDUNDANT))
     # the machine and the slow judge agree on every one: neither sees what the other does not
     assert [str(site) for site in found if site.verdict not in (NOTICED, REDUNDANT)] == []
     # and a third way of seeing why, for each that both call redundant
     assert [str(site) for site in redundant if site.why == UNEXPLAINED] == []
     # so that none of the three is blind: most are noticed, and some of every instruction
-    assert len(noticed) >= 2 * len(redundant)
+    assert len(noticed) >= 20 and len(noticed) >= 4 * len(redundant)
     assert {site.instruction for site in found} == {site.instruction for site in noticed}

@@ -32,35 +32,18 @@ def gradients(made: MoSLinear, x: torch.Tensor, dy: torch.Tensor) -> list[torch.
     return [y.detach(), *torch.autograd.grad(y, [x, *(p for p in made.parameters() if p.requires_grad)], dy)]
 
 
-@pytest.mark.parametrize("seed", range(60))  # each compiles its own kernels
-def test_a_drawn_layer(seed, device):
+DRAWN = [  # each seed compiles its own kernels
+    (kind, seed)
+    for kind, count in ((Trial, 60), (RouterTrial, 30), (FFNTrial, 20), (ActivateTrial, 20))
+    for seed in range(count)
+]
+
+
+@pytest.mark.parametrize(("kind", "seed"), DRAWN, ids=lambda value: getattr(value, "__name__", value))
+def test_a_drawn_trial(kind, seed, device):
     if device == "cpu" and seed > 2:
         pytest.skip("rehearsal: the interpreter runs these seeds in tests/backends/triton")
-    trial = Trial.drawn(seed, device=device)
-    assert not trial.failures(), str(trial)
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_a_drawn_router(seed, device):
-    if device == "cpu" and seed > 2:
-        pytest.skip("rehearsal: the interpreter runs these seeds in tests/backends/triton")
-    trial = RouterTrial.drawn(seed, device=device)
-    assert not trial.failures(), str(trial)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_drawn_ffn(seed, device):
-    if device == "cpu" and seed > 2:
-        pytest.skip("rehearsal: the interpreter runs these seeds in tests/backends/triton")
-    trial = FFNTrial.drawn(seed, device=device)
-    assert not trial.failures(), str(trial)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_drawn_call_between_the_linears_of_an_ffn(seed, device):
-    if device == "cpu" and seed > 2:
-        pytest.skip("rehearsal: the interpreter runs these seeds in tests/backends/triton")
-    trial = ActivateTrial.drawn(seed, device=device)
+    trial = kind.drawn(seed, device=device)
     assert not trial.failures(), str(trial)
 
 

@@ -6,8 +6,8 @@ import numpy
 import pytest
 import torch
 from cases import compare
+from operators import Computed
 from strategies import leaf, make_case, normal
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mos_kernels import MoSConfig, MoSLinear, MoSRouter, MoSWrapped, set_backend
 from mos_kernels.backends.triton import launch
@@ -94,20 +94,6 @@ def test_no_tokens_launch_next_to_nothing(launched):
     assert set(launched) <= {"gram", "load", "bridge_reduce", "norm_gradient", "shrink_backward"}
 
 
-class _Computed(TorchDispatchMode):
-    """Names of the operators that read or write a tensor's numbers."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in ("empty", "new_empty", "empty_like", "_unsafe_view", "detach", "fill_"):
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scope", ["ffn", "linear"])
@@ -119,7 +105,7 @@ def test_a_frozen_layer_decodes_in_two_launches_and_the_base_product(monkeypatch
     x = tokens_of(T, dtype).detach()
     gates = None if scope == "linear" else normal(1, T, E).softmax(-1).float()
     monkeypatch.setattr(launch, "launch", lambda kernel, *_, **__: launched.append(kernel.fn.__name__))  # not run
-    with torch.no_grad(), _Computed() as computed:
+    with torch.no_grad(), Computed() as computed:
         layer(x, gates)
     assert launched == ["shrink_kernel", "bridge_expand_kernel"]
     assert computed.names == ["addmm_"]
