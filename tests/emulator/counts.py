@@ -1,8 +1,8 @@
 """What the compiled kernels do at the shipped settings: instructions, 32-byte sectors, wavefronts of shared memory.
 
-    python -m tests.emulator.counts                    the table of every architecture, in training and decoding
-    python -m tests.emulator.counts sm_90 --lines      and the statements behind conflicts and wasted sectors
-    python -m tests.emulator.counts --write            store it in counts.json, which the tests hold the kernels to
+    python -m mos_kernels kernels --counts sm_90    the table, with the statements behind conflicts and wasted sectors
+    python -m tests.emulator.counts                 of every architecture, in training and decoding, without these
+    python -m tests.emulator.counts --write         store it in counts.json, which the tests hold the kernels to
 
 A few programs of each launch run, on the Qwen2-1.5B shapes in bf16, and stand for all of them. Instructions are those
 of PTX; sectors are what the instructions ask for, before any cache.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from . import compilation, launched, machine
+from . import build, compilation, launched, machine
 
 FILE = Path(__file__).parent / "counts.json"
 ARCHITECTURES, TOKENS = ("sm_80", "sm_90", "sm_100"), (8192, 16)
@@ -212,13 +213,17 @@ def table(architecture: str, T: int, found: list[Row], lines: bool) -> Iterator[
             yield from (f"      {line}" for line in row.waste)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.emulator.counts", description=__doc__.split("\n")[0])
     parser.add_argument("architectures", nargs="*", default=ARCHITECTURES)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--lines", action="store_true", help="the statements behind conflicts and wasted sectors")
     parser.add_argument("--write", action="store_true", help=f"store the table in {FILE.name}")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    unknown = sorted(set(arguments.architectures) - set(ARCHITECTURES))
+    if missing := build.missing() or (f"unknown {unknown}: choose from {list(ARCHITECTURES)}" if unknown else None):
+        print(f"error: {missing}", file=sys.stderr)
+        return 2
     kept: dict = {}
     for architecture in arguments.architectures:
         for T in arguments.tokens:
@@ -231,7 +236,8 @@ def main() -> None:
         beside = FILE.with_suffix(".new")
         beside.write_text(json.dumps(kept, indent=1) + "\n")
         beside.replace(FILE)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
