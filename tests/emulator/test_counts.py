@@ -67,6 +67,22 @@ def test_a_kernel_that_fetches_or_conflicts_more_is_named():
     assert len(counts.worse([other], kept)) == 2
 
 
+def test_the_page_names_the_kernels_that_fetch_or_conflict_half_again():
+    page = (Path(__file__).parents[2] / "docs" / "compiled-code.md").read_text()
+    _, named = page.split("at least half again of what would do")
+    named, _ = named.split("\n## ", 1)
+    rows = [
+        (key.split()[0], kept) for of in counts.stored().values() for some in of.values() for key, kept in some.items()
+    ]
+    wasteful = {
+        name
+        for name, kept in rows
+        if 32 * kept["sectors"] >= 1.5 * kept["useful_bytes"]
+        or kept["wavefronts"] >= 1.5 * kept["least_wavefronts"] > 0
+    }
+    assert {name for name, _ in rows if f"`{name}`" in named} == wasteful
+
+
 def test_the_command(monkeypatch, capsys):
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
     monkeypatch.setattr("tests.emulator.counts.rows", lambda architecture, T: [row()])
