@@ -73,18 +73,21 @@ def summary(result: machine.Result) -> dict[str, float]:
 
 
 def waste(result: machine.Result, share: float = 0.05) -> list[str]:
-    """The statements that take at least `share` of all wavefronts, or sectors, beyond what their bytes would need."""
+    """The source lines that take at least `share` of all wavefronts, or sectors, beyond what their bytes would need."""
     found = []
     for unit, more, needed in (
         ("wavefronts", result.counts["wavefronts"], result.counts["least_wavefronts"]),
         ("sectors", result.counts["sectors"], result.counts["useful"] / 32),
     ):
-        excess, total = more - needed.astype(float), max(more.sum(), 1)
-        for pc in np.argsort(-excess)[:4].tolist():
-            if excess[pc] > share * total:
+        excess, total, of_line = more - needed.astype(float), max(more.sum(), 1), defaultdict(list)
+        for pc in np.flatnonzero(excess > 0).tolist():
+            of_line[result.program.statements[pc].source].append(pc)
+        for pcs in sorted(of_line.values(), key=lambda pcs: -excess[pcs].sum())[:4]:
+            if excess[pcs].sum() > share * total:
                 found.append(
-                    f"{more[pc] / result.warps:.1f} {unit} a warp where {needed[pc] / result.warps:.1f} would do, of "
-                    f"{total / result.warps:.1f} in all: {result.program.where(pc)}"
+                    f"{more[pcs].sum() / result.warps:.1f} {unit} a warp where {needed[pcs].sum() / result.warps:.1f} "
+                    f"would do, of {total / result.warps:.1f} in all, by {len(pcs)} instructions, the dearest: "
+                    + result.program.where(max(pcs, key=excess.__getitem__))
                 )
     return found
 
