@@ -8,7 +8,8 @@ from pathlib import Path
 import transformers
 from torch import nn
 
-from mos_kernels.huggingface.files import CONFIG_NAME, WEIGHTS_NAME, read_json, read_tensors, refuse_damaged
+from mos_kernels.huggingface.atomic import CONFIG_NAME, WEIGHTS_NAME
+from mos_kernels.huggingface.files import read_json, read_tensors, refuse_damaged
 
 HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 _BY_TASK = {

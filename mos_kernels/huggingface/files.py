@@ -6,23 +6,21 @@ trained modules, such as a classification head, are saved whole and listed in mo
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import uuid
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 import mos_kernels
-from mos_kernels.config import MoSConfig, listed
+from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.apply import install, remove_mos
+from mos_kernels.huggingface.atomic import CONFIG_NAME, WEIGHTS_NAME, write_folder
+from mos_kernels.huggingface.card import adapter_card
 from mos_kernels.huggingface.modules import adapter_parameters, refuse_parallel, unwrap
 from mos_kernels.huggingface.plan import PlannedLinear, adapter_shapes, make_plan
 from mos_kernels.huggingface.state import adapter_state, tensors_of
@@ -30,15 +28,7 @@ from mos_kernels.huggingface.targets import refuse_peft
 from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, offload_hook, parameter_shapes
 from mos_kernels.sharded import gathered, refuse_zero3, spread_like, whole_shape, write_once
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-CARD_NAME = "README.md"
 PEFT_TYPE = "MOSELORA"
 PREFIX = "base_model.model."
 
@@ -77,7 +67,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
 
     own = {"peft_type": PEFT_TYPE, "task_type": None, "mos_kernels_version": mos_kernels.__version__}
     config = {**state.config.to_dict(), **own, **about_base(model), "modules_to_save": modules or None}
-    card = _card(config["base_model_name_or_path"], class_of(model), state.config)
+    card = adapter_card(config["base_model_name_or_path"], class_of(model), state.config)
     write_once(parameters.values(), lambda: write_folder(Path(folder), tensors, config, card))
 
 
@@ -89,24 +79,6 @@ def about_base(model: nn.Module) -> dict:
         "base_model_name_or_path": base or None,
         "inference_mode": True,
     }
-
-
-def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict, card: str) -> None:
-    """Write an adapter's three files, or none of them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
-    with contextlib.ExitStack() as stack:
-        weights = _staged(stack, folder / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
-        description = _staged(stack, folder / CONFIG_NAME, json.dumps(config, indent=2).encode() + b"\n")
-        readme = _staged(stack, folder / CARD_NAME, card.encode())
-        (folder / CONFIG_NAME).unlink(missing_ok=True)
-        _sync_folder(folder)
-        os.replace(weights, folder / WEIGHTS_NAME)
-        if not (folder / CARD_NAME).exists():
-            os.replace(readme, folder / CARD_NAME)
-        _sync_folder(folder)
-        os.replace(description, folder / CONFIG_NAME)
-        _sync_folder(folder)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool = False) -> list[str]:
@@ -375,117 +347,3 @@ def class_of(model: nn.Module) -> type[nn.Module]:
     """The model's class, not the one that fully_shard makes on the fly and puts in its place."""
     kinds = (kind for kind in type(model).__mro__ if issubclass(kind, nn.Module))
     return next(kind for kind in kinds if not kind.__module__.startswith("torch.distributed."))
-
-
-def _staged(stack: contextlib.ExitStack, path: Path, content: bytes) -> Path:
-    """A finished temporary file beside `path`, gone at the end of `stack` unless renamed. Locked for as long."""
-    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    stack.callback(staged.unlink, missing_ok=True)
-    file = open(staged, "xb")  # noqa: SIM115
-    with contextlib.nullcontext() if _lock(file) else file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    stack.callback(file.close)
-    return staged
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files of saves that were killed: the lock of a file goes with its process.
-
-    An empty file may be one that another process is about to lock.
-    """
-    for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME):
-        for staged in folder.glob(f".{name}.*.tmp"):
-            with contextlib.suppress(OSError), open(staged, "rb") as file:
-                if os.fstat(file.fileno()).st_size and _lock(file):
-                    staged.unlink()
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Whether the file could be locked; where there are no such locks, as on Windows, none can be."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-_NO_MERGE = """It cannot be merged into the base model, since what it adds depends on the data:
-`mos_kernels.huggingface.export_lora` writes the nearest plain LoRA, which can. Serve that with vLLM and SGLang: they
-put linears of their own in place of the model's, and this adapter would be left out."""
-
-
-def with_import_note(card: str) -> str:
-    """A model card, with what a process must import before it loads the adapter."""
-    if "mos_kernels.huggingface" in card:
-        return card
-    note = f"""## Loading
-
-This is a Mixture-of-Space adapter: MOSELORA, a peft method of the package `mos_kernels`, which must be
-imported first:
-
-```python
-import mos_kernels.huggingface  # first
-from peft import AutoPeftModelForCausalLM  # or PeftModel.from_pretrained(base, ...)
-
-model = AutoPeftModelForCausalLM.from_pretrained("this folder")
-```
-
-{_NO_MERGE}
-"""
-    return f"{card.rstrip()}\n\n{note}".lstrip()
-
-
-def _card(base: str | None, kind: type[nn.Module], config: MoSConfig) -> str:
-    is_hub_id = base is not None and not os.path.exists(base)
-    elsewhere = "".join(
-        f"Linears that match `{k}` have {listed(v)}.\n" for k, v in (config.spaces_pattern or {}).items()
-    )
-    is_transformers = kind.__module__.startswith("transformers.")
-    own = f"\nmodel = ...  # the {kind.__name__} that the adapter was trained on"
-    if is_transformers:
-        own = f"from transformers import {kind.__name__}\n\n"
-        own += f"model = {kind.__name__}.from_pretrained({base or 'the base model'!r})"
-    by_peft = """
-Or, where peft is installed:
-
-```python
-import mos_kernels.huggingface  # first
-from peft import AutoPeftModel
-
-model = AutoPeftModel.from_pretrained("this folder")
-```
-"""
-    base_line = f"base_model: {base}\n" if is_hub_id else ""
-    return f"""---
-{base_line}tags:
-- mos-kernels
-- lora
----
-
-# A Mixture-of-Space adapter
-
-Rank {config.r}, {config.num_experts} experts ({listed(config.spaces)}), {config.num_experts_per_tok} used by a token.
-{elsewhere}{_NO_MERGE}
-
-A process that loads it must import `mos_kernels.huggingface` first:
-
-```python
-import mos_kernels.huggingface  # first
-from mos_kernels.huggingface import load_adapter
-{own}
-load_adapter(model, "this folder")
-```
-{by_peft if base and is_transformers else ""}"""

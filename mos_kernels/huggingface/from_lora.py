@@ -26,16 +26,8 @@ from torch import Tensor, nn
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.apply import AppliedMoS, install
-from mos_kernels.huggingface.files import (
-    CONFIG_NAME,
-    PREFIX,
-    WEIGHTS_NAME,
-    read_json,
-    read_tensors,
-    refuse_meta,
-    require_finite,
-    require_untied,
-)
+from mos_kernels.huggingface.atomic import CONFIG_NAME, WEIGHTS_NAME
+from mos_kernels.huggingface.files import PREFIX, read_json, read_tensors, refuse_meta, require_finite, require_untied
 from mos_kernels.huggingface.modules import refuse_parallel, unwrap
 from mos_kernels.huggingface.plan import Plan, make_plan
 from mos_kernels.huggingface.state import adapter_state, tensors_of

@@ -14,16 +14,9 @@ from peft import PeftConfig, PeftType
 
 import mos_kernels
 from mos_kernels.config import MoSConfig, default_spaces
-from mos_kernels.huggingface.files import (
-    CARD_NAME,
-    CONFIG_NAME,
-    PEFT_TYPE,
-    PICKLE_NAME,
-    WEIGHTS_NAME,
-    refuse_damaged,
-    unknown_options,
-    with_import_note,
-)
+from mos_kernels.huggingface.atomic import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from mos_kernels.huggingface.card import with_import_note
+from mos_kernels.huggingface.files import PEFT_TYPE, PICKLE_NAME, refuse_damaged, unknown_options
 
 
 def _add_peft_type(name: str) -> PeftType:

@@ -20,18 +20,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from mos_kernels.ffn import FFNForm
+from mos_kernels.huggingface.atomic import CONFIG_NAME, WEIGHTS_NAME
 from mos_kernels.huggingface.attention_mask import follow_attention_mask, forget_attention_mask
 from mos_kernels.huggingface.blocks import add_router, recognise, remove_router
-from mos_kernels.huggingface.files import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    read_tensors,
-    require_finite,
-    require_fit,
-    require_shapes,
-    without_idle,
-)
 from mos_kernels.huggingface.files import PREFIX as FILE_PREFIX
+from mos_kernels.huggingface.files import read_tensors, require_finite, require_fit, require_shapes, without_idle
 from mos_kernels.huggingface.modules import router_owners
 from mos_kernels.huggingface.peft.config import MOSELORA, MoSPeftConfig
 from mos_kernels.huggingface.peft.layer import WHY_NO_MERGE, MoSPeftLayer, MoSPeftRouter, MoSTunerLayer
