@@ -140,7 +140,7 @@ def summary(found: dict[str, list[dict]]) -> str:
     shown = {
         "peft LoRA r=8": (providers.PEFT_8,),
         "**MoS r=8**": ours,
-        "the formula, expert by expert": (providers.PRINTED,),
+        "the paper's formula, expert by expert": (providers.PRINTED,),
     }
     lines = []
 
@@ -175,7 +175,7 @@ def summary(found: dict[str, list[dict]]) -> str:
         add(f"training, one linear {_shape(group)}, {_tokens(group)}: time", group, over)
     for group in tables.groups_of(rows, "tokens")[:1]:
         add(f"training, one small linear {_shape(group)}, {_tokens(group)}: time", group, over)
-    note = f"Times are over the same without an adapter. Measured on {tables.made_with(rows)}."
+    note = f"Each number is a ratio to the same layer or model without an adapter. Measured on {tables.made_with(rows)}."
     return _filled(note) + "\n\n" + tables.table(["", *shown], lines)
 
 
