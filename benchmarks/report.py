@@ -175,8 +175,8 @@ def summary(found: dict[str, list[dict]]) -> str:
         add(f"training, one linear {_shape(group)}, {_tokens(group)}: time", group, over)
     for group in tables.groups_of(rows, "tokens")[:1]:
         add(f"training, one small linear {_shape(group)}, {_tokens(group)}: time", group, over)
-    note = f"Each number is a ratio to the same layer or model without an adapter. Measured on {tables.made_with(rows)}."
-    return _filled(note) + "\n\n" + tables.table(["", *shown], lines)
+    what = "Each number is a ratio to the same layer or model without an adapter."
+    return _filled(f"{what} Measured on {tables.made_with(rows)}.") + "\n\n" + tables.table(["", *shown], lines)
 
 
 def _shape(group: dict[str, dict]) -> str:

@@ -82,9 +82,9 @@ def load_ffn(name: str) -> FFNBackend:
 def why_not_triton(x: Tensor) -> str | None:
     """Why the Triton kernels cannot run on x, or None if they can."""
     if x.dtype == torch.float64:
-        return "it is float64, and the kernels compute in float32"
+        return "the input is float64, and the kernels compute in float32"
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it is on {x.device}, and TRITON_INTERPRET=1 (Triton's interpreter on the CPU) is not set"
+        return f"the input is on {x.device}, and TRITON_INTERPRET=1 (Triton's interpreter, for tests) is not set"
     if not has_triton():
         return "the package triton is not installed (pip install triton)"
     return None

@@ -132,7 +132,7 @@ def parse(argv: Sequence[str], methods: Mapping[str, Method]) -> tuple[Options, 
         parser.add_argument(flag, dest=name, action="store_const", const=value, help=f"--{name} {value}", **flags)
     _add_adapter_arguments(parser)
     found = vars(parser.parse_args(argv))
-    given = {f.name: v for f in dataclasses.fields(MoSConfig) if (v := _value(f.name, found.pop(f.name))) is not None}
+    given = {f.name: _value(f.name, found.pop(f.name)) for f in dataclasses.fields(MoSConfig) if f.name in found}
     options = Options(**{f.name: found[f.name] for f in dataclasses.fields(Options)})
     _check(options, found)
     try:
@@ -238,12 +238,16 @@ def _refuse(names, why: str) -> None:
 def _add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("MoSConfig", "for lora and dora, the options that peft's LoraConfig has too")
     helps = re.findall(r"^ {8}(\w+): ((?:.+\n?)(?: {12}.+\n?)*)", MoSConfig.__doc__, re.MULTILINE)
-    helps = {name: " ".join(text.split()).rstrip(".").replace("%", "%%") for name, text in helps}
+    defaults = MoSConfig().to_dict() | {"target_modules": "the FFN linears of the model"}
+    texts = {
+        name: f"{' '.join(text.split()).rstrip('.')} (default: {defaults[name]})".replace("%", "%%")
+        for name, text in helps
+    }
     for name, hint in typing.get_type_hints(MoSConfig).items():
         if name in MoSConfig.__dataclass_fields__:
             kind = {"action": argparse.BooleanOptionalAction} if hint is bool else {"nargs": "+"}
             flags = dict.fromkeys((f"--{name}", _flag(name)))
-            group.add_argument(*flags, dest=name, default=None, help=helps.get(name, "as in peft"), **kind)
+            group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=texts[name], **kind)
 
 
 def _value(name: str, texts):

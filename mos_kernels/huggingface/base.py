@@ -30,6 +30,8 @@ def load_base(folder: str | os.PathLike, base: str | os.PathLike | None = None, 
     named, transformers does not know its class, or the weights are of another.
     """
     folder = Path(folder)
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter ({CONFIG_NAME}): name the folder that a save has written")
     refuse_damaged(folder)
     config = read_json(folder / CONFIG_NAME)
     whole = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
