@@ -108,8 +108,7 @@ def _uninstall(model: nn.Module, plan: Plan) -> None:
             remove_router(block.block)
     for linear in plan.linears:
         for name in linear.target.names:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, linear.target.module)
+            model.set_submodule(name, linear.target.module)
 
 
 def remove_mos(model: nn.Module) -> list[str]:
@@ -175,8 +174,7 @@ def _replace(model: nn.Module, names: Iterable[str], old: nn.Module, new: nn.Mod
     if hasattr(old, "_is_hf_initialized"):  # else transformers' init_weights would draw the base's weights anew
         new._is_hf_initialized = old._is_hf_initialized
     for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+        model.set_submodule(name, new)
     if hasattr(old, "_hf_hook") and not hasattr(new, "_hf_hook"):  # accelerate's, which moves inputs between devices
         from accelerate.hooks import add_hook_to_module
 

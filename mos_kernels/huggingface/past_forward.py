@@ -17,22 +17,13 @@ _CLIPPED = "clips its weight in training and does not call it"
 _RESCALED = "divides its weight by powers of 2 in inference, and would not divide the adapter"
 _SLICED = "multiplies by slices of its weight where config.pretraining_tp > 1 and config.slow_but_exact"
 
+_MAMBA2 = "Mamba2Mixer BambaMixer FalconH1Mixer GraniteMoeHybridMambaLayer NemotronHMamba2Mixer Zamba2MambaMixer"
 _READERS = {
     "TransformerEncoderLayer": ("linear1 linear2", _FAST_PATH),
     "MambaMixer": ("x_proj dt_proj out_proj", _KERNELS),
     "FalconMambaMixer": ("x_proj dt_proj out_proj", _KERNELS),
     "JambaMambaMixer": ("dt_proj", _KERNELS),
-    **dict.fromkeys(
-        [
-            "Mamba2Mixer",
-            "BambaMixer",
-            "FalconH1Mixer",
-            "GraniteMoeHybridMambaLayer",
-            "NemotronHMamba2Mixer",
-            "Zamba2MambaMixer",
-        ],
-        ("out_proj", _KERNELS),
-    ),
+    **dict.fromkeys(_MAMBA2.split(), ("out_proj", _KERNELS)),
     "WavLMAttention": ("q_proj k_proj v_proj out_proj", _ATTENTION),
     "TDNNLayer": ("kernel", _CONVOLUTION),
     "DetrMHAttentionMap": ("k_proj", _CONVOLUTION),

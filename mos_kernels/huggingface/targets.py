@@ -75,6 +75,11 @@ def layer_kind(linear: nn.Module) -> type[MoSLayer]:
     return MoSConv1D if is_dense(linear) and type(linear) is Conv1D else MoSWrapped
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is to run before or after the module's forward or backward."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
 def in_features(linear: nn.Module) -> int:
     """The width of a linear's input."""
     linear = base_of(linear)
@@ -284,8 +289,7 @@ def _require_plain_linear(name: str, module: nn.Module, model: nn.Module, config
     if not name:
         raise ValueError("the model is itself a linear: use MoSLinear.from_linear(linear, config)")
     refuse_sharded(name, module)
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks) and layer_kind(module) is not MoSWrapped:
+    if has_hooks(module) and layer_kind(module) is not MoSWrapped:
         raise ValueError(f"{name!r} has hooks, which its replacement would lose: remove them, or add them afterwards")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
-from mos_kernels.huggingface.targets import in_features, layer_kind, out_features
+from mos_kernels.huggingface.targets import has_hooks, in_features, layer_kind, out_features
 from mos_kernels.layer import MoSAdapter, MoSRouter, MoSWrapped, adapter_tensors, device_and_dtype
 
 WHY_NO_MERGE = (
@@ -163,8 +163,7 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
     def _base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """weight and bias of a dense base, or the output on x of any other."""
         linear = self.base_layer
-        hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-        if layer_kind(linear) is MoSWrapped or any(hooks) or "forward" in vars(linear):  # accelerate's hook
+        if layer_kind(linear) is MoSWrapped or has_hooks(linear) or "forward" in vars(linear):  # accelerate's hook
             return None, None, linear(x)
         return (linear.weight.t() if isinstance(linear, Conv1D) else linear.weight), linear.bias, None
 

@@ -100,7 +100,7 @@ class MoSPeftModel(BaseTuner):
             return
         layer = MoSPeftLayer(target, adapter_name, planned.config, self._in_peft_model)
         for name in planned.target.names:
-            _put(self.model, name, layer)
+            self.model.set_submodule(name, layer)
 
     def _add_router(self, planned: PlannedBlock, adapter_name: str, config: PeftConfig, on_meta: bool) -> None:
         with init_empty_weights() if on_meta else contextlib.nullcontext():
@@ -312,11 +312,6 @@ def _named_layers(model: nn.Module) -> list[tuple[str, MoSPeftLayer]]:
     return [(name, module) for name, module in modules if isinstance(module, MoSPeftLayer)]
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def _routed_blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module._modules.get("mos_router"), MoSPeftRouter)]
 
@@ -338,7 +333,7 @@ def _put_back(model: nn.Module, but: tuple[str, ...] = ()) -> None:
             remove_router(block)
     for name, layer in _named_layers(model):
         if layer.mos_adapter.keys().isdisjoint(but):
-            _put(model, name, layer.base_layer)
+            model.set_submodule(name, layer.base_layer)
     if not _named_layers(model):
         forget_attention_mask(model)
 
@@ -354,7 +349,7 @@ def _withdraw(model: nn.Module, adapter_name: str, active: list[str]) -> None:
             if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
                 wrapper.delete_adapter(adapter_name, [other for other in active if other != adapter_name])
                 if not len(wrapper.modules_to_save):
-                    _put(model, name, wrapper.original_module)
+                    model.set_submodule(name, wrapper.original_module)
     _put_back(model, tuple(name for _, layer in _named_layers(model) for name in layer.mos_adapter))
     for block in _routed_blocks(model):
         _bind(block, recognise(block), block.mos_router)
