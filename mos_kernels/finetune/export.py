@@ -24,8 +24,8 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(
         prog="python -m mos_kernels export-lora",
-        description="Write the plain LoRA nearest to a Mixture-of-Space adapter on rows of a text file, and say what it "
-        "loses. The output is a peft LoRA folder, which can be merged and served anywhere.",
+        description="Write the plain LoRA nearest to a Mixture-of-Space adapter on rows of a text file, and say what "
+        "it loses. The output is a peft LoRA folder, which can be merged and served anywhere.",
     )
     made.add_argument("--adapter", required=True, help="a folder written by finetune, save_adapter or peft")
     made.add_argument("--model", help="the base model, a folder or a hub id (default: the one that the adapter names)")

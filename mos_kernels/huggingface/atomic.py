@@ -23,7 +23,7 @@ CARD_NAME = "README.md"
 
 
 def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict, card: str) -> None:
-    """Write an adapter's three files, or none of them."""
+    """Write an adapter's three files, the configuration last. A model card that is there is kept."""
     folder.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
     with contextlib.ExitStack() as stack:
@@ -41,7 +41,10 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict, card: s
 
 
 def _staged(stack: contextlib.ExitStack, path: Path, content: bytes) -> Path:
-    """A finished temporary file beside `path`, gone at the end of `stack` unless renamed. Locked for as long."""
+    """A temporary file beside `path` with this content. At the end of `stack` it is removed, unless it was renamed.
+
+    It is locked until then.
+    """
     staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     stack.callback(staged.unlink, missing_ok=True)
     file = open(staged, "xb")  # noqa: SIM115
@@ -54,9 +57,9 @@ def _staged(stack: contextlib.ExitStack, path: Path, content: bytes) -> Path:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files of saves that were killed: the lock of a file goes with its process.
+    """Remove the temporary files of saves that were killed. Files of a running save are locked, and are kept.
 
-    An empty file may be one that another process is about to lock.
+    Empty files are kept too: another process may be about to lock one.
     """
     for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME):
         for staged in folder.glob(f".{name}.*.tmp"):
@@ -66,7 +69,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Whether the file could be locked; where there are no such locks, as on Windows, none can be."""
+    """Try to lock the file, and return whether it worked. On systems without such locks, as Windows, it never does."""
     if fcntl is None:
         return False
     try:

@@ -1,4 +1,4 @@
-"""The model card of an adapter: what it is, how it is loaded, and what servers would do to it."""
+"""The model card of an adapter: what it is, how to load it, and what servers would do to it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import nn
 
 from mos_kernels.config import MoSConfig, listed
 
-_NO_MERGE = """It cannot be merged into the base model, since what it adds depends on the data:
-`mos_kernels.huggingface.export_lora` writes the nearest plain LoRA, which can. Serve that with vLLM and SGLang: they
-put linears of their own in place of the model's, and this adapter would be left out."""
+_NO_MERGE = """It cannot be merged into the base model, since what it adds depends on the token.
+`mos_kernels.huggingface.export_lora` writes the nearest plain LoRA, which can be merged. With vLLM and SGLang, serve
+that LoRA: they put linears of their own in place of the model's, and this adapter would have no effect."""
 
 
 def with_import_note(card: str) -> str:
-    """A model card, with what a process must import before it loads the adapter."""
+    """The model card, with a note on what to import before loading the adapter."""
     if "mos_kernels.huggingface" in card:
         return card
     note = f"""## Loading

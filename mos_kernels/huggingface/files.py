@@ -1,4 +1,4 @@
-"""Adapter files in peft's convention: adapter_config.json, adapter_model.safetensors and a model card.
+"""Adapter files in peft's format: adapter_config.json, adapter_model.safetensors and a model card.
 
 Tensors are named `base_model.model.<path>.mos_lora_A` and so on; a block's router is `<block>.mos_router.weight`. Other
 trained modules, such as a classification head, are saved whole and listed in modules_to_save, as peft does.
@@ -41,14 +41,14 @@ auto_mapping modules_to_save"""
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write the adapter of `model`, and every other module that was trained or loaded with it, to `folder`.
 
-    Such a module need not be trainable at the moment: a forward with gradients, a copy of the model, MoSCallback and
-    mos_param_groups note what is. Only a model that runs compiled, by a loop of one's own, and is frozen before its
-    first save does not know.
+    Modules that are frozen now, but were trained, are saved too. Forwards with gradients, copies of the model,
+    MoSCallback and mos_param_groups note which modules are trainable. This fails in one case: the model runs compiled
+    in a training loop of your own, and is frozen before its first save.
 
-    Files are replaced whole, the configuration last: an interrupted save leaves the old files or a folder without
-    adapter_config.json, never a mixture. Where parameters are spread over processes (FSDP2, ZeRO-3) every process must
-    call this: it gathers them, the first process writes, and all return when it has. Raises ValueError without an
-    adapter, beside one of peft's, or with weights on the meta device.
+    Files are replaced whole, the configuration last. An interrupted save leaves the old files, or a folder without
+    adapter_config.json. If parameters are sharded (FSDP2, ZeRO-3), every process must call this: it gathers them, the
+    first process writes, and all processes return after that. Raises ValueError without an adapter, with an adapter of
+    peft, or with weights on the meta device.
     """
     model = unwrap(model)
     state = adapter_state(model)
@@ -56,7 +56,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         raise ValueError("the adapter was put on by peft: call model.save_pretrained(folder), whose files are the same")
     if state is None:
         raise ValueError(f"{type(model).__name__} has no MoS adapter: call apply_mos(model, config) first")
-    refuse_peft(model)  # whose parameters would be saved as modules of the base
+    refuse_peft(model)  # its parameters would be saved as modules of the base
     modules = state.modules_to_save()
     whole = tensors_of(model, [*modules, *named_by_ending(model, modules)])
     parameters = {**adapter_parameters(model), **whole}
@@ -72,7 +72,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
 
 
 def about_base(model: nn.Module) -> dict:
-    """What an adapter's configuration says of its base model."""
+    """The entries of an adapter's configuration about its base model."""
     kind, base = class_of(model), getattr(getattr(model, "config", None), "_name_or_path", None)
     return {
         "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
@@ -82,16 +82,16 @@ def about_base(model: nn.Module) -> dict:
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool = False) -> list[str]:
-    """Put the adapter saved in `folder` on `model`; or only load its tensors where an equal adapter is applied.
+    """Put the adapter in `folder` on `model`. If the model has an equal adapter, only the tensors are loaded.
 
-    Values are copied into parameters on the model's device, whatever device or dtype they were saved from. With
-    `is_trainable` the adapter and the modules saved with it train on; otherwise they are frozen. With FSDP2, apply the
-    adapter (or load it) before fully_shard; then every process can load another one. What the modules loaded beside it
-    had before is kept, on the CPU, until remove_mos, or another load_adapter, gives it back. Returns the names of the
-    adapted linears.
+    Values are copied into parameters on the model's device, whatever the device or dtype they were saved from. With
+    `is_trainable`, the adapter and the modules saved with it are trainable; otherwise they are frozen. With FSDP2,
+    apply or load an adapter before fully_shard; after that, every process can load another one. If modules of the model
+    are overwritten, such as a head, their earlier values are kept on the CPU. remove_mos, or another load_adapter, puts
+    them back. Returns the names of the adapted linears.
 
-    Everything is checked before the model is touched: FileNotFoundError for a missing folder or file, ValueError for
-    files that are damaged, of another method, of another architecture, or not finite. Never unpickles anything.
+    Everything is checked before the model is changed: FileNotFoundError for a missing folder or file, ValueError for
+    files that are damaged, of another method, of another architecture, or not finite. Nothing is unpickled.
     """
     outer, model = model, unwrap(model)
     folder = Path(folder)
@@ -137,7 +137,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
 
 
 def refuse_damaged(folder: Path) -> None:
-    """Raise as `load_adapter` does for what is wrong with the files, whatever the model. Weights may be missing."""
+    """Raise the errors of `load_adapter` that do not depend on the model. Missing weights are no error."""
     if not (folder / WEIGHTS_NAME).is_file() and not (folder / PICKLE_NAME).is_file():
         return
     config, _ = _read_config(folder)
@@ -148,7 +148,7 @@ def refuse_damaged(folder: Path) -> None:
     for name, tensor in tensors.items():
         module, _, kind = name.removesuffix(".weight").rpartition(".")
         own, shape = config.for_module(module), tuple(tensor.shape)
-        if name.endswith(".mos_router.weight"):  # a block's: of the experts that its linears have
+        if name.endswith(".mos_router.weight"):  # the router of a block has the experts of the block's linears
             own = _with_experts(config, shape[0] if shape else 0)
         routed = dataclasses.replace(own, router_scope="linear")
         if shape != parameter_shapes(routed, d_in=shape[-1], d_out=shape[0]).get(kind):
@@ -158,7 +158,7 @@ def refuse_damaged(folder: Path) -> None:
 
 
 def _with_experts(config: MoSConfig, E: int) -> MoSConfig:
-    """`config`, with the spaces of its spaces_pattern that are E experts, where there are any."""
+    """`config` with E experts: its spaces, or an entry of its spaces_pattern, that have E experts in total."""
     for spaces in (config.spaces, *(config.spaces_pattern or {}).values()):
         if sum(spaces.values()) == E:
             return dataclasses.replace(config, spaces=spaces, num_experts_per_tok=min(config.num_experts_per_tok, E))
@@ -168,7 +168,7 @@ def _with_experts(config: MoSConfig, E: int) -> MoSConfig:
 def require_fit(
     folder: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], whole: dict[str, Tensor]
 ) -> None:
-    """ValueError unless a file's tensors are an adapter's, of these shapes, and those that are saved whole; finite."""
+    """ValueError unless the tensors of a file have these names and shapes, include those of `whole`, and are finite."""
     require_shapes(folder, tensors, shapes | {name: whole_shape(tensor) for name, tensor in whole.items()})
     require_finite(folder, tensors, _require_floating(folder, tensors, whole))
 
@@ -178,7 +178,7 @@ def is_adapter(name: str) -> bool:
 
 
 def refuse_meta(linears: Iterable[PlannedLinear], tensors: Mapping[str, Tensor]) -> None:
-    """ValueError where a tensor, or a linear to adapt, has no values yet, and no hook brings them from elsewhere."""
+    """ValueError if a tensor, or a linear to adapt, is on the meta device and no hook loads its values."""
     names = [name for name, tensor in tensors.items() if tensor.is_meta]
     for linear in linears:
         base = linear.target.module
@@ -217,12 +217,12 @@ def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
 
 
 def unknown_options(values: Mapping, known: Container[str]) -> dict:
-    """The options of a file that would be dropped silently. One of peft's that is off asks for nothing."""
+    """The unknown options in a file. Options that are off, such as None or False, do not count."""
     return {name: v for name, v in values.items() if name not in known and v not in (None, False, [], {})}
 
 
 def read_json(path: Path) -> dict:
-    """An adapter's configuration as it lies there; ValueError for a damaged file."""
+    """The content of adapter_config.json. ValueError for a damaged file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -233,7 +233,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter's file by their names in the model; errors as of `load_adapter`."""
+    """The tensors of an adapter's file, by their names in the model. Errors as in `load_adapter`."""
     if not path.is_file():
         pickled = path.with_name(PICKLE_NAME)
         why = f"; {pickled.name} is there, but pickles are never loaded: save it again as safetensors"
@@ -252,9 +252,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def without_idle(tensors: dict[str, Tensor], config: MoSConfig) -> dict[str, Tensor]:
-    """The tensors of a file without the router and the curvature that earlier files of one Euclidean expert have.
+    """The tensors of a file without router and curvature, if the adapter is a single Euclidean expert.
 
-    Its gate is 1 and its curvature 0 whatever they hold.
+    Files of earlier versions have them. They have no effect, since the gate is 1 and the curvature 0.
     """
     if not config.is_lora or config.spaces_pattern:
         return tensors
@@ -263,7 +263,7 @@ def without_idle(tensors: dict[str, Tensor], config: MoSConfig) -> dict[str, Ten
 
 
 def _require_equal(applied: MoSConfig, loaded: MoSConfig) -> None:
-    """Where the adapter sits may be written in several ways, and the tensors' names check it."""
+    """ValueError if the configurations differ, except in target_modules and the like, which tensor names check."""
     different = [
         f"{field.name}={getattr(loaded, field.name)!r} instead of {getattr(applied, field.name)!r}"
         for field in dataclasses.fields(MoSConfig)
@@ -277,7 +277,7 @@ def _require_equal(applied: MoSConfig, loaded: MoSConfig) -> None:
 
 
 def require_shapes(where, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """ValueError unless these are the tensors that there should be, of these shapes."""
+    """ValueError unless the tensors have exactly these names and shapes."""
     missing = [name for name in shapes if name not in tensors]
     unexpected = [name for name in tensors if name not in shapes]
     reshaped = [
@@ -298,7 +298,7 @@ def require_shapes(where, tensors: dict[str, Tensor], shapes: dict[str, tuple[in
 
 
 def _require_floating(folder: Path, tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> dict[str, torch.dtype]:
-    """The dtype that each tensor will be cast to; ValueError where that would lose more than digits."""
+    """The dtype that each tensor will be cast to. ValueError for tensors that are not floats of 16 to 64 bits."""
     for name, tensor in tensors.items():
         wanted = extra[name].dtype if name in extra else torch.float32
         if tensor.dtype != wanted and tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -307,11 +307,11 @@ def _require_floating(folder: Path, tensors: dict[str, Tensor], extra: dict[str,
 
 
 def require_finite(where, tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype] | None = None) -> None:
-    """ValueError for values that are not finite in the dtype they go to, by default float32."""
+    """ValueError for values that are not finite in the dtype that they are cast to, by default float32."""
     dtypes = dtypes or {}
 
     def finite(name: str, tensor: Tensor) -> bool:
-        # a float64 adapter may be finite as it lies and not where it goes; curvature goes to float32 always
+        # a float64 value may be finite in the file and not after the cast; curvature is always cast to float32
         wanted = dtypes.get(name, torch.float32)
         return not tensor.is_floating_point() or bool(tensor.to(wanted).isfinite().all())
 
@@ -321,7 +321,7 @@ def require_finite(where, tensors: dict[str, Tensor], dtypes: dict[str, torch.dt
 
 
 def named_by_ending(model: nn.Module, entries: list[str]) -> list[str]:
-    """The modules that peft takes for named by the end of a word, as pre_classifier by "classifier"."""
+    """The modules that peft matches within a word: the entry "classifier" also matches pre_classifier."""
     return [
         name
         for name, _ in model.named_modules()
@@ -330,7 +330,7 @@ def named_by_ending(model: nn.Module, entries: list[str]) -> list[str]:
 
 
 def require_untied(where, model: nn.Module, whole: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """ValueError where a value for one module, saved whole, would be another's too: a head tied to the embeddings."""
+    """ValueError if a loaded module shares its parameter with another module, such as a head tied to the embeddings."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -344,6 +344,6 @@ def require_untied(where, model: nn.Module, whole: dict[str, Tensor], values: di
 
 
 def class_of(model: nn.Module) -> type[nn.Module]:
-    """The model's class, not the one that fully_shard makes on the fly and puts in its place."""
+    """The model's class. fully_shard replaces it by a class that it makes."""
     kinds = (kind for kind in type(model).__mro__ if issubclass(kind, nn.Module))
     return next(kind for kind in kinds if not kind.__module__.startswith("torch.distributed."))
