@@ -95,7 +95,7 @@ class MoSCallback(TrainerCallback):
     """
 
     def __init__(self, history_file: str | None = HISTORY):
-        """history_file: its name in the output_dir; None: no file."""
+        """history_file: the name of the history file in the output_dir. None: no file."""
         self.history: list[dict] = []
         self.history_file = history_file
         self._file = HistoryFile()

@@ -103,7 +103,7 @@ class AdapterState(PreHook):
         if left:
             warnings.warn(
                 f"trained in place beside the adapter, and left as they are: {', '.join(sorted(left)[:4])} "
-                f"({len(left)} tensors). Their values before training were not kept: load the base again to get them",
+                f"({len(left)} tensors). Their values before training were not kept: load the base anew to get them",
                 stacklevel=3,
             )
 
