@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from mos_kernels.finetune.data import Rows, class_order, column_of, read_rows, text_of
 from mos_kernels.finetune.options import FinetuneError
@@ -80,11 +80,14 @@ def _export(options: argparse.Namespace) -> ExportReport:
     model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = options.model or model.config._name_or_path
     tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     positions = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
     options.max_length = min(options.max_length, positions or options.max_length, tokenizer.model_max_length)
-    encode = _classified if is_classifier(model) else _continued
+    encode, collate = _continued, DataCollatorForTokenClassification(tokenizer)
+    if is_classifier(model):
+        encode, collate = _classified, DataCollatorWithPadding(tokenizer)
     other, asked = ("target", "label") if is_classifier(model) else ("label", "target")
     if getattr(options, f"{other}_column"):
         raise FinetuneError(f"--{other}-column does not go with a {type(model).__name__}: name --{asked}-column")
@@ -99,7 +102,7 @@ def _export(options: argparse.Namespace) -> ExportReport:
     def batches(rows: Rows) -> list[dict]:
         examples = sorted((encode(options, tokenizer, row, classes) for row in rows), key=lambda e: len(e["input_ids"]))
         parts = [examples[i : i + options.batch_size] for i in range(0, len(examples), options.batch_size)]
-        return [_collate(part, tokenizer.pad_token_id or 0) for part in parts]
+        return [dict(collate(part)) for part in parts]
 
     return export_lora(
         model, batches(calibration), options.output, options.rank, at_once=options.at_once,
@@ -154,16 +157,3 @@ def _continued(options: argparse.Namespace, tokenizer, row: tuple[str, dict], cl
     )  # if it is too long, the beginning of the prompt is cut
     ids, labels = (part[start : start + options.max_length] for part in (ids, labels))
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
-
-
-def _collate(examples: list[dict], pad: int) -> dict[str, torch.Tensor]:
-    """Padded on the right."""
-    fill = {"input_ids": pad, "labels": IGNORED}
-    width = max(len(example["input_ids"]) for example in examples)
-    batch = {}
-    for key in examples[0]:
-        values = [example[key] for example in examples]
-        if isinstance(values[0], list):
-            values = [value + [fill.get(key, 0)] * (width - len(value)) for value in values]
-        batch[key] = torch.tensor(values)
-    return batch
