@@ -45,10 +45,10 @@ def curve_kernel(
 
 
 @triton.jit
-def _load_h(h, row, m_t, i_e, T, o_c, E, r, IS_SECOND: tl.constexpr):
+def _load_h(h, row, m_t, i_e, T, o_c, r, IS_SECOND: tl.constexpr):
     """h of one expert, where the columns of its B stand in a tile of `_load_B`, and 0 elsewhere."""
     column = o_c - r if IS_SECOND else o_c
-    mask = m_t[:, None] & ((column >= 0) & (column < r) & (i_e < E))[None, :]
+    mask = m_t[:, None] & ((column >= 0) & (column < r))[None, :]
     return tl.load(h + (tl.cast(i_e, tl.int64) * T + row[:, None]) * r + column[None, :], mask=mask, other=0.0)
 
 
@@ -67,9 +67,9 @@ def _load_dy(dy, row, m_t, o_n, N, stride_dy):
 
 
 @triton.jit
-def _of_token(t, row, m_t, i_e, T, E):
+def _of_token(t, row, m_t, i_e, T):
     """A number of every token, of one expert of t (E, T)."""
-    return tl.load(t + tl.cast(i_e, tl.int64) * T + row, mask=m_t & (i_e < E), other=0.0)
+    return tl.load(t + tl.cast(i_e, tl.int64) * T + row, mask=m_t, other=0.0)
 
 
 @triton.jit
@@ -88,8 +88,9 @@ def activated_norm_kernel(
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o_c = tl.arange(0, BLOCK_R)
     m_t, row = o_t < T, o_t.to(tl.int64)
-    b_h = _load_h(h, row, m_t, i_e, T, o_c, E, r, False)
-    b_h_2 = _load_h(h, row, m_t, i_e + 1, T, o_c, E, r, True) if PAIR else b_h
+    m_2 = m_t & (i_e + 1 < E)
+    b_h = _load_h(h, row, m_t, i_e, T, o_c, r, False)
+    b_h_2 = _load_h(h, row, m_2, i_e + 1, T, o_c, r, True) if PAIR else b_h
     part = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS) * BLOCK_N
     q, q_2 = tl.zeros([BLOCK_T], tl.float32), tl.zeros([BLOCK_T], tl.float32)
     t, t_2 = tl.zeros([BLOCK_T], tl.float32), tl.zeros([BLOCK_T], tl.float32)
@@ -112,10 +113,9 @@ def activated_norm_kernel(
     if BACKWARD:
         tl.store(planes + of_t + plane, t, mask=m_t)
     if PAIR:
-        m_t &= i_e + 1 < E
-        tl.store(planes + T + plane, q_2, mask=m_t)
+        tl.store(planes + T + plane, q_2, mask=m_2)
         if BACKWARD:
-            tl.store(planes + T + of_t + plane, t_2, mask=m_t)
+            tl.store(planes + T + of_t + plane, t_2, mask=m_2)
 
 
 @triton.jit
@@ -181,11 +181,12 @@ def activated_expand_kernel(
     total = plus_added(total, added, row[:, None], m_t, o_n, N, ADDED)
     for i_e in range(0, E, 2 if PAIR else 1):
         b_B = _load_B(B, o_n, i_e, o_c, N, E, r, PAIR)
-        u, _ = activation(_v(_load_h(h, row, m_t, i_e, T, o_c, E, r, False), b_B), ACTIVATION)
-        total += _of_token(through_dy, row, m_t, i_e, T, E)[:, None] * u
+        u, _ = activation(_v(_load_h(h, row, m_t, i_e, T, o_c, r, False), b_B), ACTIVATION)
+        total += _of_token(through_dy, row, m_t, i_e, T)[:, None] * u
         if PAIR:
-            u, _ = activation(_v(_load_h(h, row, m_t, i_e + 1, T, o_c, E, r, True), b_B), ACTIVATION)
-            total += _of_token(through_dy, row, m_t, i_e + 1, T, E)[:, None] * u
+            m_2 = m_t & (i_e + 1 < E)
+            u, _ = activation(_v(_load_h(h, row, m_2, i_e + 1, T, o_c, r, True), b_B), ACTIVATION)
+            total += _of_token(through_dy, row, m_2, i_e + 1, T)[:, None] * u
     mask = m_t[:, None] & (o_n[None, :] < N)
     tl.store(y + row[:, None] * N + o_n[None, :], cast(total, y.dtype.element_ty), mask=mask)
 
@@ -208,12 +209,13 @@ def activated_input_kernel(
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o_c = tl.arange(0, BLOCK_R)
     m_t, row = o_t < T, o_t.to(tl.int64)
-    b_h = _load_h(h, row, m_t, i_e, T, o_c, E, r, False)
-    c, d = _of_token(through_dy, row, m_t, i_e, T, E), _of_token(through_u, row, m_t, i_e, T, E)
+    b_h = _load_h(h, row, m_t, i_e, T, o_c, r, False)
+    c, d = _of_token(through_dy, row, m_t, i_e, T), _of_token(through_u, row, m_t, i_e, T)
     total = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     if PAIR:
-        b_h_2 = _load_h(h, row, m_t, i_e + 1, T, o_c, E, r, True)
-        c_2, d_2 = _of_token(through_dy, row, m_t, i_e + 1, T, E), _of_token(through_u, row, m_t, i_e + 1, T, E)
+        m_2 = m_t & (i_e + 1 < E)
+        b_h_2 = _load_h(h, row, m_2, i_e + 1, T, o_c, r, True)
+        c_2, d_2 = _of_token(through_dy, row, m_2, i_e + 1, T), _of_token(through_u, row, m_2, i_e + 1, T)
         total_2 = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     part = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS) * BLOCK_N
     for start in range(i_s * part, tl.minimum((i_s + 1) * part, N), BLOCK_N):
@@ -252,12 +254,13 @@ def activated_weight_kernel(
         o_t = start + tl.arange(0, BLOCK_T)
         m_t, row = o_t < T, o_t.to(tl.int64)
         b_dy = _load_dy(dy, row, m_t, o_n, N, stride_dy)
-        b_h = _load_h(h, row, m_t, i_e, T, o_c, E, r, False)
-        c, d = _of_token(through_dy, row, m_t, i_e, T, E), _of_token(through_u, row, m_t, i_e, T, E)
+        b_h = _load_h(h, row, m_t, i_e, T, o_c, r, False)
+        c, d = _of_token(through_dy, row, m_t, i_e, T), _of_token(through_u, row, m_t, i_e, T)
         total = dot(tl.trans(_dv(b_dy, b_h, b_B, c, d, ACTIVATION)), b_h, total)
         if PAIR:  # into the same sum: the columns of the other expert are 0
-            b_h = _load_h(h, row, m_t, i_e + 1, T, o_c, E, r, True)
-            c, d = _of_token(through_dy, row, m_t, i_e + 1, T, E), _of_token(through_u, row, m_t, i_e + 1, T, E)
+            m_2 = m_t & (i_e + 1 < E)
+            b_h = _load_h(h, row, m_2, i_e + 1, T, o_c, r, True)
+            c, d = _of_token(through_dy, row, m_2, i_e + 1, T), _of_token(through_u, row, m_2, i_e + 1, T)
             total = dot(tl.trans(_dv(b_dy, b_h, b_B, c, d, ACTIVATION)), b_h, total)
     _store_columns(planes, i_s.to(tl.int64) * N + o_n, o_n < N, i_e, o_c, total, E, r, PAIR)
 
@@ -303,7 +306,8 @@ def uncurve_kernel(
 
 def _settings(kernel: str, h: Tensor, T: int) -> dict:
     most = 32 if h.dtype == torch.float32 else 256
-    return launch.wide_settings(kernel, h.device, T, h.dtype, BLOCK_T=most, BLOCK_N=most)
+    tokens = 16 if most == 32 and h.shape[-1] > 64 else most
+    return launch.wide_settings(kernel, h.device, T, h.dtype, BLOCK_T=tokens, BLOCK_N=most)
 
 
 def _curve(p, n, kappa, dtype: torch.dtype, config) -> Tensor:

@@ -143,9 +143,10 @@ def expand_kernel(
         B, added = tl.where(is_second, B_2, B), tl.where(is_second, added_2, added)
     across = tl.cdiv(N, BLOCK_N)
     first, i_n = tl.program_id(0) // across * rows, tl.program_id(0) % across
-    o_n, o_c = i_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = (o_n < N)[None, :]
     if HOLDS:
+        o_c = tl.arange(0, BLOCK_C)
         b_B = _load_columns(B, o_n, N, o_c, C)
         b_bias = tl.load(added + o_n, mask=o_n < N, other=0.0).to(tl.float32) if ADDED == 1 else 0.0
         for start in range(first, tl.minimum(first + rows, T), BLOCK_T):
@@ -163,8 +164,8 @@ def expand_kernel(
         m_t, row = o_t < T, o_t.to(tl.int64)[:, None]
         total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
         for start in range(0, C, BLOCK_C):
-            b_z, b_B = _load_columns(z, o_t, T, start + o_c, C), _load_columns(B, o_n, N, start + o_c, C)
-            total = dot(b_z, tl.trans(b_B), total)
+            o_c = start + tl.arange(0, BLOCK_C)
+            total = dot(_load_columns(z, o_t, T, o_c, C), tl.trans(_load_columns(B, o_n, N, o_c, C)), total)
         total = plus_added(total, added, row, m_t, o_n, N, ADDED)
         tl.store(y + row * N + o_n[None, :], cast(total, y.dtype.element_ty), mask=m_t[:, None] & m_n)
 
@@ -204,7 +205,9 @@ def _expand_launch(z: Tensor, Bs: list[Tensor], added: list[Tensor | None], y: T
     settings = launch.wide_settings("expand", z.device, T, z.dtype, BLOCK_N=most)
     walks, holds = launch.processors(z.device) * settings.pop("PER_SM"), C <= 128 and z.dtype != torch.float32
     if not holds and launch.bucket(T) == "train":
-        settings.update(BLOCK_T=64 if z.dtype == torch.float32 else 128, BLOCK_N=128, num_stages=2)
+        settings.update(
+            BLOCK_T=64 if z.dtype == torch.float32 else 128, BLOCK_N=64 if C % 16 else 128, num_stages=2
+        )  # fmt: skip
     settings["BLOCK_C"] = launch.block(C, 16, 128 if holds else settings["BLOCK_C"])
     tiles, across = triton.cdiv(T, settings["BLOCK_T"]), triton.cdiv(N, settings["BLOCK_N"])
     of_a_walk = triton.cdiv(tiles, max(walks // (across * len(Bs)), 1)) if holds and T else 1
