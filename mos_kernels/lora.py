@@ -1,6 +1,6 @@
-"""A single Euclidean expert: a LoRA, y = base(x) + (α/r) B A x. Its gate is 1, its space flat: no router, no curvature.
+"""A single Euclidean expert: a LoRA, y = base(x) + (α/r) B A x, without router and curvature.
 
-Two products of rank r beside the base's one, the second added to the base's output in place.
+It takes two products of rank r beside the base's product. The second one is added to the base's output in place.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def lora_linear(
     y = linear(x, weight, bias) if base_output is None else base_output
     low = linear(dropout(x, dropout_p) if dropout_p > 0 else x, A.to(x_dtype))
     rows, factor = low.reshape(-1, low.shape[-1]).to(y.dtype), B.to(y.dtype).t()
-    with without_autocast(x):  # which would round y
-        if base_output is None:  # which nothing else reads
+    with without_autocast(x):  # autocast would round y
+        if base_output is None:  # nothing else reads y, so it may be changed in place
             return y.view(-1, y.shape[-1]).addmm_(rows, factor, alpha=scaling).view(y.shape)
         return y.reshape(-1, y.shape[-1]).addmm(rows, factor, alpha=scaling).view(y.shape)

@@ -115,8 +115,8 @@ def test_a_run_on_a_gpu_tunes_each_bucket_and_goes_on_from_what_it_wrote(tmp_pat
     path = tmp_path / "settings.json"
     path.write_text(launch.SETTINGS_FILE.read_text())
     monkeypatch.setattr(launch, "SETTINGS_FILE", path)
-    monkeypatch.setattr(tune, "TOKENS", {"train": 70, "decode": 5})
-    monkeypatch.setattr(tune, "QWEN2_1_5B", ((20, 24), (24, 20)))
+    monkeypatch.setattr(tune, "TOKENS", {"train": 65, "decode": 5})
+    monkeypatch.setattr(tune, "QWEN2_1_5B", ((20, 24),))
     made = tune.steps
     monkeypatch.setattr(
         tune, "steps", lambda config, T, d_in, d_out, dtype, _: made(config, T, d_in, d_out, dtype, CPU)
