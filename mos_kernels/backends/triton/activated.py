@@ -4,6 +4,9 @@
     t_e = dy·u_e     dv_e = (c_e dy + 2 dq_e u_e) ⊙ φ'(v_e)    dB_e = dv_eᵀ h_e    dh_e = dv_e B_e
 
 u is formed tile by tile in each pass and never stored: once for q (and t), once for the output (or dv).
+
+A product takes 16 columns at least. Two experts of a rank of at most 8 are a pair: the same tile of B serves both, and
+of dy where it is read, each with an h that is 0 in the columns of the other.
 """
 
 from __future__ import annotations
