@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mos_kernels.backends.triton import launch
 from mos_kernels.backends.triton.numerics import cast, dot
+from mos_kernels.backends.triton.shrink import empty_stack, stack_part
 
 
 @triton.jit
@@ -61,11 +62,15 @@ def gram_kernel(
 
 @triton.jit
 def grams_kernel(
-    B, wide, B_2, wide_2, B_h, wide_h, planes, N, N_h, E: tl.constexpr, r: tl.constexpr, r_h: tl.constexpr,
-    READS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_R_H: tl.constexpr, SPLITS: tl.constexpr,
-    WIDE: tl.constexpr, WIDE_2: tl.constexpr, WIDE_H: tl.constexpr, GRAM: tl.constexpr,
+    B, wide, B_2, wide_2, B_h, wide_h, planes, A, A_2, router, stack, N, N_h, D, E: tl.constexpr, r: tl.constexpr,
+    r_h: tl.constexpr, READS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_R_H: tl.constexpr,
+    SPLITS: tl.constexpr, WIDE: tl.constexpr, WIDE_2: tl.constexpr, WIDE_H: tl.constexpr, GRAM: tl.constexpr,
+    R: tl.constexpr, ROUTED: tl.constexpr, SPLIT_ROUTER: tl.constexpr,
 ):  # fmt: skip
-    """`gram_kernel` of the READS linears of an FFN that read its input, and of the one (h) after them."""
+    """`gram_kernel` of the READS linears of an FFN that read its input, and of the one (h) after them.
+
+    R: where it is not 0, further programs make the stack of the R rows of A, or of A and A_2, and the router's ROUTED.
+    """
     i_e, i_s, i_l = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     size: tl.constexpr = READS * E * r * r + E * r_h * r_h
     if i_l == 0:
@@ -73,9 +78,12 @@ def grams_kernel(
     elif i_l < READS:
         second = planes + E * r * r
         _gram_part(B_2, wide_2, second, N, i_e, i_s, size, E, r, BLOCK_N, BLOCK_R, SPLITS, WIDE_2, GRAM)
-    else:
+    elif i_l == READS:
         last = planes + READS * E * r * r
         _gram_part(B_h, wide_h, last, N_h, i_e, i_s, size, E, r_h, BLOCK_N, BLOCK_R_H, SPLITS, WIDE_H, GRAM)
+    elif R > 0:
+        first, programs = i_s * tl.num_programs(0) + i_e, tl.num_programs(0) * tl.num_programs(1)
+        stack_part(A, A_2, router, stack, first, programs, D, R, ROUTED, SPLIT_ROUTER, READS == 2)
 
 
 def _gram_settings(B: Tensor, N: int, r: int) -> dict:
@@ -100,29 +108,37 @@ def gram_launch(B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return wide, launch.sum_planes(planes)
 
 
-def grams_launch(Bs: list[Tensor], dtype: torch.dtype, needs_gram: bool) -> tuple[list[Tensor], Tensor | None]:
+def grams_launch(
+    Bs: list[Tensor], dtype: torch.dtype, needs_gram: bool, As: list[Tensor] | None = None, router: Tensor | None = None
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """As `gram_launch` of an FFN's linears, the last of them last: each B in dtype, and where needed all G as one row.
 
-    Those before the last have one shape and dtype.
+    Those before the last have one shape and dtype. As: the A (R, d_in) of these, of one dtype, which with the router
+    become the stack that `shrink_launch` takes.
     """
     *reads, last = Bs
     (N, E, r), (N_h, _, r_h), device = reads[0].shape, last.shape, last.device
     wide = [B if B.dtype == dtype else torch.empty_like(B, dtype=dtype) for B in Bs]
     if not needs_gram and all(a is b for a, b in zip(wide, Bs, strict=True)):
-        return wide, None
+        return wide, None, None
     settings = _gram_settings(last, max(N, N_h), max(r, r_h))
     size = len(reads) * E * r * r + E * r_h * r_h
     planes = torch.empty(settings["SPLITS"], size, device=device, dtype=torch.float32) if needs_gram else None
     casts = [a is not b for a, b in zip(wide, Bs, strict=True)]
     block_r, block_r_h = launch.block(r, 16, 128), launch.block(r_h, 16, 128)
     across = max(triton.cdiv(E, block_r // r), triton.cdiv(E, block_r_h // r_h))
+    stack, sources, D, stacking = None, (last,) * 4, N, {"R": 0, "ROUTED": 0, "SPLIT_ROUTER": False}
+    if As is not None:
+        stack, stacking = empty_stack(As, router, dtype)
+        sources, D = (As[0], As[-1], last if router is None else router, stack), stack.shape[1]
     launch.launch(
-        grams_kernel, (across, settings["SPLITS"], len(Bs)), last,
-        (reads[0], wide[0], reads[-1], wide[-2], last, wide[-1], last if planes is None else planes, N, N_h),
+        grams_kernel, (across, settings["SPLITS"], len(Bs) + (stack is not None)), last,
+        (reads[0], wide[0], reads[-1], wide[-2], last, wide[-1], last if planes is None else planes, *sources,
+         N, N_h, D),
         E=E, r=r, r_h=r_h, READS=len(reads), BLOCK_R=block_r, BLOCK_R_H=block_r_h,
-        WIDE=casts[0], WIDE_2=casts[-2], WIDE_H=casts[-1], GRAM=needs_gram, **settings,
+        WIDE=casts[0], WIDE_2=casts[-2], WIDE_H=casts[-1], GRAM=needs_gram, **stacking, **settings,
     )  # fmt: skip
-    return wide, None if planes is None else launch.sum_planes(planes)
+    return wide, None if planes is None else launch.sum_planes(planes), stack
 
 
 @triton.jit(do_not_specialize=["T", "rows"])

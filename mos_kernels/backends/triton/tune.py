@@ -35,6 +35,7 @@ CANDIDATES = {
     "TOKEN_TILE": (64, 128, 256, 512),
     "WEIGHT_T": (16, 32, 64, 128),
     "WEIGHT_N": (32, 64, 128, 256),
+    "AHEAD": (0, 1),
     "CHUNK_ROWS": (512, 1024, 2048, 4096, 1 << 40),
     "CHUNK_BYTES": (8 << 20, 16 << 20, 24 << 20, 32 << 20, 48 << 20, 1 << 40),
     "PER_SM": (1, 2, 3, 4, 6, 8, 16),
@@ -42,6 +43,7 @@ CANDIDATES = {
     "num_stages": (1, 2, 3, 4),
 }
 SEEDS = {
+    "shrink": {"train": {"BLOCK_T": 64, "BLOCK_D": 128, "SPLITS": 1, "AHEAD": 0, "num_warps": 8, "num_stages": 4}},
     "shrink_backward": {"train": {"BLOCK_T": 32, "BLOCK_D": 64, "SPLITS": 8, "num_warps": 4, "num_stages": 4}},
     "gram": {"train": {"BLOCK_N": 64, "SPLITS": 64, "num_warps": 4, "num_stages": 2}},
     "bridge": {"train": {"TILE": 256, "TOKEN_TILE": 512, "num_warps": 2, "num_stages": 1}},
