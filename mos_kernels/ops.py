@@ -42,6 +42,8 @@ def linear(tensors: LinearTensors, plan: Plan) -> Tensor:
 
 def ffn(tensors: FFNTensors, plan: FFNPlan) -> Tensor:
     """y (..., d_out), differentiable in x, gates, router and the adapters."""
+    if plan.few is not None:  # found without autocast
+        return load_ffn(plan.backend).ffn_inference(tensors, plan)
     with without_autocast(tensors.x):
         if plan.differentiable:
             return _MoSFFN.apply(plan, *tensors.flat)
