@@ -116,9 +116,7 @@ def test_all_of_it_trains_and_padding_has_no_say(model):
     wanted = model.auxiliary_loss()
     torch.testing.assert_close(whole, wanted)
     wider = {
-        name: torch.cat([torch.zeros(2, 3, dtype=batch[name].dtype), batch[name]], 1)
-        for name in batch
-        if name != "labels"
+        name: torch.cat([torch.zeros_like(part[:, :3]), part], 1) for name, part in batch.items() if name != "labels"
     }
     equation_losses(model, {**wider, "labels": batch["labels"]}, "none")
     torch.testing.assert_close(model.auxiliary_loss(), wanted)

@@ -43,7 +43,6 @@ def adapted(model: nn.Module, method: str, options: dict) -> nn.Module:
     import peft
 
     from benchmarks.study.hmora import hmora
-
     from mos_kernels import MoSConfig
     from mos_kernels.huggingface import MoSPeftConfig
 
