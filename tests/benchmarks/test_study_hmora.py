@@ -115,10 +115,9 @@ def test_all_of_it_trains_and_padding_has_no_say(model):
     equation_losses(model, batch, "none")
     wanted = model.auxiliary_loss()
     torch.testing.assert_close(whole, wanted)
-    wider = {
-        name: torch.cat([torch.zeros_like(part[:, :3]), part], 1) for name, part in batch.items() if name != "labels"
-    }
-    equation_losses(model, {**wider, "labels": batch["labels"]}, "none")
+    labels = batch.pop("labels")
+    wider = {name: torch.cat([torch.zeros_like(part[:, :3]), part], 1) for name, part in batch.items()}
+    equation_losses(model, {**wider, "labels": labels}, "none")
     torch.testing.assert_close(model.auxiliary_loss(), wanted)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from benchmarks.study.decoder.problems import Problem, solves
@@ -126,8 +126,12 @@ def train(
     batch_size: int,
     callbacks: Sequence[TrainerCallback] = (),
     save_steps: int = 20,
+    prints: bool = True,
 ) -> Run:
-    """One epoch of AdamW, as the study's other runs: linear decay after a tenth of warm-up, under bfloat16 autocast."""
+    """One epoch of AdamW, as the study's other runs: linear decay after a tenth of warm-up, under bfloat16 autocast.
+
+    prints: what Trainer logs at each step.
+    """
     times = _Times(output)
     trainer = _Trainer(
         model,
@@ -142,6 +146,8 @@ def train(
         optimizers=(torch.optim.AdamW(mos_param_groups(model, learning_rate)), None),
         callbacks=[times, *callbacks],
     )  # fmt: skip
+    if not prints:
+        trainer.remove_callback(PrinterCallback)
     if mos_adapters(model):
         MoSCallback.add_to(trainer)
     failure = None
