@@ -1,13 +1,13 @@
-"""The cache of what depends only on an adapter's parameters: κ, G, and the factors in the base's dtype.
+"""What follows from an adapter's parameters alone, κ, G and the factors in the base's dtype, kept between calls.
 
-It is used in eval mode without gradients. It is valid as long as the parameters are the same tensors, at the same
-address and version. These events end it: a change in place, another tensor in place of a parameter (`functional_call`,
-`load_state_dict`, `swap_tensors`, an assignment to the parameter or to its `.data`), a backward through any adapter of
-the process, `model.train()` and `model.eval()`.
+It is kept in eval mode without gradients, and valid for the very tensors that it was made from, at the same address and
+version. A change in place, a tensor in another's place (`functional_call`, `load_state_dict`, `swap_tensors`, an
+assignment to the parameter or to its `.data`), a backward through any adapter of the process, `model.train()` and
+`model.eval()` end it.
 
-A write through `.data` (`p.data.copy_(...)`) or through numpy cannot be noticed: call `model.eval()` after it. Torch's
-fused optimizers cannot be noticed either. So every backward ends the cache, and nothing is cached while a parameter has
-a gradient.
+A write through `.data` (`p.data.copy_(...)`) or through numpy leaves no trace in a tensor: call `model.eval()` after
+it. Torch's fused optimizers leave none either, which is why a backward counts and a parameter with a gradient is
+never kept from.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from mos_kernels.config import MoSConfig
 from mos_kernels.sharded import is_zero3
 
 _generation = 0
-"""The number of backwards so far: the step of a fused optimizer, or a copy through `.data`, changes no version."""
+"""How many backwards have run: a fused optimizer's step changes no version, nor does a copy made through `.data`."""
 
 
 class Use(NamedTuple):
-    """The use that the factors are computed for."""
+    """What the factors are made for."""
 
     backend: str
     x_dtype: torch.dtype  # A's
@@ -36,11 +36,11 @@ class Use(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """The tensors that a call needs and that depend only on the parameters."""
+    """What a call wants of the parameters."""
 
     kappa: Tensor
     A: Tensor
-    prepared: Any  # what the backend prepares of B; None: the call prepares it
+    prepared: Any  # the backend's, of B; None where the call makes it
 
 
 class Seen(NamedTuple):
@@ -48,7 +48,7 @@ class Seen(NamedTuple):
 
     tensors: tuple[Tensor, ...]
     marks: tuple[tuple, ...]
-    storages: tuple[torch.UntypedStorage, ...]  # kept alive, so that no other tensor gets the same address
+    storages: tuple[torch.UntypedStorage, ...]  # held, or another tensor might be put at the same address
     generation: int
 
     @classmethod
@@ -59,7 +59,7 @@ class Seen(NamedTuple):
         return cls(tensors, tuple(map(mark, tensors)), tuple(t.untyped_storage() for t in tensors), _generation)
 
     def are(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the same tensors, with the same marks, and without gradients, which a step may follow."""
+        """Whether these are the very tensors, with the very marks, and no optimizer's step is to come."""
         if self.generation != _generation:
             return False
         for t, before, (address, version, dtype, shape, stride) in zip(tensors, self.tensors, self.marks, strict=True):
@@ -71,18 +71,18 @@ class Seen(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Cached factors, and what they are valid for."""
+    """Factors, and what they are valid for."""
 
     factors: Factors
     use: Use
     seen: Seen
-    frozen: bool  # made by freeze_for_inference: a CUDA graph may capture it
+    frozen: bool  # asked for by name: what a CUDA graph may capture
 
     @classmethod
     def make(
         cls, tensors: tuple[Tensor, ...], use: Use, form: Callable[[], Factors], frozen: bool = False
     ) -> Kept | None:
-        """The result of `form`, or None if a change of the tensors could not be noticed."""
+        """What `form` makes of the tensors, or None where a change of them would not be seen."""
         seen = Seen.of(tensors)
         if seen is None:
             return None
@@ -94,14 +94,14 @@ class Kept(NamedTuple):
 
 
 def count_backward() -> None:
-    """Count a backward: from now on the parameters of any adapter may change without being noticed."""
+    """A backward runs: the parameters of any adapter may change without a trace from here on."""
     global _generation
     if not torch.compiler.is_compiling():
         _generation += 1
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether x is a plain tensor, and operations on it are not recorded, differentiated or transformed."""
+    """Whether x is a plain tensor, and what is done to it is neither recorded, differentiated nor transformed."""
     return not (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
@@ -111,17 +111,17 @@ def is_plain(x: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether torch.jit is tracing, torch.func is transforming, or forward-mode differentiation is on."""
+    """Whether what runs now is traced by torch.jit, transformed by torch.func or differentiated forwards."""
     return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured. Tensors computed now get their values only when it is replayed."""
+    """Whether a CUDA graph is being captured: what is computed now holds numbers at a replay alone."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def mark(t: Tensor) -> tuple:
-    """A tuple that changes when t changes."""
+    """What differs after a change of t."""
     return t.data_ptr(), t._version, t.dtype, t.shape, t.stride()
 
 
