@@ -26,7 +26,7 @@ def stack_part(
     A, A_2, router, stack, first, step, D, R: tl.constexpr, E: tl.constexpr, SPLIT_ROUTER: tl.constexpr,
     PAIR: tl.constexpr,
 ):  # fmt: skip
-    """stack = [A; Router], or [A; high(Router); low(Router)], in its dtype; each `step`-th of its tiles from `first`."""
+    """stack = [A; Router] or [A; high(Router); low(Router)], in its dtype; each `step`-th of its tiles from `first`."""
     rows: tl.constexpr = R + (2 * E if SPLIT_ROUTER else E)
     across = tl.cdiv(D, 128)
     for tile in range(first, tl.cdiv(rows, 16) * across, step):
