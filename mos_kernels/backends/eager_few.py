@@ -8,6 +8,8 @@ bridge computes in float64, which costs the same here: no sum overflows, and z i
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +24,7 @@ from mos_kernels.config import MoSConfig
 from mos_kernels.geometry import SATURATION, guard_back, guard_into
 
 MOST_TOKENS = 32
+FEW_LOGITS = 64
 
 
 class Constants(NamedTuple):
@@ -84,8 +87,7 @@ def constants(
     return Constants(
         rows.t(),
         tuple((b if b.dtype == compute else made.B).data.flatten(1).t() for b, made in zip(B, prepared, strict=True)),
-        kappas, kappas / (2 * scaling), np.full_like(kappas, 1 / (2 * scaling)),
-        np.zeros_like(kappas), np.ones_like(kappas),
+        kappas, kappas / (2 * scaling), *(_filled(kappas.shape, value) for value in (1 / (2 * scaling), 0, 1)),
         gram.reshape((m, E, r * r) if config.share_a else (m, E, 1, r * r)), into, back,
         min(SATURATION, least / lowest) if lowest < 0 else SATURATION,
         min(SATURATION, back[0] / highest) if highest > 0 else SATURATION,
@@ -93,6 +95,12 @@ def constants(
         router is not None,
         np.dtype(np.float64 if compute == torch.float64 else np.float32), scaling, config.domain == "raw",
     )  # fmt: skip
+
+
+@functools.cache
+def _filled(shape: tuple[int, ...], value: float) -> ndarray:
+    """One of a kind, so that a processor's cache holds it from block to block."""
+    return np.full(shape, value, np.float64)
 
 
 def _stacked(tensors: Sequence[Tensor]) -> ndarray:
@@ -110,19 +118,26 @@ def shrink(x: Tensor, made: Constants) -> tuple[ndarray, ndarray, ndarray]:
 
 
 def route(logits: ndarray, config: MoSConfig) -> ndarray:
-    """Gates (T, E) from logits (T, E): ties to the lower index, and a NaN shows."""
-    k = config.num_experts_per_tok
-    ordered = np.sort(logits, 1)
-    kept = logits >= ordered[:, -k, None]
-    if np.count_nonzero(kept) != k * len(kept):  # ties, or a NaN
-        kept = np.zeros(logits.shape, bool)
-        np.put_along_axis(kept, np.argsort(-logits, 1, kind="stable")[:, :k], True, 1)
-        kept |= logits != logits
-    exponential = np.exp(logits - ordered[:, -1:])
-    if config.norm_topk_prob:
-        exponential *= kept
-        return exponential / np.add.reduce(exponential, 1, keepdims=True)
-    return exponential / np.add.reduce(exponential, 1, keepdims=True) * kept
+    """Gates (T, E) from logits (T, E)."""
+    if logits.size <= FEW_LOGITS:  # fewer instructions to fetch than of NumPy
+        gates = [_gates(row, config.num_experts_per_tok, config.norm_topk_prob) for row in logits.tolist()]
+        if None not in gates:
+            return np.array(gates)
+    return eager.route(torch.from_numpy(logits), config).numpy()
+
+
+def _gates(logits: list[float], k: int, norm_topk_prob: bool) -> list[float] | None:
+    """A token's; None where logits tie for the last place, or are not finite."""
+    ordered = sorted(logits, reverse=True)
+    top, least = ordered[0], ordered[k - 1]
+    if not math.isfinite(sum(logits)) or least in ordered[k : k + 1]:
+        return None
+    gates = [math.exp(logit - top) for logit in logits]
+    total = sum(gates)
+    gates = [gate if logit >= least else 0.0 for gate, logit in zip(gates, logits, strict=True)]
+    if norm_topk_prob:
+        total = sum(gates)
+    return [gate / total for gate in gates]
 
 
 def bridge(p: ndarray, n: ndarray, gates: ndarray, made: Constants) -> ndarray:
