@@ -304,8 +304,7 @@ def _is_inside(children: dict, form: FFNForm, inner: Sequence[weakref.ref]) -> M
     if len(found) != len(inner):
         return None
     same = all(
-        module is reference() and not _calls_its_own(module)
-        for module, reference in zip(found, inner, strict=True)
+        module is reference() and not _calls_its_own(module) for module, reference in zip(found, inner, strict=True)
     )
     return router if same else None
 

@@ -42,12 +42,12 @@ class Constants(NamedTuple):
     offset: ndarray  # 1/2σ (1, m, E)
     zero: ndarray  # (1, m, E)
     one: ndarray
-    gram: ndarray  # G/σ² (m, E, r²), or (m, E, 1, r²) where each expert has a p of its own
+    gram: ndarray  # G/σ² (m, E, 1, r²)
     into: tuple[float, float]  # guards
     back: tuple[float, float]
     safe_n: float  # up to this n no guard is needed
     safe_q: float
-    ranks: tuple[int, tuple[int, ...], tuple[int, ...]]  # how many of the rows are A's, p's shape and that of p pᵀ
+    ranks: tuple[int, tuple[int, ...]]  # how many of the rows are A's, and p's shape
     routes: bool  # whether logits are asked for
     dtype: np.dtype  # z's
     scaling: float  # σ
@@ -88,10 +88,10 @@ def constants(
         rows.t(),
         tuple((b if b.dtype == compute else made.B).data.flatten(1).t() for b, made in zip(B, prepared, strict=True)),
         kappas, kappas / (2 * scaling), *(_filled(kappas.shape, value) for value in (1 / (2 * scaling), 0, 1)),
-        gram.reshape((m, E, r * r) if config.share_a else (m, E, 1, r * r)), into, back,
+        gram.reshape(m, E, 1, r * r), into, back,
         min(SATURATION, least / lowest) if lowest < 0 else SATURATION,
         min(SATURATION, back[0] / highest) if highest > 0 else SATURATION,
-        (sum(map(len, factors)), *(((-1, m, 1, r), (-1, m, r * r, 1)) if config.share_a else ((-1, m, E, r), (-1, m, E, r * r, 1)))),
+        (sum(map(len, factors)), (-1, m, 1 if config.share_a else E, r)),
         router is not None,
         np.dtype(np.float64 if compute == torch.float64 else np.float32), scaling, config.domain == "raw",
     )  # fmt: skip
@@ -111,7 +111,7 @@ def shrink(x: Tensor, made: Constants) -> tuple[ndarray, ndarray, ndarray]:
     """p (T, m, 1 or E, r), n (T, 1, 1), and logits (T, E), empty without a router. x (T, d_in)."""
     x = x.to(made.rows.dtype)
     products = (eager.exact_matmul(x, made.rows) if made.routes else torch.mm(x, made.rows)).numpy()
-    ranks, shape, _ = made.ranks
+    ranks, shape = made.ranks
     tokens = x.numpy()
     n = np.matmul(tokens[:, None, :], tokens[:, :, None])
     return products[:, :ranks].reshape(shape), n, products[:, ranks:]
@@ -148,7 +148,7 @@ def bridge(p: ndarray, n: ndarray, gates: ndarray, made: Constants) -> ndarray:
         d += made.offset
     else:
         d = _guarded_into(n, made)
-    squares = (p[..., None] * p[..., None, :]).reshape(made.ranks[2])
+    squares = (p[..., None] * p[..., None, :]).reshape(*p.shape[:3], -1, 1)
     q = np.maximum(np.matmul(made.gram, squares).reshape(d.shape), made.zero)
     q /= d * d
     if max(q.ravel().tolist()) <= made.safe_q:
@@ -162,7 +162,6 @@ def bridge(p: ndarray, n: ndarray, gates: ndarray, made: Constants) -> ndarray:
     return np.multiply(p, scale[..., None], dtype=made.dtype, casting="same_kind").reshape(len(p), len(made.B), -1)
 
 
-@np.errstate(all="ignore")
 def _guarded_into(n: ndarray, made: Constants) -> ndarray:
     """d, where a guard holds."""
     limit, edge = made.into
@@ -175,7 +174,6 @@ def _guarded_into(n: ndarray, made: Constants) -> ndarray:
     return 1 / (made.scaling * scale)
 
 
-@np.errstate(all="ignore")
 def _guarded_back(q: ndarray, made: Constants) -> ndarray:
     """w, where a guard holds."""
     limit, edge = made.back
