@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # run from a checkout, the package need not be installed
 
 from peft import PeftModel, get_peft_model  # noqa: E402
-from transformers import set_seed  # noqa: E402
+from transformers import TrainerCallback, set_seed  # noqa: E402
 from word_problems import make  # noqa: E402
 
 from benchmarks.study.decoder.model import load, smollm2  # noqa: E402
@@ -32,6 +32,14 @@ CONFIG = {
     "r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", "target_modules": "all-linear",
     "spaces_pattern": {"q_proj|k_proj|v_proj|o_proj": {"euclidean": 1}},
 }  # fmt: skip
+
+
+class Progress(TrainerCallback):
+    """Prints the loss of every fifth step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs and (state.global_step % 5 == 0 or state.global_step == state.max_steps):
+            print(f"  step {state.global_step} of {state.max_steps}: loss {float(logs['loss']):.2f}", flush=True)
 
 
 def answers(model, tokenizer, problems, title: str) -> dict:
@@ -67,7 +75,10 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("training", "adapter", "lora", "merged"):  # of an earlier demo
         shutil.rmtree(options.output / name, ignore_errors=True)
     examples = [encode(tokenizer, problem) for problem in problems]
-    run = train(model, examples, options.output / "training", options.learning_rate, 0, tokenizer.pad_token_id, BATCH)
+    run = train(
+        model, examples, options.output / "training", options.learning_rate, 0, tokenizer.pad_token_id, BATCH,
+        [Progress()], prints=False,
+    )  # fmt: skip
     if run.failure:
         print(f"error: {run.failure}", file=sys.stderr)
         return 1

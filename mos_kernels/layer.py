@@ -172,9 +172,9 @@ class MoSAdapter(Float32State):
         if self.config.is_lora:
             if gates is not None:
                 raise ValueError("a single Euclidean expert is a LoRA, which has no gate: leave the gates out")
-            A = self.mos_lora_A if self.config.share_a else self.mos_lora_A[0]
+            A, B = parameter_of(self, "mos_lora_A"), parameter_of(self, "mos_lora_B")
             return lora_linear(
-                x, weight, bias, A, self.mos_lora_B[:, 0], self.config.scaling,
+                x, weight, bias, A if self.config.share_a else A[0], B[:, 0], self.config.scaling,
                 base_output=base_output, dropout_p=dropout_p,
             )  # fmt: skip
         kappa, A, prepared = self._factors(x, base_output, backend)

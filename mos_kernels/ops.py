@@ -2,7 +2,8 @@
 
 Eager calls run a Function, whose cost is small; under torch.compile the Triton backend runs registered ops, which keep
 one graph: functional schemas, fake implementations, autograd. What an op does not return is an empty tensor, since a
-schema has no optional outputs.
+schema has no optional outputs. Dynamo cannot trace kernels in Triton's interpreter, which runs
+the tests of torch.compile where there is no GPU.
 """
 
 from __future__ import annotations

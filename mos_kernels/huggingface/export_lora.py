@@ -97,12 +97,12 @@ class ExportReport:
                 f"in {100 * self.agreement:.1f}%"
             )
         else:
-            lines.append("no KL divergence: the model gives no logits over classes or tokens")
+            lines.append("no KL divergence: there are no logits over classes or tokens, or the labels ignore them all")
         for name, pair in (("loss", self.loss), ("accuracy", self.accuracy)):
             if pair is not None:
                 lines.append(f"{name} {pair[0]:.4g} with the mixture, {pair[1]:.4g} with the LoRA")
         if self.loss is None:
-            lines.append("no loss: the batches have no labels")
+            lines.append("no loss: the batches have no labels, or only such as are ignored")
         return lines
 
     def table(self) -> list[str]:
@@ -383,10 +383,16 @@ def _linears(model: nn.Module) -> list[_Linear]:
 def _run(model: nn.Module, batch: Mapping[str, Tensor] | Tensor):
     """The model on a batch, moved to where it is."""
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    if not isinstance(batch, (Tensor, Mapping)):
+        raise ValueError(f"a batch is a {type(batch).__name__}: make it a dictionary of tensors, or input_ids")
+    values = [batch] if isinstance(batch, Tensor) else [v for v in batch.values() if isinstance(v, Tensor)]
+    empty = next((tuple(value.shape) for value in values if value.numel() == 0), None)
+    if empty is not None or not values:
+        raise ValueError(
+            f"a batch holds no tokens ({'no tensor' if empty is None else f'shape {empty}'}): leave it out"
+        )
     if isinstance(batch, Tensor):
         return model(batch.to(device))
-    if not isinstance(batch, Mapping):
-        raise ValueError(f"a batch is a {type(batch).__name__}: make it a dictionary of tensors, or input_ids")
     return model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
 
 

@@ -30,6 +30,7 @@ from mos_kernels.huggingface import (
 )
 from mos_kernels.huggingface.modules import adapter_parameters, mos_adapters, router_owners
 from mos_kernels.layer import MoSConv1D, MoSWrapped
+from mos_kernels.lora import composed, lora_linear
 from mos_kernels.run_report.log import read_run
 from mos_kernels.run_report.page import page
 
@@ -180,6 +181,39 @@ def test_its_numbers_are_bitwise_those_of_a_fused_lora(dtype):
     assert torch.equal(layer.mos_lora_B.grad[:, 0], B.grad) and layer.weight.grad is None
     with torch.no_grad():
         assert torch.equal(layer.eval()(x), wanted)
+
+
+@given(
+    needs=st.lists(st.booleans(), min_size=6, max_size=6).filter(any), sizes=st.tuples(*[st.integers(1, 9)] * 4),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), wide=st.booleans(), flat=st.booleans(),
+)  # fmt: skip
+def test_its_written_out_backward_is_bitwise_autograds(needs, sizes, dtype, wide, flat):
+    """Of whatever is trainable; from a dense base, or from what another made of x, in that one's dtype."""
+    T, d_in, d_out, r = sizes
+    torch.manual_seed(T)
+    y_dtype = torch.float32 if wide and dtype == torch.bfloat16 else dtype
+    shape = (T,) if flat else (2, T)
+    drawn = [
+        torch.randn(*shape, d_in, dtype=dtype), torch.randn(d_out, d_in, dtype=dtype), torch.randn(d_out, dtype=dtype),
+        torch.randn(r, d_in), torch.randn(d_out, r), torch.randn(*shape, d_out, dtype=y_dtype),
+    ]  # fmt: skip
+    if dtype == torch.float64:
+        drawn = [tensor.double() for tensor in drawn]
+    gradient, found = torch.randn(*shape, d_out, dtype=y_dtype), []
+    for form in (lora_linear, composed):
+        x, weight, bias, A, B, other = (t.clone().requires_grad_(needs[i]) for i, t in enumerate(drawn))
+        base = other * 1 if wide else linear(x, weight, bias)
+        if form is composed:
+            y = composed(x, base, A, B, 1.7)
+        elif wide:
+            y = lora_linear(x, None, None, A, B, 1.7, base_output=base)
+        else:
+            y = lora_linear(x, weight, bias, A, B, 1.7)
+        if y.requires_grad:
+            y.backward(gradient)
+        found.append([y, *(t.grad for t in (x, weight, bias, A, B, other))])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs))
 
 
 @pytest.mark.parametrize("share_a", [True, False])
