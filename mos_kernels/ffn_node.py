@@ -7,6 +7,7 @@ called one by one, with equal results up to rounding.
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -234,7 +235,8 @@ class _Standing(NamedTuple):
     weak reference either: `torch.utils.swap_tensors` refuses a tensor that has one.
     """
 
-    use: tuple  # the dtype, device and width of x, and the backend
+    use: tuple  # the dtype, device and width of x
+    device_type: str
     hooks: int  # the number of the next hook of the process: a new one may be on one of the modules
     children: tuple[tuple[str, weakref.ref, type], ...]  # the block's, whose calls one operation replaces
     inner: tuple[weakref.ref, ...]  # of the peft method: the router, and adapter and base of each linear
@@ -256,8 +258,9 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
     if (
         before is None
         or before.hooks != RemovableHandle.next_id
-        or before.use != (x.dtype, x.device, x.shape[-1:], resolve_backend(backend, x))
-        or is_autocast(x)
+        or before.use != (x.dtype, x.device, x.shape[-1:])
+        or before.plan.backend != resolve_backend(backend, x)
+        or torch.is_autocast_enabled(before.device_type)
         or is_capturing(x)
     ):
         return None
@@ -281,7 +284,7 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
         w, b, config = own.get("weight"), own.get("bias"), kept.use.config
         if adapter.training or adapter._frozen is not kept or adapter.config is not config:
             return None
-        if _look(w) != look_w or _look(b) != look_b:
+        if _look(w) != look_w or (b is not None or look_b is not None) and _look(b) != look_b:
             return None
         tensors += adapter._kept_from()
         kappa, A, _ = kept.factors
@@ -300,8 +303,7 @@ def _is_inside(children: dict, form: FFNForm, inner: Sequence[weakref.ref]) -> M
     if len(found) != len(inner):
         return None
     same = all(
-        module is reference() and not _calls_its_own(module)
-        for module, reference in zip(found, inner, strict=True)
+        module is reference() and not _calls_its_own(module) for module, reference in zip(found, inner, strict=True)
     )
     return router if same else None
 
@@ -334,7 +336,7 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
     inside = () if parts.router is called["mos_router"] else (parts.router, *(m for part in parts.all for m in part))
     ref = weakref.ref
     _standing[block] = _Standing(
-        (x.dtype, x.device, x.shape[-1:], plan.backend), hooks,
+        (x.dtype, x.device, x.shape[-1:]), x.device.type, hooks,
         tuple((name, ref(child), type(child)) for name, child in called.items() if name in block._modules),
         tuple(map(ref, inside)),
         tuple(
@@ -400,9 +402,12 @@ def _fits_again(block: nn.Module, x: Tensor, parts: _Parts, form: FFNForm) -> bo
     return True
 
 
+_FACTS = operator.attrgetter("__class__", "shape", "dtype", "device")
+
+
 def _look(t: Tensor | None) -> tuple | None:
     """What decides whether a tensor goes together with others."""
-    return None if t is None else (type(t), t.shape, t.dtype, t.device)
+    return None if t is None else _FACTS(t)
 
 
 def _fits(x: Tensor, parts: _Parts, form: FFNForm) -> bool:

@@ -93,6 +93,8 @@ def mos_route(
     aux_weight, token_mask, inference: as in `mos_linear`.
     """
     refuse_transforms(x, router)
+    if x.dim() == 0:
+        raise ValueError(f"x is a single number (0-d): the router reads (..., {router.shape[-1]})")
     if x.shape[-1] != router.shape[-1]:
         raise ValueError(f"x has width {x.shape[-1]}, the router reads {router.shape[-1]}: pass the FFN block's input")
     if router.shape[0] != config.num_experts:

@@ -335,10 +335,10 @@ class MoSLayer(MoSAdapter):
         """Switch to eval mode and compute what follows from the parameters now: κ, G, the factors in the base's dtype.
 
         The first call in eval mode without gradients does so by itself. The result is kept while the parameters are the
-        same tensors at the same versions (`mos_kernels.kept` says what cannot be seen). Only a CUDA graph needs this
-        call: a graph that is captured after it holds what was computed here, and a change of the parameters then needs
-        a new capture. Without this call a graph computes from the parameters at each replay. `train()` and `eval()`
-        undo the call. Returns the layer.
+        same tensors at the same versions. A write through `.data` (`p.data.copy_(...)`) or through numpy cannot be
+        seen: call `eval()` after it. Only a CUDA graph needs this call: a graph that is captured after it holds what
+        was computed here, and a change of the parameters then needs a new capture. Without this call a graph computes
+        from the parameters at each replay. `train()` and `eval()` undo the call. Returns the layer.
         """
         self.eval()
         self._freeze(*self._base_device_and_dtype())

@@ -30,7 +30,7 @@ from mos_kernels.call import (
     unflattened,
     without_autocast,
 )
-from mos_kernels.kept import count_backward
+from mos_kernels.kept import expire
 
 
 def linear(tensors: LinearTensors, plan: Plan) -> Tensor:
@@ -123,7 +123,7 @@ def _begin_backward() -> None:
         raise RuntimeError(
             "a Mixture-of-Space layer has no second derivatives: call backward or grad without create_graph=True"
         )
-    count_backward()
+    expire()
 
 
 def _wanted(tensors: LinearTensors) -> LinearTensors:

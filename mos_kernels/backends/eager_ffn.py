@@ -9,7 +9,6 @@ FFN are read and written a few tokens at a time, so that they stay in the proces
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -111,21 +110,19 @@ def ffn_inference(t: FFNTensors, plan: FFNPlan) -> Tensor:
     made = plan.few
     if not eager_few.are_few(x.shape[0]) or made is None and (made := few_tokens(t, plan)) is None:
         return ffn_forward(t, plan)[0]
-    p, n, logits = eager_few.shrink(x, made.reads)
-    if not max(n.ravel().tolist()) < math.inf:  # NumPy would warn of it
-        return ffn_forward(t, plan)[0]
-    gates = eager_few.route(logits, plan.config) if t.gates is None else _gates(t, None, plan.config).numpy()
-    z = eager_few.bridge(p, n, gates, made.reads).swapaxes(0, 1)
-    outputs = [_few_expanded(x, *one) for one in zip(t.reads, z, made.reads.B, strict=True)]
-    if plan.fused:
-        outputs = outputs[0].chunk(2, -1)
-    h = _phi(outputs[0], plan.activation)
-    if plan.gated:
-        h *= outputs[1]
-    p, n, _ = eager_few.shrink(h, made.down)
-    if not max(n.ravel().tolist()) < math.inf:
-        return ffn_forward(t, plan)[0]
-    y = _few_expanded(h, t.down, eager_few.bridge(p, n, gates, made.down)[:, 0], made.down.B[0])
+    with np.errstate(all="ignore"):
+        p, n, logits = eager_few.shrink(x, made.reads)
+        gates = eager_few.route(logits, plan.config) if t.gates is None else _gates(t, None, plan.config).numpy()
+        z = eager_few.bridge(p, n, gates, made.reads).swapaxes(0, 1)
+        outputs = [_few_expanded(x, *one) for one in zip(t.reads, z, made.reads.B, strict=True)]
+        if plan.fused:
+            outputs = outputs[0].chunk(2, -1)
+        h = _phi(outputs[0], plan.activation)
+        if plan.gated:
+            h *= outputs[1]
+        p, n, _ = eager_few.shrink(h, made.down)
+        (z,) = eager_few.bridge(p, n, gates, made.down).swapaxes(0, 1)
+    y = _few_expanded(h, t.down, z, made.down.B[0])
     return y if x is t.x else y.resize_(*t.x.shape[:-1], y.shape[-1])  # no view, which could not be changed in place
 
 
