@@ -1,7 +1,7 @@
 """A single Euclidean expert: a LoRA, y = base(x) + (α/r) B A x. Its gate is 1, its space flat: no router, no curvature.
 
-Two products of rank r beside the base's one, the second added to the base's output in place. Backward is written out,
-with the numbers that autograd's would have: the gradient of x is summed in place, and no node stands between products.
+Two products of rank r beside the base's one, the second added to the base's output in place. Backward is written out:
+the gradient of x is summed in place too, and rounded once less than autograd's.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class _LoRA(torch.autograd.Function):
         to_x = None
         low = None if B is None else flat.mm(B.to(flat.dtype)).mul(ctx.scaling).to(x_dtype)  # (T, r), of A x
         if needs[0]:
-            to_x = low.mm(A.to(x_dtype))
-            to_x = (to_x if weight is None else flat.mm(weight).add_(to_x)).view(ctx.shape)
+            A = A.to(x_dtype)
+            to_x = (low.mm(A) if weight is None else flat.mm(weight).addmm_(low, A)).view(ctx.shape)
         return (
             to_x,
             flat.t().mm(xs) if needs[1] else None,
