@@ -162,18 +162,17 @@ class FusedLoRA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, A, B, scaling):
-        low = x.mm(A.to(x.dtype).t())
+        low = x.mm(A.to(x.dtype).t()) * scaling
         ctx.save_for_backward(x, weight, A, B, low)
         ctx.scaling = scaling
-        return x.mm(weight.t()).addmm_(low, B.to(x.dtype).t(), alpha=scaling)
+        return low.mm(B.to(x.dtype).t()).addmm_(x, weight.t())
 
     @staticmethod
     def backward(ctx, gradient):
         x, weight, A, B, low = ctx.saved_tensors
         to_low = gradient.mm(B.to(x.dtype)) * ctx.scaling
-        to_x = gradient.mm(weight).addmm_(to_low, A.to(x.dtype))
-        to_B = gradient.t().mm(low) * ctx.scaling
-        return to_x, None, to_low.t().mm(x).to(A.dtype), to_B.to(B.dtype), None
+        to_x = to_low.mm(A.to(x.dtype)).addmm_(gradient, weight)
+        return to_x, None, to_low.t().mm(x).to(A.dtype), gradient.t().mm(low).to(B.dtype), None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -218,13 +217,11 @@ def test_its_written_out_backward_is_autograds(needs, sizes, dtype, wide, flat):
     gradient, found = torch.randn(*shape, d_out, dtype=y_dtype), []
     for form in (lora_linear, composed):
         x, weight, bias, A, B, other = (t.clone().requires_grad_(needs[i]) for i, t in enumerate(drawn))
-        base = other * 1 if wide else linear(x, weight, bias)
+        base = (None, None) if wide else (weight, bias)
         if form is composed:
-            y = composed(x, base, A, B, 1.7)
-        elif wide:
-            y = lora_linear(x, None, None, A, B, 1.7, base_output=base)
+            y = composed(x, x, *base, A, B, 1.7, other * 1 if wide else None)
         else:
-            y = lora_linear(x, weight, bias, A, B, 1.7)
+            y = lora_linear(x, *base, A, B, 1.7, base_output=other * 1 if wide else None)
         if y.requires_grad:
             y.backward(gradient)
         found.append([y, *(t.grad for t in (x, weight, bias, A, B, other))])
