@@ -16,12 +16,12 @@ from mos_kernels.run_report.log import write_text
 
 BEGIN, END = "<!-- performance: written by python -m benchmarks report -->", "<!-- end of performance -->"
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
-CPU_NOTE = "Ratios within one run: absolute times of a CPU depend on what else it does, and are not given."
+CPU_NOTE = "Numbers are ratios within one run. Absolute times of a CPU depend on what else it does, and are not given."
 NOT_ON_THE_PAGE = (providers.PEFT_64, providers.PEFT_64_AS_BASE, providers.TIDIED, providers.GEOOPT)
 EXP_LOG_NOTE = (
-    "Both mappings are a scalar times the vector: fused, exp/log moves the same bytes as the stereographic one, and "
-    "the difference that is left between them is PyTorch's, not the mathematics'. “our eager” and “our Triton” never "
-    "form the vectors: what they are charged with is ‖x‖² and A x in one pass, and λ, q and e of every expert."
+    "Both mappings multiply the vector by a scalar. So a fused exp/log mapping moves the same bytes as the "
+    "stereographic one, and the difference that remains is due to PyTorch. “our eager” and “our Triton” never compute "
+    "the vectors: their time is that of ‖x‖² and A x in one pass, and of λ, q and e of every expert."
 )
 
 
@@ -108,10 +108,10 @@ def section(found: dict[str, list[dict]], results: Path, root: Path) -> str:
         folder = os.path.relpath(results / name, root)
         title = "GPU" if name in gpus else "CPU"
         note = "" if name in gpus else " " + CPU_NOTE
-        over = ("time / " if name in gpus else "") + "over the frozen linear / over peft LoRA r=8"
+        over = ("time / " if name in gpus else "") + "time over that of the frozen linear / of peft LoRA r=8"
         shape = tables.first(tables.groups_of(rows, "layer")[0]) if tables.groups_of(rows, "layer") else None
-        what = f"One linear, {shape['dtype']}, {shape['tokens']} tokens, forward and backward: {over}:" if shape else ""
-        everything = f"Everything: [{folder}/report.md]({folder}/report.md)."
+        what = f"One linear, {shape['dtype']}, {shape['tokens']} tokens, forward and backward; {over}:" if shape else ""
+        everything = f"All tables: [{folder}/report.md]({folder}/report.md)."
         about = f"**{title}** ({tables.made_with(rows)}).{note} {everything}"
         ffn_about = f"A gated FFN, forward and backward. {tables.ffn_note(rows)}"
         targets = tables.targets(rows, ("gpu",) if name in gpus else ("cpu",))
@@ -121,7 +121,7 @@ def section(found: dict[str, list[dict]], results: Path, root: Path) -> str:
         if picture.exists():
             parts.append(f"![conversion over the embedding dimension]({folder}/plots/figure3_dimension.png)")
     if not gpus:
-        parts += ["**GPU targets**, none of them measured yet: `make gpu` on a machine with one fills this table.",
+        parts += ["**GPU targets.** None is measured yet: `make gpu` on a machine with a GPU fills this table.",
                   tables.targets([], ("gpu",))]  # fmt: skip
     if not any(name not in gpus for name in found):
         parts += ["**CPU targets**, not measured yet: `make bench` fills this table.", tables.targets([], ("cpu",))]
@@ -142,7 +142,7 @@ def summary(found: dict[str, list[dict]]) -> str:
     shown = {
         "peft LoRA r=8": (providers.PEFT_8,),
         "**MoS r=8**": ours,
-        "the formula, expert by expert": (providers.PRINTED,),
+        "the paper's formula, expert by expert": (providers.PRINTED,),
     }
     lines = []
 
@@ -177,8 +177,8 @@ def summary(found: dict[str, list[dict]]) -> str:
         add(f"training, one linear {_shape(group)}, {_tokens(group)}: time", group, over)
     for group in tables.groups_of(rows, "tokens")[:1]:
         add(f"training, one small linear {_shape(group)}, {_tokens(group)}: time", group, over)
-    note = f"Times are over the same without an adapter. Measured on {tables.made_with(rows)}."
-    return _filled(note) + "\n\n" + tables.table(["", *shown], lines)
+    what = "Each number is a ratio to the same layer or model without an adapter."
+    return _filled(f"{what} Measured on {tables.made_with(rows)}.") + "\n\n" + tables.table(["", *shown], lines)
 
 
 def _shape(group: dict[str, dict]) -> str:

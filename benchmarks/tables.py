@@ -175,17 +175,17 @@ def ffns(rows: list[dict]) -> str:
 
 
 FFN_NOTE = (
-    "Measured: times, {}the peak of memory beyond what was there before. Counted: bytes saved for backward, each "
-    "storage once, x among them where it is kept, the parameters not; {}. “Linear by linear” is the same MoS FFN with "
-    "its linears called one after the other."
+    "Times{} and the peak of memory above what was allocated before are measured. The bytes saved for backward are "
+    "counted: each storage once, with x if it is kept, without the parameters. {} “Linear by linear” is the same MoS "
+    "FFN with its linears called one after the other."
 )
 
 
 def ffn_note(rows: list[dict]) -> str:
-    """What of the FFNs' table is measured, and what is counted."""
+    """The note on the FFNs' table: what is measured, and what is counted."""
     if is_gpu(rows):
-        return FFN_NOTE.format("the host's time until the call returns, ", "launches, as torch's profiler records them")
-    return FFN_NOTE.format("", "operations that PyTorch dispatches, views left out")
+        return FFN_NOTE.format(", the host's time until the call returns,", "Launches are those of torch's profiler.")
+    return FFN_NOTE.format("", "The last column counts the operations that PyTorch dispatches, without views.")
 
 
 def launches(rows: list[dict]) -> str:

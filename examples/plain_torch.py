@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{kind.__name__}: loss {first:.4f} at the first step, {last:.4f} at the last")
         dimensionless = block.up.curvature * block.up.config.squared_length_unit(options.width)
         for space, curvature in zip(block.up.config.expert_spaces, dimensionless.tolist(), strict=True):
-            print(f"  {space} expert: curvature {curvature:.2f}")
+            print(f"  expert that started {space}: curvature {curvature:.2f}")
 
 
 if __name__ == "__main__":

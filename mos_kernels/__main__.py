@@ -20,6 +20,11 @@ def main(argv: list[str] | None = None) -> int:
     report.add_argument("--output", type=Path, help="where to write the page (default: report.html in that folder)")
     kernels = commands.add_parser("kernels", help="compile the Triton kernels and list what they use; needs no GPU")
     kernels.add_argument("architectures", nargs="*", help="such as sm_90 or gfx942; default: all that are supported")
+    kernels.add_argument(
+        "--counts",
+        action="store_true",
+        help="instead, execute them and list instructions, sectors and bank conflicts; NVIDIA, in a checkout, with g++",
+    )
     tune = commands.add_parser("tune", help="time the Triton kernels on this GPU and store their best launch settings")
     tune.add_argument("kernels", nargs="*", help="such as shrink or expand; default: all")
     tune.add_argument("--buckets", nargs="+", choices=("train", "decode"), default=[], help="of tokens; default: both")
@@ -54,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         from mos_kernels.backends.triton.tune import run as run_tuner
 
         return run_tuner(options.kernels, options.buckets, getattr(torch, options.dtype), options.dry_run)
-    return _kernels(options.architectures)
+    return (_counts if options.counts else _kernels)(options.architectures)
 
 
 def _kernels(architectures: list[str]) -> int:
@@ -66,6 +71,17 @@ def _kernels(architectures: list[str]) -> int:
         return 2
     print(compiled.table(architectures or compiled.TARGETS))
     return 0
+
+
+def _counts(architectures: list[str]) -> int:
+    try:
+        from tests.emulator import counts
+    except ModuleNotFoundError as error:
+        if error.name not in ("tests", "tests.emulator"):
+            raise
+        print("error: --counts needs tests/emulator: run it in the root of a checkout of mos_kernels", file=sys.stderr)
+        return 2
+    return counts.main([*architectures, "--lines"])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ SPACES = ("hyperbolic", "spherical", "euclidean")
 """The order of the experts, whatever the order in which `spaces` was written or read back."""
 
 MAX_RANK, MAX_EXPERTS = 65536, 4096
-"""Beyond these a configuration is a slip or damaged: the layer's tensors would fit no machine."""
+"""Larger numbers are a typing error or a damaged file: the layer's tensors would fit on no machine."""
 
 _SIGN = {"hyperbolic": -1.0, "spherical": 1.0, "euclidean": 0.0}
 
@@ -32,8 +32,9 @@ def listed(spaces: Mapping[str, int]) -> str:
 class MoSConfig:
     """Options of a Mixture-of-Space adapter (MoSELoRA, arXiv 2602.14490).
 
-    Names are those of peft's `LoraConfig` and of transformers' mixture-of-experts models. A bad value raises
-    `ValueError`, which names the value and the remedy. Equations are the paper's.
+    The names are those of peft's `LoraConfig` and of transformers' mixture-of-experts models. A bad value raises a
+    `ValueError` that names the value and the remedy. Equation numbers are the paper's. Dictionaries are kept in a form
+    that cannot be changed in place.
 
     Attributes:
         r: rank of every expert, at most 65,536.
@@ -41,36 +42,37 @@ class MoSConfig:
             from 1e-10 to 1e10.
         lora_dropout: dropout probability on the adapter's input, in [0, 1). The router reads the input without it.
         use_rslora: scale by `lora_alpha / sqrt(r)`.
-        init_lora_weights: True: A kaiming-uniform, B zero. "gaussian": A normal(0, 1/r), B zero. False: B random too,
-            so that the adapter starts with an effect (for tests).
+        init_lora_weights: True: A kaiming-uniform, B zero. "gaussian": A normal(0, 1/r), B zero. False: A
+            kaiming-uniform, B random, so that the adapter has an effect from the start (for tests).
         spaces: number of experts by geometry, always ordered hyperbolic, spherical, euclidean. E is their sum, at most
-            4,096. Kept as a dict that cannot be changed in place, as are the patterns below.
-        num_experts_per_tok: k, the experts that a token uses.
-        norm_topk_prob: renormalise the k kept routing weights to sum to 1.
+            4,096.
+        num_experts_per_tok: k, the number of experts that a token uses.
+        norm_topk_prob: renormalise the gates of the k experts to sum to 1.
         router_scope: "ffn": one router for each FFN block, reading the block's input. "linear": one for each linear.
         router_aux_loss_coef: coefficient of the load-balancing loss E·Σ f_e P_e, averaged over the model's routers. The
             loss is 1.0 at uniform routing (Mixtral's own form is k times larger).
         curvature_init: |κ̂| at the start, dimensionless: κ = κ̂ / length_unit². Euclidean experts stay at 0.
         length_unit: "sqrt_dim" (√d_in of each linear) or a positive number.
-        learn_curvature: train κ, which may cross zero.
-        curvature_lr_ratio: κ = (κ̂_init + curvature_lr_ratio·θ) / length_unit², with θ the trained offset. Under Adam it
-            acts as a learning rate of its own.
-        curvature_max_grad_norm: bound on the norm of each layer's gradient in θ, per backward. None: exact gradients.
-        share_a: one A for all experts (HydraLoRA's asymmetry). False: one A for each expert.
-        activation: φ between expert and lift: "identity", "tanh", "silu" or "gelu".
+        learn_curvature: train κ, whose sign may change.
+        curvature_lr_ratio: κ = (κ̂_init + curvature_lr_ratio·θ) / length_unit², with θ the trained parameter. Under Adam
+            it acts as a learning rate of its own.
+        curvature_max_grad_norm: bound on the norm of each layer's gradient of θ, per backward. None: exact gradients.
+        share_a: True: one A for all experts, as in HydraLoRA. False: one A for each expert.
+        activation: φ between the low-rank product and the map out of the space: "identity", "tanh", "silu" or "gelu".
         mapping: "stereographic" (equations 5 to 8) or "exp_log" (exponential and logarithmic map at the origin).
         domain: for hyperbolic experts under the stereographic mapping. "ball": a token is projected into the ball where
             equation 5 is defined. "raw": equation 5 as printed.
-        boundary_eps: distance kept from poles and equators, relative, from 1e-7 (float32 holds no closer) to below 1.
+        boundary_eps: relative distance that is kept from poles and equators, from 1e-7 (float32 resolves no smaller
+            one) to below 1.
         target_modules: the linears to adapt: name endings, one regular expression, or "all-linear".
-        exclude_modules: name endings, or one regular expression, that `target_modules` leaves out.
+        exclude_modules: name endings, or one regular expression, of linears to leave out.
         layers_to_transform: index, or indices, of the layers to adapt. None: all.
         layers_pattern: name of the list of layers that `layers_to_transform` counts.
         rank_pattern: other ranks for some linears, by name or regular expression.
         alpha_pattern: other values of `lora_alpha` for some linears.
         spaces_pattern: other numbers of experts by geometry for some linears, such as
-            {"q_proj|k_proj|v_proj|o_proj": {"euclidean": 1}}. They use num_experts_per_tok of their experts, or all
-            where they have fewer. A single Euclidean expert (activation "identity") is a plain LoRA.
+            {"q_proj|k_proj|v_proj|o_proj": {"euclidean": 1}}. They use num_experts_per_tok of their experts, or all if
+            they have fewer. A single Euclidean expert (activation "identity") is a plain LoRA.
     """
 
     r: int = 8
@@ -119,18 +121,18 @@ class MoSConfig:
 
     @classmethod
     def paper(cls, **overrides) -> MoSConfig:
-        """The setting printed in the paper: |κ| = 1 in raw units of length, equation 5 without a domain."""
+        """The setting printed in the paper: |κ| = 1 in raw units of length, and no projection into the ball."""
         return cls(**{"curvature_init": 1.0, "length_unit": 1.0, "domain": "raw", **overrides})
 
     @classmethod
     def hydralora(cls, num_experts: int = 8, **overrides) -> MoSConfig:
-        """HydraLoRA (Tian et al., 2024): Euclidean experts behind one A, all of them mixed by a softmax."""
+        """HydraLoRA (Tian et al., 2024): Euclidean experts that share one A; a softmax mixes all of them."""
         preset = {"spaces": {"euclidean": num_experts}, "num_experts_per_tok": num_experts, "norm_topk_prob": False}
         return cls(**{**preset, "router_aux_loss_coef": 0.0, "learn_curvature": False, **overrides})
 
     @classmethod
     def mixture_of_lora(cls, num_experts: int = 8, **overrides) -> MoSConfig:
-        """Mixture of LoRA experts (the paper's eqs 1 and 2): Euclidean experts with an A each, top-k routed."""
+        """Mixture of LoRA experts (the paper's equations 1 and 2): Euclidean experts with an A each, top-k routing."""
         preset = {"spaces": {"euclidean": num_experts}, "num_experts_per_tok": min(4, num_experts), "share_a": False}
         return cls(**{**preset, "learn_curvature": False, **overrides})
 
@@ -145,7 +147,7 @@ class MoSConfig:
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    # what follows from the fields
+    # derived from the fields
 
     @property
     def num_experts(self) -> int:
@@ -169,7 +171,7 @@ class MoSConfig:
 
     @property
     def is_lora(self) -> bool:
-        """Whether the adapter is one Euclidean expert, whose gate is 1: a LoRA, with neither router nor curvature."""
+        """Whether the adapter is a single Euclidean expert: a LoRA, without a gate, a router or a curvature."""
         return self.spaces == {"euclidean": 1} and self.activation == "identity"
 
     def squared_length_unit(self, in_features: int) -> float:
@@ -177,7 +179,7 @@ class MoSConfig:
         return float(in_features) if self.length_unit == "sqrt_dim" else float(self.length_unit) ** 2
 
     def for_module(self, name: str) -> MoSConfig:
-        """This configuration with what the patterns give to the module `name` (as in peft): rank, alpha and spaces."""
+        """The configuration of the module `name`: the patterns may change its rank, alpha and spaces, as in peft."""
         changes = {}
         patterns = {"r": self.rank_pattern, "lora_alpha": self.alpha_pattern, "spaces": self.spaces_pattern}
         for attribute, pattern in patterns.items():
@@ -195,7 +197,7 @@ class MoSConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping) -> MoSConfig:
-        """The configuration written by `to_dict`. Unknown names raise `ValueError`: an option is never dropped."""
+        """The configuration written by `to_dict`. Unknown names raise `ValueError`, so that no option is dropped."""
         if not isinstance(values, Mapping):
             raise ValueError(f"a configuration maps options to values, and this is {_shown(values)}: give a mapping")
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)}, key=str)
@@ -205,9 +207,9 @@ class MoSConfig:
 
 
 class FrozenDict(dict):
-    """A dict that cannot be changed in place, as the configuration's hash follows from it; `copy()` gives one that can.
+    """A dict that cannot be changed in place, since a configuration's hash depends on it. `copy()` gives a plain dict.
 
-    It is written, pickled, copied and compared as a dict is.
+    It is printed, pickled, copied and compared like a dict.
     """
 
     def _refuse(self, *_, **__):
@@ -225,7 +227,7 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-# the rule of every field: (name, value) -> the value as it is kept, or a ValueError that names both and what is wanted
+# A rule for every field: (name, value) -> the value to keep. For a bad value, a ValueError that names what is wanted.
 
 Rule = Callable[[str, object], object]
 
@@ -243,7 +245,7 @@ def _refuse(name: str, value, wanted: str):
 
 
 def _one_of(*choices, **because: str) -> Rule:
-    """because: what to say of a value that users may expect."""
+    """because: for values that users may expect, why they are not offered."""
 
     def rule(name, value):
         if isinstance(value, str) and value in because:
@@ -267,7 +269,7 @@ def _integer(least: int, most: float = math.inf) -> Rule:
 
 
 def _number(accepts: Callable[[float], bool], wanted: str, *others) -> Rule:
-    """others: what may stand in a number's place."""
+    """others: values that are allowed instead of a number."""
 
     def rule(name, value):
         if any(value is other or isinstance(value, str) and value == other for other in others):
@@ -349,7 +351,7 @@ def _mapping(name: str, value):
     return _one_of("stereographic", "exp_log")(name, "exp_log" if value == "exp/log" else value)
 
 
-# Most numbers meet float32 in the layer, whose range ends at 1e38, as products of several.
+# The layer multiplies several of these numbers in float32, whose range ends at 1e38.
 _ALPHA = _number(lambda v: 1e-10 <= v <= 1e10, "a number from 1e-10 to 1e10")
 _FLAG = _one_of(True, False)
 

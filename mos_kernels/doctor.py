@@ -48,8 +48,8 @@ def _report(device: torch.device) -> int:
         print(f"{device} ({name}): {error}")
         return 1
     print(f"{device} ({name}): backend {chosen} (requested: {selected_backend()}, {source})")
-    print("  an FFN block: one operation, where apply_mos's report says so")
-    print(f"  triton: {'can run here' if reason is None else 'not here: ' + reason}")
+    print("  FFN blocks: apply_mos(model, config).report() says which of a model's run as one operation")
+    print(f"  triton: {'can run here' if reason is None else 'cannot run here: ' + reason}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("  TRITON_INTERPRET=1: kernels run in Triton's interpreter, for tests, thousands of times slower")
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
@@ -57,7 +57,7 @@ def _report(device: torch.device) -> int:
 
 
 def _check(device: torch.device, dtype: torch.dtype, backend: str) -> int:
-    """Outputs and gradients of a small layer against float64; the bound is a few roundings of dtype."""
+    """Compare outputs and gradients of a small layer with float64; the bound is a few roundings of dtype."""
     torch.manual_seed(0)
     config = MoSConfig(router_scope="linear", init_lora_weights=False)
     layer = MoSLinear(48, 40, config=config)

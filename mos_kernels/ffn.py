@@ -1,4 +1,4 @@
-"""An FFN block under one router: what such a block computes, and the forward that hands the gates to its linears."""
+"""The forward of an FFN block whose linears share a router: as one operation, or linear by linear with the gates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["FFNForm", "bound_form", "ffn_forward", "why_not_one"]
 def ffn_forward(block: nn.Module, form: FFNForm, *args, **kwargs) -> Tensor:
     """The block's forward, with one router for all its adapted linears. x (..., d) -> (..., d).
 
-    As one operation where `why_not_one` finds nothing against it, else linear by linear.
+    It runs as one operation unless `why_not_one` gives a reason against that; else it calls the linears one by one.
     """
     (x,) = (*args, *kwargs.values())
     one = as_one(block, form, x)
@@ -33,7 +33,7 @@ def ffn_forward(block: nn.Module, form: FFNForm, *args, **kwargs) -> Tensor:
 
 
 def bound_form(block: nn.Module) -> FFNForm | None:
-    """The form of a block whose forward has been bound to `ffn_forward`."""
+    """The form of a block whose forward is `ffn_forward`; None for any other block."""
     bound = vars(block).get("_old_forward" if hasattr(block, "_hf_hook") else "forward")  # under accelerate's wrapper
     return bound.args[1] if isinstance(bound, functools.partial) and bound.func is ffn_forward else None
 

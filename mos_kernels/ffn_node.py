@@ -25,14 +25,7 @@ from mos_kernels.backends.interface import Prepared
 from mos_kernels.call import Adapted, FFNPlan, FFNTensors, autocast_dtype, is_autocast
 from mos_kernels.config import MoSConfig
 from mos_kernels.functional import require_gates
-from mos_kernels.kept import (
-    Factors,
-    are_unchanged,
-    is_capturing,
-    is_transformed,
-    mark,
-    shows_changes,
-)
+from mos_kernels.kept import Factors, Seen, is_capturing, is_transformed
 from mos_kernels.layer import (
     MoSAdapter,
     MoSConv1D,
@@ -187,11 +180,13 @@ def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
 
 def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") -> tuple[FFNTensors, FFNPlan] | None:
     """What one operation is computed from, or None where the linears are called one by one."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.dim() == 0 or x.is_meta:
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
         return None
     again = _again(block, form, x, backend)
     if again is not None:
         return again
+    if x.dim() == 0 or x.is_meta:
+        return None
     _standing.pop(block, None)  # it holds parameters, and copies of them
     parts = _parts(block, form)
     if isinstance(parts, str) or is_transformed():
@@ -246,9 +241,7 @@ class _Standing(NamedTuple):
     inner: tuple[weakref.ref, ...]  # of the peft method: the router, and adapter and base of each linear
     linears: tuple[tuple, ...]  # of each: adapter, base; how its weight and bias look; what is kept; is it a Conv1D
     routing: MoSConfig  # the router's
-    router: Tensor
-    router_mark: tuple
-    router_storage: torch.UntypedStorage  # held, or another tensor might be put at the same address
+    seen: Seen  # the router's weight, and of each linear what is kept from
     plan: FFNPlan
 
 
@@ -264,7 +257,7 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
     if (
         before is None
         or before.hooks != RemovableHandle.next_id
-        or before.use != (x.dtype, x.device, x.shape[-1], resolve_backend(backend, x))
+        or before.use != (x.dtype, x.device, x.shape[-1:], resolve_backend(backend, x))
         or is_autocast(x)
         or is_capturing(x)
     ):
@@ -272,31 +265,30 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
     children, plan, module = block._modules, before.plan, None
     for name, reference, kind in before.children:
         module = children.get(name)
-        if module is not reference() or type(module) is not kind or not vars(module).keys().isdisjoint(_OWN_CALLS):
+        if module is not reference() or type(module) is not kind or _calls_its_own(module):
             return None
-    router = module  # the last of them
-    if before.inner:
-        router = _is_inside(children, form, before.inner)
-    if (
-        router is None
-        or router.config is not before.routing
-        or router.training
-        or any(children[name].training for name in form.hidden)
-    ):
+    router = _is_inside(children, form, before.inner) if before.inner else module  # the last of them
+    if router is None or router.config is not before.routing or router.training:
         return None
+    for name in form.hidden:
+        if children[name].training:
+            return None
     if plan.activation != "silu" and _phi_of(block, form) != plan.activation:
         return None
     weight = router._parameters.get("weight")
-    if not are_unchanged((weight,), (before.router,), (before.router_mark,)):
-        return None
-    adapted = []
+    tensors, adapted = [weight], []
     for adapter, base, look_w, look_b, kept, is_conv1d in before.linears:
         adapter, own = adapter(), base()._parameters
-        w, b = own.get("weight"), own.get("bias")
-        if adapter.training or not adapter._is_kept(kept) or _look(w) != look_w or _look(b) != look_b:
+        w, b, config = own.get("weight"), own.get("bias"), kept.use.config
+        if adapter.training or adapter._frozen is not kept or adapter.config is not config:
             return None
+        if _look(w) != look_w or _look(b) != look_b:
+            return None
+        tensors += adapter._kept_from()
         kappa, A, _ = kept.factors
-        adapted.append(Adapted(w.t() if is_conv1d else w, b, A, kept.tensors[-1], kappa))
+        adapted.append(Adapted(w.t() if is_conv1d else w, b, A, tensors[-1], kappa))
+    if not before.seen.are(tensors):
+        return None
     return FFNTensors(x, None, weight, None, None, adapted[-1], tuple(adapted[:-1])), plan
 
 
@@ -309,7 +301,7 @@ def _is_inside(children: dict, form: FFNForm, inner: Sequence[weakref.ref]) -> M
     if len(found) != len(inner):
         return None
     same = all(
-        module is reference() and vars(module).keys().isdisjoint(_OWN_CALLS)
+        module is reference() and not _calls_its_own(module)
         for module, reference in zip(found, inner, strict=True)
     )
     return router if same else None
@@ -326,31 +318,31 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
     if (
         plan.differentiable
         or is_observed()
+        or is_autocast(x)
         or tensors.gates is not None
         or any(made is None for made in (*plan.prepared, *adapters))
         or not all(part.adapter._is_kept(kept) for part, kept in zip(parts.all, adapters, strict=True))
-        or not shows_changes(weight)
         or any(module.training or not is_called_plainly(module) for module in called.values())
         or any(w is None or w.dtype != x.dtype or b is not None and b.dtype != x.dtype for w, b in bases)
     ):
         return plan
-    router_mark = mark(weight)  # before: a change meanwhile ends it
+    seen = Seen.of((weight, *(tensor for kept in adapters for tensor in kept.seen.tensors)))
+    if seen is None:
+        return plan
     if plan.backend == "eager":
         with torch.inference_mode(False), torch.no_grad():
             plan = plan._replace(few=few_tokens(tensors, plan))
     inside = () if parts.router is called["mos_router"] else (parts.router, *(m for part in parts.all for m in part))
     ref = weakref.ref
     _standing[block] = _Standing(
-        (x.dtype, x.device, x.shape[-1], plan.backend), hooks,
+        (x.dtype, x.device, x.shape[-1:], plan.backend), hooks,
         tuple((name, ref(child), type(child)) for name, child in called.items() if name in block._modules),
         tuple(map(ref, inside)),
         tuple(
-            (
-                ref(part.adapter), ref(part.base), _look(w), _look(b), kept, _is_conv1d(part.base),
-            )
+            (ref(part.adapter), ref(part.base), _look(w), _look(b), kept, _is_conv1d(part.base))
             for part, (w, b), kept in zip(parts.all, bases, adapters, strict=True)
         ),
-        parts.router.config, weight, router_mark, weight.untyped_storage(), plan,
+        parts.router.config, seen, plan,
     )  # fmt: skip
     return plan
 
@@ -489,8 +481,10 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module) is MoSConv1D or type(module).__name__ == "Conv1D" and hasattr(module, "nx")
 
 
-_OWN_CALLS = ("forward", "_call_impl", "_compiled_call_impl")
-"""What of a module's own attributes replaces its class's call."""
+def _calls_its_own(module: nn.Module) -> bool:
+    """Whether an attribute of the module's own replaces its class's call."""
+    own = vars(module)
+    return "forward" in own or "_call_impl" in own or "_compiled_call_impl" in own
 
 
 def is_called_plainly(module: nn.Module, observers: int = 0) -> bool:
@@ -498,7 +492,7 @@ def is_called_plainly(module: nn.Module, observers: int = 0) -> bool:
 
     What replaces a method of the class, or of nn.Module, is not seen.
     """
-    everywhere, own = nn.modules.module, vars(module)
+    everywhere = nn.modules.module
     return not (
         len(module._forward_hooks) > observers
         or module._forward_pre_hooks
@@ -508,5 +502,5 @@ def is_called_plainly(module: nn.Module, observers: int = 0) -> bool:
         or everywhere._global_forward_pre_hooks
         or everywhere._global_backward_hooks
         or everywhere._global_backward_pre_hooks
-        or not own.keys().isdisjoint(_OWN_CALLS)
+        or _calls_its_own(module)
     )

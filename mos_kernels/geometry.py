@@ -1,13 +1,16 @@
 """A mapping between Euclidean and curved space: the two radial scales, their derivatives and their guards.
 
-Every mapping here is radial, and depends on curvature κ and squared norm only through their product a:
+Every mapping here is radial: it multiplies a vector by a scale. The scale depends only on the product a of the
+curvature κ and the squared norm:
 
     into the space   s = λ x,  λ = f(κ‖x‖²)         out of it   o = e u,  e = f(κ‖u‖²)
 
-so that ∂/∂‖·‖² = κ f'(a) and ∂/∂κ = ‖·‖² f'(a). A mapping is therefore two functions of one number; nothing else in the
-package knows which one runs. Guards are radial projections: beyond a limit l of a, the vector is projected onto the
-sphere a = l, which makes the scale edge / √|a| with edge = f(l) √|l|, and its derivative -scale / (2a). Limits and
-edges follow from `boundary_eps` alone and are formed in float64: next to the pole, f at a rounded limit is not f(l).
+So ∂/∂‖·‖² = κ f'(a) and ∂/∂κ = ‖·‖² f'(a). A mapping consists of two functions of one number. The rest of the package
+does not depend on which mapping is used.
+
+Guards are radial projections. Beyond a limit l of a, the vector is projected onto the sphere a = l. The scale is then
+edge / √|a| with edge = f(l) √|l|, and its derivative is -scale / (2a). Limits and edges depend only on `boundary_eps`.
+They are computed in float64, because close to the pole f at the rounded limit differs from f(l).
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ import torch
 from torch import Tensor
 
 SATURATION = 1e30
-"""Squared norms stop here: a larger one meets κ = 0 as 0·∞ = NaN."""
+"""Squared norms are limited to this: an infinite one times κ = 0 would be NaN."""
 
 EXP_LOG_HOLD = math.asinh(2.0**15)
-"""Largest c‖x‖ that the hyperbolic exponential map is given."""
+"""Largest √(−κ)‖x‖ that the hyperbolic exponential map is evaluated at."""
 
 _HYPERBOLIC_LIMIT, _HYPERBOLIC_EDGE = -(EXP_LOG_HOLD**2), math.sinh(EXP_LOG_HOLD)
 
@@ -30,9 +33,9 @@ ScaleAndSlope = tuple[Tensor, Tensor]
 
 
 def guard_into(config) -> tuple[float, float]:
-    """The limit of a = κ‖x‖² on the way into the space, and the edge, λ √|a| beyond it.
+    """The limit of a = κ‖x‖² of the map into the space, and its edge: λ √|a| beyond the limit.
 
-    In the raw domain: the least |1 + a|, and λ there.
+    In the raw domain: the smallest |1 + a|, and λ there.
     """
     eps = config.boundary_eps
     rho = 1 - eps
@@ -45,7 +48,7 @@ def guard_into(config) -> tuple[float, float]:
 
 
 def guard_back(config) -> tuple[float, float]:
-    """The limit of a = κ‖u‖² on the way out of the space, and the edge, e √a beyond it."""
+    """The limit of a = κ‖u‖² of the map out of the space, and its edge: e √a beyond the limit."""
     eps = config.boundary_eps
     rho, gap = 1 - eps, eps * (2 - eps)
     if config.mapping == "exp_log":
@@ -102,7 +105,7 @@ def _inverse_stereographic(a: Tensor) -> ScaleAndSlope:
 
 
 def _raw_inverse_stereographic(a: Tensor, limit: float, edge: float) -> ScaleAndSlope:
-    """Equation 5 on both sides of its pole a = -1, with |1 + a| held at or above a limit."""
+    """Equation 5 on both sides of its pole a = -1, with |1 + a| kept at or above a limit."""
     divisor = 1 + a
     held = divisor.abs() < limit
     bound = torch.full_like(a, edge)  # two numbers in a torch.where would be float32
@@ -138,7 +141,7 @@ _LOG_SERIES = [math.comb(2 * k, k) / (4**k * (2 * k + 1)) for k in range(28)]
 
 
 def _taylor_near_zero(a: Tensor, direct: Tensor, slope: Tensor, radius: float, series: list[float]) -> ScaleAndSlope:
-    """The closed forms divide by a; within the radius both are summed from their series instead."""
+    """The closed forms divide by a. Within the radius, value and slope are summed from their series instead."""
     near = a.abs() < radius
     a = torch.where(near, a, 0.0)
     value, derivative = torch.zeros_like(a), torch.zeros_like(a)

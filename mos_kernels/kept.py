@@ -43,15 +43,39 @@ class Factors(NamedTuple):
     prepared: Any  # the backend's, of B; None where the call makes it
 
 
+class Seen(NamedTuple):
+    """Tensors as they were."""
+
+    tensors: tuple[Tensor, ...]
+    marks: tuple[tuple, ...]
+    storages: tuple[torch.UntypedStorage, ...]  # held, or another tensor might be put at the same address
+    generation: int
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor, ...]) -> Seen | None:
+        """None where a change of them would not be seen. What is made of them has to be made afterwards."""
+        if not all(map(shows_changes, tensors)):
+            return None
+        return cls(tensors, tuple(map(mark, tensors)), tuple(t.untyped_storage() for t in tensors), _generation)
+
+    def are(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the very tensors, with the very marks, and no optimizer's step is to come."""
+        if self.generation != _generation:
+            return False
+        for t, before, (address, version, dtype, shape, stride) in zip(tensors, self.tensors, self.marks, strict=True):
+            if t is not before or t._version != version or t.data_ptr() != address or t.grad is not None:
+                return False
+            if t.stride() != stride or t.shape != shape or t.dtype != dtype:
+                return False
+        return True
+
+
 class Kept(NamedTuple):
     """Factors, and what they are valid for."""
 
     factors: Factors
     use: Use
-    tensors: tuple[Tensor, ...]
-    marks: tuple[tuple, ...]
-    storages: tuple[torch.UntypedStorage, ...]  # held, or another tensor might be put at the same address
-    generation: int
+    seen: Seen
     frozen: bool  # asked for by name: what a CUDA graph may capture
 
     @classmethod
@@ -59,15 +83,14 @@ class Kept(NamedTuple):
         cls, tensors: tuple[Tensor, ...], use: Use, form: Callable[[], Factors], frozen: bool = False
     ) -> Kept | None:
         """What `form` makes of the tensors, or None where a change of them would not be seen."""
-        if not all(map(shows_changes, tensors)):
+        seen = Seen.of(tensors)
+        if seen is None:
             return None
-        generation, marks = _generation, tuple(map(mark, tensors))  # before: a change meanwhile ends it
         with torch.inference_mode(False), torch.no_grad():
-            factors = form()
-        return cls(factors, use, tensors, marks, tuple(t.untyped_storage() for t in tensors), generation, frozen)
+            return cls(form(), use, seen, frozen)
 
     def is_valid(self, tensors: tuple[Tensor, ...], use: Use) -> bool:
-        return self.generation == _generation and self.use == use and are_unchanged(tensors, self.tensors, self.marks)
+        return self.use == use and self.seen.are(tensors)
 
 
 def count_backward() -> None:
@@ -100,16 +123,6 @@ def is_capturing(x: Tensor) -> bool:
 def mark(t: Tensor) -> tuple:
     """What differs after a change of t."""
     return t.data_ptr(), t._version, t.dtype, t.shape, t.stride()
-
-
-def are_unchanged(tensors: Sequence[Tensor | None], before: Sequence[Tensor], marks: Sequence[tuple]) -> bool:
-    """Whether these are the very tensors, with the very marks, and no optimizer's step is to come."""
-    for t, b, (address, version, dtype, shape, stride) in zip(tensors, before, marks, strict=True):
-        if t is not b or t._version != version or t.data_ptr() != address or t.grad is not None:
-            return False
-        if t.stride() != stride or t.shape != shape or t.dtype != dtype:
-            return False
-    return True
 
 
 def shows_changes(t: Tensor) -> bool:

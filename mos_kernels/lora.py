@@ -1,4 +1,4 @@
-"""A single Euclidean expert: a LoRA, y = base(x) + (α/r) B A x. Its gate is 1, its space flat: no router, no curvature.
+"""A single Euclidean expert: a LoRA, y = base(x) + (α/r) B A x, without router and curvature.
 
 The adapter's product comes first and the base's, which is long, is summed onto it: one pass over y less than the other
 way round. Backward is written out, and does so with the gradient of x, which is rounded once less than autograd's.

@@ -1,4 +1,4 @@
-"""Routing: which experts a token uses and with what weight, and the loss that keeps them evenly used."""
+"""Routing: which experts a token uses, with which gates, and the loss that keeps the experts evenly used."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def top_k_mask(logits: Tensor, k: int) -> Tensor:
-    """The k largest logits of each token, ties to the lower index (torch.topk does not promise it). (T, E) bool."""
+    """Which logits are among the k largest of their token, (T, E) bool. Ties go to the lower index."""
     if k == logits.shape[-1]:
         return torch.ones_like(logits, dtype=torch.bool)
     if torch.compiler.is_exporting():  # ONNX has no stable sort
@@ -17,16 +17,16 @@ def top_k_mask(logits: Tensor, k: int) -> Tensor:
 
 
 def _rank(logits: Tensor) -> Tensor:
-    """How many experts come before each: those with a larger logit, or with an equal one and a lower index."""
+    """How many experts precede each one. A larger logit precedes, and so does an equal logit at a lower index."""
     before, own = logits.unsqueeze(-2), logits.unsqueeze(-1)
     lower = torch.ones(before.shape[-1], before.shape[-1], dtype=torch.bool, device=logits.device).tril(-1)
     return ((before > own) | ((before == own) & lower)).sum(-1)
 
 
 def route(logits: Tensor, k: int, norm_topk_prob: bool) -> Tensor:
-    """The gates (T, E) of logits (T, E): the softmax over all experts, kept for the k largest logits.
+    """The gates (T, E) of logits (T, E): the softmax over all experts for the k largest logits, and 0 for the others.
 
-    norm_topk_prob: renormalise the k kept ones to sum to 1.
+    norm_topk_prob: renormalise the k gates of a token to sum to 1.
     """
     kept = top_k_mask(logits, k)
     if norm_topk_prob:
@@ -42,7 +42,7 @@ def route_backward(dgates: Tensor, gates: Tensor, logits: Tensor, k: int, norm_t
 
 
 def softmax_backward(probabilities: Tensor, gradient: Tensor) -> Tensor:
-    """p (d - Σ p d), centred twice: where one p is nearly 1, the first difference holds its rounding and no more."""
+    """p (d - Σ p d). Centred twice, because if one p is nearly 1, the first difference is little more than rounding."""
     for _ in range(2):
         gradient = gradient - (probabilities * gradient).sum(-1, keepdim=True)
     return probabilities * gradient

@@ -1,7 +1,7 @@
-"""Parameters that are spread over processes: gathered to be read or saved, spread to be loaded, refused elsewhere.
+"""Parameters that are sharded over processes: gathering them to read or save, sharding values to load, and errors.
 
-FSDP2 and tensor parallelism spread them as DTensors; DeepSpeed's ZeRO-3 leaves them empty between the runs of their
-module. Whatever gathers is collective: every process must call it.
+FSDP2 and tensor parallelism shard parameters as DTensors. DeepSpeed's ZeRO-3 leaves them empty unless their module
+runs. Functions that gather are collective: every process must call them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def whole_shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself where it is not spread, or not at the moment."""
+    """The whole tensor: gathered if it is sharded at the moment, else the tensor itself."""
     if is_dtensor(tensor):
         return tensor.full_tensor()
     if is_zero3(tensor) and tuple(tensor.shape) != whole_shape(tensor):
@@ -51,7 +51,7 @@ def _zero3_gathered(tensors: Iterable[Tensor]):
 
 
 def spread_like(value: Tensor, target: Tensor) -> Tensor:
-    """`value` on the device, of the dtype and in the parts of `target`, where that is spread from the first process."""
+    """`value` with the device, dtype and sharding of `target`. A sharded one gets the value of the first process."""
     value = value.to(target.device, target.dtype)
     if not is_dtensor(target):
         return value
@@ -61,7 +61,7 @@ def spread_like(value: Tensor, target: Tensor) -> Tensor:
 
 
 def write_once(tensors: Iterable[Tensor], write: Callable[[], None]) -> None:
-    """write(); where tensors are spread in the first process alone, and the others wait for it."""
+    """Call write(). If tensors are sharded, only the first process calls it, and the others wait."""
     if not any(is_dtensor(tensor) or is_zero3(tensor) for tensor in tensors):
         write()
         return
@@ -73,7 +73,7 @@ def write_once(tensors: Iterable[Tensor], write: Callable[[], None]) -> None:
 
 
 def refuse_sharded(name: str, module: nn.Module) -> None:
-    """ValueError where the linear's parameters are DTensors: its adapter would be no part of what spreads them."""
+    """ValueError if the linear's parameters are DTensors, since its adapter would not be sharded with them."""
     for parameter in module.parameters():
         if is_dtensor(parameter):
             placements = ", ".join(map(str, parameter.placements))
@@ -85,7 +85,7 @@ def refuse_sharded(name: str, module: nn.Module) -> None:
 
 
 def refuse_zero3(parameters: Iterable[Tensor]) -> None:
-    """ValueError where ZeRO-3 has partitioned the adapter's parameters, of which its optimizer then has copies."""
+    """ValueError if ZeRO-3 has partitioned the adapter's parameters, since its optimizer then has copies of them."""
     if any(is_zero3(parameter) for parameter in parameters):
         raise ValueError(
             "DeepSpeed's ZeRO-3 has partitioned the adapter: do this before deepspeed.initialize (or "
@@ -94,7 +94,7 @@ def refuse_zero3(parameters: Iterable[Tensor]) -> None:
 
 
 def refuse_fsdp1(model: nn.Module) -> None:
-    """ValueError for a model in FSDP1, whose flat parameters have neither names nor shapes."""
+    """ValueError for a model in FSDP1, whose flattened parameters have neither names nor shapes."""
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ValueError(
             "the model is in FullyShardedDataParallel (FSDP1), which flattens parameters: use FSDP2, "

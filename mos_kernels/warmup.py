@@ -17,13 +17,13 @@ from mos_kernels.layer import MoSAdapter, MoSLayer, MoSRouter, device_and_dtype
 
 
 def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Run each distinct adapted linear and router of `model` once in every launch bucket, on zeros.
+    """Compile the kernels of `model` by running it on zeros, part by part.
 
-    And each distinct FFN block that is one operation.
+    Each distinct adapted linear, router and FFN block that is one operation runs once for few tokens and once for many.
+    After this, an input of any length compiles nothing.
 
-    After this, no length of input compiles anything. dtype: the inputs', where it is not the weights' (autocast).
-    Parameters, gradients, buffers and random state stay as they are. Returns the number of distinct modules; 0 where
-    the backend has nothing to compile.
+    dtype: of the inputs, if it differs from that of the weights (autocast). Parameters, gradients, buffers and random
+    state stay as they are. Returns the number of distinct linears and routers; 0 if the backend compiles nothing.
     """
     seen = set()
     for module, base in _adapted(model):
@@ -46,7 +46,7 @@ def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
 
 
 def _run_blocks(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Each distinct FFN block that is one operation."""
+    """Run each distinct FFN block that is one operation."""
     seen = set()
     for block in model.modules():
         form = bound_form(block)
@@ -74,7 +74,7 @@ def _kind(t: Tensor) -> tuple:
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Adapters that have kernels, with the layer that has their base, and routers."""
+    """The adapters that have kernels, and the routers; each adapter with the layer that has its base."""
     for module in model.modules():
         several = module._modules.get("mos_adapter")
         if isinstance(module, (MoSLayer, MoSRouter)):
@@ -85,7 +85,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def _run(module: nn.Module, output: Callable, width: int, x_dtype: torch.dtype, device, dtype: torch.dtype) -> None:
-    """Run twins of the module on x of x_dtype under autocast to dtype. output: of a twin on x, or None."""
+    """Run copies of the module on x of x_dtype, under autocast to dtype. output(copy, x) -> the output, or None."""
     from mos_kernels.backends.triton.launch import DECODE_TOKENS
 
     devices = [device] if device.type == "cuda" else []
@@ -104,7 +104,7 @@ def _run(module: nn.Module, output: Callable, width: int, x_dtype: torch.dtype, 
 
 
 def _twin(module: nn.Module, training: bool, masked: bool) -> nn.Module:
-    """A copy that shares the module's values, and neither its gradients, its hooks nor what it keeps of them."""
+    """A copy that shares the module's values, but not its gradients, its hooks or its cached tensors."""
     twin, ours = copy.copy(module), isinstance(module, (MoSAdapter, MoSRouter))
     parameters = {
         name: None if p is None else p.detach().requires_grad_(name.startswith("mos_") or isinstance(module, MoSRouter))

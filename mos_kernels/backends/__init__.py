@@ -18,33 +18,33 @@ _selected: str | None = None
 
 
 def constant_under_compile(function):
-    """Have torch.compile take the function's result as a constant.
+    """Make torch.compile treat the function's result as a constant.
 
-    What torch.compiler.assume_constant_result does, without importing torch._dynamo, and triton with it, on import.
+    The same as torch.compiler.assume_constant_result, which would import torch._dynamo, and with it triton.
     """
     function._dynamo_marked_constant = True
     return function
 
 
 def set_backend(name: str) -> None:
-    """Choose the backend of every call that does not choose its own: "auto", "eager" or "triton".
+    """Set the default backend: "auto", "eager" or "triton". Calls with an argument `backend` do not use it.
 
-    "auto" is triton for CUDA and ROCm tensors and eager otherwise. The environment variable MOS_BACKEND sets the same
-    from outside; this call goes before it.
+    "auto" is triton for CUDA and ROCm tensors, and eager otherwise. The environment variable MOS_BACKEND also sets the
+    default; this function takes precedence over it.
     """
     global _selected
     _selected = _checked(name, "set_backend")
 
 
 def selected_backend() -> str:
-    """The backend chosen by `set_backend`, else by MOS_BACKEND, else "auto"."""
+    """The backend set by `set_backend`, else by MOS_BACKEND, else "auto"."""
     if _selected is not None:
         return _selected
     return _checked(os.environ.get("MOS_BACKEND", "auto"), "MOS_BACKEND")
 
 
 def resolve_backend(requested: str, x: Tensor) -> str:
-    """The backend for the input x, "eager" or "triton". Raises ValueError where the requested one cannot run it."""
+    """The backend for the input x, "eager" or "triton". Raises ValueError if the requested one cannot run it."""
     name = _checked(requested, "backend")
     if name == "auto":
         name = selected_backend()
@@ -58,7 +58,7 @@ def resolve_backend(requested: str, x: Tensor) -> str:
 
 
 def load_backend(name: str) -> Backend:
-    """The module with the four steps of a resolved backend."""
+    """The module that has the four steps of a backend."""
     if name == "triton":
         from mos_kernels.backends import triton
 
@@ -69,7 +69,7 @@ def load_backend(name: str) -> Backend:
 
 
 def load_ffn(name: str) -> FFNBackend:
-    """The module of a resolved backend that computes an FFN's linears together."""
+    """The module of a backend that computes an FFN block as one operation."""
     if name == "triton":
         from mos_kernels.backends.triton import ffn
 
@@ -82,9 +82,9 @@ def load_ffn(name: str) -> FFNBackend:
 def why_not_triton(x: Tensor) -> str | None:
     """Why the Triton kernels cannot run on x, or None if they can."""
     if x.dtype == torch.float64:
-        return "it is float64, and the kernels compute in float32"
+        return "the input is float64, and the kernels compute in float32"
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it is on {x.device}, and TRITON_INTERPRET=1 (Triton's interpreter on the CPU) is not set"
+        return f"the input is on {x.device}, and TRITON_INTERPRET=1 (Triton's interpreter, for tests) is not set"
     if not has_triton():
         return "the package triton is not installed (pip install triton)"
     return None

@@ -43,8 +43,11 @@ def operand(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def narrow_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b with operands rounded to dtype and the result in the compute dtype."""
-    a, b = operand(a, dtype), operand(b, dtype)
+    """a @ b with operands rounded to dtype and the result in the compute dtype. In float16 only b saturates.
+
+    a is x, dy or a gradient: a gradient scaler is to see one that float16 cannot hold, and skip the step.
+    """
+    a, b = a.to(dtype), operand(b, dtype)
     if dtype in (torch.float16, torch.bfloat16):
         if a.is_cuda and torch.version.hip is None:
             return torch.mm(a, b, out_dtype=torch.float32)
@@ -159,7 +162,7 @@ def shrink_backward(
             dx0 += drop(narrow_matmul(dp, stacked, x.dtype), dropout)
         if dlogits is not None:
             _add_product(dx0, dlogits, router, x.dtype)
-        dx0 = operand(dx0, x.dtype)
+        dx0 = dx0.to(x.dtype)
     drouter = narrow_matmul(dlogits.t(), x, x.dtype) if needs_router else None
     return dx0, dA, drouter
 
@@ -184,7 +187,7 @@ def routing_logits_backward(
     x: Tensor, router: Tensor, dlogits: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx = dlogits·Router (T, d_in) in x's dtype and dRouter = dlogitsᵀ x (E, d_in), where `needs` asks for them."""
-    dx = operand(narrow_matmul(dlogits, router, x.dtype), x.dtype) if needs[0] else None
+    dx = narrow_matmul(dlogits, router, x.dtype).to(x.dtype) if needs[0] else None
     return dx, narrow_matmul(dlogits.t(), x, x.dtype) if needs[1] else None
 
 
@@ -418,7 +421,8 @@ def bridge_expand(
         if added is not None:
             total += added[chunk] if added.dim() == 2 else added
         for expert in range(B.shape[1]):
-            u = _activation(narrow_matmul(h[chunk, expert], B[:, expert].t(), dtype), config.activation)
+            h_tile = operand(h[chunk, expert], dtype)
+            u = _activation(narrow_matmul(h_tile, B[:, expert].t(), dtype), config.activation)
             q = squared_norm(u)
             e, _, _ = geometry.projection_scale(q, kappa[expert], config)
             total.addcmul_(u, (config.scaling * gates[chunk, expert] * e).unsqueeze(-1))
@@ -447,7 +451,8 @@ def bridge_expand_backward(
     for chunk in _chunks(h.shape[0], B.shape[0], CHUNK):
         upstream = dy[chunk].to(h.dtype)
         for expert in range(B.shape[1]):
-            v = narrow_matmul(h[chunk, expert], B[:, expert].t(), dy.dtype)
+            h_tile = operand(h[chunk, expert], dy.dtype)
+            v = narrow_matmul(h_tile, B[:, expert].t(), dy.dtype)
             u = _activation(v, config.activation)
             q = squared_norm(u)
             e, e_dq, de_dkappa = geometry.projection_scale(q, kappa[expert], config)
@@ -458,7 +463,7 @@ def bridge_expand_backward(
             du = upstream * (scaled_gates * e).unsqueeze(-1)
             du.addcmul_(u, (2 * scaled_gates * t * e_dq).unsqueeze(-1))
             dv = du.mul_(_activation_slope(v, config.activation))
-            dB[:, expert] += narrow_matmul(dv.t(), h[chunk, expert], dy.dtype)
+            dB[:, expert] += narrow_matmul(dv.t(), h_tile, dy.dtype)
             dh[chunk, expert] = narrow_matmul(dv, B[:, expert], dy.dtype)
     dkappa, dn, dp = _into_space_backward(dh, curved, p.dim() == 2)
     if own_router:

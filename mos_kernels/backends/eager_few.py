@@ -1,7 +1,9 @@
 """Routing and bridge of few tokens on a CPU, forward alone, in NumPy: at these sizes calls cost more than arithmetic.
 
 The formulas and guards are those of `routing.route`, `geometry` (the stereographic mapping) and `eager.bridge`. The
-bridge computes in float64, which costs the same here: no sum overflows, and z is rounded once.
+bridge computes in float64, which costs the same here: no sum overflows, and z is rounded once. With σ = α/r,
+
+    d = 1 / (σλ) = (1 + κn) / 2σ    q = hᵀGh = pᵀ(G/σ²)p / d²    w = 1/e = 1 + √(1 - κq)    z = σ g e h = g p / (d w)
 """
 
 from __future__ import annotations
@@ -26,26 +28,32 @@ class Constants(NamedTuple):
     """What follows from the parameters of m linears of one configuration that read the same tokens.
 
     rows: what x meets, [A of each; the router, where its logits are asked for]ᵀ (d_in, m·rank + E or m·rank) in the
-    compute dtype. B: (E·r, d_out) of each. safe: up to this q no guard is needed.
+    compute dtype. B: (E·r, d_out) of each. NumPy takes half as long where no number is broadcast: what needs no more
+    than one number has as many as there are experts.
     """
 
     rows: Tensor
     B: tuple[Tensor, ...]
-    kappa: ndarray  # (m, E)
-    gram: ndarray  # (m, E, r, r)
+    kappa: ndarray  # (1, m, E)
+    slope: ndarray  # κ/2σ (1, m, E)
+    offset: ndarray  # 1/2σ (1, m, E)
+    zero: ndarray  # (1, m, E)
+    one: ndarray
+    gram: ndarray  # G/σ² (m, E, r²), or (m, E, 1, r²) where each expert has a p of its own
     into: tuple[float, float]  # guards
     back: tuple[float, float]
-    safe: float
-    ranks: tuple[int, tuple[int, ...]]  # how many of the rows are A's, and p's shape
+    safe_n: float  # up to this n no guard is needed
+    safe_q: float
+    ranks: tuple[int, tuple[int, ...], tuple[int, ...]]  # how many of the rows are A's, p's shape and that of p pᵀ
     routes: bool  # whether logits are asked for
     dtype: np.dtype  # z's
-    scaling: float
+    scaling: float  # σ
     is_raw: bool
 
 
-def serves(x: Tensor, tokens: int, *configs: MoSConfig) -> bool:
-    """Whether x, so many tokens, is bridged here: not where a dispatch mode, as make_fx's, is to see each operation."""
-    return x.is_cpu and 0 < tokens <= MOST_TOKENS and not eager.is_observed() and are_served(*configs)
+def are_few(tokens: int) -> bool:
+    """Whether so many tokens are bridged here: none where a dispatch mode, as make_fx's, is to see each operation."""
+    return 0 < tokens <= MOST_TOKENS and not eager.is_observed()
 
 
 def are_served(*configs: MoSConfig) -> bool:
@@ -66,19 +74,24 @@ def constants(
     B is read as it is in the compute dtype, where it is: its products with few tokens take less time than rounded ones.
     No view of a parameter is made, which `torch.utils.swap_tensors` would refuse to swap.
     """
-    compute, m = eager.compute_dtype(dtype), len(A)
+    compute, m, E, r, scaling = eager.compute_dtype(dtype), len(A), config.num_experts, config.r, config.scaling
     factors = [eager.operand(factor, dtype).to(compute).flatten(0, -2) for factor in A]
     rows = torch.cat(factors if router is None else [*factors, router.to(compute)])
-    kappas, back = _stacked(kappa), guard_back(config)
-    highest = kappas.max()
+    kappas, gram = _stacked(kappa)[None], _stacked([made.gram for made in prepared]) / scaling**2
+    into, back = guard_into(config), guard_back(config)
+    lowest, highest = kappas.min(), kappas.max()
+    least = into[0] - 1 if config.domain == "raw" else into[0]  # of κn
     return Constants(
         rows.t(),
         tuple((b if b.dtype == compute else made.B).data.flatten(1).t() for b, made in zip(B, prepared, strict=True)),
-        kappas, _stacked([made.gram for made in prepared]), guard_into(config), back,
+        kappas, kappas / (2 * scaling), np.full_like(kappas, 1 / (2 * scaling)),
+        np.zeros_like(kappas), np.ones_like(kappas),
+        gram.reshape((m, E, r * r) if config.share_a else (m, E, 1, r * r)), into, back,
+        min(SATURATION, least / lowest) if lowest < 0 else SATURATION,
         min(SATURATION, back[0] / highest) if highest > 0 else SATURATION,
-        (sum(map(len, factors)), (-1, m, 1 if config.share_a else config.num_experts, config.r)),
+        (sum(map(len, factors)), *(((-1, m, 1, r), (-1, m, r * r, 1)) if config.share_a else ((-1, m, E, r), (-1, m, E, r * r, 1)))),
         router is not None,
-        np.dtype(np.float64 if compute == torch.float64 else np.float32), config.scaling, config.domain == "raw",
+        np.dtype(np.float64 if compute == torch.float64 else np.float32), scaling, config.domain == "raw",
     )  # fmt: skip
 
 
@@ -87,12 +100,13 @@ def _stacked(tensors: Sequence[Tensor]) -> ndarray:
 
 
 def shrink(x: Tensor, made: Constants) -> tuple[ndarray, ndarray, ndarray]:
-    """p (T, m, 1 or E, r), n (T, 1, 1) in float64, and logits (T, E), empty without a router. x (T, d_in)."""
+    """p (T, m, 1 or E, r), n (T, 1, 1), and logits (T, E), empty without a router. x (T, d_in)."""
     x = x.to(made.rows.dtype)
     products = (eager.exact_matmul(x, made.rows) if made.routes else torch.mm(x, made.rows)).numpy()
-    ranks, shape = made.ranks
-    n = np.add.reduce(np.square(x.numpy(), dtype=np.float64), 1)[:, None, None]
-    return products[:, :ranks].reshape(shape), np.minimum(n, SATURATION), products[:, ranks:]
+    ranks, shape, _ = made.ranks
+    tokens = x.numpy()
+    n = np.matmul(tokens[:, None, :], tokens[:, :, None])
+    return products[:, :ranks].reshape(shape), n, products[:, ranks:]
 
 
 def route(logits: ndarray, config: MoSConfig) -> ndarray:
@@ -113,28 +127,42 @@ def route(logits: ndarray, config: MoSConfig) -> ndarray:
 
 def bridge(p: ndarray, n: ndarray, gates: ndarray, made: Constants) -> ndarray:
     """z (T, m, E·r), of p (T, m, 1 or E, r), n (T, 1, 1) and gates (T, E)."""
-    h = _into(made.kappa * n, made)[..., None] * p  # (T, m, E, r)
-    q = np.add.reduce(np.matmul(made.gram, h[..., None])[..., 0] * h, -1)
-    scale = made.scaling * gates[:, None] / _back(np.maximum(q, 0, out=q), made)
-    return np.multiply(h, scale[..., None], dtype=made.dtype, casting="same_kind").reshape(len(h), len(made.B), -1)
+    p = p.astype(np.float64)
+    if max(n.ravel().tolist()) <= made.safe_n:
+        d = made.slope * n
+        d += made.offset
+    else:
+        d = _guarded_into(n, made)
+    squares = (p[..., None] * p[..., None, :]).reshape(made.ranks[2])
+    q = np.maximum(np.matmul(made.gram, squares).reshape(d.shape), made.zero)
+    q /= d * d
+    if max(q.ravel().tolist()) <= made.safe_q:
+        w = made.kappa * q
+        w = np.sqrt(np.subtract(made.one, w, out=w), out=w)
+        w += made.one
+    else:
+        w = _guarded_back(q, made)
+    w *= d
+    scale = gates[:, None] / w
+    return np.multiply(p, scale[..., None], dtype=made.dtype, casting="same_kind").reshape(len(p), len(made.B), -1)
 
 
-def _into(a: ndarray, made: Constants) -> ndarray:
-    """λ, from a = κ n."""
+@np.errstate(all="ignore")
+def _guarded_into(n: ndarray, made: Constants) -> ndarray:
+    """d, where a guard holds."""
     limit, edge = made.into
+    a = made.kappa * np.minimum(n, SATURATION)
     divisor = 1 + a
-    value = 2 / divisor
     if made.is_raw:
-        return np.where(np.abs(divisor) < limit, np.where(divisor < 0, -edge, edge), value)
-    if np.minimum.reduce(a, None) >= limit:
-        return value
-    return np.where(a < limit, edge / np.sqrt(np.abs(a)), value)
+        scale = np.where(np.abs(divisor) < limit, np.where(divisor < 0, -edge, edge), 2 / divisor)
+    else:
+        scale = np.where(a < limit, edge / np.sqrt(np.abs(a)), 2 / divisor)
+    return 1 / (made.scaling * scale)
 
 
-def _back(q: ndarray, made: Constants) -> ndarray:
-    """1 / e, from q."""
+@np.errstate(all="ignore")
+def _guarded_back(q: ndarray, made: Constants) -> ndarray:
+    """w, where a guard holds."""
     limit, edge = made.back
-    if np.maximum.reduce(q, None) <= made.safe:
-        return 1 + np.sqrt(1 - made.kappa * q)
     a = made.kappa * np.minimum(q, SATURATION)
     return np.where(a > limit, np.sqrt(np.abs(a)) / edge, 1 + np.sqrt(1 - np.minimum(a, limit)))

@@ -9,6 +9,7 @@ as the FFN is read and written a few tokens at a time, so that it stays in the p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -106,34 +107,34 @@ def few_tokens(t: FFNTensors, plan: FFNPlan) -> FewTokens | None:
 
 def ffn_inference(t: FFNTensors, plan: FFNPlan) -> Tensor:
     """y (..., d_out) where no backward follows; few tokens are bridged in fewer calls."""
-    x = _flat(t.x.detach() if t.x.requires_grad else t.x)
-    if not eager_few.serves(x, x.shape[0], plan.config, plan.down_config):
+    x = t.x if t.x.dim() == 2 else _flat(t.x)
+    made = plan.few
+    if not eager_few.are_few(x.shape[0]) or made is None and (made := few_tokens(t, plan)) is None:
         return ffn_forward(t, plan)[0]
-    made = few_tokens(t, plan) if plan.few is None else plan.few
-    with np.errstate(all="ignore"):
-        p, n, logits = eager_few.shrink(x, made.reads)
-        gates = eager_few.route(logits, plan.config) if t.gates is None else _gates(t, None, plan.config).numpy()
-        z = torch.from_numpy(eager_few.bridge(p, n, gates, made.reads)).unbind(1)
-        outputs = [_few_expanded(x, *one) for one in zip(t.reads, z, made.reads.B, strict=True)]
-        if plan.fused:
-            outputs = outputs[0].chunk(2, -1)
-        h = _phi(outputs[0], plan.activation)
-        if plan.gated:
-            h *= outputs[1]
-        p, n, _ = eager_few.shrink(h, made.down)
-        (z,) = torch.from_numpy(eager_few.bridge(p, n, gates, made.down)).unbind(1)
-    y = _few_expanded(h, t.down, z, made.down.B[0])
-    return unsafe_view(y, (*t.x.shape[:-1], y.shape[-1]))
+    p, n, logits = eager_few.shrink(x, made.reads)
+    if not max(n.ravel().tolist()) < math.inf:  # NumPy would warn of it
+        return ffn_forward(t, plan)[0]
+    gates = eager_few.route(logits, plan.config) if t.gates is None else _gates(t, None, plan.config).numpy()
+    z = eager_few.bridge(p, n, gates, made.reads).swapaxes(0, 1)
+    outputs = [_few_expanded(x, *one) for one in zip(t.reads, z, made.reads.B, strict=True)]
+    if plan.fused:
+        outputs = outputs[0].chunk(2, -1)
+    h = _phi(outputs[0], plan.activation)
+    if plan.gated:
+        h *= outputs[1]
+    p, n, _ = eager_few.shrink(h, made.down)
+    if not max(n.ravel().tolist()) < math.inf:
+        return ffn_forward(t, plan)[0]
+    y = _few_expanded(h, t.down, eager_few.bridge(p, n, gates, made.down)[:, 0], made.down.B[0])
+    return y if x is t.x else y.resize_(*t.x.shape[:-1], y.shape[-1])  # no view, which could not be changed in place
 
 
-def _few_expanded(x: Tensor, linear: Adapted, z: Tensor, B: Tensor) -> Tensor:
+def _few_expanded(x: Tensor, linear: Adapted, z: np.ndarray, B: Tensor) -> Tensor:
     """y = W x + b + B z (T, d_out). x (T, d_in), z (T, E·r), B (E·r, d_out)."""
-    y = torch.mm(z if z.dtype == B.dtype else eager.operand(z, B.dtype), B)
-    if linear.bias is not None:
-        y += linear.bias
-    if y.dtype != x.dtype:
-        y = eager.operand(y, x.dtype)
-    return y.addmm_(x, linear.weight.t())
+    y, z = F.linear(x, linear.weight, linear.bias), torch.from_numpy(z)
+    if y.dtype == B.dtype == z.dtype:
+        return y.addmm_(z, B)
+    return y.add_(torch.mm(z if z.dtype == B.dtype else eager.operand(z, B.dtype), B))
 
 
 def ffn_backward(dy: Tensor, t: FFNTensors, saved: FFNSaved, plan: FFNPlan, needs: FFNTensors) -> FFNTensors:

@@ -3,8 +3,8 @@
     options -> data -> output folder -> tokenizer, model -> get_peft_model -> Trainer or SFTTrainer
     -> adapter/, predictions.jsonl, metrics.json, report.html
 
-in this order, so that what is wrong is said before anything slow begins. Two runs that differ in --method alone share
-the head's start, the order of the data, the optimizer and every seed.
+In this order, mistakes are reported before anything slow begins. Two runs that differ only in --method have the same
+initial head, order of the data, optimizer and seeds.
 """
 
 from __future__ import annotations
@@ -39,13 +39,16 @@ _HUB_ERRORS = (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled)
 
 
 def run(argv: Sequence[str]) -> int:
-    """The command: 0, 1 for a run that failed, 2 for a mistake of the user's, 130 when interrupted; said on stderr."""
+    """Run the command; errors go to stderr.
+
+    Returns 0, 1 if the run failed, 2 for a mistake of the user, or 130 if it was interrupted.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # names of classes that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")  # for class names that the terminal's encoding lacks
     try:
         with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
-            if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first speaks
+            if os.environ.get("RANK", "0") != "0":  # only the first of torchrun's processes prints
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             finetune(argv)
     except (FinetuneError, FloatingPointError, OSError, SafetensorError, HTTPError) as error:
@@ -58,10 +61,10 @@ def run(argv: Sequence[str]) -> int:
 
 
 def finetune(argv: Sequence[str], methods: Mapping[str, Method] | None = None, callbacks: Sequence = ()) -> None:
-    """One run, by the options of the command.
+    """Make one run. argv: the options of the command.
 
-    methods: what --method takes besides its own, by name. callbacks: more of them for the Trainer. Raises
-    `FinetuneError` for a mistake of the user's, and FloatingPointError where a loss or a parameter is not finite.
+    methods: further methods for --method, by name. callbacks: further callbacks for the Trainer. Raises `FinetuneError`
+    for a mistake of the user, and FloatingPointError if a loss or a parameter is not finite.
     """
     options, arguments, config, targets_given = parse(argv, methods or {})
     if arguments.disable_tqdm or not sys.stderr.isatty():
@@ -89,14 +92,14 @@ def finetune(argv: Sequence[str], methods: Mapping[str, Method] | None = None, c
         trainer = _trainer(options, arguments, model, tokenizer, train, evaluation, summary, list(callbacks))
     except BaseException as error:
         with contextlib.suppress(OSError):
-            Path(arguments.output_dir).rmdir()  # where nothing was written into it
+            Path(arguments.output_dir).rmdir()  # if it is empty
         if isinstance(error, _HUB_ERRORS) and arguments.push_to_hub:
             remedy = "log in by `hf auth login`, check --hub_model_id and the network, or drop the option"
             raise FinetuneError(f"--push_to_hub: {str(error).strip()}: {remedy}") from error
         if isinstance(error, (ValueError, TypeError)) and not isinstance(error, FinetuneError):
-            raise FinetuneError(error) from error  # what peft and the Trainer refuse
+            raise FinetuneError(error) from error  # options that peft or the Trainer does not accept
         raise
-    PartialState().wait_for_everyone()  # each process has seen the folder as it was
+    PartialState().wait_for_everyone()  # until each process has read the folder, nothing in it may change
     with arguments.main_process_first():
         results.open_output(options, arguments, settings, checkpoint)
     mos, first = None, {}
@@ -125,7 +128,7 @@ def _train(trainer, checkpoint: Path | None) -> None:
 
 
 def _load_tokenizer(options: Options):
-    """The tokenizer, with a padding token, and the length in tokens at which rows are cut."""
+    """The tokenizer, which gets a padding token, and the length in tokens at which rows are cut."""
     path = Path(options.model)
     if path.is_dir() and not (path / "config.json").is_file():
         raise FinetuneError(f"--model {path}: the folder holds no config.json, so it is no transformers model")
@@ -137,7 +140,7 @@ def _load_tokenizer(options: Options):
         raise FinetuneError(f"--model {options.model}: the tokenizer has no end-of-sequence token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**30
-    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # positions start behind the padding index
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # their positions start after the padding index
         positions -= (config.pad_token_id or 0) + 1
     longest = min(positions, tokenizer.model_max_length)
     if (options.max_length or 0) > longest:
@@ -150,8 +153,8 @@ def _load_tokenizer(options: Options):
 def _load_model(options: Options, classes: list[str] | None, tokenizer, seed: int):
     """(model, head): a sequence classifier for `classes`, or a causal language model for None.
 
-    head: names of the modules outside the base model, and of those whose weights the checkpoint lacks: what a
-    classifier trains besides its adapter. The seed fixes their start.
+    head: the names of the modules that a classifier trains besides its adapter. These are the modules outside the base
+    model, and those whose weights are not in the checkpoint. The seed determines their initial values.
     """
     transformers.set_seed(seed)
     settings = {"dtype": getattr(torch, options.dtype), "output_loading_info": True}
@@ -179,7 +182,7 @@ def _load_model(options: Options, classes: list[str] | None, tokenizer, seed: in
 
 def _load(source: str, load, **settings):
     logging, before = transformers.utils.logging, transformers.utils.logging.get_verbosity()
-    logging.set_verbosity_error()  # that the head is new is what is wanted
+    logging.set_verbosity_error()  # no warning about the new head, which is expected
     try:
         return load(source, **settings)
     except (OSError, ValueError) as error:
@@ -191,11 +194,11 @@ def _load(source: str, load, **settings):
 
 
 def _add_adapter(model, method: str, config, head: list[str], seed: int, methods: Mapping[str, Method], steps: int):
-    """(model with its adapter, names of the linears adapted); all but adapter and head is frozen.
+    """(model with its adapter, names of the adapted linears). All parameters but those of adapter and head are frozen.
 
-    What is trained is float32, whatever the base is.
+    Trained parameters are float32, whatever the dtype of the base.
     """
-    transformers.set_seed(seed)  # the adapter's start does not depend on what the head drew
+    transformers.set_seed(seed)  # so that the initial adapter does not depend on the random numbers of the head
     if config is None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(method == "full" or f".{name}".startswith(tuple(f".{part}." for part in head)))
@@ -220,7 +223,7 @@ def _trainer(options: Options, arguments, model, tokenizer, train, evaluation, s
     parts = [part.add_column("file", [name] * len(part)) for name, part in evaluation.items()]
     held_out, length = datasets.concatenate_datasets(parts), summary["max_length"]
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # Trainer would wrap the model in DataParallel: several GPUs are torchrun's
+        arguments._n_gpu = 1  # else Trainer would wrap the model in DataParallel; for several GPUs use torchrun
     common = {"model": model, "args": arguments, "processing_class": tokenizer, "callbacks": callbacks}
     if options.task == "classification":
 
@@ -240,7 +243,7 @@ def _trainer(options: Options, arguments, model, tokenizer, train, evaluation, s
         arguments.max_length, before = length, (len(train), len(held_out))
         try:
             trainer = training.causal_trainer()(**common, train_dataset=train, eval_dataset=held_out)
-        except Exception as error:  # of templates, loss masks, packing: jinja's, TRL's, the tokenizer's
+        except Exception as error:  # of many types: from jinja (templates), TRL (loss masks, packing), the tokenizer
             raise FinetuneError(f"the data cannot be prepared: {type(error).__name__}: {error}") from error
         lost = 0 if arguments.packing else before[0] - len(trainer.train_dataset)
         lost += before[1] - len(trainer.eval_dataset)
@@ -254,5 +257,5 @@ def _trainer(options: Options, arguments, model, tokenizer, train, evaluation, s
     if full and not getattr(arguments, "packing", False):
         print(f"note: {full:,} rows are cut at {length} tokens (--max-length), or just as long")
     trainer.compute_metrics = training.scorer(score, trainer.eval_dataset["file"])
-    trainer.remove_callback(PrinterCallback)  # the log prints
+    trainer.remove_callback(PrinterCallback)  # RunLog prints instead
     return trainer

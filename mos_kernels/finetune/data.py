@@ -1,7 +1,7 @@
 """Rows for `python -m mos_kernels finetune`: read, checked and split before a model is loaded.
 
-Text files are read here, because every fault has to name its line: the libraries' readers fill short CSV rows up, and
-end the process on JSON that is nested too deep. Parquet files, folders and the hub are read by `datasets`.
+`datasets` reads Parquet files, folders and the hub. Text files are read here, because every error has to name its line:
+the readers of `datasets` fill up short CSV rows, and end the process on JSON that is nested too deep.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from mos_kernels.finetune.options import FinetuneError, Options
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 FORMS = (("messages",), ("conversations",), ("prompt", "completion"), ("text",))
-"""The columns by which TRL knows data; all but the last may hold chat."""
+"""The column names that TRL recognises. All but the last may hold chat."""
 
 Rows = list[tuple[str, dict]]
-"""Each row with its file and line, for errors."""
+"""Each row, after its file and line for error messages."""
 
 
 def read_data(options: Options) -> tuple[datasets.Dataset, dict[str, datasets.Dataset], dict]:
@@ -58,7 +58,7 @@ def read_data(options: Options) -> tuple[datasets.Dataset, dict[str, datasets.Da
 
 
 def read_rows(path: str, column_names: str | None = None) -> Rows:
-    """The rows of a file. column_names: of a TSV or CSV file without a header row, with commas between them."""
+    """The rows of a file. column_names: for a TSV or CSV file without a header row, separated by commas."""
     file = Path(path)
     if not file.is_file():
         there = ", ".join(sorted(p.name for p in file.parent.glob("*") if p.suffix in SUFFIXES))
@@ -83,7 +83,7 @@ def read_rows(path: str, column_names: str | None = None) -> Rows:
 def _table_rows(path: str, text: str, column_names: str | None) -> Iterator[tuple[str, dict]]:
     quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.endswith(".tsv") else {"strict": True}
     csv.field_size_limit(2**31 - 1)
-    # lines end at \n alone: str.splitlines also breaks at characters that a field may hold
+    # lines end only at \n: str.splitlines also splits at characters that may be in a field
     lines = (line + "\n" for line in text.replace("\r\n", "\n").split("\n"))
     reader = csv.DictReader(lines, column_names and [name.strip() for name in column_names.split(",")], **quoting)
     try:
@@ -105,7 +105,7 @@ def _json_rows(path: str, text: str) -> Iterator[tuple[str, dict]]:
     for line, part in parts:
         try:
             found = json.loads(part)
-        except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and what nests too deep
+        except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits and deep nesting
             line, reason = line + getattr(error, "lineno", 1) - 1, getattr(error, "msg", error)
             raise FinetuneError(f"{path}, line {line}: not readable as JSON: {reason}") from None
         for number, row in enumerate(found if is_list else [found], 1):
@@ -114,7 +114,7 @@ def _json_rows(path: str, text: str) -> Iterator[tuple[str, dict]]:
                 raise FinetuneError(f"{where}: {_short(row)} where an object is expected")
             try:
                 json.dumps(row, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:  # half a character, as a cut text leaves it
+            except UnicodeEncodeError as error:  # half a character, left when a text was cut
                 raise FinetuneError(f"{where}: not text: {error.reason}, {ascii(row)[:60]}…: mend it") from None
             yield where, row
 
@@ -127,7 +127,7 @@ def _read_dataset(options: Options, split: str) -> Rows:
 def _rows_of(name: str, load: Callable[[], datasets.Dataset]) -> Rows:
     try:
         dataset = load()
-    except Exception as error:  # the readers and the hub's client raise a dozen unrelated types
+    except Exception as error:  # the readers and the hub's client raise many unrelated types
         reason = _short(str(error.__cause__ or error), 200)
         raise FinetuneError(f"{name} cannot be read ({reason}): check name and network, or give --train-file") from None
     labels = {name: f for name, f in dataset.features.items() if isinstance(f, datasets.ClassLabel)}
@@ -142,7 +142,7 @@ def _is_file(name: str | None) -> bool:
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:
-    """A name for each evaluation file: its stem, or its whole path where stems are alike."""
+    """A name for each evaluation file: its stem, or its whole path if two stems are equal."""
     stems = [Path(path).stem for path in paths]
     names = stems if len(set(stems)) == len(stems) else [str(Path(path).with_suffix("")) for path in paths]
     if len(set(names)) < len(names):
@@ -154,7 +154,7 @@ def _names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _labelled(options: Options, train: Rows) -> Callable[[Rows], datasets.Dataset]:
-    """How rows become classified texts; the classes are those of the training rows."""
+    """A function that turns rows into texts with class numbers. The classes are those of the training rows."""
     column, renames = options.label_column, dict(text.partition("=")[::2] for text in options.rename_label or ())
     found = sorted({str(column_of(*row, column)) for row in train})
     for old, new in renames.items():
@@ -197,7 +197,7 @@ def class_order(name: str) -> tuple:
 
 
 def _examples(options: Options, train: Rows) -> Callable[[Rows], datasets.Dataset]:
-    """How rows become what TRL trains on, by the options or by the columns of the first row."""
+    """A function that turns rows into data for TRL, depending on the options or on the columns of the first row."""
     (where, first), columns = train[0], options.text_column
     form = next((names for names in FORMS if set(names) <= set(first)), None)
     if columns and len(columns) == 1 and isinstance(first.get(columns[0]), list):
@@ -276,6 +276,6 @@ def _short(value, length: int = 60) -> str:
 
 
 def _some(names) -> str:
-    """A list that fits into an error, however wrong the column is."""
+    """A list of names that is short enough for an error message."""
     names = [str(name)[:40] for name in names]
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

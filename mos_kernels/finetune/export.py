@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from mos_kernels.finetune.data import Rows, class_order, column_of, read_rows, text_of
 from mos_kernels.finetune.options import FinetuneError
@@ -24,37 +24,37 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(
         prog="python -m mos_kernels export-lora",
-        description="Write the plain LoRA nearest to a Mixture-of-Space adapter on rows of a text file, as a peft LoRA "
-        "folder that merges and serves anywhere, and say what it loses.",
+        description="Write the plain LoRA nearest to a Mixture-of-Space adapter on rows of a text file, and say what "
+        "it loses. The output is a peft LoRA folder, which can be merged and served anywhere.",
     )
-    made.add_argument("--adapter", required=True, help="folder of finetune, save_adapter or peft")
-    made.add_argument("--model", help="the base model, a folder or a hub id (default: what the adapter names)")
-    made.add_argument("--output", required=True, type=Path, help="folder for the LoRA, not there yet")
-    made.add_argument("--rank", type=int, help="default: with as many parameters as the adapter")
+    made.add_argument("--adapter", required=True, help="a folder written by finetune, save_adapter or peft")
+    made.add_argument("--model", help="the base model, a folder or a hub id (default: the one that the adapter names)")
+    made.add_argument("--output", required=True, type=Path, help="folder for the LoRA; it must not exist")
+    made.add_argument("--rank", type=int, help="default: the rank with as many parameters as the adapter")
     source = made.add_argument_group(
         "calibration data", "TSV (no quoting), CSV, JSONL, JSON or Parquet, as for finetune"
     )
     source.add_argument("--data-file", nargs="+", required=True, help="rows like those of the task")
-    source.add_argument("--eval-file", nargs="+", help="rows for the report (default: the calibration's)")
-    source.add_argument("--rows", type=int, default=1024, help="of each, drawn at random where it has more (1024)")
-    source.add_argument("--column-names", help="A,B,...: of files without a header row")
+    source.add_argument("--eval-file", nargs="+", help="rows for the report (default: the calibration data)")
+    source.add_argument("--rows", type=int, default=1024, help="at most, drawn at random (default 1024)")
+    source.add_argument("--column-names", help="A,B,...: for files without a header row")
     source.add_argument(
-        "--text-column", nargs="+", help="two are a classifier's pair (default: messages, prompt, text)"
+        "--text-column", nargs="+", help="two columns are a classifier's pair (default: messages, prompt or text)"
     )
-    source.add_argument("--label-column", help="of a classifier: the report then has the accuracy")
-    source.add_argument("--target-column", help="of a decoder: the completion after the text")
-    source.add_argument("--separator", default="\n", help="between text and completion (default a newline)")
+    source.add_argument("--label-column", help="for a classifier: the report then has the accuracy")
+    source.add_argument("--target-column", help="for a decoder: the completion after the text")
+    source.add_argument("--separator", default="\n", help="between text and completion (default: a newline)")
     source.add_argument("--max-length", type=int, default=512, help="in tokens (default 512)")
     source.add_argument("--batch-size", type=int, default=16, help="default 16")
     running = made.add_argument_group("running")
-    running.add_argument("--at-once", type=int, help="linears fitted in a pass over the data (default: a tenth)")
+    running.add_argument("--at-once", type=int, help="linears fitted in one pass over the data (default: a tenth)")
     running.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the base")
-    running.add_argument("--device", help="cpu, cuda or mps (default: what there is)")
+    running.add_argument("--device", help="cpu, cuda or mps (default: cuda if available, else cpu)")
     return made
 
 
 def run(argv: Sequence[str]) -> int:
-    """The command. Returns 0, or 2 after an error of the user's (said on stderr)."""
+    """Run the command. Returns 0, or 2 after a mistake of the user, which is printed to stderr."""
     options = parser().parse_args(list(argv))
     try:
         report = _export(options)
@@ -80,11 +80,14 @@ def _export(options: argparse.Namespace) -> ExportReport:
     model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = options.model or model.config._name_or_path
     tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     positions = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
     options.max_length = min(options.max_length, positions or options.max_length, tokenizer.model_max_length)
-    encode = _classified if is_classifier(model) else _continued
+    encode, collate = _continued, DataCollatorForTokenClassification(tokenizer)
+    if is_classifier(model):
+        encode, collate = _classified, DataCollatorWithPadding(tokenizer)
     other, asked = ("target", "label") if is_classifier(model) else ("label", "target")
     if getattr(options, f"{other}_column"):
         raise FinetuneError(f"--{other}-column does not go with a {type(model).__name__}: name --{asked}-column")
@@ -99,7 +102,7 @@ def _export(options: argparse.Namespace) -> ExportReport:
     def batches(rows: Rows) -> list[dict]:
         examples = sorted((encode(options, tokenizer, row, classes) for row in rows), key=lambda e: len(e["input_ids"]))
         parts = [examples[i : i + options.batch_size] for i in range(0, len(examples), options.batch_size)]
-        return [_collate(part, tokenizer.pad_token_id or 0) for part in parts]
+        return [dict(collate(part)) for part in parts]
 
     return export_lora(
         model, batches(calibration), options.output, options.rank, at_once=options.at_once,
@@ -134,7 +137,7 @@ def _classified(options: argparse.Namespace, tokenizer, row: tuple[str, dict], c
 
 
 def _continued(options: argparse.Namespace, tokenizer, row: tuple[str, dict], classes: list[str]) -> dict:
-    """Labels on the completion, or on all of a text or chat."""
+    """Token ids of a row. The labels are on its completion; without one, on the whole text or chat."""
     where, values = row
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if options.text_column is None and isinstance(values.get("messages"), list):
@@ -149,19 +152,8 @@ def _continued(options: argparse.Namespace, tokenizer, row: tuple[str, dict], cl
         head, tail = (head + end, None) if tail is None else (head, tail + end)
     ids, masked = (head, []) if tail is None else (head + tail, [IGNORED] * len(head))
     labels = masked + ids[len(masked) :]
-    start = 0 if tail is None else max(len(ids) - options.max_length, 0)  # a completion loses its prompt's beginning
+    start = (
+        0 if tail is None else max(len(ids) - options.max_length, 0)
+    )  # if it is too long, the beginning of the prompt is cut
     ids, labels = (part[start : start + options.max_length] for part in (ids, labels))
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
-
-
-def _collate(examples: list[dict], pad: int) -> dict[str, torch.Tensor]:
-    """Padded on the right."""
-    fill = {"input_ids": pad, "labels": IGNORED}
-    width = max(len(example["input_ids"]) for example in examples)
-    batch = {}
-    for key in examples[0]:
-        values = [example[key] for example in examples]
-        if isinstance(values[0], list):
-            values = [value + [fill.get(key, 0)] * (width - len(value)) for value in values]
-        batch[key] = torch.tensor(values)
-    return batch

@@ -27,7 +27,7 @@ DEFAULTS = {
     "logging_nan_inf_filter": False, "report_to": "none", "eval_strategy": None, "save_strategy": None,
     "save_steps": None, "bf16": False, "gradient_checkpointing": None, "max_length": None,
 }  # fmt: skip
-"""Defaults of the command where they are not the Trainer's: the paper's, and a checkpoint at every evaluation."""
+"""Defaults that differ from the Trainer's: the paper's values, and a checkpoint at every evaluation."""
 
 ALIASES = {
     "--output": ("output_dir", str), "--epochs": ("num_train_epochs", float), "--warmup-ratio": ("warmup_steps", float),
@@ -50,14 +50,15 @@ _POSITIVE = (
 
 
 class FinetuneError(ValueError):
-    """Options, data, a model or a folder that cannot be used as asked: what is wrong, where, and what to do."""
+    """Options, data, a model or a folder cannot be used. The message says what is wrong, where, and what to do."""
 
 
 class Method(NamedTuple):
-    """A method of the caller's own, beside those of the command.
+    """A method of the caller, beside those of the command.
 
-    fields: the fields of MoSConfig that it takes, target_modules among them. config: (their values with peft's own
-    modules_to_save and task_type, optimizer steps of the run) -> the peft configuration for get_peft_model.
+    fields: the fields of MoSConfig that it takes; target_modules must be one of them. config: a function (values,
+    steps) -> the peft configuration for get_peft_model. The values are those of the fields, and peft's modules_to_save
+    and task_type. steps is the number of optimizer steps of the run.
     """
 
     fields: tuple[str, ...]
@@ -111,7 +112,7 @@ class _Parser(HfArgumentParser):
 
 
 def parse(argv: Sequence[str], methods: Mapping[str, Method]) -> tuple[Options, TrainingArguments, object, bool]:
-    """(options, the Trainer's arguments or TRL's SFTConfig, the adapter's configuration, target_modules were given).
+    """(options, TrainingArguments or TRL's SFTConfig, configuration of the adapter, whether target_modules was given).
 
     The configuration is a MoSConfig, a dict of the fields of another method, or None for frozen and full. Bad values,
     and options that would have no effect, raise `FinetuneError`.
@@ -132,7 +133,7 @@ def parse(argv: Sequence[str], methods: Mapping[str, Method]) -> tuple[Options, 
         parser.add_argument(flag, dest=name, action="store_const", const=value, help=f"--{name} {value}", **flags)
     _add_adapter_arguments(parser)
     found = vars(parser.parse_args(argv))
-    given = {f.name: v for f in dataclasses.fields(MoSConfig) if (v := _value(f.name, found.pop(f.name))) is not None}
+    given = {f.name: _value(f.name, found.pop(f.name)) for f in dataclasses.fields(MoSConfig) if f.name in found}
     options = Options(**{f.name: found[f.name] for f in dataclasses.fields(Options)})
     _check(options, found)
     try:
@@ -144,7 +145,7 @@ def parse(argv: Sequence[str], methods: Mapping[str, Method]) -> tuple[Options, 
 
 
 def _completed(options: Options, values: dict) -> dict:
-    """The arguments of the Trainer with what follows from others."""
+    """The arguments of the Trainer, with those filled in that depend on others."""
     values["eval_strategy"] = values["eval_strategy"] or ("steps" if values["eval_steps"] else "epoch")
     values["save_strategy"] = values["save_strategy"] or ("steps" if values["save_steps"] else values["eval_strategy"])
     values["save_steps"] = values["save_steps"] or values["eval_steps"] or 500
@@ -155,9 +156,9 @@ def _completed(options: Options, values: dict) -> dict:
     values["data_seed"] = values["seed"] if values["data_seed"] is None else values["data_seed"]
     values["dataloader_pin_memory"] &= torch.cuda.is_available() and not values["use_cpu"]
     values["label_names"] = values["label_names"] or ["labels"]
-    if values["ddp_find_unused_parameters"] is None and options.method != "full":  # adapter and head are all used
+    if values["ddp_find_unused_parameters"] is None and options.method != "full":  # a step uses all of them
         values["ddp_find_unused_parameters"] = False
-    if "eval_packing" in values:  # predictions.jsonl and exact match need each row by itself
+    if "eval_packing" in values:  # predictions.jsonl and exact_match need each row by itself
         values["eval_packing"] = values["eval_packing"] or False
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         if values.get(name):
@@ -238,16 +239,20 @@ def _refuse(names, why: str) -> None:
 def _add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("MoSConfig", "for lora and dora, the options that peft's LoraConfig has too")
     helps = re.findall(r"^ {8}(\w+): ((?:.+\n?)(?: {12}.+\n?)*)", MoSConfig.__doc__, re.MULTILINE)
-    helps = {name: " ".join(text.split()).rstrip(".").replace("%", "%%") for name, text in helps}
+    defaults = MoSConfig().to_dict() | {"target_modules": "the FFN linears of the model"}
+    texts = {
+        name: f"{' '.join(text.split()).rstrip('.')} (default: {defaults[name]})".replace("%", "%%")
+        for name, text in helps
+    }
     for name, hint in typing.get_type_hints(MoSConfig).items():
         if name in MoSConfig.__dataclass_fields__:
             kind = {"action": argparse.BooleanOptionalAction} if hint is bool else {"nargs": "+"}
             flags = dict.fromkeys((f"--{name}", _flag(name)))
-            group.add_argument(*flags, dest=name, default=None, help=helps.get(name, "as in peft"), **kind)
+            group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=texts[name], **kind)
 
 
 def _value(name: str, texts):
-    """The value of an adapter's option: what is no name is read as JSON, so that MoSConfig sees its type."""
+    """The value of an adapter's option. Unless it is a name, it is read as JSON, so that MoSConfig checks its type."""
     if not isinstance(texts, list):
         return texts
     if name == "spaces_pattern":
@@ -258,7 +263,7 @@ def _value(name: str, texts):
     if name in ("spaces", "rank_pattern", "alpha_pattern"):
         return _mapping(name, ",".join(texts))
     if name in ("target_modules", "exclude_modules", "layers_pattern"):
-        # a lone plain name is a list of one name ending; all-linear and regular expressions stay strings, as in peft
+        # a single plain name becomes a list of one name ending; all-linear and regular expressions stay strings
         is_pattern = texts == ["all-linear"] or (len(texts) == 1 and not re.fullmatch(r"[\w.\-]+", texts[0]))
         return texts[0] if is_pattern else texts
     values = [_scalar(text) for text in texts]

@@ -1,4 +1,4 @@
-"""The output folder of a run: when it may be written, where a resumed run goes on, and what a run leaves there."""
+"""The output folder of a run: whether it may be written, where a resumed run continues, and the results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mos_kernels.run_report import log as logs
 OWN_FILES = (
     logs.FINETUNE_SETTINGS, logs.FINETUNE_LOG, "metrics.json", "predictions.jsonl", "README.md", *run_report.FILES,
 )  # fmt: skip
-"""What a run writes into its folder, besides adapter/ and checkpoint-*/: what --overwrite removes."""
+"""The files that a run writes besides adapter/ and checkpoint-*/. --overwrite removes them."""
 
 NOT_RESUMED = {
     "resume", "overwrite", "no_plots", "output_dir", "disable_tqdm", "use_cpu", "save_total_limit", "report_to",
@@ -38,9 +38,9 @@ NOT_RESUMED = {
 
 
 def run_settings(options: Options, arguments, config, summary: Mapping) -> dict:
-    """The settings of the run in JSON types: the options, the Trainer's arguments that matter, adapter, data digests.
+    """The settings of the run in JSON types: options, Trainer's arguments, adapter, data digests.
 
-    Of the arguments, those whose defaults are the command's own, and those that are not at the Trainer's default.
+    Of the arguments, only those are kept that the command has a default for, or that differ from the Trainer's default.
     """
     named, values = {name for name, _ in ALIASES.values()} | DEFAULTS.keys(), arguments.to_dict()
     derived = {"hub_token", "do_eval", "label_names", "data_seed", "logging_dir", "accelerator_config"}
@@ -53,10 +53,10 @@ def run_settings(options: Options, arguments, config, summary: Mapping) -> dict:
 
 
 def check_output(options: Options, arguments, settings: Mapping) -> Path | None:
-    """The checkpoint to resume from, or None. `FinetuneError` where the output folder cannot be used.
+    """The checkpoint to resume from, or None. Makes the folder, and changes nothing in it.
 
-    That is a file, a folder that cannot be written, one that is not empty (without --resume or --overwrite) or that no
-    run has written, and a resumption with other settings. Makes the folder, and changes nothing in it.
+    `FinetuneError` if the folder cannot be written; if it is not empty, and neither --resume nor --overwrite is given;
+    if it was not written by a run; or if --resume is given and the settings differ.
     """
     folder, named = Path(arguments.output_dir), arguments.resume_from_checkpoint
     if named and logs.checkpoint_state(Path(named)) is None:
@@ -85,7 +85,7 @@ def check_output(options: Options, arguments, settings: Mapping) -> Path | None:
 
 
 def open_output(options: Options, arguments, settings: Mapping, checkpoint: Path | None) -> None:
-    """Make the folder ready for training: an earlier run removed (--overwrite), or what is after its checkpoint."""
+    """Make the folder ready: remove an earlier run (--overwrite), or the checkpoints after the one to resume from."""
     folder, last = Path(arguments.output_dir), logs.checkpoint_step(checkpoint) if checkpoint else 0
     for path in folder.iterdir() if arguments.should_save else ():
         step = logs.checkpoint_step(path)
@@ -108,9 +108,10 @@ def print_data(summary: Mapping) -> None:
 
 
 def parameter_counts(model: nn.Module, head: Sequence[str]) -> dict[str, int]:
-    """Parameters: adapter, head, trained (their sum), total (base included, the copies that peft keeps of a head not).
+    """Numbers of parameters: adapter, head, trained (their sum), and total.
 
-    For MoS also activated: those of the adapter that one token uses.
+    total includes the base, but not the copy that peft keeps of a head. For MoS there is also activated, the parameters
+    of the adapter that a token uses.
     """
     own = {name: p for name, p in model.named_parameters() if ".original_module." not in name}
     trained = sum(p.numel() for p in own.values() if p.requires_grad)
@@ -146,7 +147,7 @@ def generated(trainer, tokenizer, max_new_tokens: int) -> list[str | None]:
 
 def _prompt(row: Mapping, tokenizer) -> list[int] | None:
     if "completion" in row:
-        learned = row.get("completion_mask") or [label != -100 for label in row["labels"]]  # the mask is TRL 1.2's
+        learned = row.get("completion_mask") or [label != -100 for label in row["labels"]]  # TRL 1.2 has the mask
         return row["input_ids"][: learned.index(True)]
     if "messages" in row and row["messages"][-1]["role"] == "assistant":
         turns = {"add_generation_prompt": True, "return_dict": True, "tools": row.get("tools")}
@@ -155,7 +156,7 @@ def _prompt(row: Mapping, tokenizer) -> list[int] | None:
 
 
 def _predictions(trainer, tokenizer, classes: Sequence[str] | None, answers: Sequence[str | None]) -> str:
-    """A JSON line for each evaluation row, in order: what it holds, and what the model made of it."""
+    """A JSON line for each evaluation row, in order: its data and the model's prediction."""
     lines = []
     for row, output, answer in zip(trainer.eval_dataset, trainer.outputs, answers, strict=True):
         line = {key: row[key] for key in ("file", "text", "prompt", "completion", "messages") if key in row}
@@ -163,7 +164,7 @@ def _predictions(trainer, tokenizer, classes: Sequence[str] | None, answers: Seq
         if classes is not None:
             line |= {"target": classes[row["labels"]], "predicted": classes[output.argmax()], "logits": output.tolist()}
         else:
-            loss = float(output[0] / output[1]) if output[1] else None  # TRL 1.2 keeps rows with nothing to learn
+            loss = float(output[0] / output[1]) if output[1] else None  # TRL 1.2 keeps rows without a loss
             line |= {"loss": loss, "tokens": int(output[1]), "exact_match": bool(output[2])}
             line |= {} if answer is None else {"generated": answer}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
@@ -171,7 +172,7 @@ def _predictions(trainer, tokenizer, classes: Sequence[str] | None, answers: Seq
 
 
 def write_results(options: Options, trainer, config, names, head, settings, summary, log: RunLog) -> None:
-    """Write adapter/, predictions, metrics.json (which marks a complete run) and the report, each in one step."""
+    """Write adapter/, predictions.jsonl, metrics.json (which marks a complete run) and the report, each atomically."""
     folder, device = Path(trainer.args.output_dir), trainer.args.device
     half, classes = folder / ".adapter", summary.get("classes")
     if trainer.args.should_save:
@@ -180,7 +181,7 @@ def write_results(options: Options, trainer, config, names, head, settings, summ
     answers = generated(trainer, trainer.processing_class, options.max_new_tokens if classes is None else 0)
     if not trainer.args.should_save:
         return
-    (half / "training_args.bin").unlink(missing_ok=True)  # a pickle, which loading an adapter does not need
+    (half / "training_args.bin").unlink(missing_ok=True)  # a pickle that loading an adapter does not need
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     half.rename(folder / "adapter")
     logs.write_text(folder / "predictions.jsonl", _predictions(trainer, trainer.processing_class, classes, answers))
@@ -201,7 +202,7 @@ def write_results(options: Options, trainer, config, names, head, settings, summ
         "machine": {"device": str(device), "threads": torch.get_num_threads(), "platform": platform.platform()},
     }  # fmt: skip
     logs.write_text(folder / "metrics.json", json.dumps(metrics, indent=2, default=str) + "\n")
-    print(f"{metrics['steps']} steps in {log.seconds:.0f} s, {evaluating:.0f} s of them evaluating")
+    print(f"{metrics['steps']} steps in {log.seconds:.0f} s, of which evaluation took {evaluating:.0f} s")
     print(f"written: {folder / 'adapter'}, and beside it metrics.json, predictions.jsonl and log.jsonl")
     if not options.no_plots:
         run_report.run(folder)

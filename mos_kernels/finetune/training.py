@@ -25,7 +25,10 @@ from mos_kernels.run_report.log import TIMINGS, append_line, complete_lines, wri
 
 
 class FinetuneTrainer(Trainer):
-    """Of the latest evaluation, `outputs` are a row's logits or sums, and `routing` is each router's summary."""
+    """A Trainer that keeps results of the latest evaluation.
+
+    outputs: the logits of each row, or its sums (`CausalTrainer`). routing: the summary of each router.
+    """
 
     outputs, routing = None, None
 
@@ -39,7 +42,7 @@ class FinetuneTrainer(Trainer):
         super()._save(output_dir, state_dict)
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        """Matrices decay; of MoS adapters neither the routers nor the curvature do."""
+        """Only matrices decay. The routers and the curvature of MoS adapters do not."""
         matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
         names = [name for name in super().get_decay_parameter_names(model) if name in matrices]
         return [name for name in names if "mos_router" not in name and "mos_curvature" not in name]
@@ -51,41 +54,42 @@ class FinetuneTrainer(Trainer):
         return _LengthGrouped(sampler.batch_size, lengths=sampler.lengths, seed=self.args.data_seed)
 
     def _get_eval_sampler(self, eval_dataset):
-        return SequentialSampler(eval_dataset)  # each file's metrics and predictions.jsonl count on the data's order
+        return SequentialSampler(eval_dataset)  # predictions.jsonl and the metrics of each file need the data's order
 
     def evaluation_loop(self, *args, **kwargs):
         with measured_routing(self.model) if mos_adapters(self.model) else contextlib.nullcontext({}) as statistics:
             output = super().evaluation_loop(*args, **kwargs)
         self.outputs = output.predictions
         self.routing = {_plain_name(name): measured.summary() for name, measured in statistics.items()}
-        output.metrics["eval_loss"] = output.metrics.pop("eval_exact_loss")  # over all rows or tokens, not batches
+        output.metrics["eval_loss"] = output.metrics.pop("eval_exact_loss")  # the mean over rows or tokens, not batches
         return output
 
 
 class ClassifierTrainer(FinetuneTrainer):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        # classifiers take num_items_in_batch and drop it: Trainer must divide by the accumulation steps itself
+        # classifiers accept num_items_in_batch and ignore it: Trainer must divide by the accumulation steps itself
         self.model_accepts_loss_kwargs = False
 
 
 def causal_trainer() -> type[FinetuneTrainer]:
-    """TRL's SFTTrainer, evaluating row by row. A function, since TRL is needed for causal language models alone."""
+    """TRL's SFTTrainer, evaluating row by row. A function, since only causal language models need TRL."""
     from trl import SFTTrainer
     from trl.trainer import sft_trainer
 
-    is_fused = hasattr(sft_trainer, "add_fused_lm_head")  # in TRL 1.16; it never holds the logits of a whole batch
+    # TRL 1.15 and later. Its head never holds the logits of a whole batch; `_scored`, for earlier ones, does.
+    is_fused = hasattr(sft_trainer, "add_fused_lm_head")
 
     class CausalTrainer(FinetuneTrainer, SFTTrainer):
         def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-            """predictions (rows, 3): summed loss in nats, tokens with a loss, 1 where each is the most likely one."""
+            """The predictions are (rows, 3): the summed loss in nats, the tokens with a loss, 1 if all are top-1."""
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self.compute_loss_context_manager():
                 found = model(**inputs, fused_lm_head=True) if is_fused else _scored(model, **inputs)
             kept = found.label_mask
             if "attention_mask" in inputs:
                 row = torch.arange(len(kept), device=kept.device).unsqueeze(-1).expand_as(kept)
-            else:  # rows packed one behind the other, each from position 0 on
+            else:  # several rows in one sequence; the positions of each begin at 0
                 row = (inputs["position_ids"][:, 1:] == 0).cumsum(-1)
             values = torch.stack([-found.log_probs, kept, kept & ~found.is_top1.bool()], -1).float().flatten(0, 1)
             sums = values.new_zeros(int(row.max()) + 1, 3).index_add_(0, row.flatten(), values)
@@ -96,11 +100,11 @@ def causal_trainer() -> type[FinetuneTrainer]:
 
 
 def _scored(model, labels: torch.Tensor, **inputs) -> types.SimpleNamespace:
-    """What TRL's fused head returns of each label's token, (B, T - 1), and the loss."""
+    """As TRL's fused head: of each label, (B, T - 1), the log-probability and whether it is top-1; and the loss."""
     logits, labels = model(**inputs).logits[:, :-1], labels[:, 1:]
     kept = labels != -100
     log_probs = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
-    for row, mask in enumerate(kept):  # of a large vocabulary a row at a time in float32
+    for row, mask in enumerate(kept):  # row by row, since float32 logits of a large vocabulary take much memory
         chosen = logits[row, mask].float().log_softmax(-1)
         log_probs[row, mask] = chosen.gather(-1, labels[row, mask].unsqueeze(-1)).squeeze(-1)
     is_top1 = (logits.argmax(-1) == labels) & kept
@@ -109,7 +113,7 @@ def _scored(model, labels: torch.Tensor, **inputs) -> types.SimpleNamespace:
 
 
 class _LengthGrouped(LengthGroupedSampler):
-    """transformers' sampler draws from the global generator: here an epoch's order depends on seed and epoch alone."""
+    """transformers' sampler, whose order depends only on seed and epoch, and not on the global generator."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
         super().__init__(batch_size, lengths=lengths)
@@ -144,7 +148,7 @@ def causal_scores(sums: np.ndarray, labels=None) -> dict[str, float]:
 
 
 def scorer(score, files: list[str]):
-    """compute_metrics for Trainer: `score` over all rows, and over each evaluation file's, as "name/metric"."""
+    """compute_metrics for Trainer: `score` over all rows, and over the rows of each file as "name/metric"."""
 
     def compute(prediction) -> dict[str, float]:
         outputs, labels, of_row = np.asarray(prediction.predictions), np.asarray(prediction.label_ids), np.array(files)
@@ -158,7 +162,7 @@ def scorer(score, files: list[str]):
 
 
 def evaluations(entries: list[dict]) -> list[dict]:
-    """The evaluations in a log: step, epoch, pooled metrics, and under "files" each file's."""
+    """The evaluations in a log: step, epoch, the metrics over all rows, and under "files" those of each file."""
     result = []
     for entry in entries:
         if "eval_loss" not in entry:
@@ -176,19 +180,20 @@ def evaluations(entries: list[dict]) -> list[dict]:
 
 
 def _plain_name(name: str) -> str:
-    """The name of a linear or router as the model has it, without what peft puts around it."""
+    """The name of a linear or router in the base model, without the parts that peft adds."""
     return re.sub(r"^base_model\.model\.|\.mos_adapter\.default$|(?<=\.mos_router)\.default$", "", name)
 
 
 class RunLog(TrainerCallback):
-    """log.jsonl: an entry for every log and evaluation, with the seconds of training so far, over all resumptions.
+    """Writes log.jsonl: an entry for every log and evaluation.
 
-    With `mos`, which must come before it, an entry has each expert's curvature and share too. A loss that is not finite
-    ends the run. Evaluations, and about ten losses where there is no progress bar, are printed.
+    Each entry has the seconds of training so far, summed over interrupted parts of the run. With `mos`, a callback that
+    must come before this one, it also has the curvature and share of each expert. A loss that is not finite ends the
+    run. Evaluations are printed, and about ten losses if there is no progress bar.
     """
 
     def __init__(self, path: Path | None, first: Mapping, mos: MoSCallback | None, resume_step: int | None) -> None:
-        """path: None in a process that does not write. resume_step: go on after it, what was logged beyond dropped."""
+        """path: None in a process that does not write. resume_step: continue after it; later entries are dropped."""
         self.path, self.mos, self.entries, self._shown = path, mos, [], 0
         if resume_step is not None and path and path.is_file():
             self.entries = [entry for entry in complete_lines(path) if entry["step"] <= resume_step]
@@ -204,7 +209,7 @@ class RunLog(TrainerCallback):
         return time.perf_counter() - self._started
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "train_runtime" in logs:  # the last knows nothing of an earlier part
+        if "train_runtime" in logs:  # Trainer's summary knows nothing of the parts before an interruption
             return
         entry = {"step": state.global_step, **{k: v.item() if hasattr(v, "item") else v for k, v in logs.items()}}
         for name, what in (("loss", "training"), ("eval_loss", "evaluation")):
@@ -218,7 +223,7 @@ class RunLog(TrainerCallback):
                 entry[key] = {_plain_name(name): value for name, value in self.mos.history[-1][key].items()}
         last = self.entries[-1]
         is_second = "eval_loss" in entry and "eval_loss" in last and last["step"] == entry["step"]
-        if is_second:  # an evaluation takes the place of an earlier one at the step
+        if is_second:  # it replaces an earlier evaluation at the same step
             self.entries.pop()
         self._write(entry, anew=is_second)
         if "eval_loss" in entry or (args.disable_tqdm and state.global_step - self._shown >= state.max_steps / 10):

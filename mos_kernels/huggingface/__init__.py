@@ -1,6 +1,6 @@
-"""Mixture-of-Space adapters on transformers' models: apply, save and load, training helpers.
+"""Mixture-of-Space adapters on transformers' models: apply, save, load and train them.
 
-Where peft is installed, importing this registers the method MOSELORA with it.
+If peft is installed, importing this module registers the method MOSELORA with it.
 """
 
 try:

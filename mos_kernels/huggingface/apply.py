@@ -29,7 +29,7 @@ from mos_kernels.sharded import refuse_sharded, refuse_zero3
 
 
 class AppliedMoS(list):
-    """The names of the adapted linears. `report()`, also printed, says who routes each of them."""
+    """The names of the adapted linears. `report()`, also printed, says which router each of them uses."""
 
     def __init__(self, names: Iterable[str], report: str):
         super().__init__(names)
@@ -51,21 +51,20 @@ class ParameterCount(NamedTuple):
 
     @property
     def percent(self) -> float:
-        """What a token uses of the adapter, in percent of all that it uses: base plus activated."""
+        """100 · activated / (base + activated): the adapter's share of the parameters that a token uses, in percent."""
         return 100 * self.activated / (self.base + self.activated)
 
 
 def apply_mos(model: nn.Module, config: MoSConfig) -> AppliedMoS:
-    """Put an adapter on the linears that `config` names, and freeze everything else, in place.
+    """Put an adapter on the linears that `config` names, in place, and freeze everything else.
 
-    FFN blocks of a known form get one router each (router_scope="ffn"); a linear outside of one gets its own, and the
-    returned list's `report()` says so. Works on the meta device, and on a model that torch.compile has wrapped. The
-    load-balancing coefficient is divided by the number of routers. Everything is planned and built before the model
-    changes, so an error leaves it as it was.
+    With router_scope="ffn", each FFN block of a known form gets one router. A linear outside such a block gets its own
+    router, and `report()` of the returned list says so. The load-balancing coefficient is divided by the number of
+    routers. The model may be on the meta device, or wrapped by torch.compile. An error leaves the model unchanged.
 
-    Returns the names of the adapted linears. Raises ValueError or TypeError where `config` asks for what the model does
-    not have: an entry that matches nothing, 3-D expert parameters, a module that is no plain linear, a second adapter.
-    So does a model in DataParallel, DistributedDataParallel or a DeepSpeed engine: adapt it first.
+    Returns the names of the adapted linears. Raises ValueError or TypeError if an entry of `config` matches nothing, or
+    matches 3-D expert parameters or a module that is not a linear; if the model has an adapter; and if it is wrapped in
+    DataParallel, DistributedDataParallel or a DeepSpeed engine (put the adapter on it before).
     """
     refuse_parallel(model)
     model = unwrap(model)
@@ -108,16 +107,15 @@ def _uninstall(model: nn.Module, plan: Plan) -> None:
             remove_router(block.block)
     for linear in plan.linears:
         for name in linear.target.names:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, linear.target.module)
+            model.set_submodule(name, linear.target.module)
 
 
 def remove_mos(model: nn.Module) -> list[str]:
-    """Take the adapter off: plain linears that share the base's parameters, the blocks' own forwards, no routers.
+    """Take the adapter off. The model has plain linears again, with the base's parameters, and no routers.
 
-    Modules that load_adapter loaded beside it, such as a head, have again what they had before. What was trainable
-    before apply_mos is trainable again. Returns the names of the restored linears; ValueError where the model has no
-    adapter. Warns where a module was trained in place beside it, which stays as it is.
+    Modules that load_adapter loaded beside the adapter, such as a head, get their earlier values back. Parameters that
+    were trainable before apply_mos are trainable again. Modules that were trained beside the adapter keep their values,
+    with a warning. Returns the names of the restored linears. Raises ValueError if the model has no adapter.
     """
     places: dict[MoSLayer, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -146,10 +144,10 @@ def remove_mos(model: nn.Module) -> list[str]:
 
 
 def activated_parameters(model: nn.Module) -> ParameterCount:
-    """How many parameters the base and the adapter have, and how many of the adapter's a token uses.
+    """The numbers of parameters of the base and of the adapter, and how many of the adapter's a token uses.
 
-    Of what each expert has of its own (B, curvature, and A with share_a=False), num_experts_per_tok of num_experts are
-    used; shared A and the routers always are.
+    A token always uses a shared A and the routers. Of the parameters that each expert has of its own (B, curvature, and
+    A with share_a=False), it uses num_experts_per_tok / num_experts.
     """
     adapter = adapter_parameters(model)
     every = mos_modules(model, inactive=True).values()
@@ -172,21 +170,20 @@ def _numel(parameter: nn.Parameter) -> int:
 
 
 def _replace(model: nn.Module, names: Iterable[str], old: nn.Module, new: nn.Module) -> None:
-    if hasattr(old, "_is_hf_initialized"):  # else transformers' init_weights would draw the base's weights anew
+    if hasattr(old, "_is_hf_initialized"):  # else transformers' init_weights would initialise the base's weights again
         new._is_hf_initialized = old._is_hf_initialized
     for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+        model.set_submodule(name, new)
     if hasattr(old, "_hf_hook") and not hasattr(new, "_hf_hook"):  # accelerate's, which moves inputs between devices
         from accelerate.hooks import add_hook_to_module
 
-        # a base that goes on running keeps its own: a hook remembers where one input came from
+        # a base that still runs by itself keeps its hook: a hook remembers where a single input came from
         if offload_hook(old) is None:
             add_hook_to_module(new, copy.copy(old._hf_hook) if isinstance(new, MoSWrapped) else old._hf_hook)
 
 
 def _plain(layer: MoSLayer) -> nn.Module:
-    if not isinstance(layer, MoSConv1D):  # MoSWrapped gives back the very base
+    if not isinstance(layer, MoSConv1D):  # MoSWrapped returns the base module itself
         return layer.to_linear()
     with torch.device("meta"):
         conv1d = Conv1D(layer.nf, layer.nx)

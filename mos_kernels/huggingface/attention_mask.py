@@ -1,8 +1,8 @@
-"""Which tokens of a batch are real: the attention mask of a model's forward, for the routers inside the model.
+"""Which tokens of a batch are not padding: the attention mask of a model's forward, for the routers inside the model.
 
-Nothing between a model and its FFN blocks hands the mask on, so a pre-hook of the model notes it and the routers ask
-for it when they run. What autograd saved keeps the mask it was made with; only a part that reentrant checkpointing
-runs again asks anew, after its forward is over.
+The modules between a model and its FFN blocks do not pass the mask on. So a forward pre-hook of the model stores it,
+and the routers read it when they run. Autograd keeps the mask of each forward. Only layers that reentrant checkpointing
+runs again read the mask again, after the model's forward has ended.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _ATTRIBUTE = "_mos_token_mask"
 def follow_attention_mask(model: nn.Module) -> None:
     """Let every router of `model` read the attention mask of the transformers model that it is in.
 
-    That is the innermost one: an encoder's routers see the encoder's mask, a decoder's the decoder's, and calling a
-    part alone (`model.model`) works too. `model` itself counts as one whatever its class. Calling this again adds what
-    is new.
+    A router reads the mask of the innermost such model: an encoder's routers see the encoder's mask, a decoder's
+    routers the decoder's. A part of the model may also be called alone (`model.model`). `model` itself counts as a
+    transformers model, whatever its class. Call this again after routers were added.
     """
-    owners = set(router_owners(model, inactive=True).values())  # which may be set active later
+    owners = set(router_owners(model, inactive=True).values())  # inactive ones may be set active later
     masks: dict[str, TokenMask] = {}
     for name, module in model.named_modules():
         outer = _innermost(masks, name)
@@ -41,7 +41,7 @@ def follow_attention_mask(model: nn.Module) -> None:
 
 
 def forget_attention_mask(model: nn.Module) -> None:
-    """Take away what `follow_attention_mask` put on the models."""
+    """Undo `follow_attention_mask`."""
     for module in model.modules():
         if _ATTRIBUTE in vars(module):
             getattr(module, _ATTRIBUTE).detach(module)
@@ -56,14 +56,14 @@ def _innermost(masks: dict[str, TokenMask], name: str) -> TokenMask | None:
 
 
 class TokenMask(PreHook):
-    """The attention mask that the latest forward of `module` was given; itself the module's forward pre-hook.
+    """The attention mask of the latest forward of `module`. This object is the forward pre-hook that stores it.
 
-    A thread sees the mask of its own latest forward with gradients on. CUDA runs backward in threads of its own, which
-    see the latest mask on their device. Copies and pickles of the module have a copy of this, empty.
+    A thread sees the mask of its own latest forward with gradients. CUDA runs backward in other threads, which see the
+    latest mask on their device. Copies and pickles of the module have a copy of this object without a mask.
     """
 
     def __init__(self, module: nn.Module, outer: TokenMask | None = None):
-        """outer: of a module around this one, asked where this module gets a mask that is not one entry a token."""
+        """outer: the mask of a module around this one, used if this one gets a mask that is not (batch, sequence)."""
         parameters = list(inspect.signature(type(module).forward).parameters)[1:]
         self.position = parameters.index(NAME) if NAME in parameters else None
         self.outer = outer
@@ -71,7 +71,7 @@ class TokenMask(PreHook):
         self.attach(module, with_kwargs=True)
 
     def of(self, x: Tensor) -> Tensor | None:
-        """Which of the tokens x (..., d) are real, bool (...); None where no mask is known, or one of another shape."""
+        """Which tokens of x (..., d) are not padding, bool (...); None without a mask, or with one of another shape."""
         mask = self._current(x.device)
         if mask is None or mask.shape != x.shape[:-1]:
             return None
@@ -79,7 +79,7 @@ class TokenMask(PreHook):
         return mask if mask.dtype == torch.bool else mask != 0
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not torch.is_grad_enabled():  # no backward follows, and what an earlier forward left is still wanted
+        if not torch.is_grad_enabled():  # no backward follows; the backward of an earlier forward may need its mask
             return
         if not torch.compiler.is_compiling() and self._is_first and self.outer is None and module.training:
             self._is_first = False
@@ -88,7 +88,7 @@ class TokenMask(PreHook):
         if mask is None and self.position is not None and len(args) > self.position:
             mask = args[self.position]
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            # compiled, this hook may be a graph of its own: without an operation it is none
+            # under compile this hook may become a graph of its own; without an operation it does not
             self._note(mask if torch.compiler.is_compiling() else mask != 0)
         elif mask is None or self.outer is None:
             self._note(None)
@@ -106,7 +106,7 @@ class TokenMask(PreHook):
             self._latest = others if mask is None else {**others, mask.device: mask}
 
     def _current(self, device: torch.device | None) -> Tensor | None:
-        if torch.compiler.is_compiling():  # an attribute: where the note was taken outside the graph, the graph's input
+        if torch.compiler.is_compiling():  # an attribute becomes an input of the graph if it was set outside the graph
             return self._traced
         task, mask = getattr(self._thread, "noted", (None, None))
         if task in (-1, torch._C._current_graph_task_id()):

@@ -1,4 +1,4 @@
-"""The factors on the load-balancing gradient, which backward injects past everything that divides or scales a loss."""
+"""The weight of the load-balancing gradient. It is added during backward, so nothing that scales a loss scales it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from mos_kernels.huggingface.modules import router_owners
 
 
 def set_factor(model: nn.Module, factor: float) -> None:
-    """Weigh the injected gradient by router_aux_loss_coef / routers times this."""
+    """Set the weight of the load-balancing gradient to router_aux_loss_coef / routers times this factor."""
     for owner in router_owners(model).values():
         owner.mos_aux_weight.fill_(owner.aux_coefficient * factor)
 
 
 def warn_without_factor(model: nn.Module) -> None:
-    """Warn where accelerate divides the loss by accumulated batches, or scales it for fp16, and the gradient is not.
+    """Warn if accelerate divides the loss by accumulated batches, or scales it for fp16, and this weight is unchanged.
 
-    Only accelerate's own state is asked: how many batches a Trainer, or a loop without accelerate, accumulates is known
-    nowhere in a forward.
+    Only accelerate's state is read: a forward cannot know how many batches a Trainer, or another loop, accumulates.
     """
     if not accelerate_state.is_initialized():
         return
@@ -30,8 +29,8 @@ def warn_without_factor(model: nn.Module) -> None:
     if (steps > 1 or scaled) and owner is not None and bool(owner.mos_aux_weight == owner.aux_coefficient):
         why = f"accumulates {steps} batches" if steps > 1 else "scales the loss for fp16"
         warnings.warn(
-            f"accelerate {why}, and the load-balancing gradient, which backward injects, has not got that factor: "
-            "MoSCallback.add_to(trainer) does so in a Trainer; in a loop of your own fill mos_aux_weight, as "
+            f"accelerate {why}, but the load-balancing gradient, which is added during backward, does not get that "
+            "factor: in a Trainer use MoSCallback.add_to(trainer); in a loop of your own fill mos_aux_weight, as "
             "docs/scale.md shows",
             stacklevel=2,
         )

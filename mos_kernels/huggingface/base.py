@@ -1,4 +1,4 @@
-"""The base model of an adapter that lies in a folder: its class, its classes and its weights, as the files say."""
+"""Loading the base model of an adapter that is in a folder. The adapter's files say which model it is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import transformers
 from torch import nn
 
-from mos_kernels.huggingface.files import CONFIG_NAME, WEIGHTS_NAME, read_json, read_tensors, refuse_damaged
+from mos_kernels.huggingface.atomic import CONFIG_NAME, WEIGHTS_NAME
+from mos_kernels.huggingface.files import read_json, read_tensors, refuse_damaged
 
 HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 _BY_TASK = {
@@ -21,14 +22,16 @@ _BY_TASK = {
 
 
 def load_base(folder: str | os.PathLike, base: str | os.PathLike | None = None, **options) -> nn.Module:
-    """The model that the adapter in `folder` was trained on, without the adapter where it lies by itself.
+    """The model that the adapter in `folder` was trained on, without the adapter.
 
-    base: where its weights are; None for what the adapter's configuration names, or `folder` itself where that holds a
-    whole model too (transformers then loads the adapter with it, if peft is installed). A head gets as many classes as
-    the adapter's. options: of from_pretrained. Raises as `load_adapter` for the files; ValueError where no base is
-    named, transformers does not know its class, or the weights are of another.
+    base: where the weights are. None: the model that the adapter's configuration names, or `folder` itself if it also
+    holds a whole model; in the latter case transformers loads the adapter too, if peft is installed. The head gets as
+    many classes as that of the adapter. options: of from_pretrained. Errors in the files as in `load_adapter`; also
+    ValueError if no base is named, if transformers does not know its class, or if the weights are of another class.
     """
     folder = Path(folder)
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter ({CONFIG_NAME}): name the folder that a save has written")
     refuse_damaged(folder)
     config = read_json(folder / CONFIG_NAME)
     whole = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
@@ -46,12 +49,12 @@ def load_base(folder: str | os.PathLike, base: str | os.PathLike | None = None, 
     head = next((tensor for name, tensor in tensors.items() if f".{name}".endswith(HEAD_WEIGHTS)), None)
     if head is not None:
         options["num_labels"] = head.shape[0]
-    wanted = getattr(kind, "config_class", None)  # from_pretrained would draw the weights of another type's model anew
+    wanted = getattr(kind, "config_class", None)  # from_pretrained would initialise the weights of another type
     if wanted is not None and not isinstance(found := transformers.AutoConfig.from_pretrained(source), wanted):
         raise ValueError(f"{source} is a {found.model_type} model, and the adapter in {folder} is of a {name}")
     return kind.from_pretrained(os.fspath(source), **options)
 
 
 def is_classifier(model: nn.Module) -> bool:
-    """Whether it gives a sequence one of several classes."""
+    """Whether the model is a sequence classifier."""
     return type(model).__name__.endswith("ForSequenceClassification")

@@ -1,13 +1,13 @@
-"""FFN blocks: which form a block has, and the forward that hands its router's gates to its linears.
+"""FFN blocks: recognising the form of a block, and replacing its forward by one that passes the gates to its linears.
 
-A block takes part only where its own forward, traced by torch.fx, is one of
+The forward of a block is traced by torch.fx. It is replaced only if it has one of these forms:
 
     down(act(gate(x)) * up(x))                                     Llama, Qwen, Mistral, Gemma
     down(act(first) * second)   first, second = gate_up(x).chunk(2, -1)     Phi-3, GLM
     down(act(up(x)))                                               GPT-2, CLIP, GPT-NeoX, Phi
 
-where any module with one input, such as dropout, may stand at act, before down and after it. The children's names do
-not matter. So a forward that computes something else is never replaced.
+act may be several modules with one input each. Such modules, for example dropout, may also be before and after down.
+The names of the children do not matter.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from mos_kernels.layer import MoSRouter
 
 
 def add_router(block: nn.Module, form: FFNForm, router: MoSRouter) -> None:
-    """Register the router on the block and bind the forward that uses it to this instance (not to the class)."""
+    """Register the router on the block, and give this instance (not its class) the forward that uses the router."""
     block.mos_router = router
     _bind(block, form)
     block._replicate_for_data_parallel = functools.partial(_replicate, block, form)
 
 
 def remove_router(block: nn.Module) -> None:
-    """Give the block back its class's own forward."""
+    """Undo `add_router`: the block has the forward of its class again."""
     del block.mos_router
     del block._replicate_for_data_parallel
     if hasattr(block, "_hf_hook"):
@@ -45,7 +45,7 @@ def remove_router(block: nn.Module) -> None:
 
 
 def _bind(block: nn.Module, form: FFNForm) -> None:
-    # a partial of a module-level function: unlike a bound method it pickles, and deepcopy rebinds it to the copy
+    # a partial of a module-level function can be pickled, and deepcopy binds it to the copy; a bound method cannot
     forward = functools.partial(ffn_forward, block, form)
     if hasattr(block, "_hf_hook"):  # accelerate's wrapper calls this one
         block._old_forward = forward
@@ -63,9 +63,9 @@ def _replicate(block: nn.Module, form: FFNForm) -> nn.Module:
 
 
 def recognise(block: nn.Module, routed: tuple[str, ...] = ()) -> FFNForm | None:
-    """The form of the block, or None where its forward is not provably one of them. Runs no tensor operation.
+    """The form of the block, or None if its forward has none of the forms. Runs no tensor operation.
 
-    A block whose forward has been bound already has the form that was bound.
+    If the forward was replaced already, the form is the one that was recognised then.
     """
     bound = bound_form(block)
     if bound is not None:
@@ -85,7 +85,7 @@ def _has_class_forward(block: nn.Module) -> bool:
 
 
 class _NotPlain(BaseException):
-    """The forward does something with its input that the forms do not have. No `except Exception` in it hides that."""
+    """The forward does something that no form has. A BaseException, so that no `except Exception` in it hides this."""
 
 
 def _refuse(*_):
@@ -93,10 +93,10 @@ def _refuse(*_):
 
 
 class _Value(Proxy):
-    """A symbolic tensor, which may be passed to a child, multiplied and halved.
+    """A symbolic tensor that can be passed to a child, multiplied, and split in two.
 
-    Where torch.fx would answer otherwise than for a tensor, or leave no trace, this raises: so no branch depends on the
-    input unseen.
+    Everything else raises, where torch.fx would answer differently from a tensor, or would not record the operation. So
+    no branch can depend on the input without being noticed.
     """
 
     def chunk(self, chunks, dim=0):
@@ -121,7 +121,7 @@ def _half(x, index: int):
 
 
 class _Tracer(Tracer):
-    """Records the calls of a block's children, none of which runs."""
+    """Records the calls of a block's children. The children do not run."""
 
     def is_leaf_module(self, module, name):
         return True
@@ -144,12 +144,12 @@ def _trace(block: nn.Module, training: bool):
         vars(probe)["training"] = training
         probe.__class__ = type(kind.__name__, (kind,), {"__setattr__": _refuse, "__delattr__": _refuse})
         return _expressions(_Tracer().trace(probe))
-    except (_NotPlain, Exception):  # whatever a forward raises on a symbol, it is not one of the forms
+    except (_NotPlain, Exception):  # a forward that fails on a symbol has none of the forms
         return None
 
 
 def _expressions(graph: Graph):
-    """The graph as one expression; all of it must be in that."""
+    """The graph as one expression. Raises _NotPlain if part of the graph is not in the expression."""
     found: dict[Node, tuple] = {}
     for node in graph.nodes:
         inputs = [found[arg] for arg in node.args if isinstance(arg, Node)]
@@ -188,7 +188,7 @@ def _parse(block: nn.Module, expression) -> FFNForm | None:
 
 
 def _parse_product(block: nn.Module, gate, up) -> tuple[tuple[str, ...], bool, tuple[str, ...]] | None:
-    """inputs, fused and activation of act(gate) * up."""
+    """The fields inputs, fused and activation of act(gate) * up; None for any other product."""
     on_gate, gate_base = _unwind(gate)
     on_up, up_base = _unwind(up)
     if gate_base == up_base == ("x",):
@@ -210,7 +210,7 @@ def _parse_product(block: nn.Module, gate, up) -> tuple[tuple[str, ...], bool, t
 
 
 def _unwind(expression) -> tuple[tuple[str, ...], tuple]:
-    """The children applied one after the other, innermost first, and what they are applied to."""
+    """The children that are applied one after the other, innermost first, and the expression they are applied to."""
     names = []
     while expression[0] == "call":
         names.append(expression[1])

@@ -1,4 +1,4 @@
-"""Training with transformers' Trainer: optimizer groups, the factors on the load-balancing gradient, the logs."""
+"""Training with transformers' Trainer: optimizer groups, the weight of the load-balancing gradient, and the logs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mos_kernels.huggingface.state import note_trained
 from mos_kernels.run_report.log import HISTORY
 
 UNCOMPILED_EVERY = 10
-"""Of a compiled model's steps, one in this many at most runs uncompiled to measure its routing."""
+"""At most one in this many steps of a compiled model runs uncompiled, to measure its routing."""
 
 
 def mos_param_groups(
@@ -34,9 +34,10 @@ def mos_param_groups(
 ) -> list[dict]:
     """Optimizer groups for the trainable parameters of a model with MoS adapters.
 
-    A and B decay; the routers and the curvature do not, and may have learning rates of their own; of the rest, matrices
-    decay and vectors (biases, norms) do not. `curvature_lr` acts on the trained offset θ, which the layer multiplies by
-    `curvature_lr_ratio`. Groups without parameters are left out. Raises ValueError where nothing is trainable.
+    A and B have weight decay. The routers and the curvature have none, and may have learning rates of their own. Of the
+    other parameters, matrices decay and vectors (biases, norms) do not. `curvature_lr` is the learning rate of θ, which
+    the layer multiplies by `curvature_lr_ratio`. Groups without parameters are left out. Raises ValueError if no
+    parameter is trainable.
     """
     groups = {
         name: {"name": name, "params": [], "lr": lr if rate is None else rate, "weight_decay": decay}
@@ -68,30 +69,33 @@ def mos_param_groups(
 
 
 class MoSCallback(TrainerCallback):
-    """What transformers' Trainer does not do by itself for a MoS adapter.
+    """Adds to transformers' Trainer what a MoS adapter needs: `MoSCallback.add_to(trainer)`.
 
-    The load-balancing gradient is injected in backward, past the factors that a trainer puts on the loss: at every step
-    the callback sets its weight to router_aux_loss_coef / routers, divided by the step's accumulation steps (counting a
-    shorter last group of an epoch, where the dataloader has a length) and times the fp16 scaler's scale. It warns once
-    of adapter parameters that the first step gave no gradient, and adds to the training logs
+    The load-balancing gradient is added during backward, so a trainer's factors on the loss do not apply to it. At
+    every step the callback sets its weight to router_aux_loss_coef / routers, divided by the accumulated batches of the
+    step, and multiplied by the fp16 loss scale. The last step of an epoch may have fewer batches; they are counted if
+    the dataloader has a length. After the first step, the callback warns of adapter parameters without a gradient.
+
+    It adds these keys to the training logs:
 
         mos/curvature/<space>_{mean,min,max}   dimensionless, κ̂ = κ·length_unit², over experts and layers
         mos/share/<space>, mos/share/max       share of the top-k assignments, 1/E at uniform routing for the maximum
         mos/entropy, mos/aux_loss              entropy of a token's gates in nats; E·Σ f·P, 1 at uniform routing
 
-    A forward whose routing is measured runs uncompiled, of each batch the first one with gradients. Of a compiled
-    model's steps that is one in ten at most, and the logs in between have no routing.
+    To measure routing, the first forward with gradients of a batch runs uncompiled. Of a compiled model, at most one
+    step in ten is measured, and the logs of other steps have no routing.
 
-    `history` keeps, for each logged step, {"step", "curvature": {linear: [κ̂ of each expert]}, "share": {router: [share
-    of each expert]}, "entropy": {router: nats}}, in plain JSON types. It is also appended, with all other logs, to
-    `history_file` in the output_dir, from where a resumed run takes it up and `python -m mos_kernels report` draws it.
+    `history` has an entry for each logged step, in plain JSON types: {"step", "curvature": {linear: [κ̂ of each
+    expert]}, "share": {router: [share of each expert]}, "entropy": {router: nats}}. The entry is also appended, with
+    all other logs, to `history_file` in the output_dir. A resumed run continues that file, and
+    `python -m mos_kernels report` draws it.
 
-    Reporters (TensorBoard, W&B) run before callbacks that are given to the Trainer: `MoSCallback.add_to(trainer)` puts
-    it first, so that they get the keys too.
+    `add_to` puts the callback before the reporters (TensorBoard, W&B), so that they get the keys. Callbacks that are
+    passed to the Trainer would run after them.
     """
 
     def __init__(self, history_file: str | None = HISTORY):
-        """history_file: its name in the output_dir; None: no file."""
+        """history_file: the name of the history file in the output_dir. None: no file."""
         self.history: list[dict] = []
         self.history_file = history_file
         self._file = HistoryFile()
@@ -104,9 +108,10 @@ class MoSCallback(TrainerCallback):
 
     @classmethod
     def add_to(cls, trainer: Trainer, callback: MoSCallback | None = None) -> MoSCallback:
-        """Put `callback` (default: the one that is there, or a new one) in front of the trainer's others; return it.
+        """Put `callback` before all other callbacks of the trainer, and return it.
 
-        ValueError where the trainer's model has no adapter.
+        callback: by default the MoSCallback that the trainer has, or a new one. Raises ValueError if the trainer's
+        model has no adapter.
         """
         if trainer.model is not None:
             _require_adapter(trainer.model)
@@ -165,7 +170,7 @@ class MoSCallback(TrainerCallback):
             self._measure(args, model)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        # DeepSpeed keeps gradients elsewhere, and these optimizers use them up during backward
+        # with DeepSpeed and these optimizers, parameters have no gradients after backward
         kept = type(optimizer).__name__ != "DeepSpeedOptimizerWrapper" and not re.search("lomo|layerwise", args.optim)
         if not self._has_stepped and kept:
             _warn_of_missing_gradients(model)
@@ -175,7 +180,7 @@ class MoSCallback(TrainerCallback):
         self._stop_measuring()
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        self._stop_measuring()  # of a step that was cut off before its forward
+        self._stop_measuring()  # for a step that ended before its forward
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if logs is None or "loss" not in logs:  # evaluation and the summary at the end log too
@@ -198,10 +203,11 @@ class MoSCallback(TrainerCallback):
         set_factor(model, 1.0)
 
     def _measure(self, args, model: nn.Module) -> None:
-        """Add the routing of the batch's forward to the statistics, and run it uncompiled.
+        """Measure the routing of the batch's forward, which then runs uncompiled.
 
-        A callback is not told of an exception, so the first forward with gradients itself ends this; not where backward
-        must find compilation off too, nor in replicas, which would call the forward of the model that they copy.
+        No callback is called after an exception, so the first forward with gradients ends the measurement itself. There
+        are two exceptions: models whose backward must run uncompiled too, and replicas of DataParallel, which would
+        call the forward of the original model.
         """
         self._measuring = contextlib.ExitStack()
         self._measuring.enter_context(measured_routing(model, self._statistics))
@@ -236,14 +242,14 @@ def _is_compiled(args, model: nn.Module) -> bool:
 
 
 def _recomputes_compiled(model: nn.Module) -> bool:
-    """Whether backward runs compiled layers again: then they must be as they were in forward."""
+    """Whether backward runs compiled layers again. They must then be compiled or uncompiled as in forward."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) and any(
         module._compiled_call_impl is not None for module in model.modules() if module is not model
     )
 
 
 def _warn_of_missing_gradients(model: nn.Module) -> None:
-    """Name the trainable adapter parameters that the first step's backward did not reach."""
+    """Warn of the trainable adapter parameters that got no gradient in the first step."""
     trainable = {name: p for name, p in adapter_parameters(model).items() if p.requires_grad}
     missing = [name for name, parameter in trainable.items() if parameter.grad is None]
     if missing:

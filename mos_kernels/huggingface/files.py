@@ -1,4 +1,4 @@
-"""Adapter files in peft's convention: adapter_config.json, adapter_model.safetensors and a model card.
+"""Adapter files in peft's format: adapter_config.json, adapter_model.safetensors and a model card.
 
 Tensors are named `base_model.model.<path>.mos_lora_A` and so on; a block's router is `<block>.mos_router.weight`. Other
 trained modules, such as a classification head, are saved whole and listed in modules_to_save, as peft does.
@@ -6,23 +6,21 @@ trained modules, such as a classification head, are saved whole and listed in mo
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import uuid
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 import mos_kernels
-from mos_kernels.config import MoSConfig, listed
+from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.apply import install, remove_mos
+from mos_kernels.huggingface.atomic import CONFIG_NAME, WEIGHTS_NAME, write_folder
+from mos_kernels.huggingface.card import adapter_card
 from mos_kernels.huggingface.modules import adapter_parameters, refuse_parallel, unwrap
 from mos_kernels.huggingface.plan import PlannedLinear, adapter_shapes, make_plan
 from mos_kernels.huggingface.state import adapter_state, tensors_of
@@ -30,15 +28,7 @@ from mos_kernels.huggingface.targets import refuse_peft
 from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, offload_hook, parameter_shapes
 from mos_kernels.sharded import gathered, refuse_zero3, spread_like, whole_shape, write_once
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-CARD_NAME = "README.md"
 PEFT_TYPE = "MOSELORA"
 PREFIX = "base_model.model."
 
@@ -51,14 +41,14 @@ auto_mapping modules_to_save"""
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write the adapter of `model`, and every other module that was trained or loaded with it, to `folder`.
 
-    Such a module need not be trainable at the moment: a forward with gradients, a copy of the model, MoSCallback and
-    mos_param_groups note what is. Only a model that runs compiled, by a loop of one's own, and is frozen before its
-    first save does not know.
+    Modules that are frozen now, but were trained, are saved too. Forwards with gradients, copies of the model,
+    MoSCallback and mos_param_groups note which modules are trainable. This fails in one case: the model runs compiled
+    in a training loop of your own, and is frozen before its first save.
 
-    Files are replaced whole, the configuration last: an interrupted save leaves the old files or a folder without
-    adapter_config.json, never a mixture. Where parameters are spread over processes (FSDP2, ZeRO-3) every process must
-    call this: it gathers them, the first process writes, and all return when it has. Raises ValueError without an
-    adapter, beside one of peft's, or with weights on the meta device.
+    Files are replaced whole, the configuration last. An interrupted save leaves the old files, or a folder without
+    adapter_config.json. If parameters are sharded (FSDP2, ZeRO-3), every process must call this: it gathers them, the
+    first process writes, and all processes return after that. Raises ValueError without an adapter, with an adapter of
+    peft, or with weights on the meta device.
     """
     model = unwrap(model)
     state = adapter_state(model)
@@ -66,7 +56,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         raise ValueError("the adapter was put on by peft: call model.save_pretrained(folder), whose files are the same")
     if state is None:
         raise ValueError(f"{type(model).__name__} has no MoS adapter: call apply_mos(model, config) first")
-    refuse_peft(model)  # whose parameters would be saved as modules of the base
+    refuse_peft(model)  # its parameters would be saved as modules of the base
     modules = state.modules_to_save()
     whole = tensors_of(model, [*modules, *named_by_ending(model, modules)])
     parameters = {**adapter_parameters(model), **whole}
@@ -77,12 +67,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
 
     own = {"peft_type": PEFT_TYPE, "task_type": None, "mos_kernels_version": mos_kernels.__version__}
     config = {**state.config.to_dict(), **own, **about_base(model), "modules_to_save": modules or None}
-    card = _card(config["base_model_name_or_path"], class_of(model), state.config)
+    card = adapter_card(config["base_model_name_or_path"], class_of(model), state.config)
     write_once(parameters.values(), lambda: write_folder(Path(folder), tensors, config, card))
 
 
 def about_base(model: nn.Module) -> dict:
-    """What an adapter's configuration says of its base model."""
+    """The entries of an adapter's configuration about its base model."""
     kind, base = class_of(model), getattr(getattr(model, "config", None), "_name_or_path", None)
     return {
         "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
@@ -91,35 +81,17 @@ def about_base(model: nn.Module) -> dict:
     }
 
 
-def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict, card: str) -> None:
-    """Write an adapter's three files, or none of them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
-    with contextlib.ExitStack() as stack:
-        weights = _staged(stack, folder / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
-        description = _staged(stack, folder / CONFIG_NAME, json.dumps(config, indent=2).encode() + b"\n")
-        readme = _staged(stack, folder / CARD_NAME, card.encode())
-        (folder / CONFIG_NAME).unlink(missing_ok=True)
-        _sync_folder(folder)
-        os.replace(weights, folder / WEIGHTS_NAME)
-        if not (folder / CARD_NAME).exists():
-            os.replace(readme, folder / CARD_NAME)
-        _sync_folder(folder)
-        os.replace(description, folder / CONFIG_NAME)
-        _sync_folder(folder)
-
-
 def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool = False) -> list[str]:
-    """Put the adapter saved in `folder` on `model`; or only load its tensors where an equal adapter is applied.
+    """Put the adapter in `folder` on `model`. If the model has an equal adapter, only the tensors are loaded.
 
-    Values are copied into parameters on the model's device, whatever device or dtype they were saved from. With
-    `is_trainable` the adapter and the modules saved with it train on; otherwise they are frozen. With FSDP2, apply the
-    adapter (or load it) before fully_shard; then every process can load another one. What the modules loaded beside it
-    had before is kept, on the CPU, until remove_mos, or another load_adapter, gives it back. Returns the names of the
-    adapted linears.
+    Values are copied into parameters on the model's device, whatever the device or dtype they were saved from. With
+    `is_trainable`, the adapter and the modules saved with it are trainable; otherwise they are frozen. With FSDP2,
+    apply or load an adapter before fully_shard; after that, every process can load another one. If modules of the model
+    are overwritten, such as a head, their earlier values are kept on the CPU. remove_mos, or another load_adapter, puts
+    them back. Returns the names of the adapted linears.
 
-    Everything is checked before the model is touched: FileNotFoundError for a missing folder or file, ValueError for
-    files that are damaged, of another method, of another architecture, or not finite. Never unpickles anything.
+    Everything is checked before the model is changed: FileNotFoundError for a missing folder or file, ValueError for
+    files that are damaged, of another method, of another architecture, or not finite. Nothing is unpickled.
     """
     outer, model = model, unwrap(model)
     folder = Path(folder)
@@ -165,7 +137,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
 
 
 def refuse_damaged(folder: Path) -> None:
-    """Raise as `load_adapter` does for what is wrong with the files, whatever the model. Weights may be missing."""
+    """Raise the errors of `load_adapter` that do not depend on the model. Missing weights are no error."""
     if not (folder / WEIGHTS_NAME).is_file() and not (folder / PICKLE_NAME).is_file():
         return
     config, _ = _read_config(folder)
@@ -176,7 +148,7 @@ def refuse_damaged(folder: Path) -> None:
     for name, tensor in tensors.items():
         module, _, kind = name.removesuffix(".weight").rpartition(".")
         own, shape = config.for_module(module), tuple(tensor.shape)
-        if name.endswith(".mos_router.weight"):  # a block's: of the experts that its linears have
+        if name.endswith(".mos_router.weight"):  # the router of a block has the experts of the block's linears
             own = _with_experts(config, shape[0] if shape else 0)
         routed = dataclasses.replace(own, router_scope="linear")
         if shape != parameter_shapes(routed, d_in=shape[-1], d_out=shape[0]).get(kind):
@@ -186,7 +158,7 @@ def refuse_damaged(folder: Path) -> None:
 
 
 def _with_experts(config: MoSConfig, E: int) -> MoSConfig:
-    """`config`, with the spaces of its spaces_pattern that are E experts, where there are any."""
+    """`config` with E experts: its spaces, or an entry of its spaces_pattern, that have E experts in total."""
     for spaces in (config.spaces, *(config.spaces_pattern or {}).values()):
         if sum(spaces.values()) == E:
             return dataclasses.replace(config, spaces=spaces, num_experts_per_tok=min(config.num_experts_per_tok, E))
@@ -196,7 +168,7 @@ def _with_experts(config: MoSConfig, E: int) -> MoSConfig:
 def require_fit(
     folder: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], whole: dict[str, Tensor]
 ) -> None:
-    """ValueError unless a file's tensors are an adapter's, of these shapes, and those that are saved whole; finite."""
+    """ValueError unless the tensors of a file have these names and shapes, include those of `whole`, and are finite."""
     require_shapes(folder, tensors, shapes | {name: whole_shape(tensor) for name, tensor in whole.items()})
     require_finite(folder, tensors, _require_floating(folder, tensors, whole))
 
@@ -206,7 +178,7 @@ def is_adapter(name: str) -> bool:
 
 
 def refuse_meta(linears: Iterable[PlannedLinear], tensors: Mapping[str, Tensor]) -> None:
-    """ValueError where a tensor, or a linear to adapt, has no values yet, and no hook brings them from elsewhere."""
+    """ValueError if a tensor, or a linear to adapt, is on the meta device and no hook loads its values."""
     names = [name for name, tensor in tensors.items() if tensor.is_meta]
     for linear in linears:
         base = linear.target.module
@@ -245,12 +217,12 @@ def _read_config(folder: Path) -> tuple[MoSConfig, list[str]]:
 
 
 def unknown_options(values: Mapping, known: Container[str]) -> dict:
-    """The options of a file that would be dropped silently. One of peft's that is off asks for nothing."""
+    """The unknown options in a file. Options that are off, such as None or False, do not count."""
     return {name: v for name, v in values.items() if name not in known and v not in (None, False, [], {})}
 
 
 def read_json(path: Path) -> dict:
-    """An adapter's configuration as it lies there; ValueError for a damaged file."""
+    """The content of adapter_config.json. ValueError for a damaged file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -261,7 +233,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter's file by their names in the model; errors as of `load_adapter`."""
+    """The tensors of an adapter's file, by their names in the model. Errors as in `load_adapter`."""
     if not path.is_file():
         pickled = path.with_name(PICKLE_NAME)
         why = f"; {pickled.name} is there, but pickles are never loaded: save it again as safetensors"
@@ -280,9 +252,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def without_idle(tensors: dict[str, Tensor], config: MoSConfig) -> dict[str, Tensor]:
-    """The tensors of a file without the router and the curvature that earlier files of one Euclidean expert have.
+    """The tensors of a file without router and curvature, if the adapter is a single Euclidean expert.
 
-    Its gate is 1 and its curvature 0 whatever they hold.
+    Files of earlier versions have them. They have no effect, since the gate is 1 and the curvature 0.
     """
     if not config.is_lora or config.spaces_pattern:
         return tensors
@@ -291,7 +263,7 @@ def without_idle(tensors: dict[str, Tensor], config: MoSConfig) -> dict[str, Ten
 
 
 def _require_equal(applied: MoSConfig, loaded: MoSConfig) -> None:
-    """Where the adapter sits may be written in several ways, and the tensors' names check it."""
+    """ValueError if the configurations differ, except in target_modules and the like, which tensor names check."""
     different = [
         f"{field.name}={getattr(loaded, field.name)!r} instead of {getattr(applied, field.name)!r}"
         for field in dataclasses.fields(MoSConfig)
@@ -305,7 +277,7 @@ def _require_equal(applied: MoSConfig, loaded: MoSConfig) -> None:
 
 
 def require_shapes(where, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """ValueError unless these are the tensors that there should be, of these shapes."""
+    """ValueError unless the tensors have exactly these names and shapes."""
     missing = [name for name in shapes if name not in tensors]
     unexpected = [name for name in tensors if name not in shapes]
     reshaped = [
@@ -326,7 +298,7 @@ def require_shapes(where, tensors: dict[str, Tensor], shapes: dict[str, tuple[in
 
 
 def _require_floating(folder: Path, tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> dict[str, torch.dtype]:
-    """The dtype that each tensor will be cast to; ValueError where that would lose more than digits."""
+    """The dtype that each tensor will be cast to. ValueError for tensors that are not floats of 16 to 64 bits."""
     for name, tensor in tensors.items():
         wanted = extra[name].dtype if name in extra else torch.float32
         if tensor.dtype != wanted and tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -335,11 +307,11 @@ def _require_floating(folder: Path, tensors: dict[str, Tensor], extra: dict[str,
 
 
 def require_finite(where, tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype] | None = None) -> None:
-    """ValueError for values that are not finite in the dtype they go to, by default float32."""
+    """ValueError for values that are not finite in the dtype that they are cast to, by default float32."""
     dtypes = dtypes or {}
 
     def finite(name: str, tensor: Tensor) -> bool:
-        # a float64 adapter may be finite as it lies and not where it goes; curvature goes to float32 always
+        # a float64 value may be finite in the file and not after the cast; curvature is always cast to float32
         wanted = dtypes.get(name, torch.float32)
         return not tensor.is_floating_point() or bool(tensor.to(wanted).isfinite().all())
 
@@ -349,7 +321,7 @@ def require_finite(where, tensors: dict[str, Tensor], dtypes: dict[str, torch.dt
 
 
 def named_by_ending(model: nn.Module, entries: list[str]) -> list[str]:
-    """The modules that peft takes for named by the end of a word, as pre_classifier by "classifier"."""
+    """The modules that peft matches within a word: the entry "classifier" also matches pre_classifier."""
     return [
         name
         for name, _ in model.named_modules()
@@ -358,7 +330,7 @@ def named_by_ending(model: nn.Module, entries: list[str]) -> list[str]:
 
 
 def require_untied(where, model: nn.Module, whole: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """ValueError where a value for one module, saved whole, would be another's too: a head tied to the embeddings."""
+    """ValueError if a loaded module shares its parameter with another module, such as a head tied to the embeddings."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -372,120 +344,6 @@ def require_untied(where, model: nn.Module, whole: dict[str, Tensor], values: di
 
 
 def class_of(model: nn.Module) -> type[nn.Module]:
-    """The model's class, not the one that fully_shard makes on the fly and puts in its place."""
+    """The model's class. fully_shard replaces it by a class that it makes."""
     kinds = (kind for kind in type(model).__mro__ if issubclass(kind, nn.Module))
     return next(kind for kind in kinds if not kind.__module__.startswith("torch.distributed."))
-
-
-def _staged(stack: contextlib.ExitStack, path: Path, content: bytes) -> Path:
-    """A finished temporary file beside `path`, gone at the end of `stack` unless renamed. Locked for as long."""
-    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    stack.callback(staged.unlink, missing_ok=True)
-    file = open(staged, "xb")  # noqa: SIM115
-    with contextlib.nullcontext() if _lock(file) else file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    stack.callback(file.close)
-    return staged
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files of saves that were killed: the lock of a file goes with its process.
-
-    An empty file may be one that another process is about to lock.
-    """
-    for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME):
-        for staged in folder.glob(f".{name}.*.tmp"):
-            with contextlib.suppress(OSError), open(staged, "rb") as file:
-                if os.fstat(file.fileno()).st_size and _lock(file):
-                    staged.unlink()
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Whether the file could be locked; where there are no such locks, as on Windows, none can be."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-_NO_MERGE = """It cannot be merged into the base model, since what it adds depends on the data:
-`mos_kernels.huggingface.export_lora` writes the nearest plain LoRA, which can. Serve that with vLLM and SGLang: they
-put linears of their own in place of the model's, and this adapter would be left out."""
-
-
-def with_import_note(card: str) -> str:
-    """A model card, with what a process must import before it loads the adapter."""
-    if "mos_kernels.huggingface" in card:
-        return card
-    note = f"""## Loading
-
-This is a Mixture-of-Space adapter: MOSELORA, a peft method of the package `mos_kernels`, which must be
-imported first:
-
-```python
-import mos_kernels.huggingface  # first
-from peft import AutoPeftModelForCausalLM  # or PeftModel.from_pretrained(base, ...)
-
-model = AutoPeftModelForCausalLM.from_pretrained("this folder")
-```
-
-{_NO_MERGE}
-"""
-    return f"{card.rstrip()}\n\n{note}".lstrip()
-
-
-def _card(base: str | None, kind: type[nn.Module], config: MoSConfig) -> str:
-    is_hub_id = base is not None and not os.path.exists(base)
-    elsewhere = "".join(
-        f"Linears that match `{k}` have {listed(v)}.\n" for k, v in (config.spaces_pattern or {}).items()
-    )
-    is_transformers = kind.__module__.startswith("transformers.")
-    own = f"\nmodel = ...  # the {kind.__name__} that the adapter was trained on"
-    if is_transformers:
-        own = f"from transformers import {kind.__name__}\n\n"
-        own += f"model = {kind.__name__}.from_pretrained({base or 'the base model'!r})"
-    by_peft = """
-Or, where peft is installed:
-
-```python
-import mos_kernels.huggingface  # first
-from peft import AutoPeftModel
-
-model = AutoPeftModel.from_pretrained("this folder")
-```
-"""
-    base_line = f"base_model: {base}\n" if is_hub_id else ""
-    return f"""---
-{base_line}tags:
-- mos-kernels
-- lora
----
-
-# A Mixture-of-Space adapter
-
-Rank {config.r}, {config.num_experts} experts ({listed(config.spaces)}), {config.num_experts_per_tok} used by a token.
-{elsewhere}{_NO_MERGE}
-
-A process that loads it must import `mos_kernels.huggingface` first:
-
-```python
-import mos_kernels.huggingface  # first
-from mos_kernels.huggingface import load_adapter
-{own}
-load_adapter(model, "this folder")
-```
-{by_peft if base and is_transformers else ""}"""

@@ -1,15 +1,17 @@
-"""A mixture that starts as a trained LoRA: its Euclidean experts are the LoRA, its curved ones start beside it at zero.
+"""A mixture that starts as a trained LoRA: its Euclidean experts are copies of the LoRA, its curved experts are zero.
 
-A Euclidean expert with gate g computes g·(α/r)·B A x, so the mixture computes the LoRA's s·B A x for every x where
+A Euclidean expert with gate g computes g·(α/r)·B A x. So the mixture computes the LoRA's s·B A x for every x if
 
-    Σ_e g_e(x) B_e (α/r) = s·B    over the Euclidean experts, which all have A and one B_e = c·B
+    Σ_e g_e(x) B_e (α/r) = s·B    over the Euclidean experts, which all have the LoRA's A and B_e = c·B
 
-and that holds where the total gate of the Euclidean experts is the same number G for every x: c = s / (G·α/r). Without
-curved experts the gates, renormalised, sum to G = 1. With them the experts form groups of one size, a Euclidean expert
-and curved ones in each, that share a row of the router: the k largest logits are whole groups, and in each the
-Euclidean expert has the same share of the gates, G = 1 / (experts in a group). Rows differ between groups, and all of
-them train apart. (A router at zero would do for k = E alone: below, ties go to the first experts, the curved ones, and
-break at the first step; and experts of one space would stay copies of each other.)
+This holds with c = s / (G·α/r) if the gates of the Euclidean experts have the same sum G for every x. Without curved
+experts, renormalised gates have the sum G = 1. With curved experts, the experts form groups of equal size. Each group
+has one Euclidean expert, and all experts of a group have the same row in the router. Then the k largest logits belong
+to whole groups, and G = 1 / (experts in a group). Rows differ between groups, and after the start each row trains by
+itself.
+
+A router at zero would only do for k = E. For k < E, ties would go to the first experts, which are the curved ones, and
+experts of the same space would stay copies of each other.
 """
 
 from __future__ import annotations
@@ -26,16 +28,8 @@ from torch import Tensor, nn
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.apply import AppliedMoS, install
-from mos_kernels.huggingface.files import (
-    CONFIG_NAME,
-    PREFIX,
-    WEIGHTS_NAME,
-    read_json,
-    read_tensors,
-    refuse_meta,
-    require_finite,
-    require_untied,
-)
+from mos_kernels.huggingface.atomic import CONFIG_NAME, WEIGHTS_NAME
+from mos_kernels.huggingface.files import PREFIX, read_json, read_tensors, refuse_meta, require_finite, require_untied
 from mos_kernels.huggingface.modules import refuse_parallel, unwrap
 from mos_kernels.huggingface.plan import Plan, make_plan
 from mos_kernels.huggingface.state import adapter_state, tensors_of
@@ -44,14 +38,14 @@ from mos_kernels.layer import ROUTER_INIT_STD, MoSLayer, MoSRouter
 from mos_kernels.sharded import spread_like
 
 CURVATURE_STEP = 0.1
-"""By how much of curvature_init experts of one space in one group differ, which would else stay each other's copies."""
+"""Experts of one space in one group differ by this part of curvature_init, or they would stay copies of each other."""
 
 _KEEPS_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """A trained LoRA: factors A (r, d_in), B (d_out, r) and scaling s by linear, and modules trained whole."""
+    """A trained LoRA: factors A (r, d_in), B (d_out, r) and scaling s by linear, and the modules trained whole."""
 
     factors: dict[str, tuple[Tensor, Tensor, float]]
     modules: list[str]
@@ -67,21 +61,21 @@ def start_from_lora(
     *,
     adapter_name: str = "default",
 ) -> AppliedMoS:
-    """Put an adapter on `model` that computes what a trained LoRA does, exactly but for rounding, and trains on.
+    """Put an adapter on `model` that computes the same as a trained LoRA, up to rounding. It can be trained further.
 
     Args:
         model: the LoRA's base model, without an adapter.
-        lora: the folder of a peft LoRA adapter, or a PeftModel, which is only read, and its adapter `adapter_name`.
-        config: None for the defaults on the LoRA's linears, with its rank, dropout and, scaled, its alpha. One that is
-            given may target more linears (which start at no effect) and have larger ranks.
+        lora: the folder of a peft LoRA adapter, or a PeftModel with the adapter `adapter_name`, which is not changed.
+        config: None for the default configuration with the linears, the rank, the dropout and the scaling of the LoRA.
+            A given configuration may have more linears (which start without an effect) and larger ranks.
 
-    The numbers of curved and of Euclidean experts must divide evenly into groups (see above), and k must be a number of
-    whole groups, the gates renormalised or all experts used. Modules that were trained with the LoRA, such as a
-    classifier, are copied in and train on.
+    The number of Euclidean experts must divide the number of experts, and k must be a multiple of the group size
+    (experts per Euclidean expert). The gates must be renormalised, unless all experts are used. Modules that were
+    trained with the LoRA, such as a classifier, are copied and stay trainable.
 
-    Returns what apply_mos does. Raises ValueError, before the model is touched, for what would not be the same
-    function: an activation, DoRA, trained biases, an initialisation that changed the base (PiSSA and the like), smaller
-    ranks, linears that `config` leaves out; and for damaged or foreign files as `load_adapter` does.
+    Returns the same as apply_mos. Raises ValueError, before the model is changed, if the function would differ from the
+    LoRA's: for an activation, DoRA, trained biases, an initialisation that changed the base (such as PiSSA), smaller
+    ranks, and linears that `config` leaves out. Also for damaged or foreign files, as `load_adapter` does.
     """
     refuse_parallel(model)
     model = unwrap(model)
@@ -119,9 +113,9 @@ def start_from_lora(
 
 
 def expert_groups(config: MoSConfig) -> list[int]:
-    """The group of each expert: the j-th Euclidean one is in group j, the curved ones are dealt out in turn.
+    """The group of each expert. The j-th Euclidean expert is in group j; the curved ones go to the groups in turn.
 
-    Without Euclidean experts, which no LoRA becomes, each is a group by itself.
+    Without Euclidean experts, each expert is a group by itself.
     """
     euclidean = config.spaces.get("euclidean", 0)
     if not euclidean:
@@ -191,7 +185,7 @@ def _require_same_function(lora: LoRA, plan: Plan) -> None:
 
 
 def _fill(layer: MoSLayer, factors: tuple[Tensor, Tensor, float] | None) -> None:
-    """The adapter at its start: Euclidean experts from the LoRA's factors; further rank has no effect yet."""
+    """Set the adapter's initial values: Euclidean experts get the LoRA's factors. Additional rank has no effect yet."""
     config, curved = layer.config, [space != "euclidean" for space in layer.config.expert_spaces]
     layer.mos_lora_B.zero_()
     if factors is not None:
@@ -207,7 +201,7 @@ def _fill(layer: MoSLayer, factors: tuple[Tensor, Tensor, float] | None) -> None
 
 
 def _apart(config: MoSConfig) -> Tensor:
-    """θ (E,) that sets the curvatures of experts of one space in one group apart."""
+    """θ (E,) with which experts of one space in one group have different curvatures."""
     theta, seen = torch.zeros(config.num_experts), {}
     for expert, key in enumerate(zip(expert_groups(config), config.expert_spaces, strict=True)):
         step = seen[key] = seen.get(key, -1) + 1
@@ -217,7 +211,7 @@ def _apart(config: MoSConfig) -> Tensor:
 
 
 def _router(weight: Tensor, config: MoSConfig) -> Tensor:
-    """A router (E, d_in) whose rows are equal in a group."""
+    """A router (E, d_in) whose rows are equal within a group."""
     groups = expert_groups(config)
     rows = torch.empty(max(groups) + 1, weight.shape[1]).normal_(std=ROUTER_INIT_STD)
     return rows[groups].to(weight.device, weight.dtype)
@@ -255,7 +249,7 @@ def _read_model(model: nn.Module, adapter_name: str) -> LoRA:
 
 
 def _scaling(config: dict, where: str):
-    """s of a linear by name and rank, as peft computes it; ValueError where the LoRA is more than B A."""
+    """A function (name, rank) -> s of a linear, as in peft. ValueError if the LoRA computes more than B A x."""
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{where} has peft_type {config.get('peft_type')!r}: only a LoRA becomes Euclidean experts")
     for name in ("use_dora", "bias", "lora_bias", "use_qalora", "alora_invocation_tokens"):

@@ -1,4 +1,4 @@
-"""The numbers that MoSCallback adds to the logs, and the file that keeps them beside a Trainer's checkpoints."""
+"""The numbers that MoSCallback adds to the logs, and the file with their history in the Trainer's output_dir."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _SETTINGS = (
     "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16", "fp16",
     "gradient_checkpointing", "torch_compile", "seed",
 )  # fmt: skip
-"""The training arguments that the history names."""
+"""The training arguments that are written into the history."""
 
 
 class HistoryFile:
-    """JSON lines in the output_dir: the settings, then all logs, each with its step."""
+    """A file of JSON lines in the output_dir: the settings, then all logs with their steps."""
 
     def __init__(self):
         self._path: Path | None = None
@@ -31,12 +31,12 @@ class HistoryFile:
     def open(
         self, name: str | None, args: TrainingArguments, state: TrainerState, model: nn.Module
     ) -> list[dict] | None:
-        """Begin the file `name`, or cut it off after the step from which training is resumed; None: keep none.
+        """Start the file `name`, or cut it off after the step from which training is resumed. name=None: no file.
 
-        Returns the measured entries that a resumed run goes on from, None where this process keeps no file.
+        Returns the earlier entries of a resumed run; None if this process writes no file.
         """
         self._path = None
-        curvature = dimensionless_curvature(model)  # where parameters are sharded, all processes ask
+        curvature = dimensionless_curvature(model)  # in all processes, since this gathers sharded parameters
         if name is None or not state.is_world_process_zero:
             return None
         self._path = Path(args.output_dir) / name
@@ -55,14 +55,14 @@ class HistoryFile:
         return measured
 
     def append(self, step: int, logs: dict, measured: dict | None = None) -> None:
-        """Keep the numbers of a log, and what was measured for it."""
+        """Write the numbers of a log, and what was measured for it."""
         if self._path is not None:
             numbers = {key: float(value) for key, value in logs.items() if isinstance(value, (int, float))}
             append_line(self._path, {**numbers, **(measured or {}), "step": step})
 
 
 def _adapter_config(model: nn.Module) -> MoSConfig | None:
-    """That of the whole adapter, where a linear's own has what the patterns give to it."""
+    """The configuration of the whole adapter. The one of a single linear may be changed by the patterns."""
     states = [state for module in model.modules() if (state := adapter_state(module)) is not None]
     peft = [config for name, config in getattr(model, "peft_config", {}).items() if name in active_names(model)]
     if states or not peft:
@@ -71,7 +71,7 @@ def _adapter_config(model: nn.Module) -> MoSConfig | None:
 
 
 def dimensionless_curvature(model: nn.Module) -> dict[str, list[float]]:
-    """κ̂ of every expert, by layer; a LoRA has none."""
+    """κ̂ of every expert, by layer, without the layers that are LoRAs."""
     layers = {name: layer for name, layer in mos_adapters(model).items() if not layer.config.is_lora}
     if not layers:
         return {}
@@ -84,7 +84,7 @@ def dimensionless_curvature(model: nn.Module) -> dict[str, list[float]]:
 
 
 def curvature_logs(model: nn.Module, curvature: dict[str, list[float]]) -> dict[str, float]:
-    """mos/curvature/* of `dimensionless_curvature`."""
+    """The keys mos/curvature/*, from the result of `dimensionless_curvature`."""
     by_space: dict[str, list[float]] = {space: [] for space in SPACES}
     for name, values in curvature.items():
         for space, value in zip(model.get_submodule(name).config.expert_spaces, values, strict=True):
@@ -99,7 +99,7 @@ def curvature_logs(model: nn.Module, curvature: dict[str, list[float]]) -> dict[
 
 
 def routing_logs(model: nn.Module, routing: dict[str, dict]) -> dict[str, float]:
-    """mos/share/*, mos/entropy and mos/aux_loss of the routers' `RouterStatistics.summary`, by name."""
+    """The keys mos/share/*, mos/entropy and mos/aux_loss, from `RouterStatistics.summary` of each router."""
     if not routing:
         return {}
     logs = dict.fromkeys((f"mos/share/{space}" for space in SPACES), 0.0)

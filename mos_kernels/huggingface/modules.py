@@ -1,4 +1,4 @@
-"""What on a model is ours: its adapters, routers and their parameters, by name."""
+"""The adapters and routers on a model, and their parameters, by name."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mos_kernels.sharded import refuse_fsdp1
 
 
 class PreHook:
-    """A forward pre-hook of a module, which copies and pickles of the module have too.
+    """A forward pre-hook of a module. Copies and pickles of the module have it too.
 
-    It is found by its number: a handle would take the other hooks along wherever a part of the module is copied.
+    It stores its number instead of its handle, since a copy of the handle would also copy the module's other hooks.
     """
 
     def attach(self, module: nn.Module, **options) -> None:
@@ -29,12 +29,12 @@ class PreHook:
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        RemovableHandle.next_id = max(RemovableHandle.next_id, self._number + 1)  # or the next hook takes its place
+        RemovableHandle.next_id = max(RemovableHandle.next_id, self._number + 1)  # else the next has this number
 
 
 @contextlib.contextmanager
 def forward_through(module: nn.Module, around: Callable) -> Iterator[None]:
-    """Let a call of the module's forward be around(forward, ...); inside accelerate's wrapper, where it has one."""
+    """A context in which the module's forward is around(forward, ...); inside accelerate's wrapper, if it has one."""
     name = "_old_forward" if "_old_forward" in vars(module) else "forward"
     forward, is_own = getattr(module, name), name in vars(module)
 
@@ -53,7 +53,7 @@ def forward_through(module: nn.Module, around: Callable) -> Iterator[None]:
 
 
 def own_adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters that this very module owns, by their names in it."""
+    """The adapter parameters that belong to this module itself, by their names in it."""
     if isinstance(module, MoSRouter):
         return {"weight": module.weight}
     if isinstance(module, MoSAdapter):
@@ -62,7 +62,7 @@ def own_adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def mos_modules(model: nn.Module, inactive: bool = False) -> dict[str, MoSAdapter | MoSRouter]:
-    """The adapters and routers of a model, by name; of peft's several, those that are active, or all."""
+    """The adapters and routers of a model, by name. inactive: include those of inactive adapters under peft."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, (MoSAdapter, MoSRouter))}
     idle = set() if inactive else _inactive(model)
     return {name: module for name, module in found.items() if module not in idle}
@@ -78,25 +78,25 @@ def _inactive(model: nn.Module) -> set[nn.Module]:
 
 
 def active_names(model: nn.Module) -> list[str]:
-    """The names of the active adapters of a model with adapters of peft's, or of transformers' own."""
+    """The names of the active adapters of a model with adapters of peft or of transformers."""
     active = getattr(model, "active_adapters", [])
     active = active() if callable(active) else active
     return [active] if isinstance(active, str) else list(active)
 
 
 def mos_adapters(model: nn.Module) -> dict[str, MoSAdapter]:
-    """The adapters of the linears among `mos_modules`."""
+    """`mos_modules` without the routers of FFN blocks."""
     return {name: module for name, module in mos_modules(model).items() if isinstance(module, MoSAdapter)}
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter of the adapter on `model` (with peft: of those that are active), by name; empty without one."""
+    """Every parameter of the adapter on `model` (with peft: of the active adapters), by name."""
     own = {id(p) for module in mos_modules(model).values() for p in own_adapter_parameters(module).values()}
     return {name: p for name, p in model.named_parameters() if id(p) in own}
 
 
 def router_owners(model: nn.Module, inactive: bool = False) -> dict[str, nn.Module]:
-    """The modules that route, by name: MoSRouters and linears with a router of their own; `inactive` as above."""
+    """The modules that route, by name: MoSRouters, and linears with a router of their own. inactive: as above."""
     return {
         name: module
         for name, module in mos_modules(model, inactive).items()
@@ -105,7 +105,7 @@ def router_owners(model: nn.Module, inactive: bool = False) -> dict[str, nn.Modu
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's, the data-parallel and DeepSpeed's wrappers."""
+    """The model inside the wrappers of torch.compile, of data parallelism and of DeepSpeed."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -117,8 +117,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def refuse_parallel(model: nn.Module) -> None:
-    """ValueError for a model that is in a wrapper which would not see, or not train, what is put on it now."""
-    while hasattr(model, "_orig_mod"):  # compiles anew
+    """ValueError for a model in a wrapper that would not see, or not train, an adapter that is put on now."""
+    while hasattr(model, "_orig_mod"):  # torch.compile compiles again after the change
         model = model._orig_mod
     if _is_parallel(model):
         raise ValueError(

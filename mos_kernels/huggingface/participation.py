@@ -1,7 +1,7 @@
-"""Whether every tensor of an adapter takes part in a model: one step, and what it left without gradient or effect.
+"""Whether every tensor of an adapter has an effect: `python -m mos_kernels doctor --model FOLDER`.
 
-An adapter that is there and does nothing is what users complain of most: a loader that rebuilt the linears, a forward
-that reads a weight past them, a module that the model does not use. `python -m mos_kernels doctor --model FOLDER`.
+An adapter can be on a model without an effect: a loader may have rebuilt the linears, a forward may read a weight
+without calling the linear, or the model may not use a module. One training step shows this.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ class Idle(NamedTuple):
 
 
 def idle_tensors(model: nn.Module, **inputs) -> list[Idle]:
-    """Run one step of model(**inputs) and list what of the active adapter got no gradient, or has no effect.
+    """Run one step of model(**inputs), and list the tensors of the active adapter that got no gradient or do nothing.
 
-    The loss is the model's where `inputs` have labels, else the mean square of its first output. Every adapter tensor
-    takes part in a step, but for B = 0, as at the start of training: then A, router and curvature have no gradient
-    yet, and the linear is listed once. Parameters, gradients and modes are as before at the end. ValueError where the
-    model has no active adapter.
+    The loss is that of the model if `inputs` have labels, else the mean square of its first output. If B = 0, as at the
+    start of training, A, router and curvature have no gradient yet; then the linear is listed once. Parameters,
+    gradients and modes are unchanged afterwards. Raises ValueError if the model has no active adapter.
     """
     modules = mos_modules(model)
     if not modules:
@@ -67,7 +66,7 @@ def idle_tensors(model: nn.Module, **inputs) -> list[Idle]:
             idle.append(Idle(name, "adds nothing: B is zero, as before training"))
         for parameter, tensor in own_adapter_parameters(module).items():
             if parameter == "mos_curvature" and not any(module.config.curvature_signs):
-                continue  # of Euclidean experts alone
+                continue  # with Euclidean experts only, curvature has no effect
             expected = name in empty and parameter != "mos_lora_B"
             if isinstance(module, MoSRouter):
                 expected = empty == set(mos_adapters(model))
@@ -81,7 +80,7 @@ def idle_tensors(model: nn.Module, **inputs) -> list[Idle]:
 
 @contextlib.contextmanager
 def _one_step(model: nn.Module) -> Iterator[None]:
-    """Gradients of the adapter alone, in eval mode; all as it was at the end."""
+    """A context in eval mode in which only the adapter gets gradients. Everything is restored at the end."""
     adapter = list(adapter_parameters(model).values())
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
@@ -99,10 +98,10 @@ def _one_step(model: nn.Module) -> Iterator[None]:
 
 
 def run(folder: Path, base: str | None = None) -> int:
-    """`doctor --model FOLDER`: 0 where every tensor of the adapter in it takes part, 1 where some do not, 2 for errors.
+    """`doctor --model FOLDER`. Returns 0 if every tensor of the adapter takes part, 1 if some do not, 2 for errors.
 
-    folder: of save_adapter, finetune or peft, alone or inside the folder of its base model. base: that model, where
-    the folder does not name it.
+    folder: written by save_adapter, finetune or peft; it may also be the folder of the base model. base: the base
+    model, if the folder does not name it.
     """
     try:
         model = load_base(folder, base)

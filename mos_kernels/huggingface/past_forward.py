@@ -1,7 +1,7 @@
-"""Linears that a model uses past their forward, where an adapter on them would have no effect, or a wrong one.
+"""Linears whose weight a model reads without calling them. An adapter on them would have no effect, or a wrong one.
 
-Found by reading the sources of torch 2.13 and transformers 5.24; `tests/huggingface/test_past_forward.py` reads those
-of the installed transformers again and names what is not in this table.
+The table was made from the sources of torch 2.13 and transformers 5.24. `tests/huggingface/test_past_forward.py` reads
+the sources of the installed transformers, and fails for modules that are not in this table.
 """
 
 from __future__ import annotations
@@ -14,25 +14,16 @@ _ATTENTION = "hands its weight to torch's multi_head_attention_forward and never
 _CONVOLUTION = "uses its weight as a convolution's and never calls it"
 _TABLE = "uses its weight as a table or a matrix and does not call it"
 _CLIPPED = "clips its weight in training and does not call it"
-_RESCALED = "divides its weight by powers of 2 in inference, and would not divide the adapter"
+_RESCALED = "divides its weight by powers of 2 in inference, but would not divide the adapter"
 _SLICED = "multiplies by slices of its weight where config.pretraining_tp > 1 and config.slow_but_exact"
 
+_MAMBA2 = "Mamba2Mixer BambaMixer FalconH1Mixer GraniteMoeHybridMambaLayer NemotronHMamba2Mixer Zamba2MambaMixer"
 _READERS = {
     "TransformerEncoderLayer": ("linear1 linear2", _FAST_PATH),
     "MambaMixer": ("x_proj dt_proj out_proj", _KERNELS),
     "FalconMambaMixer": ("x_proj dt_proj out_proj", _KERNELS),
     "JambaMambaMixer": ("dt_proj", _KERNELS),
-    **dict.fromkeys(
-        [
-            "Mamba2Mixer",
-            "BambaMixer",
-            "FalconH1Mixer",
-            "GraniteMoeHybridMambaLayer",
-            "NemotronHMamba2Mixer",
-            "Zamba2MambaMixer",
-        ],
-        ("out_proj", _KERNELS),
-    ),
+    **dict.fromkeys(_MAMBA2.split(), ("out_proj", _KERNELS)),
     "WavLMAttention": ("q_proj k_proj v_proj out_proj", _ATTENTION),
     "TDNNLayer": ("kernel", _CONVOLUTION),
     "DetrMHAttentionMap": ("k_proj", _CONVOLUTION),
@@ -52,14 +43,14 @@ _READERS = {
     "BloomAttention": ("dense", _SLICED),
     "BloomMLP": ("dense_4h_to_h", _SLICED),
 }
-"""By class of the parent: the linears that it uses so, and how."""
+"""By class of the parent: the linears that it uses in this way, and how."""
 
 
 def why_past_forward(parent: nn.Module, child: str) -> str | None:
-    """How `parent` uses the weight of its linear `child` past that one's forward; None where it calls it."""
+    """How `parent` reads the weight of its linear `child` without calling it; None if it calls it."""
     for kind in type(parent).__mro__:
         if kind.__module__.partition(".")[0] not in ("torch", "transformers", "transformers_modules"):
-            continue  # another library's class of the same name
+            continue  # a class of the same name in another library
         children, why = _READERS.get(kind.__name__, ("", ""))
         if child in children.split() and (why != _SLICED or _is_sliced(parent)):
             return f"{type(parent).__name__} {why}"

@@ -1,4 +1,4 @@
-"""The plan of an adapter: every linear and router it will have on a model, decided before the model is touched."""
+"""The plan of an adapter: every linear and router that it will have, decided before the model is changed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mos_kernels.layer import MoSLayer, MoSRouter, device_and_dtype, parameter_s
 
 @dataclass(frozen=True)
 class PlannedLinear:
-    """A linear to adapt. config: with its own rank, alpha and spaces, and with the router_scope that it will have."""
+    """A linear to adapt. config: its own, with its rank, alpha, spaces and router_scope."""
 
     target: Target
     config: MoSConfig
@@ -31,7 +31,7 @@ class PlannedLinear:
         return self.target.name
 
     def build(self) -> MoSLayer:
-        """The adapted layer, which takes over weight and bias and freezes them."""
+        """The adapted layer, which uses the weight and the bias of the linear and freezes them."""
         return layer_kind(self.target.module).from_linear(self.target.module, self.config)
 
 
@@ -46,7 +46,7 @@ class PlannedBlock:
 
     @property
     def reads_input(self) -> nn.Module:
-        """A linear that reads what the router reads."""
+        """A linear with the same input as the router."""
         return base_of(getattr(self.block, self.form.inputs[0]))
 
     def build(self) -> MoSRouter:
@@ -58,7 +58,7 @@ class PlannedBlock:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that an adapter puts on a model."""
+    """Everything that an adapter puts on a model."""
 
     config: MoSConfig
     linears: list[PlannedLinear] = field(default_factory=list)
@@ -69,13 +69,13 @@ class Plan:
         return len(self.blocks) + sum(linear.config.router_scope == "linear" for linear in self.linears)
 
     def share_balance(self, owners: Iterable[nn.Module]) -> None:
-        """Give what routes its part of the load-balancing coefficient, which is averaged over the routers."""
+        """Divide the load-balancing coefficient by the number of routers, and give it to the modules that route."""
         for owner in owners:
             owner.aux_coefficient = self.config.router_aux_loss_coef / self.num_routers
             owner.mos_aux_weight.fill_(owner.aux_coefficient)
 
     def report(self) -> str:
-        """Which linears are adapted, and who routes them, one line for layers that are alike."""
+        """Which linears are adapted, and which router each uses; layers that are alike share a line."""
         groups: dict[str, list[str]] = defaultdict(list)
 
         def of(config: MoSConfig) -> str:
@@ -98,7 +98,7 @@ class Plan:
 
 
 def make_plan(model: nn.Module, config: MoSConfig, modules: list[tuple[str, nn.Module]] | None = None) -> Plan:
-    """Where `config` puts adapters on `model`. Changes nothing; modules, and what it raises, as for `find_targets`."""
+    """Where `config` puts adapters on `model`, which is not changed. modules and errors: as in `find_targets`."""
     if not isinstance(config, MoSConfig):
         raise TypeError(f"config is a {type(config).__name__}: pass a mos_kernels.MoSConfig")
     targets = find_targets(model, config, modules)
@@ -137,7 +137,7 @@ def make_plan(model: nn.Module, config: MoSConfig, modules: list[tuple[str, nn.M
     for target in targets:
         its, why = own[target.name], why_own.get(target.name)
         if its.is_lora:
-            its, why = dataclasses.replace(its, router_scope="ffn"), None  # no router, of whatever scope
+            its, why = dataclasses.replace(its, router_scope="ffn"), None  # it has no router
         elif why is not None:
             its = dataclasses.replace(its, router_scope="linear")
         linears.append(PlannedLinear(target, its, why))
@@ -145,9 +145,9 @@ def make_plan(model: nn.Module, config: MoSConfig, modules: list[tuple[str, nn.M
 
 
 def _routed_together(form: FFNForm | None, configs: dict[str, MoSConfig]) -> tuple[tuple[str, ...], MoSConfig | None]:
-    """Of a block's linears, with their configurations, those that share a router: the most that have the same experts.
+    """The linears of a block that share a router, and their configuration: the largest set with the same experts.
 
-    A LoRA has no router. ((), None) where the form is not known or none is left.
+    A LoRA has no router. Returns ((), None) if the form is unknown, or if no linear has a router.
     """
     groups: dict[tuple, list[str]] = defaultdict(list)
     for name in form.linears if form else ():
@@ -158,7 +158,7 @@ def _routed_together(form: FFNForm | None, configs: dict[str, MoSConfig]) -> tup
 
 
 def adapter_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of the adapter, by its name in the model; a damaged file may ask for any size."""
+    """The shape of each tensor of the adapter, by name. Nothing is allocated: a damaged file may ask for any size."""
     shapes = {}
     for linear in plan.linears:
         base = linear.target.module
@@ -171,7 +171,7 @@ def adapter_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
 
 
 def _by_parent(model: nn.Module, targets: list[Target]) -> dict[nn.Module, dict[str, Target]]:
-    """The targets with one parent, by that parent and their name in it."""
+    """The targets, by their parent and by their name in it; without those that have several parents."""
     children: dict[nn.Module, dict[str, Target]] = defaultdict(dict)
     for target in targets:
         parent = _parent(model, target)
@@ -181,13 +181,13 @@ def _by_parent(model: nn.Module, targets: list[Target]) -> dict[nn.Module, dict[
 
 
 def _parent(model: nn.Module, target: Target) -> nn.Module | None:
-    """The module that holds the target, or None where several hold it, or one under several names."""
+    """The module that holds the target; None if several modules hold it, or one holds it under several names."""
     places = {(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in target.names}
     return places.pop()[0] if len(places) == 1 else None
 
 
 def _alike(names: list[str]) -> dict[str, int]:
-    """Names with their numbers replaced by *, and how many there are of each."""
+    """Names in which numbers are replaced by *, and how many names give each of them."""
     counts: dict[str, int] = {}
     for name in names:
         key = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)

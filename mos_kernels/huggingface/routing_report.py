@@ -1,4 +1,4 @@
-"""How the tokens of a model are routed: measured by hooks on whatever routes, on real tokens only."""
+"""How the tokens of a model are routed. Hooks on the routers measure this, without padding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mos_kernels.layer import evaluating
 
 
 class RouterStatistics:
-    """Sums over the tokens that one router has seen. All results are None before the first token."""
+    """Sums over the tokens of one router. The results are None before the first token."""
 
     def __init__(self, config: MoSConfig):
         self.config = config
@@ -42,7 +42,7 @@ class RouterStatistics:
         self.tokens += tokens
 
     def summary(self) -> dict | None:
-        """share, f_e of the T·k assignments; mean_gate; entropy of a token's gates in nats; aux_loss E·Σ f_e P_e."""
+        """tokens, share f_e of the T·k assignments, mean_gate, entropy of a token's gates in nats, aux_loss E·Σ f·P."""
         if self._sums is None:
             return None
         share, probability, gate = (self._sums / self.tokens).cpu()
@@ -59,12 +59,12 @@ class RouterStatistics:
 def measured_routing(
     model: nn.Module, statistics: dict[str, RouterStatistics] | None = None
 ) -> Iterator[dict[str, RouterStatistics]]:
-    """Statistics of every router, by name, filled by each forward of `model` inside the context.
+    """Statistics of every router, by name. Each forward of `model` inside the context adds to them.
 
     statistics: those of an earlier context, to which this one adds.
 
-    A compiled model runs uncompiled here: what is compiled has no hooks, or keeps those that it was compiled with.
-    Tokens that an `attention_mask` argument of the model marks as padding are left out, where its shape is the tokens'.
+    A compiled model runs uncompiled inside the context, since hooks do not work in a compiled model. Tokens that the
+    model's argument `attention_mask` marks as padding are left out, if the mask has the shape of the tokens.
     """
     owners = router_owners(model)
     for name, owner in owners.items():
@@ -103,7 +103,7 @@ def measured_routing(
 
 
 class RoutingReport(list):
-    """One dictionary a router: name, spaces, tokens, share, mean_gate, entropy, aux_loss. Prints as a table."""
+    """One dictionary for each router: name, spaces, tokens, share, mean_gate, entropy, aux_loss. Prints as a table."""
 
     def __str__(self) -> str:
         width = max(len(entry["name"]) for entry in self)
@@ -114,17 +114,17 @@ class RoutingReport(list):
             )
             numbers = f"{entry['tokens']:6d}  {entry['aux_loss']:8.3f}  {entry['entropy']:7.3f}"
             lines.append(f"{entry['name']:{width}}  {numbers}  {shares}")
-        lines.append("H hyperbolic, S spherical, E Euclidean, as at the start; aux loss E·Σ f·P, 1 at uniform routing;")
-        lines.append("entropy in nats")
+        lines.append("H hyperbolic, S spherical, E Euclidean, at the start of training; entropy in nats;")
+        lines.append("aux loss is the load-balancing loss E·Σ f·P, 1 at uniform routing")
         return "\n".join(lines)
 
 
 @torch.no_grad()
 def routing_report(model: nn.Module, *args, **kwargs) -> RoutingReport:
-    """Run model(*args, **kwargs) once in eval mode, without gradients, and report how each router spread the tokens.
+    """Run model(*args, **kwargs) once in eval mode, without gradients, and report how each router routed the tokens.
 
-    Padding, as marked by the model's attention_mask, is left out. Training mode is put back as it was. Raises
-    ValueError where the model has no router, or none was reached.
+    Padding, as marked by the model's attention_mask, is left out. Training mode is restored afterwards. Raises
+    ValueError if the model has no router, or if no router ran.
     """
     if not router_owners(model):
         raise ValueError(f"{type(model).__name__} has no MoS routers: call apply_mos(model, config) first")

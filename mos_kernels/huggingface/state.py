@@ -1,7 +1,7 @@
-"""What an adapter leaves on its model: the configuration, and which of the model's own modules came with it.
+"""The state of an adapter on its model: the configuration, and the modules of the model that belong to the adapter.
 
 Modules may be trained whole beside an adapter: a head, the embeddings of new tokens, norms. Whether they are trainable
-at the moment does not tell, since a model is frozen for inference and by whoever keeps averaged copies.
+at the moment does not say which they are, since a model may be frozen for inference or for averaged copies.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from mos_kernels.sharded import is_dtensor, spread_like
 
 _STATE = "_mos_adapter"
 _OVER = (
-    "it was put over the adapter of apply_mos, which peft then froze. model = model.unload() takes it off; apply or "
-    "load the adapter below anew to train that one. A model has adapters of one or of the other"
+    "it was put over the adapter of apply_mos, which peft then froze. model = model.unload() takes it off; then apply "
+    "or load the adapter below again to train it. A model has adapters of peft or of apply_mos, not of both"
 )
 
 
 class AdapterState(PreHook):
-    """What apply_mos leaves on a model. As a forward pre-hook of it, it notes what is trained.
+    """The state that apply_mos puts on a model. It is a forward pre-hook of the model and notes what is trained.
 
-    config: the adapter's. trainable_before: the parameters that were trainable before it. trained: the model's own
-    tensors, by name, that belong to the adapter: trainable at some forward with gradients, or loaded with it.
-    before: what the model had in place of those that were loaded, on the CPU (or in its parts, where it is sharded).
-    trains: whether the adapter was trainable when last seen.
+    config: the adapter's configuration. trainable_before: the parameters that were trainable before apply_mos. trained:
+    the names of the model's own tensors that belong to the adapter; they were trainable in a forward with gradients, or
+    loaded with it. before: the earlier values of those that were loaded, on the CPU (or sharded as the model). trains:
+    whether the adapter was trainable in the latest forward.
 
-    Copies and pickles of the model have one of their own. They share the tensors in `before`.
+    Copies and pickles of the model have a copy of this. They share the tensors in `before`.
     """
 
     def __init__(self, model: nn.Module, config: MoSConfig, trainable_before: frozenset[str]):
@@ -48,7 +48,7 @@ class AdapterState(PreHook):
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            refuse_peft(module, _OVER)  # get_peft_model and model.add_adapter do not ask whose linears they are
+            refuse_peft(module, _OVER)  # get_peft_model does not check for our layers
             self._warn_if_frozen(module)
             self.note()
 
@@ -63,11 +63,11 @@ class AdapterState(PreHook):
         self.trains = trains
 
     def note(self) -> None:
-        """Remember what is trainable now."""
+        """Add the parameters that are trainable now to `trained`."""
         self.trained.update(_trainable(self._model()))
 
     def modules_to_save(self) -> list[str]:
-        """The modules that own what was trained beside the adapter, in the model's order."""
+        """The names of the modules that were trained beside the adapter, in the model's order."""
         self.note()
         owners = {name.rpartition(".")[0] for name in self.trained}
         if "" in owners:
@@ -76,13 +76,13 @@ class AdapterState(PreHook):
                 f"the parameter {rootless!r}, trained beside the adapter, belongs to no submodule, and modules_to_save "
                 "cannot name it: move it into a module, or freeze it before the first forward"
             )
-        # all names of a shared one: peft gives each module its own
+        # all names of a shared module, since peft gives each name a copy
         return [name for name, _ in self._model().named_modules(remove_duplicate=False) if name in owners]
 
     def replace(self, values: Mapping[str, Tensor]) -> None:
-        """Write the values of the modules that come with an adapter; what an earlier one brought goes back.
+        """Load the modules that come with an adapter, and undo those that an earlier adapter brought.
 
-        values: by name, on the device and in the parts of the model's own.
+        values: by name, on the device and with the sharding of the model's own tensors.
         """
         own = tensors_of(self._model(), list({name.rpartition(".")[0] for name in (*self.before, *values)}))
         returning = {n: t for n, t in self.before.items() if n not in values and n in own and own[n].shape == t.shape}
@@ -103,12 +103,12 @@ class AdapterState(PreHook):
         if left:
             warnings.warn(
                 f"trained in place beside the adapter, and left as they are: {', '.join(sorted(left)[:4])} "
-                f"({len(left)} tensors). What the base had there was not kept: load the base anew to have it back",
+                f"({len(left)} tensors). Their values before training were not kept: load the base anew to get them",
                 stacklevel=3,
             )
 
     def remove(self) -> None:
-        """Give the model back what it had before the adapter, and forget the adapter."""
+        """Restore the model as it was before the adapter, and remove this state."""
         self.replace({})
         for name, parameter in self._model().named_parameters():
             parameter.requires_grad_(name in self.trainable_before)
@@ -131,12 +131,12 @@ class AdapterState(PreHook):
 
 
 def adapter_state(model: nn.Module) -> AdapterState | None:
-    """What apply_mos left on this module, or None."""
+    """The state that apply_mos put on this module, or None."""
     return getattr(model, _STATE, None)
 
 
 def note_trained(model: nn.Module) -> None:
-    """Let the adapters on `model` remember what is trainable now; forwards of a compiled model do not."""
+    """Note what is trainable now, for every adapter on `model`. Forwards of a compiled model do not do so."""
     for module in model.modules():
         state = adapter_state(module)
         if state is not None:
@@ -144,9 +144,9 @@ def note_trained(model: nn.Module) -> None:
 
 
 def tensors_of(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of the named modules (peft's rule for names), without the adapter's.
+    """The parameters and persistent buffers of the named modules, without those of the adapter.
 
-    peft names the heads of every classifier; what the model does not have is nothing.
+    Names match as in peft. A name that matches nothing is no error, since peft lists the heads of all classifiers.
     """
     adapter = adapter_parameters(model)
     found = {}
@@ -164,7 +164,7 @@ def _trainable(model: nn.Module) -> list[str]:
     found = []
     for place, module in model.named_modules(remove_duplicate=False):
         trainable = [(name, p) for name, p in module._parameters.items() if p is not None and p.requires_grad]
-        if trainable:  # as few are: this runs at every forward
+        if trainable:  # few modules are, and this runs at every forward
             own = {id(p) for p in own_adapter_parameters(module).values()}
             found += [f"{place}.{name}".lstrip(".") for name, p in trainable if id(p) not in own]
     return found

@@ -1,4 +1,4 @@
-"""Which linears of a model an adapter goes to: peft's rules for names, and errors before anything is changed."""
+"""Which linears of a model get an adapter: peft's rules for names, and errors before anything is changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mos_kernels.sharded import refuse_fsdp1, refuse_sharded
 
 ALL_LINEAR = "all-linear"
 HEADS = ("score", "classifier", "qa_outputs")
-"""What transformers calls the heads of its classifiers: trained in full, so "all-linear" leaves them out."""
+"""The names of the heads of transformers' classifiers. They are trained in full, so "all-linear" leaves them out."""
 
 _GATED = ["gate_proj", "up_proj", "down_proj"]
 _FUSED = ["gate_up_proj", "down_proj"]
@@ -42,7 +42,7 @@ _T5_TYPES = ("t5", "mt5", "umt5", "longt5")
 
 @dataclass(frozen=True)
 class Target:
-    """A linear to adapt. A module that is registered under several names has all of them, the first one first."""
+    """A linear to adapt. names: all names under which the module is registered, in the model's order."""
 
     names: tuple[str, ...]
     module: nn.Module
@@ -53,7 +53,7 @@ class Target:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, Conv1D, or a leaf with their widths, as quantisers put in their place; adapted by peft or not."""
+    """Whether it is an nn.Linear, a Conv1D, or a module like a quantised linear (with widths and without children)."""
     module = base_of(module)
     if isinstance(module, (nn.Linear, Conv1D)):
         return True
@@ -67,12 +67,17 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 def layer_kind(linear: nn.Module) -> type[MoSLayer]:
-    """The layer that adapts this linear: a dense one in a single operation, any other (or offloaded) as it runs."""
+    """The layer that adapts this linear. A dense linear and its adapter are one operation; others are wrapped."""
     if offload_hook(linear) is not None:
         return MoSWrapped
     if is_dense(linear) and type(linear) is nn.Linear:
         return MoSLinear
     return MoSConv1D if is_dense(linear) and type(linear) is Conv1D else MoSWrapped
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is to run before or after the module's forward or backward."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def in_features(linear: nn.Module) -> int:
@@ -88,7 +93,7 @@ def out_features(linear: nn.Module) -> int:
 
 
 def ffn_target_modules(model: nn.Module) -> list[str] | str:
-    """`target_modules` for the FFN blocks of `model`, by its config.model_type; ValueError where none is known."""
+    """`target_modules` for the FFN blocks of `model`, by its config.model_type. ValueError for an unknown type."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in _T5_TYPES:
         return ["wi_0", "wi_1", "wo"] if getattr(model.config, "is_gated_act", False) else ["wi", "wo"]
@@ -104,11 +109,11 @@ def ffn_target_modules(model: nn.Module) -> list[str] | str:
 def find_targets(
     model: nn.Module, config: MoSConfig, modules: list[tuple[str, nn.Module]] | None = None
 ) -> list[Target]:
-    """The linears that `config` names, in the model's order; nothing is changed.
+    """The linears that `config` names, in the model's order. The model is not changed.
 
-    modules: those of the model to choose from, with every name of each; None: all, on a model without an adapter.
-    ValueError or TypeError where it asks for what the model does not have: every entry of a target list, and every
-    index in layers_to_transform, must match something.
+    modules: the modules to choose from, with every name of each. None: all modules of a model without an adapter.
+    Raises ValueError or TypeError if an entry of target_modules, or an index in layers_to_transform, matches nothing,
+    or if a match is not a linear that can be adapted.
     """
     if modules is None:
         _refuse_adapted(model)
@@ -144,9 +149,9 @@ def find_targets(
 
 
 def is_target(config: MoSConfig, name: str) -> bool:
-    """Whether target_modules, exclude_modules and layers_to_transform select the module `name` (peft's rules).
+    """Whether target_modules, exclude_modules and layers_to_transform select the module `name`, as in peft.
 
-    A name given in full is selected in any layer.
+    A full name in target_modules is selected whatever its layer.
     """
     if _ends_with_any(name, config.exclude_modules) or not _ends_with_any(name, config.target_modules):
         return False
@@ -154,7 +159,7 @@ def is_target(config: MoSConfig, name: str) -> bool:
 
 
 def layer_index(name: str, layers_pattern) -> int | None:
-    """The index of the layer that the module `name` is in: the first number in it, or the first after a pattern."""
+    """The index of the layer of the module `name`: the first number in the name, or the first after a pattern."""
     if not layers_pattern:
         found = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)
     else:
@@ -185,12 +190,12 @@ def _ends_with_any(name: str, endings) -> bool:
 
 
 def is_all_linear(target_modules: str | Sequence[str]) -> bool:
-    """Whether it is "all-linear", in whatever case (as peft reads it)."""
+    """Whether it is "all-linear", in upper or lower case, as in peft."""
     return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
 
 
 def _heads(model: nn.Module) -> list[nn.Module]:
-    """The linears of the model's head: its output embeddings, or else its classifier."""
+    """The modules of the model's head: its output embeddings, or else its classifier."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is not None:
         return [output]
@@ -203,7 +208,7 @@ def classifier_heads(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def frozen_heads(model: nn.Module) -> list[str]:
-    """The names of a classifier's heads that take no gradient: from_pretrained draws what a checkpoint lacks anew."""
+    """The names of a classifier's heads that are frozen. A new head must be trained, since its values are random."""
     heads = classifier_heads(model).items()
     return [name for name, head in heads if not any(parameter.requires_grad for parameter in head.parameters())]
 
@@ -217,9 +222,9 @@ def _refuse_adapted(model: nn.Module) -> None:
 
 
 def refuse_peft(model: nn.Module, remedy: str = "unload it first") -> None:
-    """ValueError for a model with an adapter of peft's, beside which one of apply_mos has no place."""
+    """ValueError for a model with an adapter of peft. It cannot have one of apply_mos as well."""
     for name, module in model.named_modules():
-        # the tuner layers of methods outside of peft, such as our own, have this attribute too
+        # tuner layers of methods that are not part of peft, such as our own, have this attribute
         if type(module).__module__.split(".")[0] == "peft" or hasattr(type(module), "adapter_layer_names"):
             raise ValueError(f"the model has a peft adapter, at {name!r} ({type(module).__name__}): {remedy}")
 
@@ -284,13 +289,12 @@ def _require_plain_linear(name: str, module: nn.Module, model: nn.Module, config
     if not name:
         raise ValueError("the model is itself a linear: use MoSLinear.from_linear(linear, config)")
     refuse_sharded(name, module)
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks) and layer_kind(module) is not MoSWrapped:
+    if has_hooks(module) and layer_kind(module) is not MoSWrapped:
         raise ValueError(f"{name!r} has hooks, which its replacement would lose: remove them, or add them afterwards")
 
 
 def refuse_offloaded(name: str, module: nn.Module) -> None:
-    """ValueError where accelerate keeps the adapter's own weights elsewhere."""
+    """ValueError if accelerate has offloaded the adapter's own weights."""
     if offload_hook(module) is not None:
         raise ValueError(
             f"accelerate offloads the weights of {name!r}, the adapter's included: call "

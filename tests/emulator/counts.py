@@ -1,8 +1,8 @@
 """What the compiled kernels do at the shipped settings: instructions, 32-byte sectors, wavefronts of shared memory.
 
-    python -m tests.emulator.counts                    the table of every architecture, in training and decoding
-    python -m tests.emulator.counts sm_90 --lines      and the statements behind conflicts and wasted sectors
-    python -m tests.emulator.counts --write            store it in counts.json, which the tests hold the kernels to
+    python -m mos_kernels kernels --counts sm_90    the table, with the statements behind conflicts and wasted sectors
+    python -m tests.emulator.counts                 of every architecture, in training and decoding, without these
+    python -m tests.emulator.counts --write         store it in counts.json, which the tests hold the kernels to
 
 A few programs of each launch run, on the Qwen2-1.5B shapes in bf16, and stand for all of them. Instructions are those
 of PTX; sectors are what the instructions ask for, before any cache.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +24,12 @@ from unittest import mock
 import numpy as np
 import torch
 
-from . import compilation, launched, machine
+from . import build, compilation, launched, machine
 
 FILE = Path(__file__).parent / "counts.json"
 ARCHITECTURES, TOKENS = ("sm_80", "sm_90", "sm_100"), (8192, 16)
 PROGRAMS = 3  # of each launch that run
+PROCESSORS = 132  # of the device that a launch is divided for: an H100's or H200's
 
 CLASSES = (
     ("tensor", r"mma\.|wgmma\.mma|tcgen05\.mma"),
@@ -72,18 +74,21 @@ def summary(result: machine.Result) -> dict[str, float]:
 
 
 def waste(result: machine.Result, share: float = 0.05) -> list[str]:
-    """The statements that take at least `share` of all wavefronts, or sectors, beyond what their bytes would need."""
+    """The source lines that take at least `share` of all wavefronts, or sectors, beyond what their bytes would need."""
     found = []
     for unit, more, needed in (
         ("wavefronts", result.counts["wavefronts"], result.counts["least_wavefronts"]),
         ("sectors", result.counts["sectors"], result.counts["useful"] / 32),
     ):
-        excess, total = more - needed.astype(float), max(more.sum(), 1)
-        for pc in np.argsort(-excess)[:4].tolist():
-            if excess[pc] > share * total:
+        excess, total, of_line = more - needed.astype(float), max(more.sum(), 1), defaultdict(list)
+        for pc in np.flatnonzero(excess > 0).tolist():
+            of_line[result.program.statements[pc].source].append(pc)
+        for pcs in sorted(of_line.values(), key=lambda pcs: -excess[pcs].sum())[:4]:
+            if excess[pcs].sum() > share * total:
                 found.append(
-                    f"{more[pc] / result.warps:.1f} {unit} a warp where {needed[pc] / result.warps:.1f} would do, of "
-                    f"{total / result.warps:.1f} in all: {result.program.where(pc)}"
+                    f"{more[pcs].sum() / result.warps:.1f} {unit} a warp where {needed[pcs].sum() / result.warps:.1f} "
+                    f"would do, of {total / result.warps:.1f} in all, by {len(pcs)} instructions, the dearest: "
+                    + result.program.where(max(pcs, key=excess.__getitem__))
                 )
     return found
 
@@ -112,7 +117,7 @@ HELD = ("sectors", "useful_bytes", "wavefronts", "least_wavefronts")
 def rows(architecture: str, T: int) -> list[Row]:
     """The distinct launches of the defaults and of silu, for an FFN's router and a linear's own."""
     from mos_kernels import MoSConfig
-    from mos_kernels.backends.triton import compiled
+    from mos_kernels.backends.triton import compiled, launch
 
     found: dict[compilation.Specialised, tuple] = {}
 
@@ -132,7 +137,8 @@ def rows(architecture: str, T: int) -> list[Row]:
             yield []
 
     configs = [(MoSConfig(router_scope="linear"), False), (MoSConfig(), False), (MoSConfig(activation="silu"), False)]
-    with mock.patch.object(compiled, "recorded", recorded):
+    processors = mock.patch.object(launch, "processors", lambda device: PROCESSORS)
+    with processors, mock.patch.object(compiled, "recorded", recorded):
         for config, wrapped in [*configs, (MoSConfig(), True)]:
             compiled.layer_launches(architecture, config, T, 1536, 8960, torch.bfloat16, wrapped, device="cpu")
         compiled.ffn_launches(architecture, MoSConfig(), T, 8960, torch.bfloat16, device="cpu")
@@ -212,13 +218,17 @@ def table(architecture: str, T: int, found: list[Row], lines: bool) -> Iterator[
             yield from (f"      {line}" for line in row.waste)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.emulator.counts", description=__doc__.split("\n")[0])
     parser.add_argument("architectures", nargs="*", default=ARCHITECTURES)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--lines", action="store_true", help="the statements behind conflicts and wasted sectors")
     parser.add_argument("--write", action="store_true", help=f"store the table in {FILE.name}")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    unknown = sorted(set(arguments.architectures) - set(ARCHITECTURES))
+    if missing := build.missing() or (f"unknown {unknown}: choose from {list(ARCHITECTURES)}" if unknown else None):
+        print(f"error: {missing}", file=sys.stderr)
+        return 2
     kept: dict = {}
     for architecture in arguments.architectures:
         for T in arguments.tokens:
@@ -231,7 +241,8 @@ def main() -> None:
         beside = FILE.with_suffix(".new")
         beside.write_text(json.dumps(kept, indent=1) + "\n")
         beside.replace(FILE)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -73,14 +73,18 @@ def judge(result: Result) -> Verdict:
     accesses, number = _accesses(memory, over)
     fences, races, unfenced = _fences(result.events), set(), set()
     for numbers, of_bytes in _alike(memory, number).items():
-        of_these = [accesses[i] for i in numbers]
+        of_these, held = [accesses[i] for i in numbers], None
         for i, j in _unordered(of_these):
             a, b = of_these[i], of_these[j]
             pair, stores = (
                 (min(a.pc, b.pc), max(a.pc, b.pc)),
                 a.kind == b.kind and a.kind in (WRITE_SHARED, WRITE_GLOBAL),
             )
-            if pair not in races and (not stores or any(values[i] != values[j] for values in of_bytes())):
+            if pair in races:
+                continue
+            if stores and held is None:
+                held = list(of_bytes())
+            if not stores or any(values[i] != values[j] for values in held):
                 races.add(pair)
         unfenced |= _unfenced(of_these, fences)
     return Verdict(
@@ -124,6 +128,7 @@ def _alike(memory: np.ndarray, number: np.ndarray) -> dict[tuple[int, ...], Call
     new_byte, new_access = (_changes(column[order] for column in rows[:count]) for count in (2, 3))
     values = np.frombuffer(memory["value"].tobytes(), f"V{unit}").reshape(len(memory), -1)
     touches, accesses = np.flatnonzero(new_access), rows[2][order][new_access].tolist()
+    limits = np.append(touches, len(order))
     bytes_at = np.searchsorted(touches, np.flatnonzero(new_byte)).tolist()  # where in touches a byte begins
     found: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for first, end in zip(bytes_at, [*bytes_at[1:], len(touches)], strict=True):
@@ -132,7 +137,7 @@ def _alike(memory: np.ndarray, number: np.ndarray) -> dict[tuple[int, ...], Call
 
     def held(firsts: list[int], count: int) -> Iterator[list[set[bytes]]]:
         for first in firsts:
-            ends = np.append(touches, len(order))[first : first + count + 1]
+            ends = limits[first : first + count + 1].tolist()
             at = [order[start:end] for start, end in zip(ends, ends[1:], strict=False)]
             yield [set(values[each[rows], part[rows]].tolist()) for rows in at]
 

@@ -28,7 +28,7 @@ class Statement:
     """One instruction: @guard name operands."""
 
     line: int  # of the PTX text, from 1
-    source: str | None  # file:line of the kernel's source
+    source: str | None  # file:line of the kernel's source; of Triton's own functions, the line that calls them
     guard: str | None
     negated: bool
     name: str
@@ -91,9 +91,10 @@ def _pieces(lines: list[str]) -> Iterator[tuple[int, str | None, str, str]]:
     A scope is a block of inline assembly, with labels of its own; "" outside of them.
     """
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', "\n".join(lines), re.MULTILINE))
+    tritons = {Path(path).name for path in files.values() if "/triton/language/" in path}
     depth, source, scope = 0, None, ""
     for number, line in enumerate(lines, 1):
-        line = line.split("//")[0].strip()
+        line, _, comment = (part.strip() for part in line.partition("//"))
         if line in ("{", "}"):
             depth += 1 if line == "{" else -1
             scope = f"@{number}" if depth > 1 else ""
@@ -101,7 +102,8 @@ def _pieces(lines: list[str]) -> Iterator[tuple[int, str | None, str, str]]:
             continue
         elif place := re.match(r"\.loc\s+(\d+)\s+(\d+)", line):
             file, row = place.groups()
-            source = f"{Path(files.get(file, file)).name}:{row}"
+            callers = [(Path(files.get(file, file)).name, row), *re.findall(r"([\w.]+):(\d+):\d+", comment)]
+            source = ":".join(next((caller for caller in callers if caller[0] not in tritons), callers[0]))
         elif line.startswith((".local", ".shared")):
             raise Unsupported(f"line {number}: {line}")
         elif line.startswith(".") and not line.startswith(".reg"):

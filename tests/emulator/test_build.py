@@ -44,3 +44,10 @@ def test_a_module_of_several_kernels_is_refused():
     one = by_hand.module("", 1)
     with pytest.raises(ptx.Unsupported, match="one kernel"):
         encode.program(one + one)
+
+
+def test_what_triton_inlines_is_named_by_the_line_that_calls_it():
+    files = '.file 1 "/here/mine.py"\n.file 2 "/there/triton/language/standard.py"\n'
+    places = ".loc 2 293 36 // standard.py:293:36 @[ mine.py:64:20 ]\nbar.sync 0;\n.loc 1 7 0\nbar.sync 0;\n"
+    barriers = [one for one in ptx.read(by_hand.module(places, 1) + files).statements if one.name == "bar.sync"]
+    assert [one.source for one in barriers] == ["mine.py:64", "mine.py:7"]

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+from mos_kernels.__main__ import main
 
 from . import by_hand, counts
 
@@ -46,7 +51,10 @@ def test_every_instruction_has_a_class():
 
 def row(**fields) -> counts.Row:
     return counts.Row(
-        "shrink E=8", (1, 1, 1), {}, **{**dict.fromkeys(counts.HELD, 100.0), "waste": ("here",), **fields}
+        "shrink E=8",
+        (1, 1, 1),
+        {name: 1.0 for name, _ in counts.CLASSES},
+        **{**dict.fromkeys(counts.HELD, 100.0), "waste": ("here",), **fields},
     )
 
 
@@ -57,6 +65,38 @@ def test_a_kernel_that_fetches_or_conflicts_more_is_named():
     assert counts.worse([row(wavefronts=200.0)], kept) == ["shrink E=8: 200 wavefronts instead of 100", "here"]
     other = dataclasses.replace(row(), key="shrink E=9")
     assert len(counts.worse([other], kept)) == 2
+
+
+def test_the_page_names_the_kernels_that_fetch_or_conflict_half_again():
+    page = (Path(__file__).parents[2] / "docs" / "compiled-code.md").read_text()
+    _, named = page.split("at least half again of what would do")
+    named, _ = named.split("\n## ", 1)
+    rows = [
+        (key.split()[0], kept) for of in counts.stored().values() for some in of.values() for key, kept in some.items()
+    ]
+    wasteful = {
+        name
+        for name, kept in rows
+        if 32 * kept["sectors"] >= 1.5 * kept["useful_bytes"]
+        or kept["wavefronts"] >= 1.5 * kept["least_wavefronts"] > 0
+    }
+    assert {name for name, _ in rows if f"`{name}`" in named} == wasteful
+
+
+def test_the_command(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    monkeypatch.setattr("tests.emulator.counts.rows", lambda architecture, T: [row()])
+    assert main(["kernels", "--counts", "sm_90"]) == 0
+    assert re.search(r"sm_90, 16 tokens.*\n.*shrink E=8\n +here", capsys.readouterr().out)
+    assert main(["kernels", "--counts", "gfx942"]) == 2
+    assert "gfx942" in capsys.readouterr().err
+    with monkeypatch.context() as without:
+        without.setenv("PATH", "")
+        assert main(["kernels", "--counts"]) == 2
+    assert "g++ is not installed" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tests.emulator", None)
+    assert main(["kernels", "--counts"]) == 2
+    assert "checkout" in capsys.readouterr().err
 
 
 @pytest.mark.full

@@ -348,8 +348,12 @@ def executed(name: str, result: str, kinds: list[str], raws: list[list[int]]) ->
 def test_every_elementwise_instruction(name):
     result, kinds = types(name)
     raws = operands(kinds, name)
-    if name.startswith("lop3"):
-        raws[3] = [0xCA] * THREADS
+    tables = [1 << case for case in range(8)] if name.startswith("lop3") else [None]
+    for table in tables:  # lop3's: each case of three bits alone
+        assert_right(name, result, kinds, raws if table is None else [*raws[:3], [table] * THREADS])
+
+
+def assert_right(name: str, result: str, kinds, raws) -> None:
     found = executed(name, result, kinds, raws)
     with np.errstate(all="ignore"):
         wanted = [expected(name, result, kinds, list(one)) for one in zip(*raws, strict=True)]

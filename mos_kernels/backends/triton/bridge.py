@@ -55,16 +55,34 @@ def load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED: tl.constexpr, SPLITS: tl.cons
 
 
 @triton.jit
-def load_factors(planes, row, m_t, o_e, o_r, T, E, r, SPLITS: tl.constexpr):
+def load_factors(planes, row, m_t, o_e, o_r, T, E: tl.constexpr, r: tl.constexpr, SPLITS: tl.constexpr):
     """A tile [tokens, experts, rank] of planes (SPLITS, T, E, r), added up in a fixed order."""
-    mask = m_t[:, None, None] & (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
-    total = tl.load(
-        planes + (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :], mask=mask, other=0.0
-    )
-    for s in tl.static_range(1, SPLITS):
-        offsets = ((s * T + row[:, None, None]) * E + o_e[None, :, None]) * r + o_r[None, None, :]
-        total += tl.load(planes + offsets, mask=mask, other=0.0)
+    if o_e.shape[0] == E and o_r.shape[0] == r:  # all of a token: a warp takes whole tokens, and sums of one stay in it
+        columns = tl.arange(0, E * r)[None, :]
+        total = tl.load(planes + row[:, None] * (E * r) + columns, mask=m_t[:, None], other=0.0)
+        for s in tl.static_range(1, SPLITS):
+            total += tl.load(planes + (s * T + row[:, None]) * (E * r) + columns, mask=m_t[:, None], other=0.0)
+        total = tl.reshape(total, [row.shape[0], E, r])
+    else:
+        mask = m_t[:, None, None] & (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
+        offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
+        total = tl.load(planes + offsets, mask=mask, other=0.0)
+        for s in tl.static_range(1, SPLITS):
+            offsets = ((s * T + row[:, None, None]) * E + o_e[None, :, None]) * r + o_r[None, None, :]
+            total += tl.load(planes + offsets, mask=mask, other=0.0)
     return total
+
+
+@triton.jit
+def store_factors(t, tile, row, m_t, o_e, o_r, E: tl.constexpr, r: tl.constexpr):
+    """A tile [tokens, experts, rank] into t (T, E, r)."""
+    tile = cast(tile, t.dtype.element_ty)
+    if o_e.shape[0] == E and o_r.shape[0] == r:
+        columns = tl.arange(0, E * r)[None, :]
+        tl.store(t + row[:, None] * (E * r) + columns, tl.reshape(tile, [row.shape[0], E * r]), mask=m_t[:, None])
+    else:
+        mask = m_t[:, None, None] & (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
+        tl.store(t + (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :], tile, mask=mask)
 
 
 @triton.jit
@@ -158,19 +176,17 @@ def bridge_kernel(
         in_limit, in_edge, out_limit, out_edge, E, r, BLOCK_E, ALL_E, K, SPLITS, ROUTE_SPLITS, ROUTE_PARTS,
         NORMALISE, SHARED, MAPPING,
     )  # fmt: skip
-    row = o_t.to(tl.int64)
-    offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
-    m_t, m_r = (o_t < T)[:, None, None], o_r[None, None, :] < r
-    mask = m_t & (o_e[None, :, None] < E) & m_r
-    tl.store(z + offsets, cast(b_z, z.dtype.element_ty), mask=mask)
+    row, m_t = o_t.to(tl.int64), o_t < T
+    store_factors(z, b_z, row, m_t, o_e, o_r, E, r)
     if SUMS:
         if SHARED:
             if tl.program_id(1) == 0:
-                tl.store(p_sum + row[:, None, None] * r + o_r[None, None, :], b_p, mask=m_t & m_r)
+                mask = m_t[:, None, None] & (o_r[None, None, :] < r)
+                tl.store(p_sum + row[:, None, None] * r + o_r[None, None, :], b_p, mask=mask)
         else:
-            tl.store(p_sum + offsets, b_p, mask=mask)
+            store_factors(p_sum, b_p, row, m_t, o_e, o_r, E, r)
         if tl.program_id(1) == 0:
-            tl.store(n_sum + row[:, None], b_n, mask=(o_t < T)[:, None])
+            tl.store(n_sum + row[:, None], b_n, mask=m_t[:, None])
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""`MoSPeftConfig`: MoSConfig's options beside peft's own, and MOSELORA among peft's types."""
+"""`MoSPeftConfig`, with the options of MoSConfig and of peft, and the type MOSELORA for peft."""
 
 from __future__ import annotations
 
@@ -14,20 +14,13 @@ from peft import PeftConfig, PeftType
 
 import mos_kernels
 from mos_kernels.config import MoSConfig, default_spaces
-from mos_kernels.huggingface.files import (
-    CARD_NAME,
-    CONFIG_NAME,
-    PEFT_TYPE,
-    PICKLE_NAME,
-    WEIGHTS_NAME,
-    refuse_damaged,
-    unknown_options,
-    with_import_note,
-)
+from mos_kernels.huggingface.atomic import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from mos_kernels.huggingface.card import with_import_note
+from mos_kernels.huggingface.files import PEFT_TYPE, PICKLE_NAME, refuse_damaged, unknown_options
 
 
 def _add_peft_type(name: str) -> PeftType:
-    """A member of peft's enumeration, which has no way to add one: peft's registry takes only its members."""
+    """Add a member to peft's enumeration, which has no method for this. peft's registry accepts only its members."""
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
@@ -44,10 +37,11 @@ MOSELORA = _add_peft_type(PEFT_TYPE)
 
 @dataclass
 class MoSPeftConfig(PeftConfig):
-    """`MoSConfig`'s options (see there), with the same defaults and checks, and peft's own.
+    """The configuration of a Mixture-of-Space adapter for peft's `get_peft_model`.
 
-    target_modules: None for the FFN linears of the model, by its type. modules_to_save: modules that are trained and
-    saved whole, as in peft. Bad values and unknown options raise ValueError.
+    It has the options of `MoSConfig` (see there), with the same defaults and checks, and those of peft. target_modules:
+    by default the FFN linears of the model, chosen by its type. modules_to_save: modules that are trained and saved
+    whole, as in peft. Bad values and unknown options raise ValueError.
     """
 
     r: int = 8
@@ -92,37 +86,37 @@ class MoSPeftConfig(PeftConfig):
                 setattr(self, name, value)
 
     def to_mos_config(self) -> MoSConfig:
-        """The configuration of the adapter itself. Raises ValueError as MoSConfig does."""
+        """The same adapter as a MoSConfig. Raises ValueError as MoSConfig does."""
         names = (f.name for f in dataclasses.fields(MoSConfig))
         values = {name: getattr(self, name) for name in names}
         if self.target_modules is None:
             del values["target_modules"]
-        # what is empty names nothing, as in peft
+        # an empty list or dictionary is the same as None, as in peft
         for name in ("exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern", "spaces_pattern"):
             values[name] = values[name] or None
         return MoSConfig(**values)
 
     def __setattr__(self, name: str, value) -> None:
-        # what a loader sets leaves it the configuration of its file; changed otherwise (get_peft_model notes the base
-        # model in it), it is one for an adapter of its own
+        # loaders set these two; any other change (get_peft_model writes the base model's name) means that this is no
+        # longer the configuration of the folder
         if name not in ("inference_mode", "modules_to_save"):
             self.forget_folder()
         super().__setattr__(name, value)
 
     @property
     def read_from(self) -> Path | None:
-        """The folder of the adapter that this describes, until it is changed or an adapter was made by it."""
+        """The folder that this was read from; None after it was changed, or after its adapter was put on a model."""
         return vars(self).get("_read_from")
 
     def forget_folder(self) -> None:
-        """Drop `read_from`: this is the configuration of any adapter from now on."""
+        """Set `read_from` to None: from now on this is not checked against a folder."""
         vars(self).pop("_read_from", None)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **kwargs) -> MoSPeftConfig:
-        """As peft's. ValueError for damaged adapter files, before a model is touched.
+        """As in peft, and ValueError for damaged adapter files, before a model is changed.
 
-        From the Hub that downloads the weights too. The tuner checks them against the model that they are put on.
+        From the Hub this also downloads the weights. Later the tuner compares them with the model.
         """
         folder = _folder_of(pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
         if folder is not None:
@@ -134,24 +128,24 @@ class MoSPeftConfig(PeftConfig):
 
     @classmethod
     def check_kwargs(cls, **kwargs) -> dict:
-        """A file's options. ValueError for those that are not here, unless they are off; peft drops them all."""
+        """The options of a file. ValueError for unknown ones, unless they are off; peft would drop them."""
         known = inspect.signature(cls).parameters
         if unknown := unknown_options(kwargs, known):
             raise ValueError(f"unknown options {sorted(unknown)}: MoSPeftConfig has {sorted(known)}")
         return {name: value for name, value in kwargs.items() if name in known}
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
-        """As peft's; and the model card beside it has the package's tag, and says what to import before loading."""
+        """As in peft. The model card gets the package's tag, and says what to import before loading."""
         super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory) / CARD_NAME
-        # peft writes none into the subfolder of an adapter that is not called "default"
+        # peft writes no card into the subfolder of an adapter that is not called "default"
         card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n")
         card.data.tags = sorted({*(card.data.tags or []), "mos-kernels"})
         path.write_text(with_import_note(str(card)), encoding="utf-8")
 
 
 def _folder_of(source: str | os.PathLike, subfolder: str | None, options: dict) -> Path | None:
-    """The folder of an adapter; from the Hub its weights come too. None where peft will say what is wrong."""
+    """The folder of an adapter; from the Hub, the weights are downloaded too. None if peft will raise an error."""
     folder = Path(os.fspath(source), subfolder or "")
     if (folder / CONFIG_NAME).is_file():
         return folder
@@ -164,6 +158,6 @@ def _folder_of(source: str | os.PathLike, subfolder: str | None, options: dict) 
             except EntryNotFoundError:
                 continue
             break
-    except Exception:  # as in peft, which asks again
+    except Exception:  # peft tries again, and raises its own error
         return None
     return folder

@@ -1,8 +1,8 @@
-"""The layers of the peft method: a base with several adapters by name, and the routers of an FFN block by adapter.
+"""The layers of the peft method: a linear with several adapters by name, and the routers of an FFN block by adapter.
 
-A model's parameters are named `<linear>.mos_adapter.<adapter>.mos_lora_A` and `<block>.mos_router.<adapter>.weight`:
-what looks for an adapter by `.<adapter>.`, as TRL does for its reference, finds all of them. Files have the names that
-`save_adapter` gives.
+A model's parameters are named `<linear>.mos_adapter.<adapter>.mos_lora_A` and `<block>.mos_router.<adapter>.weight`.
+So code that looks for `.<adapter>.` finds all parameters of an adapter, as TRL does for its reference model. In files,
+tensors have the same names as those of `save_adapter`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
-from mos_kernels.huggingface.targets import in_features, layer_kind, out_features
+from mos_kernels.huggingface.targets import has_hooks, in_features, layer_kind, out_features
 from mos_kernels.layer import MoSAdapter, MoSRouter, MoSWrapped, adapter_tensors, device_and_dtype
 
 WHY_NO_MERGE = (
@@ -26,9 +26,10 @@ WHY_NO_MERGE = (
 
 
 class MoSPeftAdapter(MoSAdapter):
-    """One adapter of a `MoSPeftLayer`: the parameters of `MoSLayer`, all but the curvature in the base's dtype.
+    """One adapter of a `MoSPeftLayer`, with the parameters of `MoSLayer`.
 
-    peft then casts them to float32, unless autocast_adapter_dtype=False.
+    All but the curvature have the base's dtype at first. peft then casts them to float32, unless
+    autocast_adapter_dtype=False.
     """
 
     def __init__(self, layer: MoSPeftLayer, config: MoSConfig):
@@ -45,13 +46,13 @@ class MoSPeftAdapter(MoSAdapter):
 
     @property
     def trains_curvature(self) -> bool:
-        """Whether θ does anything: at κ = 0, of Euclidean experts alone, it does not."""
+        """Whether θ is trained. It is not if all experts are Euclidean, since θ then has no effect."""
         return self.config.learn_curvature and any(self.config.curvature_signs)
 
     def forward(self, x: Tensor, gates: Tensor | None = None, backend: str = "auto", *base: Tensor | None) -> Tensor:
-        """base, weight and bias or else an output on x, plus this adapter's part.
+        """The base's output on x plus this adapter's. base: weight and bias, or (None, None, output of the base).
 
-        gates: those of the block's router, of which an adapter that has one of its own, or is a LoRA, makes no use.
+        gates: those of the block's router. An adapter with a router of its own, and a LoRA, do not use them.
         """
         if self.mos_router is not None or self.config.is_lora:
             gates = None
@@ -64,9 +65,9 @@ class MoSPeftAdapter(MoSAdapter):
 
 
 class ByAdapter(nn.Module):
-    """`layer.mos_lora_A` and the like: one parameter of each of the layer's adapters, by adapter, as peft's `lora_A`.
+    """`layer.mos_lora_A` and the like: a parameter of the layer's adapters, by adapter name, as `lora_A` in peft.
 
-    The adapters own them. transformers' loader gets and sets them here, as attributes.
+    The adapters own the parameters. transformers' loader reads and sets them here, as attributes.
     """
 
     def __init__(self, adapters: nn.ModuleDict, parameter: str):
@@ -93,7 +94,7 @@ class ByAdapter(nn.Module):
 
 
 class MoSTunerLayer(BaseTunerLayer):
-    """What peft asks of any of its layers."""
+    """What peft requires of every tuner layer."""
 
     cast_input_dtype_enabled = False  # no input is cast, whatever peft.helpers.disable_input_dtype_casting says
 
@@ -105,9 +106,9 @@ class MoSTunerLayer(BaseTunerLayer):
 
 
 class MoSPeftLayer(nn.Module, MoSTunerLayer):
-    """A linear, `base_layer`, with Mixture-of-Space adapters by name; those that are active are added.
+    """A linear, `base_layer`, with Mixture-of-Space adapters by name. The outputs of the active ones are added.
 
-    A dense base and the first active adapter are one operation, as in MoSLinear; any other base runs as it is.
+    A dense base and the first active adapter run as one operation, as in MoSLinear. Any other base runs as it is.
     """
 
     adapter_layer_names = ("mos_adapter",)
@@ -117,7 +118,7 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
     mos_router = property(lambda self: ByAdapter(self.mos_adapter, "mos_router"))
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoSConfig, in_peft_model: bool = True):
-        """in_peft_model: False for transformers' own adapters, which it looks for by other names in the state dict."""
+        """in_peft_model: False for transformers' own adapters, whose loader expects other names in the state dict."""
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features(base_layer), out_features(base_layer)
@@ -131,12 +132,12 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
             self.register_state_dict_post_hook(_name_adapter_last)
 
     def update_layer(self, adapter_name: str, config: MoSConfig) -> None:
-        """Add an adapter at its start. config: with this linear's rank, alpha and router_scope."""
+        """Add a new adapter. config: with this linear's rank, alpha and router_scope."""
         self.mos_adapter[adapter_name] = MoSPeftAdapter(self, config).train(self.training)
         self._freeze_non_trainable_peft_weights()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As peft's, but that values which were loaded are not rounded to the base's dtype."""
+        """As in peft, except that loaded values are not rounded to the base's dtype."""
         if adapter_name in self.mos_adapter and not self.mos_lora_A[adapter_name].is_meta:
             self.mos_adapter[adapter_name].to(device or device_and_dtype(self.get_base_layer())[0])
 
@@ -148,7 +149,7 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
     def forward(self, x: Tensor, gates: dict[str, Tensor] | None = None, backend: str = "auto") -> Tensor:
         """y = base(x) + the active adapters' outputs. x (..., d_in) -> (..., d_out).
 
-        gates: those of the FFN block's routers, (..., E) by adapter; an adapter without uses its own router.
+        gates: (..., E) by adapter name, from the routers of the FFN block. Other adapters have routers of their own.
         """
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.mos_adapter]
         if not active:
@@ -161,22 +162,21 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
         return y
 
     def _base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """weight and bias of a dense base, or the output on x of any other."""
+        """Weight and bias of a dense base, and None; or (None, None, its output on x) of any other base."""
         linear = self.base_layer
-        hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-        if layer_kind(linear) is MoSWrapped or any(hooks) or "forward" in vars(linear):  # accelerate's hook
+        if layer_kind(linear) is MoSWrapped or has_hooks(linear) or "forward" in vars(linear):  # accelerate's hook
             return None, None, linear(x)
         return (linear.weight.t() if isinstance(linear, Conv1D) else linear.weight), linear.bias, None
 
     def freeze_for_inference(self) -> MoSPeftLayer:
-        """As MoSLayer's, for every adapter."""
+        """As in MoSLayer, for every adapter."""
         self.eval()
         for adapter in self.mos_adapter.values():
             adapter._freeze(*device_and_dtype(self.get_base_layer()))
         return self
 
     def _names(self, prefix: str) -> dict[str, str]:
-        """The names of the adapters' parameters in a state dict, by those that end in the adapter's name."""
+        """The names of the parameters in a state dict, keyed by the names that end in the adapter's name."""
         return {
             f"{prefix}{parameter}.{name}": f"{prefix}mos_adapter.{name}.{parameter}"
             for name, adapter in self.mos_adapter.items()
@@ -184,7 +184,7 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
         }
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        for name, own in self._names(prefix).items():  # of transformers, and of whole models saved by version 0.1
+        for name, own in self._names(prefix).items():  # from transformers, or from whole models of version 0.1
             if name in state_dict:
                 state_dict[own] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -194,16 +194,16 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
 
 
 def _name_adapter_last(layer: MoSPeftLayer, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    """transformers takes a file's name with the adapter's at its end for the name in the state dict."""
+    """Rename as transformers expects: a tensor's name in the file, followed by the adapter's name."""
     for name, own in layer._names(prefix).items():
         state_dict[name] = state_dict.pop(own)
 
 
 class MoSPeftRouter(nn.ModuleDict, MoSTunerLayer):
-    """The routers of an FFN block, one by adapter. Its output goes to the block's `MoSPeftLayer`s."""
+    """The routers of an FFN block, one for each adapter. The output goes to the block's `MoSPeftLayer`s."""
 
     adapter_layer_names = ("routers",)
-    weight = bias = None  # BaseTunerLayer's would look for a base
+    weight = bias = None  # those of BaseTunerLayer would look for a base layer
 
     def __init__(self, reads: nn.Module):
         super().__init__()
@@ -218,7 +218,7 @@ class MoSPeftRouter(nn.ModuleDict, MoSTunerLayer):
         return self._reads[0]
 
     def update_layer(self, adapter_name: str, router: MoSRouter, active_adapters, inference_mode: bool = False) -> None:
-        """Add the router of an adapter; the other adapters' stay trainable or frozen."""
+        """Add the router of an adapter. Those of other adapters stay as they are, trainable or frozen."""
         self[adapter_name] = router.to(device_and_dtype(self._reads[0])[1])
         router.requires_grad_(adapter_name in active_adapters and not inference_mode)
         self._active_adapter = active_adapters

@@ -1,6 +1,6 @@
-"""The peft method MOSELORA: registration, and the tuner that puts `MoSPeftLayer`s and routers on a model.
+"""The peft method MOSELORA: its registration, and the tuner that puts `MoSPeftLayer`s and routers on a model.
 
-Where adapters go, and which FFN blocks get a router, is planned as by apply_mos, before the model is touched.
+As in apply_mos, a plan says which linears get adapters and which FFN blocks get a router, before the model is changed.
 """
 
 from __future__ import annotations
@@ -20,18 +20,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from mos_kernels.ffn import FFNForm
+from mos_kernels.huggingface.atomic import CONFIG_NAME, WEIGHTS_NAME
 from mos_kernels.huggingface.attention_mask import follow_attention_mask, forget_attention_mask
 from mos_kernels.huggingface.blocks import add_router, recognise, remove_router
-from mos_kernels.huggingface.files import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    read_tensors,
-    require_finite,
-    require_fit,
-    require_shapes,
-    without_idle,
-)
 from mos_kernels.huggingface.files import PREFIX as FILE_PREFIX
+from mos_kernels.huggingface.files import read_tensors, require_finite, require_fit, require_shapes, without_idle
 from mos_kernels.huggingface.modules import router_owners
 from mos_kernels.huggingface.peft.config import MOSELORA, MoSPeftConfig
 from mos_kernels.huggingface.peft.layer import WHY_NO_MERGE, MoSPeftLayer, MoSPeftRouter, MoSTunerLayer
@@ -50,7 +43,9 @@ class MoSPeftModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def __init__(self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], *args, **kwargs) -> None:
-        self._in_peft_model = isinstance(peft_config, dict)  # else transformers, or who injects as it does
+        self._in_peft_model = isinstance(
+            peft_config, dict
+        )  # else transformers' own, or a caller that injects in the same way
         super().__init__(model, peft_config, *args, **kwargs)
 
     def inject_adapter(
@@ -61,18 +56,18 @@ class MoSPeftModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """As peft's; an error leaves the model without the adapter.
+        """As in peft. An error leaves the model without the adapter.
 
-        Where `config` was read from a folder and is as it was, the weights there must be those of this adapter.
+        If `config` was read from a folder and was not changed since, the weights in the folder must fit this adapter.
         """
         config = self.peft_config[adapter_name]
-        if state_dict is not None:  # whose names say which linears to adapt: a block's router belongs to none
+        if state_dict is not None:  # its names say which linears to adapt; the router of a block belongs to none
             named = {name.removeprefix(FILE_PREFIX): value for name, value in state_dict.items()}
             state_dict = {name: value for name, value in named.items() if not name.endswith(".mos_router.weight")}
         try:
             plan = _plan(model, config, adapter_name, state_dict)
         except BaseException:
-            if not _has_adapter(model, adapter_name):  # the model's list, where it has one, names the adapter by now
+            if not _has_adapter(model, adapter_name):  # peft has already listed the adapter
                 del self.peft_config[adapter_name]
             raise
         self._planned = {_uncompiled(name): linear for linear in plan.linears for name in linear.target.names}
@@ -99,7 +94,7 @@ class MoSPeftModel(BaseTuner):
     ) -> None:
         planned = self._planned.get(_uncompiled(current_key))
         if planned is None:
-            if isinstance(target, MoSPeftRouter):  # of another adapter, matched by a regular expression
+            if isinstance(target, MoSPeftRouter):  # a regular expression matched the router of another adapter
                 return
             raise ValueError(f"{current_key!r} is adapted by peft's rules for target_modules, but not by those here")
         if isinstance(target, MoSPeftLayer):
@@ -107,7 +102,7 @@ class MoSPeftModel(BaseTuner):
             return
         layer = MoSPeftLayer(target, adapter_name, planned.config, self._in_peft_model)
         for name in planned.target.names:
-            _put(self.model, name, layer)
+            self.model.set_submodule(name, layer)
 
     def _add_router(self, planned: PlannedBlock, adapter_name: str, config: PeftConfig, on_meta: bool) -> None:
         with init_empty_weights() if on_meta else contextlib.nullcontext():
@@ -123,15 +118,15 @@ class MoSPeftModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         was_active = adapter_name in self.active_adapters
-        super().delete_adapter(adapter_name)  # which passes over what is named after the prefix
+        super().delete_adapter(adapter_name)  # it skips modules whose names begin with the prefix
         for layer in self.model.modules():
             if isinstance(layer, MoSPeftRouter):
                 layer.delete_adapter(adapter_name)
-            if was_active and isinstance(layer, MoSTunerLayer):  # else they keep what is trainable and what is frozen
+            if was_active and isinstance(layer, MoSTunerLayer):  # else nothing changes which parameters train
                 layer.set_adapter(self.active_adapters)
 
     def unload(self) -> nn.Module:
-        """The base model: plain linears, the blocks' own forwards, no routers."""
+        """The base model, with plain linears, the blocks' own forwards, and without routers."""
         _put_back(self.model)
         return super().unload()
 
@@ -160,7 +155,7 @@ class MoSPeftModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict[str, Tensor]:
-        """As peft's. ValueError, before a value is loaded, for tensors missing, foreign, misshapen or not finite."""
+        """As in peft. ValueError, before a value is loaded, for missing, unknown, misshapen or non-finite tensors."""
         endings = f".mos_adapter.{adapter_name}", f".mos_router.{adapter_name}"
         own = {name: p for name, p in model.named_parameters() if name.rpartition(".")[0].endswith(endings)}
         in_file = {
@@ -179,12 +174,12 @@ class MoSPeftModel(BaseTuner):
 
 
 def _uncompiled(name: str) -> str:
-    """A module's name in the model that torch.compile wrapped: peft's for a state dict, and a file's."""
+    """A module's name without the prefix of torch.compile: as in files, and as peft writes it in a state dict."""
     return name.removeprefix("_orig_mod.")
 
 
 def _plan(model: nn.Module, config: MoSPeftConfig, adapter_name: str, state_dict: dict[str, Tensor] | None) -> Plan:
-    """Where the adapter goes; errors where the model, or the file that `config` was read from, has none for it."""
+    """Where the adapter goes. Errors if the model, or the folder that `config` was read from, does not fit."""
     folder = config.read_from
     modules = _modules_to_adapt(model, config)
     parts = {part for name, _ in modules for part in name.split(".")}
@@ -216,7 +211,7 @@ def _plan(model: nn.Module, config: MoSPeftConfig, adapter_name: str, state_dict
 
 
 def _modules_to_adapt(model: nn.Module, config: MoSPeftConfig) -> list[tuple[str, nn.Module]]:
-    """What an adapter may go to, by every name: an adapted linear counts as its base, peft's own parts are left out."""
+    """The modules that may get an adapter, under every name. An adapted linear counts as its base."""
     found, skipped = [], []
     for name, module in model.named_modules(remove_duplicate=False):
         if any(name.startswith(inner) for inner in skipped):
@@ -239,18 +234,18 @@ def _modules_to_adapt(model: nn.Module, config: MoSPeftConfig) -> list[tuple[str
 
 
 def _refuse_misfit(model: nn.Module, config: MoSPeftConfig, plan: Plan, folder: Path) -> None:
-    """ValueError unless the weights in `folder` are those that peft will load: all of them, and nothing else."""
+    """ValueError unless the weights in `folder` are exactly those that peft will load."""
     if not (folder / CONFIG_NAME).is_file():
-        return  # it is gone: nothing will be loaded from there
+        return  # the folder is gone, so nothing will be loaded from it
     if getattr(model, "_checkpoint_conversion_mapping", None):
-        return  # they come under other names
+        return  # tensors are renamed during loading
     tensors = without_idle(read_tensors(folder / WEIGHTS_NAME), config.to_mos_config())
     embeddings = {name: tensor for name, tensor in _embeddings(model).items() if name in tensors}
     require_fit(folder, tensors, adapter_shapes(plan), embeddings | _saved_whole(model, config.modules_to_save or []))
 
 
 def _saved_whole(model: nn.Module, entries: list[str]) -> dict[str, Tensor]:
-    """The tensors of the modules that peft, by its rule for names, gives an adapter its own copy of."""
+    """The tensors of the modules that peft copies for each adapter (modules_to_save)."""
     found, skipped = {}, ()
     for name, module in model.named_modules():
         if name.startswith(skipped) or not any(name.endswith(entry) for entry in entries):
@@ -263,7 +258,7 @@ def _saved_whole(model: nn.Module, entries: list[str]) -> dict[str, Tensor]:
 
 
 def _embeddings(model: nn.Module) -> dict[str, Tensor]:
-    """What peft saves beside an adapter where the vocabulary was resized."""
+    """The embeddings, which peft saves with an adapter if the vocabulary was resized."""
     modules = []
     for side in ("input", "output"):
         with contextlib.suppress(AttributeError, NotImplementedError):
@@ -277,10 +272,10 @@ def _embeddings(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _default_targets(model: nn.Module, config: MoSPeftConfig, modules: list[tuple[str, nn.Module]]) -> list[str] | str:
-    """The FFN linears of the model; of a list, the entries that the other options leave something of."""
+    """The FFN linears of the model. Entries that match nothing under the other options are left out."""
     known = ffn_target_modules(model)
     layers = config.layers_to_transform
-    if isinstance(known, str) and layers is not None:  # which chooses from lists alone: each of them by its name
+    if isinstance(known, str) and layers is not None:  # it needs a list: name each linear
         layers = [layers] if isinstance(layers, int) else layers
         every = dataclasses.replace(config.to_mos_config(), target_modules=known, layers_to_transform=None)
         named = [name for name, _ in modules if is_target(every, name)]
@@ -291,7 +286,7 @@ def _default_targets(model: nn.Module, config: MoSPeftConfig, modules: list[tupl
 
 
 def _without_excluded(model: nn.Module, config: MoSPeftConfig, modules: list[tuple[str, nn.Module]]) -> list[str]:
-    """target_modules, of which other entries of the configuration may take some back."""
+    """target_modules without the entries of which exclude_modules or modules_to_save leaves nothing."""
     kept = {name for name, _ in modules}
     taken = [(name, module) for name, module in model.named_modules() if name not in kept]
     every = dataclasses.replace(config, exclude_modules=None, modules_to_save=None)
@@ -309,7 +304,7 @@ def _chooses(config: MoSPeftConfig, entry: str, modules: list[tuple[str, nn.Modu
 
 
 def _share_balance(model: nn.Module, adapter_name: str, plan: Plan) -> None:
-    """Give each of the adapter's routers its part of the load-balancing coefficient."""
+    """Give each router of the adapter its part of the load-balancing coefficient."""
     owners = router_owners(model, inactive=True).items()
     plan.share_balance(owner for name, owner in owners if name.endswith(f".{adapter_name}"))
 
@@ -319,17 +314,12 @@ def _named_layers(model: nn.Module) -> list[tuple[str, MoSPeftLayer]]:
     return [(name, module) for name, module in modules if isinstance(module, MoSPeftLayer)]
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def _routed_blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module._modules.get("mos_router"), MoSPeftRouter)]
 
 
 def _bind(block: nn.Module, form: FFNForm, routers: MoSPeftRouter) -> None:
-    """Every adapted linear of the block takes the gates of all adapters, of which each adapter uses its own."""
+    """Pass the gates of all adapters to every adapted linear of the block. Each adapter uses its own."""
     routed = tuple(name for name in form.linears if isinstance(getattr(block, name), MoSPeftLayer))
     add_router(block, dataclasses.replace(form, routed=routed), routers)
 
@@ -339,21 +329,21 @@ def _has_adapter(model: nn.Module, adapter_name: str) -> bool:
 
 
 def _put_back(model: nn.Module, but: tuple[str, ...] = ()) -> None:
-    """Give blocks and linears back what they were, unless they have adapters of the names `but`."""
+    """Restore the blocks and linears that have none of the adapters in `but`."""
     for block in _routed_blocks(model):
         if block.mos_router.keys().isdisjoint(but):
             remove_router(block)
     for name, layer in _named_layers(model):
         if layer.mos_adapter.keys().isdisjoint(but):
-            _put(model, name, layer.base_layer)
+            model.set_submodule(name, layer.base_layer)
     if not _named_layers(model):
         forget_attention_mask(model)
 
 
 def _withdraw(model: nn.Module, adapter_name: str, active: list[str]) -> None:
-    """Take an adapter that could not be put on the whole model off again."""
+    """Remove an adapter that could be put on only a part of the model."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about which adapter is active next: the one that was
+        warnings.simplefilter("ignore")  # about the next active adapter, which is the earlier one
         for module in model.modules():
             if isinstance(module, MoSTunerLayer):
                 module.delete_adapter(adapter_name)
@@ -361,7 +351,7 @@ def _withdraw(model: nn.Module, adapter_name: str, active: list[str]) -> None:
             if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
                 wrapper.delete_adapter(adapter_name, [other for other in active if other != adapter_name])
                 if not len(wrapper.modules_to_save):
-                    _put(model, name, wrapper.original_module)
+                    model.set_submodule(name, wrapper.original_module)
     _put_back(model, tuple(name for _, layer in _named_layers(model) for name in layer.mos_adapter))
     for block in _routed_blocks(model):
         _bind(block, recognise(block), block.mos_router)
