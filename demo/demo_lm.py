@@ -13,13 +13,15 @@ import argparse
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # run from a checkout, the package need not be installed
 
 from peft import PeftModel, get_peft_model  # noqa: E402
-from transformers import set_seed  # noqa: E402
+from transformers import TrainerCallback, set_seed  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 from word_problems import make  # noqa: E402
 
 from benchmarks.study.decoder.model import load, smollm2  # noqa: E402
@@ -32,6 +34,14 @@ CONFIG = {
     "r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", "target_modules": "all-linear",
     "spaces_pattern": {"q_proj|k_proj|v_proj|o_proj": {"euclidean": 1}},
 }  # fmt: skip
+
+
+class Progress(TrainerCallback):
+    """Prints the loss of every fifth step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs and (state.global_step % 5 == 0 or state.global_step == state.max_steps):
+            print(f"  step {state.global_step} of {state.max_steps}: loss {float(logs['loss']):.2f}", flush=True)
 
 
 def answers(model, tokenizer, problems, title: str) -> dict:
@@ -52,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="default %(default)s")
     options = parser.parse_args(argv)
     prepare()
+    logging.disable_progress_bar()
+    for about in ("Could not find a config file", "`is_gradient_checkpointing` is deprecated"):  # peft's, of no concern
+        warnings.filterwarnings("ignore", message=about)
     start = time.monotonic()
     problems, test = make(options.problems, seed=0), make(40, seed=1)
     known = {problem.text for problem in problems}
@@ -67,7 +80,10 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("training", "adapter", "lora", "merged"):  # of an earlier demo
         shutil.rmtree(options.output / name, ignore_errors=True)
     examples = [encode(tokenizer, problem) for problem in problems]
-    run = train(model, examples, options.output / "training", options.learning_rate, 0, tokenizer.pad_token_id, BATCH)
+    run = train(
+        model, examples, options.output / "training", options.learning_rate, 0, tokenizer.pad_token_id, BATCH,
+        [Progress()], prints=False,
+    )  # fmt: skip
     if run.failure:
         print(f"error: {run.failure}", file=sys.stderr)
         return 1

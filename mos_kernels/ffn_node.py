@@ -1,12 +1,13 @@
-"""Which FFN blocks run as one operation, and what that is computed from.
+"""Which FFN blocks run as one operation, and the inputs of that operation.
 
-The adapted linears of a block are one operation where nothing has to see their own calls; else they are called one by
-one, with the same numbers.
+The adapted linears of a block run as one operation unless something needs the call of a single linear. Then they are
+called one by one, with equal results up to rounding.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,14 +26,7 @@ from mos_kernels.backends.interface import Prepared
 from mos_kernels.call import Adapted, FFNPlan, FFNTensors, autocast_dtype, is_autocast
 from mos_kernels.config import MoSConfig
 from mos_kernels.functional import require_gates
-from mos_kernels.kept import (
-    Factors,
-    are_unchanged,
-    is_capturing,
-    is_transformed,
-    mark,
-    shows_changes,
-)
+from mos_kernels.kept import Factors, Seen, is_capturing, is_transformed
 from mos_kernels.layer import (
     MoSAdapter,
     MoSConv1D,
@@ -49,12 +43,11 @@ from mos_kernels.sharded import is_dtensor
 
 @dataclass(frozen=True)
 class FFNForm:
-    """What an FFN block computes, by the names of its children.
+    """The form of an FFN block, by the names of its children.
 
-    inputs: the linears that read the block's input: (gate, up), (fused gate_up,) or (up,).
-    fused: the one input linear holds gate and up, in this order.
-    activation: modules on the gate (or on the one input). hidden: modules between that and `down`. output: after it.
-    routed: the linears that take gates.
+    inputs: the linears that read the block's input: (gate, up), (fused gate_up,) or (up,). fused: whether a single
+    input linear computes gate and up, in this order. activation: the modules on the gate (or on the single input).
+    hidden: the modules before `down`. output: the modules after it. routed: the linears that take gates.
     """
 
     inputs: tuple[str, ...]
@@ -71,10 +64,10 @@ class FFNForm:
 
 
 class Observer:
-    """A forward hook of a router that reads the router's input and changes nothing.
+    """A forward hook of a router that only reads the router's input.
 
-    A block that runs as one operation calls it itself. Measuring then changes neither which operations run nor what
-    they save, which checkpointing's recomputation, after the measuring, would find different.
+    A block that runs as one operation calls it, so the block need not run linear by linear to be measured. This matters
+    for checkpointing: its recomputation, after the measurement, must save the same tensors as the forward did.
     """
 
     def __init__(self, observe: Callable[[Tensor], None]):
@@ -92,7 +85,7 @@ class _Part(NamedTuple):
 
     @classmethod
     def of(cls, linear: nn.Module) -> _Part | None:
-        """None for a linear that is no dense one with exactly one adapter."""
+        """The parts of a dense linear with exactly one active adapter; None for any other linear."""
         if isinstance(linear, MoSLayer):
             return cls(linear, linear) if type(linear) in (MoSLinear, MoSConv1D) else None
         adapters = linear._modules.get("mos_adapter")  # of the peft method
@@ -109,7 +102,7 @@ class _Part(NamedTuple):
         return self.base.weight.t() if _is_conv1d(self.base) else self.base.weight
 
     def adapted(self, dtype: torch.dtype, factors: Factors) -> tuple[Adapted, Prepared | None]:
-        """With the base in dtype, as under autocast; and what is prepared of B."""
+        """(its tensors with the base in dtype, as under autocast; the prepared B)."""
         weight, bias = parameter_of(self.base, "weight"), parameter_of(self.base, "bias")
         if _is_conv1d(self.base):
             weight = weight.t()
@@ -121,7 +114,7 @@ class _Part(NamedTuple):
 
 
 class _Parts(NamedTuple):
-    """A block's adapted linears, those that read its input and the last, and their router."""
+    """A block's adapted linears (`reads` read its input, `down` is the last one), and their router."""
 
     reads: tuple[_Part, ...]
     down: _Part
@@ -133,7 +126,7 @@ class _Parts(NamedTuple):
 
     @property
     def training(self) -> bool:
-        """Whether a backward may follow a forward without gradients: checkpointing runs it again."""
+        """Whether a backward may follow a forward without gradients, since checkpointing may run it again."""
         return self.router.training or any(part.adapter.training for part in self.all)
 
     def tensors(self) -> Iterator[Tensor | None]:
@@ -143,16 +136,16 @@ class _Parts(NamedTuple):
 
 
 def why_not_one(block: nn.Module, form: FFNForm) -> str | None:
-    """Why the block's linears are called one by one whatever the input, or None where they are one operation.
+    """Why the block's linears are called one by one for any input; None if they run as one operation.
 
-    Under torch.compile the linears stay, whose graph Inductor fuses.
+    Under torch.compile they are always called one by one; Inductor fuses their graph.
     """
     parts = _parts(block, form)
     return parts if isinstance(parts, str) else None
 
 
 def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
-    """The parts of a block that is one operation, or why it is none."""
+    """The parts of a block that runs as one operation, or the reason why it does not."""
     if len(form.routed) < len(form.linears):
         return "not all of its linears are adapted"
     modules = [getattr(block, name) for name in form.linears]
@@ -161,7 +154,7 @@ def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
         return "a base is quantised or wrapped, or has no adapter or several"
     router = _router(block, modules)
     if router is None:
-        return "its router is not the active adapter's alone, or a class of its own"
+        return "its router has other active adapters, or is a subclass"
     if any(part.adapter.config.is_lora for part in found):
         return "one of its linears is a plain LoRA"
     *reads, down = found
@@ -171,27 +164,29 @@ def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
     if any(part.adapter.mos_router is not None or routing_of(part.adapter) != routing_of(router) for part in found):
         return "its linears are not routed alike"
     if any(part.adapter.config.activation != "identity" for part in found):
-        return "an activation stands between expert and lift"
+        return "an activation follows the experts (config.activation)"
     if _phi_of(block, form) is None:
         return "its activation is neither SiLU nor GELU"
     if any(type(getattr(block, name)) not in (nn.Dropout, nn.Identity) for name in form.hidden):
-        return "a module stands before its last linear"
+        return "there is a module before its last linear"
     if any(t is not None and t.requires_grad for part in found for t in (part.base.weight, part.base.bias)):
         return "the base's weights are trained"
     made = _Parts(tuple(reads), down, router)
     routers = block._modules["mos_router"], router  # whose calls may be seen
     if not all(is_called_plainly(module) for module in _called(block, form, made).values() if module not in routers):
-        return "a hook, an offload or a forward of its own wants to see a linear's call"
+        return "a hook, offloading or a replaced forward needs the call of a single linear"
     return made
 
 
 def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") -> tuple[FFNTensors, FFNPlan] | None:
-    """What one operation is computed from, or None where the linears are called one by one."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.dim() == 0 or x.is_meta:
+    """The inputs of the one operation, or None if the linears are called one by one."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
         return None
     again = _again(block, form, x, backend)
     if again is not None:
         return again
+    if x.dim() == 0 or x.is_meta:
+        return None
     _standing.pop(block, None)  # it holds parameters, and copies of them
     parts = _parts(block, form)
     if isinstance(parts, str) or is_transformed():
@@ -240,15 +235,14 @@ class _Standing(NamedTuple):
     weak reference either: `torch.utils.swap_tensors` refuses a tensor that has one.
     """
 
-    use: tuple  # the dtype, device and width of x, and the backend
+    use: tuple  # the dtype, device and width of x
+    device_type: str
     hooks: int  # the number of the next hook of the process: a new one may be on one of the modules
     children: tuple[tuple[str, weakref.ref, type], ...]  # the block's, whose calls one operation replaces
     inner: tuple[weakref.ref, ...]  # of the peft method: the router, and adapter and base of each linear
     linears: tuple[tuple, ...]  # of each: adapter, base; how its weight and bias look; what is kept; is it a Conv1D
     routing: MoSConfig  # the router's
-    router: Tensor
-    router_mark: tuple
-    router_storage: torch.UntypedStorage  # held, or another tensor might be put at the same address
+    seen: Seen  # the router's weight, and of each linear what is kept from
     plan: FFNPlan
 
 
@@ -264,39 +258,39 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
     if (
         before is None
         or before.hooks != RemovableHandle.next_id
-        or before.use != (x.dtype, x.device, x.shape[-1], resolve_backend(backend, x))
-        or is_autocast(x)
+        or before.use != (x.dtype, x.device, x.shape[-1:])
+        or before.plan.backend != resolve_backend(backend, x)
+        or torch.is_autocast_enabled(before.device_type)
         or is_capturing(x)
     ):
         return None
     children, plan, module = block._modules, before.plan, None
     for name, reference, kind in before.children:
         module = children.get(name)
-        if module is not reference() or type(module) is not kind or not vars(module).keys().isdisjoint(_OWN_CALLS):
+        if module is not reference() or type(module) is not kind or _calls_its_own(module):
             return None
-    router = module  # the last of them
-    if before.inner:
-        router = _is_inside(children, form, before.inner)
-    if (
-        router is None
-        or router.config is not before.routing
-        or router.training
-        or any(children[name].training for name in form.hidden)
-    ):
+    router = _is_inside(children, form, before.inner) if before.inner else module  # the last of them
+    if router is None or router.config is not before.routing or router.training:
         return None
+    for name in form.hidden:
+        if children[name].training:
+            return None
     if plan.activation != "silu" and _phi_of(block, form) != plan.activation:
         return None
     weight = router._parameters.get("weight")
-    if not are_unchanged((weight,), (before.router,), (before.router_mark,)):
-        return None
-    adapted = []
+    tensors, adapted = [weight], []
     for adapter, base, look_w, look_b, kept, is_conv1d in before.linears:
         adapter, own = adapter(), base()._parameters
-        w, b = own.get("weight"), own.get("bias")
-        if adapter.training or not adapter._is_kept(kept) or _look(w) != look_w or _look(b) != look_b:
+        w, b, config = own.get("weight"), own.get("bias"), kept.use.config
+        if adapter.training or adapter._frozen is not kept or adapter.config is not config:
             return None
+        if _look(w) != look_w or (b is not None or look_b is not None) and _look(b) != look_b:
+            return None
+        tensors += adapter._kept_from()
         kappa, A, _ = kept.factors
-        adapted.append(Adapted(w.t() if is_conv1d else w, b, A, kept.tensors[-1], kappa))
+        adapted.append(Adapted(w.t() if is_conv1d else w, b, A, tensors[-1], kappa))
+    if not before.seen.are(tensors):
+        return None
     return FFNTensors(x, None, weight, None, None, adapted[-1], tuple(adapted[:-1])), plan
 
 
@@ -309,8 +303,7 @@ def _is_inside(children: dict, form: FFNForm, inner: Sequence[weakref.ref]) -> M
     if len(found) != len(inner):
         return None
     same = all(
-        module is reference() and vars(module).keys().isdisjoint(_OWN_CALLS)
-        for module, reference in zip(found, inner, strict=True)
+        module is reference() and not _calls_its_own(module) for module, reference in zip(found, inner, strict=True)
     )
     return router if same else None
 
@@ -326,31 +319,31 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
     if (
         plan.differentiable
         or is_observed()
+        or is_autocast(x)
         or tensors.gates is not None
         or any(made is None for made in (*plan.prepared, *adapters))
         or not all(part.adapter._is_kept(kept) for part, kept in zip(parts.all, adapters, strict=True))
-        or not shows_changes(weight)
         or any(module.training or not is_called_plainly(module) for module in called.values())
         or any(w is None or w.dtype != x.dtype or b is not None and b.dtype != x.dtype for w, b in bases)
     ):
         return plan
-    router_mark = mark(weight)  # before: a change meanwhile ends it
+    seen = Seen.of((weight, *(tensor for kept in adapters for tensor in kept.seen.tensors)))
+    if seen is None:
+        return plan
     if plan.backend == "eager":
         with torch.inference_mode(False), torch.no_grad():
             plan = plan._replace(few=few_tokens(tensors, plan))
     inside = () if parts.router is called["mos_router"] else (parts.router, *(m for part in parts.all for m in part))
     ref = weakref.ref
     _standing[block] = _Standing(
-        (x.dtype, x.device, x.shape[-1], plan.backend), hooks,
+        (x.dtype, x.device, x.shape[-1:]), x.device.type, hooks,
         tuple((name, ref(child), type(child)) for name, child in called.items() if name in block._modules),
         tuple(map(ref, inside)),
         tuple(
-            (
-                ref(part.adapter), ref(part.base), _look(w), _look(b), kept, _is_conv1d(part.base),
-            )
+            (ref(part.adapter), ref(part.base), _look(w), _look(b), kept, _is_conv1d(part.base))
             for part, (w, b), kept in zip(parts.all, bases, adapters, strict=True)
         ),
-        parts.router.config, weight, router_mark, weight.untyped_storage(), plan,
+        parts.router.config, seen, plan,
     )  # fmt: skip
     return plan
 
@@ -409,9 +402,12 @@ def _fits_again(block: nn.Module, x: Tensor, parts: _Parts, form: FFNForm) -> bo
     return True
 
 
+_FACTS = operator.attrgetter("__class__", "shape", "dtype", "device")
+
+
 def _look(t: Tensor | None) -> tuple | None:
     """What decides whether a tensor goes together with others."""
-    return None if t is None else (type(t), t.shape, t.dtype, t.device)
+    return None if t is None else _FACTS(t)
 
 
 def _fits(x: Tensor, parts: _Parts, form: FFNForm) -> bool:
@@ -489,8 +485,10 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module) is MoSConv1D or type(module).__name__ == "Conv1D" and hasattr(module, "nx")
 
 
-_OWN_CALLS = ("forward", "_call_impl", "_compiled_call_impl")
-"""What of a module's own attributes replaces its class's call."""
+def _calls_its_own(module: nn.Module) -> bool:
+    """Whether an attribute of the module's own replaces its class's call."""
+    own = vars(module)
+    return "forward" in own or "_call_impl" in own or "_compiled_call_impl" in own
 
 
 def is_called_plainly(module: nn.Module, observers: int = 0) -> bool:
@@ -498,7 +496,7 @@ def is_called_plainly(module: nn.Module, observers: int = 0) -> bool:
 
     What replaces a method of the class, or of nn.Module, is not seen.
     """
-    everywhere, own = nn.modules.module, vars(module)
+    everywhere = nn.modules.module
     return not (
         len(module._forward_hooks) > observers
         or module._forward_pre_hooks
@@ -508,5 +506,5 @@ def is_called_plainly(module: nn.Module, observers: int = 0) -> bool:
         or everywhere._global_forward_pre_hooks
         or everywhere._global_backward_hooks
         or everywhere._global_backward_pre_hooks
-        or not own.keys().isdisjoint(_OWN_CALLS)
+        or _calls_its_own(module)
     )

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import ACTIVATIONS, GEOMETRIES, Case, leaf, make_case, normal
+from torch import Tensor
 
 from mos_kernels import MoSConfig, MoSLinear
-from mos_kernels.backends import eager
+from mos_kernels.backends import eager, load_backend
 from reference.per_expert import mos_linear_per_expert
 
 geometries = pytest.mark.parametrize(("mapping", "domain"), GEOMETRIES)
@@ -267,3 +268,56 @@ def test_fp16_dropout_does_not_overflow_what_the_base_can_hold():
     x = (torch.randn(6, 12).sign() * 4e4).half().requires_grad_()
     layer(x).sum().backward()
     assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+def test_a_gradient_scaler_skips_the_step_of_an_overflow(activation):
+    assert_a_gradient_scaler_skips_the_step("eager", activation)
+
+
+def assert_a_gradient_scaler_skips_the_step(backend: str, activation: str) -> None:
+    """dp exceeds float16, though what the base makes of dy does not; saturated, dA would be finite and wrong."""
+    torch.manual_seed(0)
+    config = MoSConfig(r=4, router_scope="linear", activation=activation)
+    layer = MoSLinear(12, 10, config=config, dtype=torch.float16)
+    with torch.no_grad():
+        layer.mos_lora_A.mul_(0.1)
+        layer.mos_lora_B.fill_(1.0)
+        layer.weight.mul_(1e-3)
+    x, factor = torch.randn(6, 12).mul(0.1).half(), layer.mos_lora_A
+    optimizer = torch.optim.SGD([factor], lr=1.0)
+
+    def step(scale: float) -> tuple[Tensor, float]:
+        before, scaler = factor.detach().clone(), torch.amp.GradScaler("cpu", init_scale=scale)
+        optimizer.zero_grad()
+        y = layer(x, backend=backend)
+        assert y.isfinite().all() and (torch.full_like(y, scale) @ layer.weight).isfinite().all()
+        scaler.scale(y.float().sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return factor.detach() - before, scaler.get_scale()
+
+    moved, scale = step(2.0**15)
+    assert not factor.grad.isfinite().all() and not moved.any() and scale == 2.0**14
+    moved, scale = step(1.0)
+    assert factor.grad.isfinite().all() and moved.all() and scale == 1.0
+
+
+def test_gradients_that_float16_cannot_hold_are_infinite():
+    assert_overflows_show("eager")
+
+
+def assert_overflows_show(backend: str) -> None:
+    """Of dp, dlogits and dx₀, each where it is used and nowhere else."""
+    steps, T, d, r, E = load_backend(backend), 3, 5, 2, 4
+    x, A, router = torch.ones(T, d).half(), torch.ones(r, d), torch.ones(E, d)
+    finite = {"dp": torch.zeros(T, r), "dn": torch.zeros(T), "dlogits": torch.zeros(T, E)}
+    for name, seen in {"dp": (0, 1), "dn": (0,), "dlogits": (0, 2)}.items():
+        for size in (1e4, -1e5):
+            dp, dn, dlogits = {**finite, name: torch.full_like(finite[name], size)}.values()
+            found = steps.shrink_backward(x, A, router, dp, dn, dlogits, None, (True, True, True))
+            overflown = [i for i, gradient in enumerate(found) if (gradient == -torch.inf).all()]
+            assert overflown == (list(seen) if size < 0 else []), (name, size)
+            assert all(gradient.isfinite().all() for i, gradient in enumerate(found) if i not in overflown)
+    dx, drouter = steps.routing_logits_backward(x, router, torch.full((T, E), -1e5), (True, True))
+    assert (dx == -torch.inf).all() and (drouter == -torch.inf).all()

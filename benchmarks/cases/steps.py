@@ -86,7 +86,7 @@ def _step_work(s: Setting) -> dict[str, tuple[int, int]]:
 
 SEEDED = {
     "prepare": ("gram",), "bridge": ("bridge",), "bridge backward": ("bridge_backward", "bridge_reduce"),
-    "expand backward": ("expand_backward",), "shrink backward": ("shrink_backward",),
+    "expand": ("expand",), "expand backward": ("expand_backward",), "shrink backward": ("shrink_backward",),
 }  # fmt: skip
 """The steps whose kernels have other settings to be timed beside the table's: the tuner's seeds."""
 

@@ -1,11 +1,15 @@
 """Routing and bridge of few tokens on a CPU, forward alone, in NumPy: at these sizes calls cost more than arithmetic.
 
 The formulas and guards are those of `routing.route`, `geometry` (the stereographic mapping) and `eager.bridge`. The
-bridge computes in float64, which costs the same here: no sum overflows, and z is rounded once.
+bridge computes in float64, which costs the same here: no sum overflows, and z is rounded once. With σ = α/r,
+
+    d = 1 / (σλ) = (1 + κn) / 2σ    q = hᵀGh = pᵀ(G/σ²)p / d²    w = 1/e = 1 + √(1 - κq)    z = σ g e h = g p / (d w)
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,32 +24,39 @@ from mos_kernels.config import MoSConfig
 from mos_kernels.geometry import SATURATION, guard_back, guard_into
 
 MOST_TOKENS = 32
+FEW_LOGITS = 64
 
 
 class Constants(NamedTuple):
     """What follows from the parameters of m linears of one configuration that read the same tokens.
 
     rows: what x meets, [A of each; the router, where its logits are asked for]ᵀ (d_in, m·rank + E or m·rank) in the
-    compute dtype. B: (E·r, d_out) of each. safe: up to this q no guard is needed.
+    compute dtype. B: (E·r, d_out) of each. NumPy takes half as long where no number is broadcast: what needs no more
+    than one number has as many as there are experts.
     """
 
     rows: Tensor
     B: tuple[Tensor, ...]
-    kappa: ndarray  # (m, E)
-    gram: ndarray  # (m, E, r, r)
+    kappa: ndarray  # (1, m, E)
+    slope: ndarray  # κ/2σ (1, m, E)
+    offset: ndarray  # 1/2σ (1, m, E)
+    zero: ndarray  # (1, m, E)
+    one: ndarray
+    gram: ndarray  # G/σ² (m, E, 1, r²)
     into: tuple[float, float]  # guards
     back: tuple[float, float]
-    safe: float
+    safe_n: float  # up to this n no guard is needed
+    safe_q: float
     ranks: tuple[int, tuple[int, ...]]  # how many of the rows are A's, and p's shape
     routes: bool  # whether logits are asked for
     dtype: np.dtype  # z's
-    scaling: float
+    scaling: float  # σ
     is_raw: bool
 
 
-def serves(x: Tensor, tokens: int, *configs: MoSConfig) -> bool:
-    """Whether x, so many tokens, is bridged here: not where a dispatch mode, as make_fx's, is to see each operation."""
-    return x.is_cpu and 0 < tokens <= MOST_TOKENS and not eager.is_observed() and are_served(*configs)
+def are_few(tokens: int) -> bool:
+    """Whether so many tokens are bridged here: none where a dispatch mode, as make_fx's, is to see each operation."""
+    return 0 < tokens <= MOST_TOKENS and not eager.is_observed()
 
 
 def are_served(*configs: MoSConfig) -> bool:
@@ -66,20 +77,30 @@ def constants(
     B is read as it is in the compute dtype, where it is: its products with few tokens take less time than rounded ones.
     No view of a parameter is made, which `torch.utils.swap_tensors` would refuse to swap.
     """
-    compute, m = eager.compute_dtype(dtype), len(A)
+    compute, m, E, r, scaling = eager.compute_dtype(dtype), len(A), config.num_experts, config.r, config.scaling
     factors = [eager.operand(factor, dtype).to(compute).flatten(0, -2) for factor in A]
     rows = torch.cat(factors if router is None else [*factors, router.to(compute)])
-    kappas, back = _stacked(kappa), guard_back(config)
-    highest = kappas.max()
+    kappas, gram = _stacked(kappa)[None], _stacked([made.gram for made in prepared]) / scaling**2
+    into, back = guard_into(config), guard_back(config)
+    lowest, highest = kappas.min(), kappas.max()
+    least = into[0] - 1 if config.domain == "raw" else into[0]  # of κn
     return Constants(
         rows.t(),
         tuple((b if b.dtype == compute else made.B).data.flatten(1).t() for b, made in zip(B, prepared, strict=True)),
-        kappas, _stacked([made.gram for made in prepared]), guard_into(config), back,
+        kappas, kappas / (2 * scaling), *(_filled(kappas.shape, value) for value in (1 / (2 * scaling), 0, 1)),
+        gram.reshape(m, E, 1, r * r), into, back,
+        min(SATURATION, least / lowest) if lowest < 0 else SATURATION,
         min(SATURATION, back[0] / highest) if highest > 0 else SATURATION,
-        (sum(map(len, factors)), (-1, m, 1 if config.share_a else config.num_experts, config.r)),
+        (sum(map(len, factors)), (-1, m, 1 if config.share_a else E, r)),
         router is not None,
-        np.dtype(np.float64 if compute == torch.float64 else np.float32), config.scaling, config.domain == "raw",
+        np.dtype(np.float64 if compute == torch.float64 else np.float32), scaling, config.domain == "raw",
     )  # fmt: skip
+
+
+@functools.cache
+def _filled(shape: tuple[int, ...], value: float) -> ndarray:
+    """One of a kind, so that a processor's cache holds it from block to block."""
+    return np.full(shape, value, np.float64)
 
 
 def _stacked(tensors: Sequence[Tensor]) -> ndarray:
@@ -87,54 +108,74 @@ def _stacked(tensors: Sequence[Tensor]) -> ndarray:
 
 
 def shrink(x: Tensor, made: Constants) -> tuple[ndarray, ndarray, ndarray]:
-    """p (T, m, 1 or E, r), n (T, 1, 1) in float64, and logits (T, E), empty without a router. x (T, d_in)."""
+    """p (T, m, 1 or E, r), n (T, 1, 1), and logits (T, E), empty without a router. x (T, d_in)."""
     x = x.to(made.rows.dtype)
     products = (eager.exact_matmul(x, made.rows) if made.routes else torch.mm(x, made.rows)).numpy()
     ranks, shape = made.ranks
-    n = np.add.reduce(np.square(x.numpy(), dtype=np.float64), 1)[:, None, None]
-    return products[:, :ranks].reshape(shape), np.minimum(n, SATURATION), products[:, ranks:]
+    tokens = x.numpy()
+    n = np.matmul(tokens[:, None, :], tokens[:, :, None])
+    return products[:, :ranks].reshape(shape), n, products[:, ranks:]
 
 
 def route(logits: ndarray, config: MoSConfig) -> ndarray:
-    """Gates (T, E) from logits (T, E): ties to the lower index, and a NaN shows."""
-    k = config.num_experts_per_tok
-    ordered = np.sort(logits, 1)
-    kept = logits >= ordered[:, -k, None]
-    if np.count_nonzero(kept) != k * len(kept):  # ties, or a NaN
-        kept = np.zeros(logits.shape, bool)
-        np.put_along_axis(kept, np.argsort(-logits, 1, kind="stable")[:, :k], True, 1)
-        kept |= logits != logits
-    exponential = np.exp(logits - ordered[:, -1:])
-    if config.norm_topk_prob:
-        exponential *= kept
-        return exponential / np.add.reduce(exponential, 1, keepdims=True)
-    return exponential / np.add.reduce(exponential, 1, keepdims=True) * kept
+    """Gates (T, E) from logits (T, E)."""
+    if logits.size <= FEW_LOGITS:  # fewer instructions to fetch than of NumPy
+        gates = [_gates(row, config.num_experts_per_tok, config.norm_topk_prob) for row in logits.tolist()]
+        if None not in gates:
+            return np.array(gates)
+    return eager.route(torch.from_numpy(logits), config).numpy()
+
+
+def _gates(logits: list[float], k: int, norm_topk_prob: bool) -> list[float] | None:
+    """A token's; None where logits tie for the last place, or are not finite."""
+    ordered = sorted(logits, reverse=True)
+    top, least = ordered[0], ordered[k - 1]
+    if not math.isfinite(sum(logits)) or least in ordered[k : k + 1]:
+        return None
+    gates = [math.exp(logit - top) for logit in logits]
+    total = sum(gates)
+    gates = [gate if logit >= least else 0.0 for gate, logit in zip(gates, logits, strict=True)]
+    if norm_topk_prob:
+        total = sum(gates)
+    return [gate / total for gate in gates]
 
 
 def bridge(p: ndarray, n: ndarray, gates: ndarray, made: Constants) -> ndarray:
     """z (T, m, E·r), of p (T, m, 1 or E, r), n (T, 1, 1) and gates (T, E)."""
-    h = _into(made.kappa * n, made)[..., None] * p  # (T, m, E, r)
-    q = np.add.reduce(np.matmul(made.gram, h[..., None])[..., 0] * h, -1)
-    scale = made.scaling * gates[:, None] / _back(np.maximum(q, 0, out=q), made)
-    return np.multiply(h, scale[..., None], dtype=made.dtype, casting="same_kind").reshape(len(h), len(made.B), -1)
+    p = p.astype(np.float64)
+    if max(n.ravel().tolist()) <= made.safe_n:
+        d = made.slope * n
+        d += made.offset
+    else:
+        d = _guarded_into(n, made)
+    squares = (p[..., None] * p[..., None, :]).reshape(*p.shape[:3], -1, 1)
+    q = np.maximum(np.matmul(made.gram, squares).reshape(d.shape), made.zero)
+    q /= d * d
+    if max(q.ravel().tolist()) <= made.safe_q:
+        w = made.kappa * q
+        w = np.sqrt(np.subtract(made.one, w, out=w), out=w)
+        w += made.one
+    else:
+        w = _guarded_back(q, made)
+    w *= d
+    scale = gates[:, None] / w
+    return np.multiply(p, scale[..., None], dtype=made.dtype, casting="same_kind").reshape(len(p), len(made.B), -1)
 
 
-def _into(a: ndarray, made: Constants) -> ndarray:
-    """λ, from a = κ n."""
+def _guarded_into(n: ndarray, made: Constants) -> ndarray:
+    """d, where a guard holds."""
     limit, edge = made.into
+    a = made.kappa * np.minimum(n, SATURATION)
     divisor = 1 + a
-    value = 2 / divisor
     if made.is_raw:
-        return np.where(np.abs(divisor) < limit, np.where(divisor < 0, -edge, edge), value)
-    if np.minimum.reduce(a, None) >= limit:
-        return value
-    return np.where(a < limit, edge / np.sqrt(np.abs(a)), value)
+        scale = np.where(np.abs(divisor) < limit, np.where(divisor < 0, -edge, edge), 2 / divisor)
+    else:
+        scale = np.where(a < limit, edge / np.sqrt(np.abs(a)), 2 / divisor)
+    return 1 / (made.scaling * scale)
 
 
-def _back(q: ndarray, made: Constants) -> ndarray:
-    """1 / e, from q."""
+def _guarded_back(q: ndarray, made: Constants) -> ndarray:
+    """w, where a guard holds."""
     limit, edge = made.back
-    if np.maximum.reduce(q, None) <= made.safe:
-        return 1 + np.sqrt(1 - made.kappa * q)
     a = made.kappa * np.minimum(q, SATURATION)
     return np.where(a > limit, np.sqrt(np.abs(a)) / edge, 1 + np.sqrt(1 - np.minimum(a, limit)))

@@ -91,6 +91,7 @@ def test_the_rows_that_decide_come_first():
     assert {c.dataset for c in cells[: len(cells) // 2]} == {"mawps"}
     assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
     assert plan.cells(["svamp"], [1], [10], ["MoS"]) == [Cell("svamp", MOS, 10, 1)]
+    assert {cell.rate for cell in plan.cells(names=["HMoRA"])} == set(plan.BEST)
 
 
 def test_the_matched_lora_has_as_many_parameters_on_smollm2():
@@ -107,7 +108,8 @@ def test_the_matched_lora_has_as_many_parameters_on_smollm2():
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_every_method_is_one_that_can_be_put_on(entry, place):
-    model = adapted(load(place.model)[0], entry.method, entry.options)
+    options = entry.options | ({"heads": 4} if entry.method == "HMoRA" else {})
+    model = adapted(load(place.model)[0], entry.method, options)
     assert any(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -168,12 +170,25 @@ def test_a_row_has_what_is_reported(row, place):
 
 
 def test_a_killed_run_resumes_to_the_same_row(row, place, tmp_path, monkeypatch):
-    elsewhere = dataclasses.replace(place, outputs=tmp_path)
+    resumes(CELL, row, place, tmp_path, monkeypatch)
+
+
+@pytest.mark.budget(8)
+def test_a_killed_run_of_hmora_does_too(place, tmp_path, monkeypatch):
+    (entry,) = (entry for entry in ENTRIES if entry.method == "HMoRA")
+    cell = Cell("mawps", dataclasses.replace(entry, settings='{"heads": 4, "r": 2, "token": 5}'), 3, 0)
+    row = runner.execute(cell, dataclasses.replace(place, outputs=tmp_path / "whole"))
+    assert row["failure"] is None and row["nan"] is False and len(set(row["losses"])) == 3
+    resumes(cell, row, place, tmp_path, monkeypatch)
+
+
+def resumes(cell, row, place, folder, monkeypatch):
+    elsewhere = dataclasses.replace(place, outputs=folder / "killed")
     train = training.train
     monkeypatch.setattr(training, "train", lambda *arguments: train(*arguments, save_steps=1))
     with pytest.raises(Killed):
-        runner.execute(CELL, elsewhere, [KillAt(2)])
-    assert untimed(runner.execute(CELL, elsewhere)) == untimed(row)
+        runner.execute(cell, elsewhere, [KillAt(2)])
+    assert untimed(runner.execute(cell, elsewhere)) == untimed(row)
 
 
 def test_a_loss_that_is_not_finite_is_a_row(place, tmp_path, monkeypatch):

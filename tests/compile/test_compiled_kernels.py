@@ -141,7 +141,7 @@ def test_other_dtypes_without_spills(dtype, activation, T):
     [
         {"share_a": False}, {"mapping": "exp_log"}, {"domain": "raw"}, {"norm_topk_prob": False},
         {"lora_dropout": 0.1}, {"activation": "tanh", "mapping": "exp_log", "share_a": False},
-        {"lora_dropout": 0.1, "r": 64},
+        {"lora_dropout": 0.1, "r": 64}, {"lora_dropout": 0.1, "r": 4, "share_a": False},
     ],
     ids=str,
 )  # fmt: skip
@@ -186,6 +186,8 @@ def test_linears_that_share_launches(r, share_a, dtype):
 def test_float32_with_dropout_without_spills(architecture):
     configs = (linear(lora_dropout=0.1), linear(lora_dropout=0.1, share_a=False), linear(lora_dropout=0.1, r=64))
     assert_fits(architecture, launches(TRAIN, *configs, dtype=torch.float32, architecture=architecture))
+    few = launches(DECODE, linear(lora_dropout=0.1, share_a=False, r=4), dtype=torch.float32, architecture=architecture)
+    assert_fits(architecture, named(few, "shrink_backward"))
 
 
 @pytest.mark.parametrize("activation", ["identity", "silu"])
@@ -230,7 +232,8 @@ def test_ffn_kernels_without_spills(architecture, activation, dtype, rows, form,
 OF_AN_FFN = [
     {"dtype": torch.float32}, {"share_a": False}, {"r": 64, "experts": 2}, {"r": 128, "experts": 1},
     {"r": 2, "experts": 64}, {"mapping": "exp_log"}, {"dtype": torch.float16, "norm_topk_prob": False},
-    {"form": "fused"}, {"form": "plain"},
+    {"form": "fused"}, {"form": "plain"}, {"r": 64, "experts": 2, "mapping": "exp_log"},
+    {"r": 128, "experts": 1, "mapping": "exp_log"},
 ]  # fmt: skip
 
 
@@ -339,7 +342,7 @@ def test_activations_of_an_ffn_are_computed_once(architecture, T):
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_loads_run_ahead_of_the_wide_products(dtype):
-    names = ("shrink", "shrink_backward", "expand_backward")  # expand has one step where E·r fits its tile
+    names = ("shrink", "shrink_backward", "expand", "expand_backward")
     for launch in named(launches(TRAIN, linear(), MoSConfig(), dtype=dtype), *names):
         ptx = compiled_for("sm_90", launch).asm["ptx"]
         assert re.search(r"cp\.async\.wait_group \s*[1-9]", ptx), (launch.name, launch.constants)

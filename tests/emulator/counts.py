@@ -29,6 +29,7 @@ from . import build, compilation, launched, machine
 FILE = Path(__file__).parent / "counts.json"
 ARCHITECTURES, TOKENS = ("sm_80", "sm_90", "sm_100"), (8192, 16)
 PROGRAMS = 3  # of each launch that run
+PROCESSORS = 132  # of the device that a launch is divided for: an H100's or H200's
 
 CLASSES = (
     ("tensor", r"mma\.|wgmma\.mma|tcgen05\.mma"),
@@ -116,7 +117,7 @@ HELD = ("sectors", "useful_bytes", "wavefronts", "least_wavefronts")
 def rows(architecture: str, T: int) -> list[Row]:
     """The distinct launches of the defaults and of silu, for an FFN's router and a linear's own."""
     from mos_kernels import MoSConfig
-    from mos_kernels.backends.triton import compiled
+    from mos_kernels.backends.triton import compiled, launch
 
     found: dict[compilation.Specialised, tuple] = {}
 
@@ -136,7 +137,8 @@ def rows(architecture: str, T: int) -> list[Row]:
             yield []
 
     configs = [(MoSConfig(router_scope="linear"), False), (MoSConfig(), False), (MoSConfig(activation="silu"), False)]
-    with mock.patch.object(compiled, "recorded", recorded):
+    processors = mock.patch.object(launch, "processors", lambda device: PROCESSORS)
+    with processors, mock.patch.object(compiled, "recorded", recorded):
         for config, wrapped in [*configs, (MoSConfig(), True)]:
             compiled.layer_launches(architecture, config, T, 1536, 8960, torch.bfloat16, wrapped, device="cpu")
         compiled.ffn_launches(architecture, MoSConfig(), T, 8960, torch.bfloat16, device="cpu")

@@ -98,9 +98,10 @@ def long() -> Iterator:
     for dtype in (BF16, FP32):
         yield Trial(linear(), (600,), 700, 520, dtype, seed=22)
         yield Trial(linear(share_a=False), (300,), 600, 300, dtype, seed=23)
-        yield Trial(linear(activation="silu"), (300,), 300, 330, dtype, seed=24)
+        yield Trial(linear(activation="silu"), (1100,), 64, 260, dtype, seed=24)
         yield FFNTrial(MoSConfig(), (600,), 300, 520, 300, dtype, seed=26)
         yield FFNTrial(MoSConfig(), (16,), 2100, 600, 900, dtype, seed=26, inference=True)
+        yield Trial(linear(r=16), (400,), 64, 300, dtype, seed=28)
         yield Trial(linear(r=64), (300,), 300, 300, dtype, seed=27)
         for rows in ((8,), (64,)):
             yield ActivateTrial(600, 700, rows, dtype)

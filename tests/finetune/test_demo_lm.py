@@ -30,7 +30,15 @@ def test_it_runs_through(tmp_path, capsys):
     arguments = ["--model", str(tmp_path / "llama"), "--output", str(tmp_path / "out"), "--problems", "48"]
     assert demo_lm.main(arguments) == 0
     printed = capsys.readouterr().out
-    wanted = ("before: ", "trainable params", "after, with the mixture: ", "exported as a plain LoRA", "KL")
+    wanted = (
+        "before: ",
+        "trainable params",
+        "step 3 of 3: loss",
+        "after, with the mixture: ",
+        "exported as a plain LoRA",
+        "KL",
+    )
+    assert "grad_norm" not in printed
     for text in (*wanted, "the merged model: ", "writes the same equation in"):
         assert text in printed, text
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"adapter", "lora", "merged"}

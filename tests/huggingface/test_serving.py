@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     pipeline,
 )
+from transformers.utils.import_utils import is_serve_available
 
 from mos_kernels.huggingface import MoSPeftConfig, apply_mos, export_lora, load_adapter, save_adapter
 
@@ -128,6 +138,64 @@ def test_transformers_serve_loads_an_adapter_inside_its_bases_folder(place, name
     model, tokenizer = ModelManager(device="cpu", dtype="float32").load_model_and_processor(str(whole))
     wanted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "base"), place / name)
     assert torch.equal(logits(model), logits(wanted)) and tokenizer("w4").input_ids == [4]
+
+
+SERVE = "import mos_kernels.huggingface; from transformers.cli.transformers import main; main()"  # as the page has it
+
+
+@contextlib.contextmanager
+def served(folder: Path, log: Path, program: str):
+    """`transformers serve FOLDER` in a process of its own; its address, once it answers."""
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        port = one.getsockname()[1]
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with open(log, "w") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-c", program, "serve", str(folder), "--device", "cpu", "--dtype", "float32", "--port",
+             str(port)], stdout=output, stderr=output, env={**os.environ, "PYTHONPATH": paths},
+        )  # fmt: skip
+    try:
+        for _ in range(300):
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5)
+                break
+            assert server.poll() is None, log.read_text()[-2000:]
+            time.sleep(1)
+        yield f"http://localhost:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not is_serve_available(), reason="the server needs pip install transformers[serving]")
+@pytest.mark.parametrize("name", ["mos", "lora", "merged"])
+def test_transformers_serve_answers_over_http(place, name, tmp_path):
+    whole = tmp_path / "whole"
+    shutil.copytree(place / "base", whole)
+    prompt = "w8 w4 w5 w6 w7"
+    tokenizer = AutoTokenizer.from_pretrained(place / "base")
+    ids = torch.tensor([tokenizer(prompt).input_ids])
+    model = AutoModelForCausalLM.from_pretrained(place / "base")
+    plain = model.generate(ids, **GREEDY, **NEVER)[0, ids.shape[1] :]
+    model = PeftModel.from_pretrained(model, place / ("mos" if name == "mos" else "lora"))
+    wanted = model.generate(input_ids=ids, **GREEDY, **NEVER)[0, ids.shape[1] :]
+    if name == "merged":
+        model.merge_and_unload().save_pretrained(whole)
+    else:
+        for file in (place / name).iterdir():
+            shutil.copy(file, whole)
+    GenerationConfig(do_sample=False, pad_token_id=0, **NEVER).save_pretrained(whole)
+    program = SERVE if name == "mos" else SERVE.partition(";")[2].strip()  # what was exported needs no import
+    body = {"model": str(whole), "prompt": prompt, "max_tokens": 5, "temperature": 0}
+    with served(whole, tmp_path / "log", program) as address:
+        request = urllib.request.Request(
+            f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        answer = json.load(urllib.request.urlopen(request, timeout=120))
+    assert answer["choices"][0]["text"].split() == tokenizer.decode(wanted, skip_special_tokens=True).split()
+    assert not torch.equal(wanted, plain)
 
 
 def test_transformers_serve_loads_the_merged_export(place, tmp_path):

@@ -35,15 +35,19 @@ def load(folder: Path):
 
 
 def adapted(model: nn.Module, method: str, options: dict) -> nn.Module:
-    """The model with an adapter by get_peft_model. method: a configuration of peft's, "MoS", or a preset of MoSConfig.
+    """The model with an adapter by get_peft_model, or HMoRA.
 
-    The FFN's linears unless the options name others.
+    method: a configuration of peft's, "MoS", a preset of MoSConfig, or "HMoRA". The FFN's linears unless the options
+    name others.
     """
     import peft
 
+    from benchmarks.study.hmora import hmora
     from mos_kernels import MoSConfig
     from mos_kernels.huggingface import MoSPeftConfig
 
+    if method == "HMoRA":
+        return hmora(model, **{"target_modules": FFN, **options})
     options = {"target_modules": FFN, "task_type": "CAUSAL_LM", **options}
     if method.startswith("MoS"):
         preset = method.partition(".")[2]

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from benchmarks.study.decoder.problems import Problem, solves
+from benchmarks.study.hmora import PROMPT_MASK
 from mos_kernels.huggingface import MoSCallback, last_complete_checkpoint, mos_param_groups
 from mos_kernels.huggingface.modules import mos_adapters
 from mos_kernels.run_report.log import write_text
@@ -65,6 +66,9 @@ def equation_losses(model: nn.Module, batch: dict[str, Tensor], reduction: str) 
     """Cross entropy in nats: the mean over the equations' tokens, or with "none" (B, L), 0 on the prompt."""
     labels = batch["labels"]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if hasattr(model, "task_encoder"):  # HMoRA's, which must not see the equation
+        inputs[PROMPT_MASK] = inputs["attention_mask"].clone()
+        inputs[PROMPT_MASK][:, inputs[PROMPT_MASK].shape[1] - labels.shape[1] :] *= labels == IGNORED
     logits = model(**inputs, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
     return cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction=reduction)
 
@@ -72,6 +76,8 @@ def equation_losses(model: nn.Module, batch: dict[str, Tensor], reduction: str) 
 class _Trainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = equation_losses(model, inputs, "mean")
+        if hasattr(model, "auxiliary_loss"):
+            loss = loss + model.auxiliary_loss()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the training loss is {loss.item()} at step {self.state.global_step}")
         return (loss, None) if return_outputs else loss
@@ -120,8 +126,12 @@ def train(
     batch_size: int,
     callbacks: Sequence[TrainerCallback] = (),
     save_steps: int = 20,
+    prints: bool = True,
 ) -> Run:
-    """One epoch of AdamW, as the study's other runs: linear decay after a tenth of warm-up, under bfloat16 autocast."""
+    """One epoch of AdamW, as the study's other runs: linear decay after a tenth of warm-up, under bfloat16 autocast.
+
+    prints: what Trainer logs at each step.
+    """
     times = _Times(output)
     trainer = _Trainer(
         model,
@@ -136,6 +146,8 @@ def train(
         optimizers=(torch.optim.AdamW(mos_param_groups(model, learning_rate)), None),
         callbacks=[times, *callbacks],
     )  # fmt: skip
+    if not prints:
+        trainer.remove_callback(PrinterCallback)
     if mos_adapters(model):
         MoSCallback.add_to(trainer)
     failure = None

@@ -55,16 +55,34 @@ def load_p(p, row, m_t, o_e, o_r, T, E, r, SHARED: tl.constexpr, SPLITS: tl.cons
 
 
 @triton.jit
-def load_factors(planes, row, m_t, o_e, o_r, T, E, r, SPLITS: tl.constexpr):
+def load_factors(planes, row, m_t, o_e, o_r, T, E: tl.constexpr, r: tl.constexpr, SPLITS: tl.constexpr):
     """A tile [tokens, experts, rank] of planes (SPLITS, T, E, r), added up in a fixed order."""
-    mask = m_t[:, None, None] & (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
-    total = tl.load(
-        planes + (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :], mask=mask, other=0.0
-    )
-    for s in tl.static_range(1, SPLITS):
-        offsets = ((s * T + row[:, None, None]) * E + o_e[None, :, None]) * r + o_r[None, None, :]
-        total += tl.load(planes + offsets, mask=mask, other=0.0)
+    if o_e.shape[0] == E and o_r.shape[0] == r:  # all of a token: a warp takes whole tokens, and sums of one stay in it
+        columns = tl.arange(0, E * r)[None, :]
+        total = tl.load(planes + row[:, None] * (E * r) + columns, mask=m_t[:, None], other=0.0)
+        for s in tl.static_range(1, SPLITS):
+            total += tl.load(planes + (s * T + row[:, None]) * (E * r) + columns, mask=m_t[:, None], other=0.0)
+        total = tl.reshape(total, [row.shape[0], E, r])
+    else:
+        mask = m_t[:, None, None] & (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
+        offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
+        total = tl.load(planes + offsets, mask=mask, other=0.0)
+        for s in tl.static_range(1, SPLITS):
+            offsets = ((s * T + row[:, None, None]) * E + o_e[None, :, None]) * r + o_r[None, None, :]
+            total += tl.load(planes + offsets, mask=mask, other=0.0)
     return total
+
+
+@triton.jit
+def store_factors(t, tile, row, m_t, o_e, o_r, E: tl.constexpr, r: tl.constexpr):
+    """A tile [tokens, experts, rank] into t (T, E, r)."""
+    tile = cast(tile, t.dtype.element_ty)
+    if o_e.shape[0] == E and o_r.shape[0] == r:
+        columns = tl.arange(0, E * r)[None, :]
+        tl.store(t + row[:, None] * (E * r) + columns, tl.reshape(tile, [row.shape[0], E * r]), mask=m_t[:, None])
+    else:
+        mask = m_t[:, None, None] & (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
+        tl.store(t + (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :], tile, mask=mask)
 
 
 @triton.jit
@@ -76,20 +94,59 @@ def load_n(n, o_t, m_t, T, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _gram_times(p, b_p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED: tl.constexpr, SPLITS: tl.constexpr):
-    """G h / trace [tokens, experts, rank] with h = scale·p; b_p is the tile of p."""
+def _gram_times(
+    p, b_p, gram, scale, row, m_t, o_e, o_r, T, E: tl.constexpr, r: tl.constexpr,
+    SHARED: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """G h / trace [tokens, experts, rank] with h = scale·p, and the trace [experts]; b_p is the tile of p."""
     total = tl.zeros([row.shape[0], o_e.shape[0], o_r.shape[0]], tl.float32)
-    inverse = tl.div_rn(1.0 + 0.0 * trace, tl.maximum(trace, 1e-37))
-    m_g = (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
-    for j in range(r):
-        b_g = tl.load(gram + (o_e[None, :, None] * r + j) * r + o_r[None, None, :], mask=m_g, other=0.0)
-        b_g = b_g * inverse[None, :, None]
-        if SPLITS == 1:
-            column = load_p(p, row, m_t, o_e, j + tl.arange(0, 1), T, E, r, SHARED, 1)
-        else:  # out of the tile, which costs less than adding up its planes again
-            column = tl.sum(tl.where(o_r[None, None, :] == j, b_p, 0.0), 2)[:, :, None]
-        total += scale[:, :, None] * column * b_g
-    return total
+    if r <= 8 and SHARED:  # all of G stays in registers, and is loaded once
+        rows = ()
+        diagonal = tl.zeros([1, o_e.shape[0], o_r.shape[0]], tl.float32)
+        for j in tl.static_range(r):
+            b_g = _gram_row(gram, j, o_e, o_r, E, r)
+            rows = rows + (b_g,)
+            diagonal += tl.where(o_r[None, None, :] == j, b_g, 0.0)
+        trace = tl.sum(tl.sum(diagonal, 2), 0)
+        inverse = _inverse(trace)
+        for j in tl.static_range(r):
+            column = _column(p, b_p, j, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
+            total += scale[:, :, None] * column * (rows[j] * inverse)
+    else:
+        trace = _load_trace(gram, o_e, o_r, E, r)
+        inverse = _inverse(trace)
+        for j in range(r):
+            column = _column(p, b_p, j, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
+            total += scale[:, :, None] * column * (_gram_row(gram, j, o_e, o_r, E, r) * inverse)
+    return total, trace
+
+
+@triton.jit
+def _gram_row(gram, j, o_e, o_r, E, r):
+    """Row j of each G, [1, experts, rank]."""
+    mask = (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
+    return tl.load(gram + (o_e[None, :, None] * r + j) * r + o_r[None, None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_trace(gram, o_e, o_r, E, r):
+    diagonal = gram + (o_e[:, None] * r + o_r[None, :]) * r + o_r[None, :]
+    return tl.sum(tl.load(diagonal, mask=(o_e[:, None] < E) & (o_r[None, :] < r), other=0.0), 1)
+
+
+@triton.jit
+def _inverse(trace):
+    return tl.div_rn(1.0 + 0.0 * trace, tl.maximum(trace, 1e-37))[None, :, None]
+
+
+@triton.jit
+def _column(p, b_p, j, row, m_t, o_e, o_r, T, E, r, SHARED: tl.constexpr, SPLITS: tl.constexpr):
+    """p at j of the rank, [tokens, 1 or experts, 1]."""
+    if SPLITS == 1:
+        column = load_p(p, row, m_t, o_e, j + tl.arange(0, 1), T, E, r, SHARED, 1)
+    else:  # out of the tile, which costs less than adding up its planes again
+        column = tl.sum(tl.where(o_r[None, None, :] == j, b_p, 0.0), 2)[:, :, None]
+    return column
 
 
 @triton.jit
@@ -100,12 +157,6 @@ def _squared_output_norm(h, unit_gh, trace):
     up = tl.where(huge, 1180591620717411303424.0, 1.0)
     q = tl.sum((h * down) * (unit_gh * down), 2) * trace[None, :] * up * up
     return saturate(tl.maximum(q, 0.0, tl.PropagateNan.ALL))
-
-
-@triton.jit
-def load_trace(gram, o_e, o_r, E, r):
-    diagonal = gram + (o_e[:, None] * r + o_r[None, :]) * r + o_r[None, :]
-    return tl.sum(tl.load(diagonal, mask=(o_e[:, None] < E) & (o_r[None, :] < r), other=0.0), 1)
 
 
 @triton.jit
@@ -126,8 +177,7 @@ def bridge_tile(
     if SPLITS > 1:  # or the planes are added up again in each layout, which does not fit the registers
         b_p = once(b_p)
     h = scale[:, :, None] * b_p
-    trace = load_trace(gram, o_e, o_r, E, r)
-    unit_gh = _gram_times(p, b_p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
+    unit_gh, trace = _gram_times(p, b_p, gram, scale, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
     q = _squared_output_norm(h, unit_gh, trace)
     e, _, _ = projection_scale(once(q), b_kappa[None, :], out_limit, out_edge, MAPPING)
     return once(scaling * gates * e)[:, :, None] * h, b_p, b_n
@@ -158,19 +208,17 @@ def bridge_kernel(
         in_limit, in_edge, out_limit, out_edge, E, r, BLOCK_E, ALL_E, K, SPLITS, ROUTE_SPLITS, ROUTE_PARTS,
         NORMALISE, SHARED, MAPPING,
     )  # fmt: skip
-    row = o_t.to(tl.int64)
-    offsets = (row[:, None, None] * E + o_e[None, :, None]) * r + o_r[None, None, :]
-    m_t, m_r = (o_t < T)[:, None, None], o_r[None, None, :] < r
-    mask = m_t & (o_e[None, :, None] < E) & m_r
-    tl.store(z + offsets, cast(b_z, z.dtype.element_ty), mask=mask)
+    row, m_t = o_t.to(tl.int64), o_t < T
+    store_factors(z, b_z, row, m_t, o_e, o_r, E, r)
     if SUMS:
         if SHARED:
             if tl.program_id(1) == 0:
-                tl.store(p_sum + row[:, None, None] * r + o_r[None, None, :], b_p, mask=m_t & m_r)
+                mask = m_t[:, None, None] & (o_r[None, None, :] < r)
+                tl.store(p_sum + row[:, None, None] * r + o_r[None, None, :], b_p, mask=mask)
         else:
-            tl.store(p_sum + offsets, b_p, mask=mask)
+            store_factors(p_sum, b_p, row, m_t, o_e, o_r, E, r)
         if tl.program_id(1) == 0:
-            tl.store(n_sum + row[:, None], b_n, mask=(o_t < T)[:, None])
+            tl.store(n_sum + row[:, None], b_n, mask=m_t[:, None])
 
 
 @triton.jit
@@ -241,8 +289,7 @@ def bridge_backward_kernel(
             scale = once(scale)
             b_p = load_p(p_l, row, m_t, o_e, o_r, T, E, r, SHARED, 1)
             h = scale[:, :, None] * b_p
-            trace = load_trace(gram_l, o_e, o_r, E, r)
-            unit_gh = _gram_times(p_l, b_p, gram_l, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED, 1)
+            unit_gh, trace = _gram_times(p_l, b_p, gram_l, scale, row, m_t, o_e, o_r, T, E, r, SHARED, 1)
             q = _squared_output_norm(h, unit_gh, trace)
             e, e_dq, e_dkappa = projection_scale(once(q), b_kappa, out_limit, out_edge, MAPPING)
 
@@ -446,7 +493,7 @@ def bridge_backward_parts_launch(
     loads, weight, mask, constants = balance(routed, aux_weight, token_mask, config)
     tile = tile_settings(config, T, device, "bridge_backward")
     if linears == 2 and tile["BLOCK_R"] >= 64:  # or registers spill
-        tile["num_warps"] = 8 if tile["BLOCK_R"] == 64 else 4
+        tile["num_warps"] = 4 if tile["BLOCK_R"] > 64 and tile["BLOCK_E"] > 2 else 8
     launch.launch(
         bridge_backward_kernel, (triton.cdiv(T, tile["BLOCK_T"]),), p,
         (dz, p, n, routed, kappas[0], grams[0], kappas[-1], grams[-1], loads, weight, mask,

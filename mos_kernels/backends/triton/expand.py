@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mos_kernels.backends.triton import launch
-from mos_kernels.backends.triton.numerics import cast, dot
+from mos_kernels.backends.triton.numerics import cast, dot, settled
+from mos_kernels.backends.triton.shrink import empty_stack, stack_part
 
 
 @triton.jit
@@ -24,26 +25,29 @@ def _gram_part(
     B, wide, planes, N, i_e, i_s, total_size, E: tl.constexpr, r: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr, GRAM: tl.constexpr,
 ):  # fmt: skip
-    """planes[split, e] = B[part, e].T @ B[part, e];  wide = B in the dtype of the wide products
+    """planes[split, e] = B[part, e].T @ B[part, e] of as many experts as BLOCK_R columns hold;  wide = B in the dtype
+    of the wide products
 
     total_size: numbers of a plane, in which this linear's begin at `planes`.
     """
-    o_r = tl.arange(0, BLOCK_R)
-    m_r = o_r[None, :] < r
+    held: tl.constexpr = BLOCK_R // r
+    o_c = tl.arange(0, BLOCK_R)
+    column = i_e * held * r + o_c
+    m_c = (o_c < held * r) & (column < E * r)
     part = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS) * BLOCK_N
     total = tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
     for start in range(i_s * part, tl.minimum((i_s + 1) * part, N), BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
-        offsets = (o_n[:, None].to(tl.int64) * E + i_e) * r + o_r[None, :]
-        mask = (o_n[:, None] < N) & m_r
+        offsets = o_n[:, None].to(tl.int64) * (E * r) + column[None, :]
+        mask = (o_n[:, None] < N) & m_c[None, :]
         b_B = tl.load(B + offsets, mask=mask, other=0.0).to(tl.float32)
         if WIDE:
             tl.store(wide + offsets, cast(b_B, wide.dtype.element_ty), mask=mask)
         if GRAM:
             total = dot(tl.trans(b_B), b_B, total)
-    if GRAM:
-        plane = planes + i_s * total_size + i_e * r * r
-        tl.store(plane + o_r[:, None] * r + o_r[None, :], total, mask=(o_r[:, None] < r) & m_r)
+    if GRAM:  # the blocks on the diagonal
+        own = m_c[:, None] & m_c[None, :] & (o_c[:, None] // r == o_c[None, :] // r)
+        tl.store(planes + i_s * total_size + column[:, None] * r + o_c[None, :] % r, total, mask=own)
 
 
 @triton.jit
@@ -58,11 +62,15 @@ def gram_kernel(
 
 @triton.jit
 def grams_kernel(
-    B, wide, B_2, wide_2, B_h, wide_h, planes, N, N_h, E: tl.constexpr, r: tl.constexpr, r_h: tl.constexpr,
-    READS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_R_H: tl.constexpr, SPLITS: tl.constexpr,
-    WIDE: tl.constexpr, WIDE_2: tl.constexpr, WIDE_H: tl.constexpr, GRAM: tl.constexpr,
+    B, wide, B_2, wide_2, B_h, wide_h, planes, A, A_2, router, stack, N, N_h, D, E: tl.constexpr, r: tl.constexpr,
+    r_h: tl.constexpr, READS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_R_H: tl.constexpr,
+    SPLITS: tl.constexpr, WIDE: tl.constexpr, WIDE_2: tl.constexpr, WIDE_H: tl.constexpr, GRAM: tl.constexpr,
+    R: tl.constexpr, ROUTED: tl.constexpr, SPLIT_ROUTER: tl.constexpr,
 ):  # fmt: skip
-    """`gram_kernel` of the READS linears of an FFN that read its input, and of the one (h) after them."""
+    """`gram_kernel` of the READS linears of an FFN that read its input, and of the one (h) after them.
+
+    R: where it is not 0, further programs make the stack of the R rows of A, or of A and A_2, and the router's ROUTED.
+    """
     i_e, i_s, i_l = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     size: tl.constexpr = READS * E * r * r + E * r_h * r_h
     if i_l == 0:
@@ -70,9 +78,12 @@ def grams_kernel(
     elif i_l < READS:
         second = planes + E * r * r
         _gram_part(B_2, wide_2, second, N, i_e, i_s, size, E, r, BLOCK_N, BLOCK_R, SPLITS, WIDE_2, GRAM)
-    else:
+    elif i_l == READS:
         last = planes + READS * E * r * r
         _gram_part(B_h, wide_h, last, N_h, i_e, i_s, size, E, r_h, BLOCK_N, BLOCK_R_H, SPLITS, WIDE_H, GRAM)
+    elif R > 0:
+        first, programs = i_s * tl.num_programs(0) + i_e, tl.num_programs(0) * tl.num_programs(1)
+        stack_part(A, A_2, router, stack, first, programs, D, R, ROUTED, SPLIT_ROUTER, READS == 2)
 
 
 def _gram_settings(B: Tensor, N: int, r: int) -> dict:
@@ -89,43 +100,56 @@ def gram_launch(B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     settings = _gram_settings(B, N, r)
     wide = B if B.dtype == dtype else torch.empty_like(B, dtype=dtype)
     planes = torch.empty(settings["SPLITS"], E, r, r, device=B.device, dtype=torch.float32)
+    block_r = launch.block(r, 16, 128)
     launch.launch(
-        gram_kernel, (E, settings["SPLITS"]), B, (B, wide, planes, N),
-        E=E, r=r, BLOCK_R=launch.block(r, 16, 128), WIDE=wide is not B, **settings,
+        gram_kernel, (triton.cdiv(E, block_r // r), settings["SPLITS"]), B, (B, wide, planes, N),
+        E=E, r=r, BLOCK_R=block_r, WIDE=wide is not B, **settings,
     )  # fmt: skip
     return wide, launch.sum_planes(planes)
 
 
-def grams_launch(Bs: list[Tensor], dtype: torch.dtype, needs_gram: bool) -> tuple[list[Tensor], Tensor | None]:
+def grams_launch(
+    Bs: list[Tensor], dtype: torch.dtype, needs_gram: bool, As: list[Tensor] | None = None, router: Tensor | None = None
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """As `gram_launch` of an FFN's linears, the last of them last: each B in dtype, and where needed all G as one row.
 
-    Those before the last have one shape and dtype.
+    Those before the last have one shape and dtype. As: the A (R, d_in) of these, of one dtype, which with the router
+    become the stack that `shrink_launch` takes.
     """
     *reads, last = Bs
     (N, E, r), (N_h, _, r_h), device = reads[0].shape, last.shape, last.device
     wide = [B if B.dtype == dtype else torch.empty_like(B, dtype=dtype) for B in Bs]
     if not needs_gram and all(a is b for a, b in zip(wide, Bs, strict=True)):
-        return wide, None
+        return wide, None, None
     settings = _gram_settings(last, max(N, N_h), max(r, r_h))
     size = len(reads) * E * r * r + E * r_h * r_h
     planes = torch.empty(settings["SPLITS"], size, device=device, dtype=torch.float32) if needs_gram else None
     casts = [a is not b for a, b in zip(wide, Bs, strict=True)]
+    block_r, block_r_h = launch.block(r, 16, 128), launch.block(r_h, 16, 128)
+    across = max(triton.cdiv(E, block_r // r), triton.cdiv(E, block_r_h // r_h))
+    stack, sources, D, stacking = None, (last,) * 4, N, {"R": 0, "ROUTED": 0, "SPLIT_ROUTER": False}
+    if As is not None:
+        stack, stacking = empty_stack(As, router, dtype)
+        sources, D = (As[0], As[-1], last if router is None else router, stack), stack.shape[1]
     launch.launch(
-        grams_kernel, (E, settings["SPLITS"], len(Bs)), last,
-        (reads[0], wide[0], reads[-1], wide[-2], last, wide[-1], last if planes is None else planes, N, N_h),
-        E=E, r=r, r_h=r_h, READS=len(reads), BLOCK_R=launch.block(r, 16, 128), BLOCK_R_H=launch.block(r_h, 16, 128),
-        WIDE=casts[0], WIDE_2=casts[-2], WIDE_H=casts[-1], GRAM=needs_gram, **settings,
+        grams_kernel, (across, settings["SPLITS"], len(Bs) + (stack is not None)), last,
+        (reads[0], wide[0], reads[-1], wide[-2], last, wide[-1], last if planes is None else planes, *sources,
+         N, N_h, D),
+        E=E, r=r, r_h=r_h, READS=len(reads), BLOCK_R=block_r, BLOCK_R_H=block_r_h,
+        WIDE=casts[0], WIDE_2=casts[-2], WIDE_H=casts[-1], GRAM=needs_gram, **stacking, **settings,
     )  # fmt: skip
-    return wide, None if planes is None else launch.sum_planes(planes)
+    return wide, None if planes is None else launch.sum_planes(planes), stack
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "rows"])
 def expand_kernel(
-    z, B, added, B_2, added_2, y, T, N, C,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ADDED: tl.constexpr, PAIR: tl.constexpr,
+    z, B, added, B_2, added_2, y, T, N, C, rows,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, HOLDS: tl.constexpr, ADDED: tl.constexpr,
+    PAIR: tl.constexpr,
 ):  # fmt: skip
     """y[t, n] = z[t] @ Bcat[n] + added[n] or added[t, n]; neighbouring programs write neighbouring columns
 
+    HOLDS: C <= BLOCK_C, and a program keeps the B and bias of its outputs while it walks `rows` tokens.
     PAIR: y[i] from z[i] of two linears i.
     """
     if PAIR:
@@ -134,20 +158,39 @@ def expand_kernel(
         y += tl.where(is_second, T.to(tl.int64) * N, 0)
         B, added = tl.where(is_second, B_2, B), tl.where(is_second, added_2, added)
     across = tl.cdiv(N, BLOCK_N)
-    i_t, i_n = tl.program_id(0) // across, tl.program_id(0) % across
-    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    first, i_n = tl.program_id(0) // across * rows, tl.program_id(0) % across
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_t, m_n = o_t < T, o_n < N
-    row = o_t.to(tl.int64)[:, None]
-    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    for start in range(0, C, BLOCK_C):
-        o_c = start + tl.arange(0, BLOCK_C)
-        m_c = o_c[None, :] < C
-        b_z = tl.load(z + row * C + o_c[None, :], mask=m_t[:, None] & m_c, other=0.0)
-        b_B = tl.load(B + o_n[:, None].to(tl.int64) * C + o_c[None, :], mask=m_n[:, None] & m_c, other=0.0)
-        total = dot(b_z, tl.trans(b_B), total)
-    total = plus_added(total, added, row, m_t, o_n, N, ADDED)
-    tl.store(y + row * N + o_n[None, :], cast(total, y.dtype.element_ty), mask=m_t[:, None] & m_n[None, :])
+    m_n = (o_n < N)[None, :]
+    if HOLDS:
+        o_c = tl.arange(0, BLOCK_C)
+        b_B = _load_columns(B, o_n, N, o_c, C)
+        b_bias = tl.load(added + o_n, mask=o_n < N, other=0.0).to(tl.float32) if ADDED == 1 else 0.0
+        for start in range(first, tl.minimum(first + rows, T), BLOCK_T):
+            o_t = start + tl.arange(0, BLOCK_T)
+            m_t, row = o_t < T, o_t.to(tl.int64)[:, None]
+            total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+            total = dot(_load_columns(z, o_t, T, o_c, C), tl.trans(b_B), total)
+            if ADDED == 1:
+                total += b_bias[None, :]
+            else:
+                total = plus_added(settled(total), added, row, m_t, o_n, N, ADDED)
+            tl.store(y + row * N + o_n[None, :], cast(total, y.dtype.element_ty), mask=m_t[:, None] & m_n)
+    else:
+        o_t = first + tl.arange(0, BLOCK_T)
+        m_t, row = o_t < T, o_t.to(tl.int64)[:, None]
+        total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+        for start in range(0, C, BLOCK_C):
+            o_c = start + tl.arange(0, BLOCK_C)
+            total = dot(_load_columns(z, o_t, T, o_c, C), tl.trans(_load_columns(B, o_n, N, o_c, C)), total)
+        total = plus_added(total, added, row, m_t, o_n, N, ADDED)
+        tl.store(y + row * N + o_n[None, :], cast(total, y.dtype.element_ty), mask=m_t[:, None] & m_n)
+
+
+@triton.jit
+def _load_columns(t, rows, row_count, columns, C):
+    """[rows, columns] of t (·, C)."""
+    mask = (rows < row_count)[:, None] & (columns < C)[None, :]
+    return tl.load(t + rows.to(tl.int64)[:, None] * C + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -173,13 +216,21 @@ def expand_pair_launch(z: Tensor, Bs: list[Tensor], biases: list[Tensor | None])
 
 def _expand_launch(z: Tensor, Bs: list[Tensor], added: list[Tensor | None], y: Tensor) -> Tensor:
     (T, C), N = z.shape[-2:], y.shape[-1]
-    settings = launch.wide_settings("expand", z.device, T, z.dtype, BLOCK_T=64 if z.dtype == torch.float32 else 128)
-    settings["BLOCK_C"] = launch.block(C, 16, settings["BLOCK_C"])
-    there = [z if t is None else t for t in added]
+    there, dimensions = [z if t is None else t for t in added], 0 if added[0] is None else added[0].dim()
+    most = (256 if C <= 64 else 128) // (2 if dimensions == 2 else 1)  # or shared memory would not do
+    settings = launch.wide_settings("expand", z.device, T, z.dtype, BLOCK_N=most)
+    walks, holds = launch.processors(z.device) * settings.pop("PER_SM"), C <= 128 and z.dtype != torch.float32
+    if not holds and launch.bucket(T) == "train":
+        settings.update(
+            BLOCK_T=64 if z.dtype == torch.float32 else 128, BLOCK_N=64 if C % 16 else 128, num_stages=2
+        )  # fmt: skip
+    settings["BLOCK_C"] = launch.block(C, 16, 128 if holds else settings["BLOCK_C"])
+    tiles, across = triton.cdiv(T, settings["BLOCK_T"]), triton.cdiv(N, settings["BLOCK_N"])
+    of_a_walk = triton.cdiv(tiles, max(walks // (across * len(Bs)), 1)) if holds and T else 1
     launch.launch(
-        expand_kernel, (triton.cdiv(T, settings["BLOCK_T"]) * triton.cdiv(N, settings["BLOCK_N"]), len(Bs)), z,
-        (z, Bs[0], there[0], Bs[-1], there[-1], y, T, N, C),
-        ADDED=0 if added[0] is None else added[0].dim(), PAIR=len(Bs) == 2, **settings,
+        expand_kernel, (triton.cdiv(tiles, of_a_walk) * across, len(Bs)), z,
+        (z, Bs[0], there[0], Bs[-1], there[-1], y, T, N, C, of_a_walk * settings["BLOCK_T"]),
+        HOLDS=holds, ADDED=dimensions, PAIR=len(Bs) == 2, **settings,
     )  # fmt: skip
     return y
 

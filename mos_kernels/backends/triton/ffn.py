@@ -62,8 +62,8 @@ class FFNSaved(NamedTuple):
 def ffn_forward(t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]:
     """y (..., d_out), and what backward wants."""
     x, dtype, config, down = rows(_flat(t.x)), t.x.dtype, plan.config, t.down
-    *made, made_h = _prepared(t, plan)
-    p, n, logits = _shrink_reads(x, t, splits_allowed=False)
+    (*made, made_h), stack = _prepared(t, plan)
+    p, n, logits = _shrink_reads(x, t, stack, splits_allowed=False)
     routed, own_router = _routed(t, logits)
     kappas, grams = _kappas(t.reads), [each.gram for each in made]
     if len(made) == 2:
@@ -91,8 +91,8 @@ def ffn_inference(t: FFNTensors, plan: FFNPlan) -> Tensor:
         [linear.bias for linear in t.reads]
     ):
         return ffn_forward(t, plan)[0]
-    *made, made_h = _prepared(t, plan)
-    p, n, logits = _shrink_reads(x, t, splits_allowed=True)
+    (*made, made_h), stack = _prepared(t, plan)
+    p, n, logits = _shrink_reads(x, t, stack, splits_allowed=True)
     routed, own_router = _routed(t, logits)
     linears = [
         (kappa, each.gram, each.B, _dense(linear.bias))
@@ -116,7 +116,7 @@ def ffn_backward(dy: Tensor, t: FFNTensors, saved: FFNSaved, plan: FFNPlan, need
     """The gradients of the tensors, each in its tensor's dtype, where `needs` asks for them; else None."""
     x, dy, config, down, m = rows(_flat(t.x)), rows(_flat(dy)), plan.config, t.down, len(t.reads)
     routed, own_router = _routed(t, saved.logits)
-    wide, _ = grams_launch(_Bs(t), x.dtype, needs_gram=False)
+    wide, _, _ = grams_launch(_Bs(t), x.dtype, needs_gram=False)
     *grams, gram_h = saved.grams
 
     dz, dB_h = expand_backward_launch(dy, saved.z_h, wide[-1], needs.down.B)
@@ -188,19 +188,19 @@ def _norm_gradients(planes: list, Bs: list[Tensor], Ms: list[Tensor], needs: FFN
     ]  # fmt: skip
 
 
-def _prepared(t: FFNTensors, plan: FFNPlan) -> list[Prepared]:
-    """Of the linears that read x and of the last one, kept or made now."""
+def _prepared(t: FFNTensors, plan: FFNPlan) -> tuple[list[Prepared], Tensor | None]:
+    """Of the linears that read x and of the last one, kept or made now; and with what is made the stack for shrink."""
     kept_h, *kept = plan.prepared or (None,) * (1 + len(t.reads))
     if None not in (kept_h, *kept):
-        return [*kept, kept_h]
+        return [*kept, kept_h], None
     Bs = _Bs(t)
     for B in Bs:
         if B.shape[2] > MAX_RANK:
             raise ValueError(f"r={B.shape[2]} exceeds {MAX_RANK}, the largest rank of the kernels: use backend='eager'")
-    wide, row = grams_launch(Bs, t.x.dtype, needs_gram=True)
+    wide, row, stack = grams_launch(Bs, t.x.dtype, True, _stacks(t.reads), _dense(t.router))
     shapes = [(B.shape[1], B.shape[2], B.shape[2]) for B in Bs]
     grams = row.split([torch.Size(shape).numel() for shape in shapes])
-    return [Prepared(B, gram.view(shape)) for B, gram, shape in zip(wide, grams, shapes, strict=True)]
+    return [Prepared(B, gram.view(shape)) for B, gram, shape in zip(wide, grams, shapes, strict=True)], stack
 
 
 def _Bs(t: FFNTensors) -> list[Tensor]:
@@ -215,11 +215,13 @@ def _stacks(linears: Sequence[Adapted]) -> list[Tensor]:
     return As
 
 
-def _shrink_reads(x: Tensor, t: FFNTensors, splits_allowed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def _shrink_reads(
+    x: Tensor, t: FFNTensors, stack: Tensor | None, splits_allowed: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Planes p (2, S, T, R) of two linears or (S, T, R) of one, n (S, T) and logits (S, T, E or 2E) or None."""
     As = _stacks(t.reads)
-    router = None if t.router is None else t.router.contiguous()
-    p, n, logits = shrink_launch(x, As[0], router, None, 0.0, splits_allowed, *As[1:])
+    router = _dense(t.router)
+    p, n, logits = shrink_launch(x, As[0], router, None, 0.0, splits_allowed, *(As[1:] or [None]), stack)
     return p, n, None if router is None else logits
 
 

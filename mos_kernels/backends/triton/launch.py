@@ -14,6 +14,12 @@ SETTINGS_FILE = Path(__file__).parent / "settings.json"
 DECODE_TOKENS = 64
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many programs a device runs side by side at least: its multiprocessors, and 1 on the CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def block(size: int, least: int, most: int) -> int:
     """The power of two that covers `size`, within a range."""
     return min(max(triton.next_power_of_2(size), least), most)

@@ -21,7 +21,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def cast(value, dtype: tl.constexpr):
-    """float32 to a wide product's dtype, to nearest even; float16 saturates, as an infinity would meet 0 as NaN."""
+    """A value to a wide product's dtype, to nearest even; float16 saturates, as an infinity would meet 0 as NaN."""
     if dtype == tl.float16:
         value = tl.minimum(tl.maximum(value, -65504.0, tl.PropagateNan.ALL), 65504.0, tl.PropagateNan.ALL)
     return nearest(value, dtype)
@@ -29,7 +29,9 @@ def cast(value, dtype: tl.constexpr):
 
 @triton.jit
 def nearest(value, dtype: tl.constexpr):
-    """float32 to dtype, to nearest even, as torch: what float16 cannot hold is infinite, as a gradient scaler wants."""
+    """float32 to dtype, to nearest even, as torch. Of gradients: what float16 cannot hold is infinite, and a gradient
+    scaler, which looks for that, skips the step; saturated, it would take the step with the wrong gradient.
+    """
     if INTERPRET and dtype == tl.bfloat16:  # its own cast truncates
         bits = value.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)

@@ -16,9 +16,24 @@ import triton.language as tl
 from torch import Tensor
 
 from mos_kernels.backends.triton import launch
-from mos_kernels.backends.triton.numerics import cast, dot, keep, once, saturate, settled
+from mos_kernels.backends.triton.numerics import cast, dot, keep, nearest, once, saturate, settled
 
 LOW_SCALE = tl.constexpr(2048.0)  # float16 would lose the low part of a small weight to its subnormals
+
+
+@triton.jit
+def stack_part(
+    A, A_2, router, stack, first, step, D, R: tl.constexpr, E: tl.constexpr, SPLIT_ROUTER: tl.constexpr,
+    PAIR: tl.constexpr,
+):  # fmt: skip
+    """stack = [A; Router] or [A; high(Router); low(Router)], in its dtype; each `step`-th of its tiles from `first`."""
+    rows: tl.constexpr = R + (2 * E if SPLIT_ROUTER else E)
+    across = tl.cdiv(D, 128)
+    for tile in range(first, tl.cdiv(rows, 16) * across, step):
+        o_c, o_d = tile // across * 16 + tl.arange(0, 16), tile % across * 128 + tl.arange(0, 128)
+        b_w = _stacked_rows(A, A_2, router, o_c, o_d, D, R, E, stack.dtype.element_ty, SPLIT_ROUTER, PAIR)
+        offsets = o_c[:, None].to(tl.int64) * D + o_d[None, :]
+        tl.store(stack + offsets, b_w, mask=(o_c[:, None] < rows) & (o_d[None, :] < D))
 
 
 @triton.jit
@@ -49,13 +64,38 @@ def _stacked_rows(
     return cast(total, dtype)
 
 
+@triton.jit
+def _load_rows(stack, rows, columns, D, ROWS: tl.constexpr):
+    """Rows of the stack as `stack_part` left it, [rows, columns]: copied to where the product reads them."""
+    mask = (rows[:, None] < ROWS) & (columns[None, :] < D)
+    return tl.load(stack + rows[:, None].to(tl.int64) * D + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_x(x, row, m_t, columns, last, stride_x):
+    mask = m_t[:, None] & (columns[None, :] < last)
+    return tl.load(x + row[:, None] * stride_x + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _squares(tile):
+    """Squares of a tile of x, added up over the numbers that a thread loads at once."""
+    EACH: tl.constexpr = 128 // tile.dtype.primitive_bitwidth
+    wide = tile.to(tl.float32)
+    return tl.sum(tl.reshape(wide * wide, [tile.shape[0], tile.shape[1] // EACH, EACH]), 2)
+
+
 @triton.jit(do_not_specialize=["T"])
 def shrink_kernel(
-    x, A, A_2, router, p, n, logits, seed, T, D, stride_x, dropout_p, R: tl.constexpr, E: tl.constexpr,
+    x, A, A_2, router, stack, p, n, logits, seed, T, D, stride_x, dropout_p, R: tl.constexpr, E: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
-    SPLIT_ROUTER: tl.constexpr, DROPOUT: tl.constexpr, PAIR: tl.constexpr,
+    SPLIT_ROUTER: tl.constexpr, DROPOUT: tl.constexpr, PAIR: tl.constexpr, STACKED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """(p, logits)[split, t] = x[t, part] @ stack[:, part].T;  n[split, t] = ‖x[t, part]‖²"""
+    """(p, logits)[split, t] = x[t, part] @ stack[:, part].T;  n[split, t] = ‖x[t, part]‖²
+
+    STACKED: the stack lies ready. AHEAD: x is loaded into registers a step before it is used, and not copied to shared
+    memory: what Triton copies there for a product of `mma.sync` and for other uses too has conflicts of banks.
+    """
     i_t, i_s, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -63,15 +103,25 @@ def shrink_kernel(
     row = o_t.to(tl.int64)
     dtype = x.dtype.element_ty
     part = tl.cdiv(tl.cdiv(D, BLOCK_D), SPLITS) * BLOCK_D
+    first, last = i_s * part, tl.minimum((i_s + 1) * part, D)
     total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    norm = tl.zeros([BLOCK_T], tl.float32)
-    for start in range(i_s * part, tl.minimum((i_s + 1) * part, D), BLOCK_D):
+    EACH: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    squares = tl.zeros([BLOCK_T, BLOCK_D // EACH], tl.float32)
+    if AHEAD:
+        b_next = _load_x(x, row, m_t, first + tl.arange(0, BLOCK_D), last, stride_x)
+    for start in range(first, last, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
-        b_x = tl.load(x + row[:, None] * stride_x + o_d[None, :], mask=m_t[:, None] & (o_d[None, :] < D), other=0.0)
-        b_w = _stacked_rows(A, A_2, router, o_c, o_d, D, R, E, dtype, SPLIT_ROUTER, PAIR)
+        if AHEAD:
+            b_x = b_next
+            b_next = _load_x(x, row, m_t, o_d + BLOCK_D, last, stride_x)
+        else:
+            b_x = _load_x(x, row, m_t, o_d, D, stride_x)
+        if STACKED:
+            b_w = _load_rows(stack, o_c, o_d, D, R + (2 * E if SPLIT_ROUTER else E))
+        else:
+            b_w = _stacked_rows(A, A_2, router, o_c, o_d, D, R, E, dtype, SPLIT_ROUTER, PAIR)
         if R > 0:
-            wide = b_x.to(tl.float32)
-            norm += tl.sum(wide * wide, 1)
+            squares += _squares(b_x)
         if DROPOUT:
             kept = keep(seed, o_t, start, dropout_p, BLOCK_D)
             dropped = cast(tl.where(kept, b_x.to(tl.float32) * (1.0 / (1.0 - dropout_p)), 0.0), dtype)
@@ -90,7 +140,7 @@ def shrink_kernel(
             offsets = (linear[None, :] * SPLITS * T + plane[:, None]) * (R // 2) + of_linear[None, :]
         tl.store(p + offsets, total, mask=m_t[:, None] & (o_c[None, :] < R))
         if i_c == 0:
-            tl.store(n + plane, saturate(norm), mask=m_t)
+            tl.store(n + plane, saturate(tl.sum(squares, 1)), mask=m_t)
     if E > 0:
         width = 2 * E if SPLIT_ROUTER else E
         o_l = o_c - R
@@ -101,6 +151,14 @@ def shrink_kernel(
         )
 
 
+def empty_stack(As: list[Tensor], router: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, dict]:
+    """Room for the stack of one or two A (R, d_in) and a router (E, d_in), and the constants by which it is made."""
+    (R, D), E, split = As[0].shape, 0 if router is None else router.shape[0], dtype != torch.float32
+    rows = len(As) * R + (2 * E if split else E)
+    constants = {"R": len(As) * R, "ROUTED": E, "SPLIT_ROUTER": E > 0 and split}
+    return torch.empty(rows, D, device=As[0].device, dtype=dtype), constants
+
+
 def shrink_launch(
     x: Tensor,
     A: Tensor | None,
@@ -109,10 +167,11 @@ def shrink_launch(
     dropout_p: float,
     splits_allowed: bool,
     A_2: Tensor | None = None,
+    stack: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Planes p (S, T, R), n (S, T) and logits (S, T, E or 2E); S = 1 unless splits are allowed. x (T, D).
 
-    A_2: a second linear's, of A's shape and dtype; p is (2, S, T, R) then.
+    A_2: a second linear's, of A's shape and dtype; p is (2, S, T, R) then. stack: what `stack_part` made of them.
     """
     (T, D), device = x.shape, x.device
     each, E = (0 if A is None else A.shape[0]), (0 if router is None else router.shape[0])
@@ -120,14 +179,14 @@ def shrink_launch(
     split_router = E > 0 and x.dtype != torch.float32
     columns = R + (2 * E if split_router else E)
     block_c = launch.block(columns, 16, 64 if A_2 is None else 32)
-    most = 256 if block_c <= 16 else 64
+    most = 256 if block_c <= 16 else 64 if stack is None else 128
     wide, dropping, pair = x.dtype == torch.float32, seed is not None, A_2 is not None
     if wide or dropping:
         narrow = block_c > 32 or wide and dropping or pair and launch.bucket(T) != "decode"
         most = 32 if narrow else 64
     settings = launch.wide_settings("shrink", device, T, x.dtype, BLOCK_D=most)
-    splits = settings.pop("SPLITS")
-    splits = splits if splits_allowed else 1
+    splits = settings.pop("SPLITS") if splits_allowed else 1
+    settings.update(SPLITS=splits, AHEAD=R > 0 and not dropping and (wide or bool(settings["AHEAD"])))
     linears = () if A_2 is None else (2,)
     p = torch.empty(*linears, splits, T, each, device=device, dtype=torch.float32)
     n = torch.empty(splits, T, device=device, dtype=torch.float32)
@@ -135,10 +194,10 @@ def shrink_launch(
     grid = (triton.cdiv(T, settings["BLOCK_T"]), splits, triton.cdiv(columns, block_c))
     launch.launch(
         shrink_kernel, grid, x,
-        (x, x if A is None else A, x if A_2 is None else A_2, x if router is None else router, p, n, logits,
-         x if seed is None else seed, T, D, x.stride(0), dropout_p),
-        R=R, E=E, BLOCK_C=block_c, SPLITS=splits, SPLIT_ROUTER=split_router, DROPOUT=seed is not None,
-        PAIR=A_2 is not None, **settings,
+        (x, x if A is None else A, x if A_2 is None else A_2, x if router is None else router,
+         x if stack is None else stack, p, n, logits, x if seed is None else seed, T, D, x.stride(0), dropout_p),
+        R=R, E=E, BLOCK_C=block_c, SPLIT_ROUTER=split_router, DROPOUT=dropping, PAIR=pair, STACKED=stack is not None,
+        **settings,
     )  # fmt: skip
     return p, n, logits
 
@@ -199,7 +258,7 @@ def shrink_backward_kernel(
 
 @triton.jit
 def _stacked_gradients(dp, dlogits, row, m_t, columns, R: tl.constexpr, E: tl.constexpr, dtype: tl.constexpr):
-    """Columns of (dp, dlogits) for the given tokens, [tokens, columns] in dtype."""
+    """Columns of (dp, dlogits) for the given tokens, [tokens, columns] in dtype, infinite where it cannot hold them."""
     total = tl.zeros([row.shape[0], columns.shape[0]], tl.float32)
     if R > 0:
         mask = m_t[:, None] & (columns[None, :] < R)
@@ -208,7 +267,7 @@ def _stacked_gradients(dp, dlogits, row, m_t, columns, R: tl.constexpr, E: tl.co
         o_e = columns - R
         mask = m_t[:, None] & (o_e[None, :] >= 0) & (o_e[None, :] < E)
         total += tl.load(dlogits + row[:, None] * E + o_e[None, :], mask=mask, other=0.0)
-    return settled(cast(total, dtype))
+    return settled(nearest(total, dtype))
 
 
 @triton.jit
@@ -226,7 +285,7 @@ def _store_dx(b_dx, dx, dn, b_x, o_t, o_d, m_t, mask, D, R: tl.constexpr):
     if R > 0:
         b_n = tl.load(dn + o_t, mask=m_t, other=0.0)
         b_dx += (2.0 * b_n)[:, None] * b_x.to(tl.float32)
-    tl.store(dx + o_t.to(tl.int64)[:, None] * D + o_d[None, :], cast(b_dx, dx.dtype.element_ty), mask=mask)
+    tl.store(dx + o_t.to(tl.int64)[:, None] * D + o_d[None, :], nearest(b_dx, dx.dtype.element_ty), mask=mask)
 
 
 def shrink_backward_launch(
@@ -256,6 +315,8 @@ def shrink_backward_launch(
         BLOCK_T=32 if dropping or wide or block_c > 16 else 128,
         BLOCK_D=32 if block_c > 32 or (dropping or wide) and R + E > 32 or dropping and wide else 256,
     )  # fmt: skip
+    if dropping and wide and launch.bucket(T) == "decode":  # or registers spill; few tokens are few steps
+        settings["num_stages"] = 1
     if R + E > 32:  # the stacked rows of a tile take the shared memory, or the registers, of a stage
         settings["num_stages"] = min(settings["num_stages"], 2)
     if block_c > 32:  # Triton 3.6 refills a stage's x while the second half of dW's product, as it cuts it, still reads

@@ -35,17 +35,23 @@ CANDIDATES = {
     "TOKEN_TILE": (64, 128, 256, 512),
     "WEIGHT_T": (16, 32, 64, 128),
     "WEIGHT_N": (32, 64, 128, 256),
+    "AHEAD": (0, 1),
     "CHUNK_ROWS": (512, 1024, 2048, 4096, 1 << 40),
     "CHUNK_BYTES": (8 << 20, 16 << 20, 24 << 20, 32 << 20, 48 << 20, 1 << 40),
+    "PER_SM": (1, 2, 3, 4, 6, 8, 16),
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1, 2, 3, 4),
 }
 SEEDS = {
+    "shrink": {"train": {"BLOCK_T": 64, "BLOCK_D": 128, "SPLITS": 1, "AHEAD": 0, "num_warps": 8, "num_stages": 4}},
     "shrink_backward": {"train": {"BLOCK_T": 32, "BLOCK_D": 64, "SPLITS": 8, "num_warps": 4, "num_stages": 4}},
     "gram": {"train": {"BLOCK_N": 64, "SPLITS": 64, "num_warps": 4, "num_stages": 2}},
     "bridge": {"train": {"TILE": 256, "TOKEN_TILE": 512, "num_warps": 2, "num_stages": 1}},
     "bridge_backward": {"train": {"TILE": 256, "TOKEN_TILE": 512, "num_warps": 1, "num_stages": 1}},
     "bridge_reduce": {"train": {"BLOCK_T": 32, "SPLITS": 64, "num_warps": 4, "num_stages": 2}},
+    "expand": {
+        "train": {"BLOCK_T": 64, "BLOCK_N": 256, "BLOCK_C": 64, "PER_SM": 2, "num_warps": 8, "num_stages": 3},
+    },
     "expand_backward": {
         "train": {
             "BLOCK_T": 256, "BLOCK_N": 32, "SPLITS": 4, "WEIGHT_T": 32, "WEIGHT_N": 256, "CHUNK_BYTES": 25165824,

@@ -88,10 +88,10 @@ def test_the_table_is_written_whole_and_read_back(tmp_path, monkeypatch):
     launch.table.cache_clear()
     before = json.loads(path.read_text())
     try:
-        tune.write("sm_90", {"expand": {"train": {"BLOCK_T": 32}}})
-        tune.write("sm_90", {"expand": {"decode": {"BLOCK_T": 16}}})
+        tune.write("sm_89", {"expand": {"train": {"BLOCK_T": 32}}})
+        tune.write("sm_89", {"expand": {"decode": {"BLOCK_T": 16}}})
         stored = {"train": {"BLOCK_T": 32}, "decode": {"BLOCK_T": 16}}
-        assert launch.table() == {**before, "sm_90": {"expand": stored}}
+        assert launch.table() == {**before, "sm_89": {"expand": stored}}
         assert [p.name for p in tmp_path.iterdir()] == ["settings.json"]
         assert json.loads(tune.render(launch.table())) == launch.table()
     finally:
@@ -102,11 +102,11 @@ def test_the_table_is_written_whole_and_read_back(tmp_path, monkeypatch):
 def test_what_an_architecture_lacks_is_the_defaults(monkeypatch):
     default = launch.table()["default"]
     ours = {**default["expand"]["decode"], "num_warps": 2}
-    monkeypatch.setattr(launch, "table", lambda: {"default": default, "sm_90": {"expand": {"decode": ours}}})
-    assert launch.architecture_settings("expand", "sm_90", 1) == ours
-    assert launch.architecture_settings("expand", "sm_90", 1000) == default["expand"]["train"]
+    monkeypatch.setattr(launch, "table", lambda: {"default": default, "sm_89": {"expand": {"decode": ours}}})
+    assert launch.architecture_settings("expand", "sm_89", 1) == ours
+    assert launch.architecture_settings("expand", "sm_89", 1000) == default["expand"]["train"]
     assert launch.architecture_settings("expand", "sm_80", 1) == default["expand"]["decode"]
-    assert launch.architecture_settings("gram", "sm_90", 1) == default["gram"]["train"]
+    assert launch.architecture_settings("gram", "sm_89", 1) == default["gram"]["train"]
 
 
 @pytest.mark.budget(10)
@@ -124,8 +124,8 @@ def test_a_run_on_a_gpu_tunes_each_bucket_and_goes_on_from_what_it_wrote(tmp_pat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
-    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(launch, "_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_89")
+    monkeypatch.setattr(launch, "_architecture", lambda device: "sm_89")
 
     def tuned(kernel, bucket, calls, device, timer):
         return {**launch.settings(kernel, device, tune.TOKENS[bucket]), "num_stages": 4}, 1.0, 2.0
@@ -135,9 +135,9 @@ def test_a_run_on_a_gpu_tunes_each_bucket_and_goes_on_from_what_it_wrote(tmp_pat
     try:
         default = launch.table()["default"]
         assert tune.run(["expand", "gram"], ["decode"], torch.bfloat16, dry_run=False) == 0
-        assert set(launch.table()["sm_90"]) == {"expand"} and set(launch.table()["sm_90"]["expand"]) == {"decode"}
+        assert set(launch.table()["sm_89"]) == {"expand"} and set(launch.table()["sm_89"]["expand"]) == {"decode"}
         assert tune.run([], [], torch.bfloat16, dry_run=False) == 0
-        stored = launch.table()["sm_90"]
+        stored = launch.table()["sm_89"]
         assert {k: set(b) for k, b in stored.items()} == {k: set(b) for k, b in default.items()}
         assert all(c["num_stages"] == 4 for buckets in stored.values() for c in buckets.values())
     finally:
