@@ -2,28 +2,30 @@
 
 It is kept in eval mode without gradients, and valid for the very tensors that it was made from, at the same address and
 version. A change in place, a tensor in another's place (`functional_call`, `load_state_dict`, `swap_tensors`, an
-assignment to the parameter or to its `.data`), a backward through any adapter of the process, `model.train()` and
-`model.eval()` end it.
+assignment to the parameter or to its `.data`), a backward through any adapter of the process, a step of any of its
+optimizers, `model.train()` and `model.eval()` end it.
 
 A write through `.data` (`p.data.copy_(...)`) or through numpy leaves no trace in a tensor: call `model.eval()` after
-it. Torch's fused optimizers leave none either, which is why a backward counts and a parameter with a gradient is
-never kept from.
+it. Torch's fused optimizers leave none either, which is why backwards and steps count. The step of an optimizer that
+torch.compile has compiled does not; so a parameter with a gradient is never kept from.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.sharded import is_zero3
 
 _generation = 0
-"""How many backwards have run: a fused optimizer's step changes no version, nor does a copy made through `.data`."""
+"""How many backwards and steps have run: a fused optimizer changes no version, nor does one that writes in backward."""
 
 
 class Use(NamedTuple):
@@ -56,6 +58,7 @@ class Seen(NamedTuple):
         """None where a change of them would not be seen. What is made of them has to be made afterwards."""
         if not all(map(shows_changes, tensors)):
             return None
+        _watch_optimizers()
         return cls(tensors, tuple(map(mark, tensors)), tuple(t.untyped_storage() for t in tensors), _generation)
 
     def are(self, tensors: Sequence[Tensor]) -> bool:
@@ -93,11 +96,16 @@ class Kept(NamedTuple):
         return self.use == use and self.seen.are(tensors)
 
 
-def count_backward() -> None:
-    """A backward runs: the parameters of any adapter may change without a trace from here on."""
+def expire(*_: Any) -> None:
+    """A backward or an optimizer's step runs: the parameters of any adapter may change without a trace."""
     global _generation
     if not torch.compiler.is_compiling():
         _generation += 1
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(expire)
 
 
 def is_plain(x: Tensor) -> bool:

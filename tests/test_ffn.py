@@ -353,6 +353,77 @@ def test_few_tokens(runs, dtype, tokens, family):
     assert (few.double() - linears.double()).abs().max() <= bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e15, 1e19, 1e30])
+def test_a_broken_or_huge_token_shows_and_leaves_the_others_as_they_are(bad, dtype, recwarn):
+    block, x = adapted(dtype=dtype).eval(), x_of(dtype, 3).detach()
+    with torch.no_grad():
+        block(x)
+        x[1, 2] = bad
+        few = block(x)
+        with OneByOne(block):
+            linears = block(x)
+    assert torch.equal(few.isfinite(), linears.isfinite())
+    bound = 8 * torch.finfo(dtype).eps * linears[::2].abs().max()
+    assert (few[::2] - linears[::2]).abs().max() <= bound
+    assert not [warning for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_strided_input(runs, tokens):
+    block, wide = adapted(dtype=torch.float32).eval(), torch.randn(tokens, 2, 2 * D)
+    for x in (wide[..., ::2], wide[:, 0, :D], wide.transpose(0, 1)[..., D:], wide[:, :1, :D].expand(-1, 4, -1)):
+        with torch.no_grad():
+            assert torch.equal(block(x), block(x.contiguous()))
+    assert len(runs) == 8
+
+
+def test_the_output_may_be_changed_in_place():
+    block, x = adapted(dtype=torch.float32).eval(), x_of(torch.float32).detach()
+    with torch.no_grad():
+        y = block(x)
+    y += torch.ones(1, requires_grad=True)
+    y.sum().backward()
+
+
+def test_a_linear_that_is_gate_and_up_at_once():
+    block, x = adapted(), x_of()
+    block.up_proj = block.gate_proj
+    one = results(block, x)
+    with OneByOne(block):
+        linears = results(block, x)
+    assert_same(one, linears)
+
+
+def test_blocks_that_share_a_router_and_a_factor():
+    first, second = (adapted(dtype=torch.float32).eval() for _ in range(2))
+    second.mos_router, second.up_proj.mos_lora_B = first.mos_router, first.up_proj.mos_lora_B
+    x = x_of(torch.float32).detach()
+    with torch.no_grad():
+        before = first(x), second(x)
+        first.up_proj.mos_lora_B.mul_(2)
+        for block, old in zip((first, second), before, strict=True):
+            y = block(x)
+            with OneByOne(block):
+                torch.testing.assert_close(y, block(x), rtol=1e-5, atol=1e-6)
+            assert not torch.allclose(y, old)
+
+
+def test_a_lora_of_peft_around_a_linear_is_seen(runs):
+    peft = pytest.importorskip("peft")
+    model = nn.ModuleDict({"mlp": adapted(dtype=torch.float32)}).eval()
+    x = x_of(torch.float32).detach()
+    with torch.no_grad():
+        before = model["mlp"](x)
+        config = peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+        around = peft.get_peft_model(model, config).eval()
+        block = around.base_model.model["mlp"]
+        assert not torch.allclose(block(x), before)
+        with around.disable_adapter():
+            torch.testing.assert_close(block(x), before, rtol=1e-5, atol=1e-6)
+    assert len(runs) == 1
+
+
 def test_under_compile_the_linears_stay(runs):
     block, graphs = adapted(dtype=torch.float32), []
     compiled = torch.compile(block, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
@@ -533,6 +604,14 @@ def a_fused_optimizer(block):
     optimizer.step()
 
 
+def a_regulariser_and_a_fused_optimizer(block):
+    factors = [p for name, p in block.named_parameters() if "mos_lora" in name]
+    optimizer = torch.optim.SGD(factors, lr=0.1, fused=True)
+    sum(factor.square().sum() for factor in factors).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def written_through_data_then_eval(block):
     for name, parameter in block.named_parameters():
         if "mos_lora_A" in name:
@@ -543,7 +622,7 @@ def written_through_data_then_eval(block):
 AFTERWARDS = [
     a_hook, a_hook_on_a_routers_input, a_hook_on_every_module, a_forward_of_its_own, a_compiled_call, another_class,
     another_routing, another_activation, other_weights, another_bias, a_changed_router, a_changed_factor,
-    a_fused_optimizer, written_through_data_then_eval, swapped_tensors,
+    a_fused_optimizer, a_regulariser_and_a_fused_optimizer, written_through_data_then_eval, swapped_tensors,
 ]  # fmt: skip
 
 
@@ -758,6 +837,8 @@ def test_errors_are_those_of_the_linears():
         block(torch.randn(2, 11, dtype=torch.float64))
     with pytest.raises(ValueError, match="float32.*float64"):
         block(torch.randn(2, D))
+    with pytest.raises(ValueError, match="single number"):
+        block(torch.tensor(1.0, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="second derivatives"):
         torch.autograd.grad(block(x_of()).sum(), block.mos_router.weight, create_graph=True)
 

@@ -168,6 +168,15 @@ def trained_by_a_fused_optimizer(layer):
             layer(x_of())
 
 
+def a_regulariser_and_a_fused_optimizer(layer):
+    """No forward of a layer, hence no backward of one, before the step; and no gradient after it."""
+    factors = [layer.mos_lora_A, layer.mos_lora_B]
+    optimizer = torch.optim.SGD(factors, lr=0.1, fused=True)
+    sum(factor.square().sum() for factor in factors).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def data_changed_then_eval(layer):
     """What leaves no trace in a tensor, as copies of moving averages."""
     layer.mos_lora_B.data.mul_(2)
@@ -185,8 +194,8 @@ def synchronised_from_a_layer_in_training(layer):
 CHANGES = [
     functional_call, assigned, same_memory_assigned, swapped, swapped_again_and_again, loaded, loaded_by_assignment,
     changed_in_place, changed_under_inference_mode, data_assigned, data_assigned_as_a_view, vector_to_parameters,
-    curvatures_map, reconfigured, drawn_anew, cast, moved, trained_by_a_fused_optimizer, data_changed_then_eval,
-    synchronised_from_a_layer_in_training,
+    curvatures_map, reconfigured, drawn_anew, cast, moved, trained_by_a_fused_optimizer,
+    a_regulariser_and_a_fused_optimizer, data_changed_then_eval, synchronised_from_a_layer_in_training,
 ]  # fmt: skip
 
 

@@ -8,6 +8,8 @@ bridge computes in float64, which costs the same here: no sum overflows, and z i
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +24,7 @@ from mos_kernels.config import MoSConfig
 from mos_kernels.geometry import SATURATION, guard_back, guard_into
 
 MOST_TOKENS = 32
+FEW_LOGITS = 64
 
 
 class Constants(NamedTuple):
@@ -39,12 +42,12 @@ class Constants(NamedTuple):
     offset: ndarray  # 1/2σ (1, m, E)
     zero: ndarray  # (1, m, E)
     one: ndarray
-    gram: ndarray  # G/σ² (m, E, r²), or (m, E, 1, r²) where each expert has a p of its own
+    gram: ndarray  # G/σ² (m, E, 1, r²)
     into: tuple[float, float]  # guards
     back: tuple[float, float]
     safe_n: float  # up to this n no guard is needed
     safe_q: float
-    ranks: tuple[int, tuple[int, ...], tuple[int, ...]]  # how many of the rows are A's, p's shape and that of p pᵀ
+    ranks: tuple[int, tuple[int, ...]]  # how many of the rows are A's, and p's shape
     routes: bool  # whether logits are asked for
     dtype: np.dtype  # z's
     scaling: float  # σ
@@ -84,15 +87,20 @@ def constants(
     return Constants(
         rows.t(),
         tuple((b if b.dtype == compute else made.B).data.flatten(1).t() for b, made in zip(B, prepared, strict=True)),
-        kappas, kappas / (2 * scaling), np.full_like(kappas, 1 / (2 * scaling)),
-        np.zeros_like(kappas), np.ones_like(kappas),
-        gram.reshape((m, E, r * r) if config.share_a else (m, E, 1, r * r)), into, back,
+        kappas, kappas / (2 * scaling), *(_filled(kappas.shape, value) for value in (1 / (2 * scaling), 0, 1)),
+        gram.reshape(m, E, 1, r * r), into, back,
         min(SATURATION, least / lowest) if lowest < 0 else SATURATION,
         min(SATURATION, back[0] / highest) if highest > 0 else SATURATION,
-        (sum(map(len, factors)), *(((-1, m, 1, r), (-1, m, r * r, 1)) if config.share_a else ((-1, m, E, r), (-1, m, E, r * r, 1)))),
+        (sum(map(len, factors)), (-1, m, 1 if config.share_a else E, r)),
         router is not None,
         np.dtype(np.float64 if compute == torch.float64 else np.float32), scaling, config.domain == "raw",
     )  # fmt: skip
+
+
+@functools.cache
+def _filled(shape: tuple[int, ...], value: float) -> ndarray:
+    """One of a kind, so that a processor's cache holds it from block to block."""
+    return np.full(shape, value, np.float64)
 
 
 def _stacked(tensors: Sequence[Tensor]) -> ndarray:
@@ -103,26 +111,33 @@ def shrink(x: Tensor, made: Constants) -> tuple[ndarray, ndarray, ndarray]:
     """p (T, m, 1 or E, r), n (T, 1, 1), and logits (T, E), empty without a router. x (T, d_in)."""
     x = x.to(made.rows.dtype)
     products = (eager.exact_matmul(x, made.rows) if made.routes else torch.mm(x, made.rows)).numpy()
-    ranks, shape, _ = made.ranks
+    ranks, shape = made.ranks
     tokens = x.numpy()
     n = np.matmul(tokens[:, None, :], tokens[:, :, None])
     return products[:, :ranks].reshape(shape), n, products[:, ranks:]
 
 
 def route(logits: ndarray, config: MoSConfig) -> ndarray:
-    """Gates (T, E) from logits (T, E): ties to the lower index, and a NaN shows."""
-    k = config.num_experts_per_tok
-    ordered = np.sort(logits, 1)
-    kept = logits >= ordered[:, -k, None]
-    if np.count_nonzero(kept) != k * len(kept):  # ties, or a NaN
-        kept = np.zeros(logits.shape, bool)
-        np.put_along_axis(kept, np.argsort(-logits, 1, kind="stable")[:, :k], True, 1)
-        kept |= logits != logits
-    exponential = np.exp(logits - ordered[:, -1:])
-    if config.norm_topk_prob:
-        exponential *= kept
-        return exponential / np.add.reduce(exponential, 1, keepdims=True)
-    return exponential / np.add.reduce(exponential, 1, keepdims=True) * kept
+    """Gates (T, E) from logits (T, E)."""
+    if logits.size <= FEW_LOGITS:  # fewer instructions to fetch than of NumPy
+        gates = [_gates(row, config.num_experts_per_tok, config.norm_topk_prob) for row in logits.tolist()]
+        if None not in gates:
+            return np.array(gates)
+    return eager.route(torch.from_numpy(logits), config).numpy()
+
+
+def _gates(logits: list[float], k: int, norm_topk_prob: bool) -> list[float] | None:
+    """A token's; None where logits tie for the last place, or are not finite."""
+    ordered = sorted(logits, reverse=True)
+    top, least = ordered[0], ordered[k - 1]
+    if not math.isfinite(sum(logits)) or least in ordered[k : k + 1]:
+        return None
+    gates = [math.exp(logit - top) for logit in logits]
+    total = sum(gates)
+    gates = [gate if logit >= least else 0.0 for gate, logit in zip(gates, logits, strict=True)]
+    if norm_topk_prob:
+        total = sum(gates)
+    return [gate / total for gate in gates]
 
 
 def bridge(p: ndarray, n: ndarray, gates: ndarray, made: Constants) -> ndarray:
@@ -133,7 +148,7 @@ def bridge(p: ndarray, n: ndarray, gates: ndarray, made: Constants) -> ndarray:
         d += made.offset
     else:
         d = _guarded_into(n, made)
-    squares = (p[..., None] * p[..., None, :]).reshape(made.ranks[2])
+    squares = (p[..., None] * p[..., None, :]).reshape(*p.shape[:3], -1, 1)
     q = np.maximum(np.matmul(made.gram, squares).reshape(d.shape), made.zero)
     q /= d * d
     if max(q.ravel().tolist()) <= made.safe_q:
@@ -147,7 +162,6 @@ def bridge(p: ndarray, n: ndarray, gates: ndarray, made: Constants) -> ndarray:
     return np.multiply(p, scale[..., None], dtype=made.dtype, casting="same_kind").reshape(len(p), len(made.B), -1)
 
 
-@np.errstate(all="ignore")
 def _guarded_into(n: ndarray, made: Constants) -> ndarray:
     """d, where a guard holds."""
     limit, edge = made.into
@@ -160,7 +174,6 @@ def _guarded_into(n: ndarray, made: Constants) -> ndarray:
     return 1 / (made.scaling * scale)
 
 
-@np.errstate(all="ignore")
 def _guarded_back(q: ndarray, made: Constants) -> ndarray:
     """w, where a guard holds."""
     limit, edge = made.back
