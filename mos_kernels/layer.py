@@ -332,13 +332,13 @@ class MoSLayer(MoSAdapter):
         return self._adapt(x, gates, backend, *self._base(x))
 
     def freeze_for_inference(self):
-        """Switch to eval mode and compute what follows from the parameters now: κ, G, the factors in the base's dtype.
+        """Switch to eval mode, and cache what depends only on the parameters: κ, G, and factors in the base's dtype.
 
-        The first call in eval mode without gradients does so by itself. The result is kept while the parameters are the
-        same tensors at the same versions. A write through `.data` (`p.data.copy_(...)`) or through numpy cannot be
-        seen: call `eval()` after it. Only a CUDA graph needs this call: a graph that is captured after it holds what
-        was computed here, and a change of the parameters then needs a new capture. Without this call a graph computes
-        from the parameters at each replay. `train()` and `eval()` undo the call. Returns the layer.
+        The first call in eval mode without gradients does this by itself. The cache is valid as long as the parameters
+        do not change. A write through `.data` (`p.data.copy_(...)`) or through numpy cannot be noticed: call `eval()`
+        after it. Only CUDA graphs need this call. A graph that is captured after it uses the cache; capture it again
+        after the parameters change. A graph that is captured without it computes these tensors at each replay.
+        `train()` and `eval()` undo the call. Returns the layer.
         """
         self.eval()
         self._freeze(*self._base_device_and_dtype())

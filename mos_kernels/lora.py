@@ -1,7 +1,8 @@
 """A single Euclidean expert: a LoRA, y = base(x) + (α/r) B A x, without router and curvature.
 
-The adapter's product comes first and the base's, which is long, is summed onto it: one pass over y less than the other
-way round. Backward is written out, and does so with the gradient of x, which is rounded once less than autograd's.
+The adapter's product is computed first, and the base's long product is added to it: this takes one pass over y less
+than the other order. Backward is written by hand in the same way: the base's product is added to the gradient of x,
+which is rounded once less than by autograd.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ def lora_linear(
         check_base_output(x, base_output, B.shape[0])
     if casts:
         x, weight, bias = (None if t is None else t.to(autocast_dtype(x)) for t in (x, weight, bias))
-        with without_autocast(x):  # which would round a base's float32 output
+        with without_autocast(x):  # autocast would round a base's float32 output
             return _lora(x, weight, bias, A, B, scaling, base_output, dropout_p)
     return _lora(x, weight, bias, A, B, scaling, base_output, dropout_p)
 
 
 def _lora(x, weight, bias, A, B, scaling, base_output, dropout_p) -> Tensor:
-    if dropout_p > 0 or torch.compiler.is_compiling():  # Inductor fuses it, and forms the backward
+    if dropout_p > 0 or torch.compiler.is_compiling():  # Inductor fuses it, and makes the backward
         return composed(x, dropout(x, dropout_p), weight, bias, A, B, scaling, base_output)
     if torch.is_grad_enabled():
         return _LoRA.apply(x, weight, bias, A, B, scaling, base_output)
@@ -49,7 +50,7 @@ def _lora(x, weight, bias, A, B, scaling, base_output, dropout_p) -> Tensor:
 
 
 def composed(x: Tensor, dropped: Tensor, weight, bias, A: Tensor, B: Tensor, scaling: float, base_output) -> Tensor:
-    """The same of products that autograd and torch.compile see. dropped: what A reads."""
+    """The same with products that autograd and torch.compile trace. dropped: the input of A."""
     y_dtype = x.dtype if base_output is None else base_output.dtype
     low = linear(dropped, A.to(x.dtype)).to(y_dtype).mul(scaling)
     rows, factor = low.reshape(-1, low.shape[-1]), B.to(y_dtype).t()
