@@ -29,6 +29,7 @@ FROZEN = "frozen linear"
 PEFT_8, PEFT_8_AS_BASE = "peft LoRA r=8, fp32 adapters", "peft LoRA r=8, adapters as base"
 PEFT_64, PEFT_64_AS_BASE = "peft LoRA r=64, fp32 adapters", "peft LoRA r=64, adapters as base"
 FUSED_8 = "hand-fused LoRA r=8"
+ONE_EXPERT = "MoS, one Euclidean expert (a LoRA)"
 HYDRA, MIXTURE = "HydraLoRA, expert by expert", "mixture of LoRA, expert by expert"
 PRINTED, TIDIED = "formula as printed, expert by expert", "formula tidied, expert by expert"
 EXP_LOG, EXP_LOG_COMPILED = "exp/log, expert by expert", "exp/log, expert by expert, compiled"
@@ -217,6 +218,15 @@ def _fused(base: Base) -> Arm:
     A, B = _fused_factors(base)
     linear = base.linear
     return Arm(lambda x, gates: FusedLoRA.apply(x, linear.weight, linear.bias, A, B, 2.0), [A, B])
+
+
+@_provides(LAYERS, ONE_EXPERT)
+def _one_expert(base: Base) -> Arm:
+    rank = base.setting.rank
+    config = MoSConfig(r=rank, lora_alpha=2.0 * rank, spaces={"euclidean": 1}, num_experts_per_tok=1)
+    layer = MoSLinear.from_linear(base.linear, config)
+    nn.init.normal_(layer.mos_lora_B, std=0.02)
+    return Arm(lambda x, gates: layer(x), [layer.mos_lora_A, layer.mos_lora_B])
 
 
 @_provides(LAYERS, HYDRA)

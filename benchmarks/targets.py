@@ -103,6 +103,8 @@ TARGETS = (
     _cpu("the same, saved for backward over the frozen FFN", p.EAGER, p.FROZEN, 0.75, "saved"),
     _cpu("one token of SmolLM2-135M's FFN (576→1536) over peft LoRA r=8", p.EAGER, p.PEFT_8, 1.25, kind="decode",
          tokens=1, shapes=((576, 1536),)),
+    _cpu("T=512: one Euclidean expert over a LoRA r=8 fused by hand", p.ONE_EXPERT, p.FUSED_8, 1.05, "time", "lora",
+         ((576, 576), (1536, 1536))),
     _cpu("T=512: one MoS linear, own router, over peft LoRA r=8", p.EAGER_OWN, p.PEFT_8, 1.10, "time", "layer", QWEN2),
     _cpu("T=512: one MoS linear, given gates, over peft LoRA r=8", p.EAGER, p.PEFT_8, 1.10, "time", "layer", QWEN2),
     _cpu("T=512: one MoS linear, own router, faster than the formula as printed", p.EAGER_OWN, p.PRINTED, 1.8,

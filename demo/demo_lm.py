@@ -13,6 +13,7 @@ import argparse
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -20,6 +21,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # run from a checkout, the package
 
 from peft import PeftModel, get_peft_model  # noqa: E402
 from transformers import TrainerCallback, set_seed  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 from word_problems import make  # noqa: E402
 
 from benchmarks.study.decoder.model import load, smollm2  # noqa: E402
@@ -60,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="default %(default)s")
     options = parser.parse_args(argv)
     prepare()
+    logging.disable_progress_bar()
+    for about in ("Could not find a config file", "`is_gradient_checkpointing` is deprecated"):  # peft's, of no concern
+        warnings.filterwarnings("ignore", message=about)
     start = time.monotonic()
     problems, test = make(options.problems, seed=0), make(40, seed=1)
     known = {problem.text for problem in problems}

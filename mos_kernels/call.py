@@ -1,6 +1,6 @@
-"""A call of a layer as two objects: the tensors that it is computed from, and the plan that says how.
+"""A call of a layer as two objects: its input tensors, and a plan that says how it is computed.
 
-Every function between the layer and a backend's steps takes these two. `ops` alone flattens them, for autograd and for
+Every function between the layer and a backend's steps takes these two. Only `ops` flattens them, for autograd and for
 torch.library.
 """
 
@@ -20,10 +20,11 @@ from mos_kernels.config import MoSConfig
 
 
 class LinearTensors(NamedTuple):
-    """One linear's tensors; of its gradients the same, and of what needs a gradient a bool for each.
+    """The tensors of one linear. The same class holds their gradients, or a bool for each one needed.
 
-    The base is weight and bias, or where that is no dense product (quantised, wrapped, another adapter) `added` alone:
-    what it made of x. Routed by gates from elsewhere or by a router of its own. What follows `router` has no gradient.
+    A dense base is given as weight and bias. Any other base (quantised, wrapped, another adapter) is given by its
+    output on x, `added`, without a weight. The linear is routed by given gates or by its own router. The fields after
+    `router` have no gradient.
     """
 
     x: Tensor  # (..., d_in)
@@ -49,7 +50,7 @@ class RouteTensors(NamedTuple):
 
 
 class Adapted(NamedTuple):
-    """What a linear of an FFN block is computed with, as in `LinearTensors`."""
+    """The tensors of one linear of an FFN block, as in `LinearTensors`."""
 
     weight: Tensor
     bias: Tensor | None
@@ -59,9 +60,10 @@ class Adapted(NamedTuple):
 
 
 class FFNTensors(NamedTuple):
-    """An FFN block's tensors: of the one or two linears that read x, and of the one that reads what they make.
+    """The tensors of an FFN block: `reads`, the one or two linears that read x, and `down`, the last linear.
 
-    Routed by `gates` or by the block's router, as in `LinearTensors`. x, gates, router and the adapters have gradients.
+    The block is routed by `gates` or by its router, as in `LinearTensors`. x, gates, router and the adapters have
+    gradients.
     """
 
     x: Tensor
@@ -78,14 +80,14 @@ class FFNTensors(NamedTuple):
 
     @classmethod
     def of(cls, flat: Sequence) -> FFNTensors:
-        """The tensors of a `flat`, or whatever stands there for each."""
+        """The inverse of `flat`. The items may be other objects than tensors, such as gradients."""
         (x, gates, router, aux_weight, token_mask), linears, width = flat[:5], flat[5:], len(Adapted._fields)
         down, *reads = (Adapted(*linears[i : i + width]) for i in range(0, len(linears), width))
         return cls(x, gates, router, aux_weight, token_mask, down, tuple(reads))
 
 
 class FFNPlan(NamedTuple):
-    """How a call of an FFN block runs: y = down(φ(g) u), or down(φ(g)) where it is not gated."""
+    """How a call of an FFN block runs: y = down(φ(g) u), or down(φ(g)) if it is not gated."""
 
     config: MoSConfig  # of the linears that read x
     down_config: MoSConfig
@@ -112,14 +114,14 @@ Tensors = TypeVar("Tensors", LinearTensors, RouteTensors)
 
 
 def flattened(tensors: Tensors, plan: Plan) -> tuple[list[Tensor], str]:
-    """The tensors that there are, and as text which those are and the plan: what a registered op takes."""
+    """(the tensors that are not None, a text with their names and the plan): the arguments of a registered op."""
     there = {name: t for name, t in zip(tensors._fields, tensors, strict=True) if t is not None}
     how = f"{plan.backend} {plan.differentiable} {plan.dropout_p} {plan.config.json}"
     return list(there.values()), ",".join(there) + " " + how
 
 
 def unflattened(kind: type[Tensors], tensors: Sequence[Tensor], text: str) -> tuple[Tensors, Plan]:
-    """The two objects again."""
+    """The inverse of `flattened`."""
     there, plan = _read(text)
     found = dict(zip(there, tensors, strict=True))
     values: list[Any] = [found.get(name) for name in kind._fields]
@@ -127,7 +129,7 @@ def unflattened(kind: type[Tensors], tensors: Sequence[Tensor], text: str) -> tu
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Which tensors there are."""
+    """The names of the tensors that are not None."""
     return _read(text)[0]
 
 
@@ -139,12 +141,12 @@ def _read(text: str) -> tuple[tuple[str, ...], Plan]:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a dense base and its adapter read x: autocast's where it is on, else x's."""
+    """The dtype in which a dense base and its adapter read x: that of autocast if it is on, else that of x."""
     return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
 
 
 def is_autocast(x: Tensor) -> bool:
-    """Whether autocast would cast x. It leaves float64 alone, and there is none for the meta device."""
+    """Whether autocast would cast x. It does not cast float64, and does not exist for the meta device."""
     return not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
 
 

@@ -1,7 +1,7 @@
-"""Which FFN blocks run as one operation, and what that is computed from.
+"""Which FFN blocks run as one operation, and the inputs of that operation.
 
-The adapted linears of a block are one operation where nothing has to see their own calls; else they are called one by
-one, with the same numbers.
+The adapted linears of a block run as one operation unless something needs the call of a single linear. Then they are
+called one by one, with equal results up to rounding.
 """
 
 from __future__ import annotations
@@ -43,12 +43,11 @@ from mos_kernels.sharded import is_dtensor
 
 @dataclass(frozen=True)
 class FFNForm:
-    """What an FFN block computes, by the names of its children.
+    """The form of an FFN block, by the names of its children.
 
-    inputs: the linears that read the block's input: (gate, up), (fused gate_up,) or (up,).
-    fused: the one input linear holds gate and up, in this order.
-    activation: modules on the gate (or on the one input). hidden: modules between that and `down`. output: after it.
-    routed: the linears that take gates.
+    inputs: the linears that read the block's input: (gate, up), (fused gate_up,) or (up,). fused: whether a single
+    input linear computes gate and up, in this order. activation: the modules on the gate (or on the single input).
+    hidden: the modules before `down`. output: the modules after it. routed: the linears that take gates.
     """
 
     inputs: tuple[str, ...]
@@ -65,10 +64,10 @@ class FFNForm:
 
 
 class Observer:
-    """A forward hook of a router that reads the router's input and changes nothing.
+    """A forward hook of a router that only reads the router's input.
 
-    A block that runs as one operation calls it itself. Measuring then changes neither which operations run nor what
-    they save, which checkpointing's recomputation, after the measuring, would find different.
+    A block that runs as one operation calls it, so the block need not run linear by linear to be measured. This matters
+    for checkpointing: its recomputation, after the measurement, must save the same tensors as the forward did.
     """
 
     def __init__(self, observe: Callable[[Tensor], None]):
@@ -86,7 +85,7 @@ class _Part(NamedTuple):
 
     @classmethod
     def of(cls, linear: nn.Module) -> _Part | None:
-        """None for a linear that is no dense one with exactly one adapter."""
+        """The parts of a dense linear with exactly one active adapter; None for any other linear."""
         if isinstance(linear, MoSLayer):
             return cls(linear, linear) if type(linear) in (MoSLinear, MoSConv1D) else None
         adapters = linear._modules.get("mos_adapter")  # of the peft method
@@ -103,7 +102,7 @@ class _Part(NamedTuple):
         return self.base.weight.t() if _is_conv1d(self.base) else self.base.weight
 
     def adapted(self, dtype: torch.dtype, factors: Factors) -> tuple[Adapted, Prepared | None]:
-        """With the base in dtype, as under autocast; and what is prepared of B."""
+        """(its tensors with the base in dtype, as under autocast; the prepared B)."""
         weight, bias = parameter_of(self.base, "weight"), parameter_of(self.base, "bias")
         if _is_conv1d(self.base):
             weight = weight.t()
@@ -115,7 +114,7 @@ class _Part(NamedTuple):
 
 
 class _Parts(NamedTuple):
-    """A block's adapted linears, those that read its input and the last, and their router."""
+    """A block's adapted linears (`reads` read its input, `down` is the last one), and their router."""
 
     reads: tuple[_Part, ...]
     down: _Part
@@ -127,7 +126,7 @@ class _Parts(NamedTuple):
 
     @property
     def training(self) -> bool:
-        """Whether a backward may follow a forward without gradients: checkpointing runs it again."""
+        """Whether a backward may follow a forward without gradients, since checkpointing may run it again."""
         return self.router.training or any(part.adapter.training for part in self.all)
 
     def tensors(self) -> Iterator[Tensor | None]:
@@ -137,16 +136,16 @@ class _Parts(NamedTuple):
 
 
 def why_not_one(block: nn.Module, form: FFNForm) -> str | None:
-    """Why the block's linears are called one by one whatever the input, or None where they are one operation.
+    """Why the block's linears are called one by one for any input; None if they run as one operation.
 
-    Under torch.compile the linears stay, whose graph Inductor fuses.
+    Under torch.compile they are always called one by one; Inductor fuses their graph.
     """
     parts = _parts(block, form)
     return parts if isinstance(parts, str) else None
 
 
 def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
-    """The parts of a block that is one operation, or why it is none."""
+    """The parts of a block that runs as one operation, or the reason why it does not."""
     if len(form.routed) < len(form.linears):
         return "not all of its linears are adapted"
     modules = [getattr(block, name) for name in form.linears]
@@ -155,7 +154,7 @@ def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
         return "a base is quantised or wrapped, or has no adapter or several"
     router = _router(block, modules)
     if router is None:
-        return "its router is not the active adapter's alone, or a class of its own"
+        return "its router has other active adapters, or is a subclass"
     if any(part.adapter.config.is_lora for part in found):
         return "one of its linears is a plain LoRA"
     *reads, down = found
@@ -165,22 +164,22 @@ def _parts(block: nn.Module, form: FFNForm) -> _Parts | str:
     if any(part.adapter.mos_router is not None or routing_of(part.adapter) != routing_of(router) for part in found):
         return "its linears are not routed alike"
     if any(part.adapter.config.activation != "identity" for part in found):
-        return "an activation stands between expert and lift"
+        return "an activation follows the experts (config.activation)"
     if _phi_of(block, form) is None:
         return "its activation is neither SiLU nor GELU"
     if any(type(getattr(block, name)) not in (nn.Dropout, nn.Identity) for name in form.hidden):
-        return "a module stands before its last linear"
+        return "there is a module before its last linear"
     if any(t is not None and t.requires_grad for part in found for t in (part.base.weight, part.base.bias)):
         return "the base's weights are trained"
     made = _Parts(tuple(reads), down, router)
     routers = block._modules["mos_router"], router  # whose calls may be seen
     if not all(is_called_plainly(module) for module in _called(block, form, made).values() if module not in routers):
-        return "a hook, an offload or a forward of its own wants to see a linear's call"
+        return "a hook, offloading or a replaced forward needs the call of a single linear"
     return made
 
 
 def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") -> tuple[FFNTensors, FFNPlan] | None:
-    """What one operation is computed from, or None where the linears are called one by one."""
+    """The inputs of the one operation, or None if the linears are called one by one."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
         return None
     again = _again(block, form, x, backend)

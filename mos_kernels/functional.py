@@ -1,6 +1,6 @@
 """The layer as one differentiable operation: shrink, route, bridge, expand and the base product, in one autograd node.
 
-The arguments are checked here, and put into the two objects that all the rest takes: see `mos_kernels.call`.
+This module checks the arguments, and puts them into the two objects that the other modules take (`mos_kernels.call`).
 """
 
 from __future__ import annotations
@@ -38,30 +38,32 @@ def mos_linear(
     """y = x·Wᵀ + b + (α/r) Σ_e g_e o_e, with o_e = e(q_e; κ_e) B_e h_e, h_e = λ(n; κ_e) A x (the paper's eqs 5 to 8).
 
     Args:
-        x: (..., d_in), of the weight's dtype, or any under autocast.
-        weight, bias: the base, (d_out, d_in) and (d_out,); any strides. They get gradients where they are trainable.
-        base_output: (..., d_out), what a base that is no dense product (quantised, wrapped, another adapter) made of x;
-            weight and bias are None then, and y = base_output + (α/r) Σ_e g_e o_e in base_output's dtype.
+        x: (..., d_in), in the weight's dtype, or any float dtype under autocast.
+        weight, bias: the base, (d_out, d_in) and (d_out,), with any strides. They get gradients if they are trainable.
+        base_output: (..., d_out), for a base that is not a dense product (quantised, wrapped, another adapter): its
+            output on x. Then weight and bias are None, and y = base_output + (α/r) Σ_e g_e o_e in base_output's dtype.
         A, B: (r, d_in) or (E, r, d_in), and (d_out, E, r); any float dtype, rounded to x's for the wide products.
         kappa: (E,) curvature.
-        gates: (..., E) routing weights from elsewhere; or
-        router: (E, d_in), this linear's own router, with `aux_weight` (1,) the factor on the gradient of its
-            load-balancing loss, injected in backward; None: no such gradient.
-        token_mask: (...,), False for tokens left out of load balancing (padding).
-        dropout_p: dropout on the adapter's input.
-        inference: without gradients, no backward follows, not even after a recomputation (checkpointing, in training
-            mode): a backend may then sum in another order, which is faster for few tokens.
-        prepared: what the backend's `prepare` made of B, where B is frozen.
+        gates: (..., E), given gates; or
+        router: (E, d_in), this linear's own router.
+        aux_weight: (1,), the factor on the gradient of the own router's load-balancing loss, which is added during
+            backward. None: no such gradient.
+        token_mask: (...,), False for tokens that load balancing leaves out (padding).
+        dropout_p: dropout probability on the adapter's input.
+        inference: no backward follows a call without gradients, not even after a recomputation (checkpointing in
+            training mode). A backend may then sum in another order, which is faster for few tokens.
+        prepared: the result of the backend's `prepare` for B, if it is cached.
 
-    Returns (..., d_out) in x's dtype, or in base_output's, which may be another: the products with d_out are taken in
-    it, those with d_in in x's (under autocast in autocast's). float64 goes only with float64. Second derivatives are
-    not offered. Raises ValueError for shapes or dtypes that do not fit, before anything is computed.
+    Returns (..., d_out) in x's dtype, or in that of base_output. Products with d_out are computed in the dtype of y,
+    and products with d_in in that of x (under autocast, in autocast's dtype). float64 cannot be mixed with another
+    dtype. There are no second derivatives. Raises ValueError for shapes or dtypes that do not fit, before anything is
+    computed.
     """
     refuse_transforms(x, weight, bias, A, B, kappa, gates, router, base_output)
     weight, bias = _autocast(x, weight, bias)
     x = x.to(autocast_dtype(x))
     if (weight is None) == (base_output is None) or (weight is None and bias is not None):
-        raise ValueError("pass the base as weight and bias, or as base_output, what it made of x: one of the two")
+        raise ValueError("pass the base as weight and bias, or as base_output, its output on x: one of the two")
     added = bias if base_output is None else base_output
     mask = None if aux_weight is None else token_mask
     tensors = LinearTensors(x, weight, added, A, B, kappa, gates, router, aux_weight, None, mask)
@@ -71,7 +73,7 @@ def mos_linear(
     backend = resolve_backend(backend, x)
     differentiable = not inference or _needs_gradients(tensors)
     with without_autocast(x):
-        if dropout_p > 0:  # drawn out here: a recomputation inside torch.compile draws again only what it sees drawn
+        if dropout_p > 0:  # outside the op, so that a recomputation under torch.compile draws the same
             tensors = tensors._replace(dropout_state=load_backend(backend).draw_dropout(x, dropout_p).state)
         return ops.linear(tensors, Plan(config, backend, differentiable, dropout_p, prepared))
 
@@ -86,7 +88,7 @@ def mos_route(
     inference: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """The gates of a router of its own: x (..., d_in), router (E, d_in) -> (..., E) in float32 (float64 for float64 x).
+    """The gates of a router: x (..., d_in), router (E, d_in) -> (..., E) in float32 (float64 for float64 x).
 
     aux_weight, token_mask, inference: as in `mos_linear`.
     """
@@ -111,7 +113,7 @@ def _needs_gradients(tensors: LinearTensors | RouteTensors) -> bool:
 
 
 def _autocast(x: Tensor, *base: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The base as autocast gives it to nn.Linear: in its dtype, differentiably."""
+    """Weight and bias cast by autocast, as in nn.Linear, with gradients."""
     if not is_autocast(x):
         return base
     return tuple(None if t is None else t.to(autocast_dtype(x)) for t in base)
@@ -124,7 +126,7 @@ UNSUPPORTED = (
 
 
 def refuse_transforms(*tensors: Tensor | None) -> None:
-    """Raise NotImplementedError under torch.jit.trace, torch.func's transforms (vmap, grad, jvp, …), and for duals."""
+    """Raise NotImplementedError under torch.jit.trace, transforms of torch.func, and forward-mode differentiation."""
     if torch.compiler.is_compiling():
         return
     if torch.jit.is_tracing():
@@ -138,7 +140,7 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
 
 
 def refuse_scripting() -> None:
-    """Raise NotImplementedError: what a module's `__prepare_scriptable__` does under torch.jit.script."""
+    """Raise NotImplementedError. torch.jit.script calls this through a module's `__prepare_scriptable__`."""
     raise NotImplementedError(UNSUPPORTED.format("torch.jit.script"))
 
 
@@ -171,7 +173,7 @@ def _check(t: LinearTensors, config: MoSConfig) -> None:
 
 
 def require_gates(gates: Tensor, x: Tensor, config: MoSConfig) -> None:
-    """Raise ValueError unless there is one for each token and expert."""
+    """Raise ValueError unless there is one gate for each token and expert."""
     wanted = (*x.shape[:-1], config.num_experts)
     if tuple(gates.shape) != wanted:
         raise ValueError(f"gates have shape {tuple(gates.shape)}, x asks for {wanted}")
@@ -208,7 +210,7 @@ def check_mask(x: Tensor, token_mask: Tensor | None) -> None:
 
 
 def check_device(tensors: LinearTensors | RouteTensors) -> None:
-    """Raise ValueError unless all are on x's device: a kernel would read another device's memory by its address."""
+    """Raise ValueError unless all tensors are on x's device; a kernel would read wrong memory."""
     for name, tensor in zip(tensors._fields, tensors, strict=True):
         if tensor is not None and tensor.device != tensors.x.device:
             if name == "added":

@@ -1,13 +1,13 @@
-"""What follows from an adapter's parameters alone, κ, G and the factors in the base's dtype, kept between calls.
+"""The cache of what depends only on an adapter's parameters: κ, G, and the factors in the base's dtype.
 
-It is kept in eval mode without gradients, and valid for the very tensors that it was made from, at the same address and
-version. A change in place, a tensor in another's place (`functional_call`, `load_state_dict`, `swap_tensors`, an
-assignment to the parameter or to its `.data`), a backward through any adapter of the process, a step of any of its
-optimizers, `model.train()` and `model.eval()` end it.
+It is used in eval mode without gradients. It is valid as long as the parameters are the same tensors, at the same
+address and version. These events end it: a change in place, another tensor in place of a parameter (`functional_call`,
+`load_state_dict`, `swap_tensors`, an assignment to the parameter or to its `.data`), a backward through any adapter of
+the process, a step of any optimizer of the process, `model.train()` and `model.eval()`.
 
-A write through `.data` (`p.data.copy_(...)`) or through numpy leaves no trace in a tensor: call `model.eval()` after
-it. Torch's fused optimizers leave none either, which is why backwards and steps count. The step of an optimizer that
-torch.compile has compiled does not; so a parameter with a gradient is never kept from.
+A write through `.data` (`p.data.copy_(...)`) or through numpy cannot be noticed: call `model.eval()` after it. Torch's
+fused optimizers change no version either, which is why backwards and steps are counted. A step of an optimizer that
+torch.compile has compiled is not counted, so nothing is cached while a parameter has a gradient.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from mos_kernels.config import MoSConfig
 from mos_kernels.sharded import is_zero3
 
 _generation = 0
-"""How many backwards and steps have run: a fused optimizer changes no version, nor does one that writes in backward."""
+"""The number of backwards and optimizer steps so far. A fused optimizer, or one that writes in backward, changes no
+version."""
 
 
 class Use(NamedTuple):
-    """What the factors are made for."""
+    """The use that the factors are computed for."""
 
     backend: str
     x_dtype: torch.dtype  # A's
@@ -38,31 +39,31 @@ class Use(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What a call wants of the parameters."""
+    """The tensors that a call needs and that depend only on the parameters."""
 
     kappa: Tensor
     A: Tensor
-    prepared: Any  # the backend's, of B; None where the call makes it
+    prepared: Any  # what the backend prepares of B; None: the call prepares it
 
 
 class Seen(NamedTuple):
-    """Tensors as they were."""
+    """Tensors, and how they were when the cache was filled."""
 
     tensors: tuple[Tensor, ...]
     marks: tuple[tuple, ...]
-    storages: tuple[torch.UntypedStorage, ...]  # held, or another tensor might be put at the same address
+    storages: tuple[torch.UntypedStorage, ...]  # kept alive, so that no other tensor gets the same address
     generation: int
 
     @classmethod
     def of(cls, tensors: tuple[Tensor, ...]) -> Seen | None:
-        """None where a change of them would not be seen. What is made of them has to be made afterwards."""
+        """None if a change of the tensors could not be noticed. Compute the cached values after this call."""
         if not all(map(shows_changes, tensors)):
             return None
         _watch_optimizers()
         return cls(tensors, tuple(map(mark, tensors)), tuple(t.untyped_storage() for t in tensors), _generation)
 
     def are(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the very tensors, with the very marks, and no optimizer's step is to come."""
+        """Whether these are the same tensors, unchanged, and without gradients, which a step may follow."""
         if self.generation != _generation:
             return False
         for t, before, (address, version, dtype, shape, stride) in zip(tensors, self.tensors, self.marks, strict=True):
@@ -74,18 +75,18 @@ class Seen(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Factors, and what they are valid for."""
+    """Cached factors, and what they are valid for."""
 
     factors: Factors
     use: Use
     seen: Seen
-    frozen: bool  # asked for by name: what a CUDA graph may capture
+    frozen: bool  # made by freeze_for_inference: a CUDA graph may capture it
 
     @classmethod
     def make(
         cls, tensors: tuple[Tensor, ...], use: Use, form: Callable[[], Factors], frozen: bool = False
     ) -> Kept | None:
-        """What `form` makes of the tensors, or None where a change of them would not be seen."""
+        """The result of `form`, or None if a change of the tensors could not be noticed."""
         seen = Seen.of(tensors)
         if seen is None:
             return None
@@ -97,7 +98,7 @@ class Kept(NamedTuple):
 
 
 def expire(*_: Any) -> None:
-    """A backward or an optimizer's step runs: the parameters of any adapter may change without a trace."""
+    """End every cache: a backward or an optimizer's step may change parameters without being noticed."""
     global _generation
     if not torch.compiler.is_compiling():
         _generation += 1
@@ -109,36 +110,36 @@ def _watch_optimizers() -> None:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether x is a plain tensor, and what is done to it is neither recorded, differentiated nor transformed."""
+    """Whether x is a plain tensor, and operations on it are not recorded, differentiated or transformed."""
     return not (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
-        or type(x) not in (Tensor, nn.Parameter)  # fx traces with proxies, and others with tensors of their own
+        or type(x) not in (Tensor, nn.Parameter)  # fx traces with proxies, others with tensor subclasses
         or is_transformed()
     )
 
 
 def is_transformed() -> bool:
-    """Whether what runs now is traced by torch.jit, transformed by torch.func or differentiated forwards."""
+    """Whether torch.jit is tracing, torch.func is transforming, or forward-mode differentiation is on."""
     return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured: what is computed now holds numbers at a replay alone."""
+    """Whether a CUDA graph is being captured. Tensors computed now get their values only when it is replayed."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def mark(t: Tensor) -> tuple:
-    """What differs after a change of t."""
+    """A tuple that changes when t changes."""
     return t.data_ptr(), t._version, t.dtype, t.shape, t.stride()
 
 
 def shows_changes(t: Tensor) -> bool:
-    """Whether a change of t is seen: not by an optimizer's step to come, of an inference tensor, of memory shared by
-    processes, or of what ZeRO gathers anew."""
+    """Whether a change of t can be noticed. Not if t has a gradient, is an inference tensor, or is gathered by ZeRO, or
+    if its memory is shared by processes."""
     return (
         type(t) in (Tensor, nn.Parameter)
-        and t.is_leaf  # else a call brings another one each time
+        and t.is_leaf  # else each call has another tensor
         and t.grad is None
         and not (t.is_meta or t.is_inference() or is_zero3(t))
         and not (t.device.type == "cpu" and t.is_shared())

@@ -1,6 +1,6 @@
-"""The modules: `MoSLinear` and `MoSConv1D` replace a frozen dense linear, `MoSWrapped` holds any other base.
+"""The modules: `MoSLinear` and `MoSConv1D` replace a frozen dense linear, `MoSWrapped` wraps any other linear.
 
-`MoSRouter` serves the linears of an FFN block.
+`MoSRouter` routes for the linears of an FFN block.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mos_kernels.lora import lora_linear
 from mos_kernels.sharded import is_dtensor, whole
 
 ADAPTER_PARAMETERS = ("mos_lora_A", "mos_lora_B", "mos_router", "mos_curvature")
-"""The trainable parameters of a layer, by name; a block's router contributes `mos_router.weight`."""
+"""The names of the trainable parameters of a layer. The router of a block has `mos_router.weight`."""
 
 Module = TypeVar("Module", bound=nn.Module)
 ROUTER_INIT_STD = 0.02
@@ -31,7 +31,7 @@ _DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Float32State(nn.Module):
-    """Keeps the tensors named in `_float32_state` in float32, value for value, through `.to`, `.half` and the like."""
+    """A module whose tensors named in `_float32_state` stay float32, with their exact values, in `.to`, `.half` etc."""
 
     _float32_state: tuple[str, ...] = ()
 
@@ -52,19 +52,19 @@ class Float32State(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        for name in self._float32_state:  # with assign=True a parameter may have come in another dtype or device
+        for name in self._float32_state:  # assign=True may bring another dtype or device
             tensor = getattr(self, name, None)
             if isinstance(tensor, nn.Parameter) and tensor.dtype != torch.float32:
                 tensor.data = tensor.data.float()
         self._refill_constants()
 
     def _refill_constants(self) -> None:
-        """Form again the buffers that follow from the configuration, on the parameters' device."""
+        """Compute the buffers that depend on the configuration again, on the device of the parameters."""
         raise NotImplementedError
 
 
 def parameter_shapes(config: MoSConfig, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of an adapter's parameters, by name (see `MoSLayer`). A LoRA has A and B alone."""
+    """The shapes of an adapter's parameters, by name (see `MoSLayer`). A LoRA has only A and B."""
     E, r = config.num_experts, config.r
     shapes: dict[str, tuple[int, ...]] = {"mos_lora_A": (r, d_in), "mos_lora_B": (d_out, E, r)}
     if not config.share_a:
@@ -79,7 +79,7 @@ def parameter_shapes(config: MoSConfig, d_in: int, d_out: int) -> dict[str, tupl
 def adapter_tensors(
     config: MoSConfig, d_in: int, d_out: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, nn.Parameter | None]:
-    """The parameters of an adapter by name, unset; A, B and router in float64 on a float64 base."""
+    """The parameters of an adapter by name, not initialised. A, B and router are float64 on a float64 base."""
     tensors: dict[str, nn.Parameter | None] = {}
     for name, shape in parameter_shapes(config, d_in, d_out).items():
         is_theta = name == "mos_curvature"
@@ -89,7 +89,7 @@ def adapter_tensors(
 
 
 class MoSAdapter(Float32State):
-    """What a linear is adapted with. A subclass has `config`, `in_features` and the parameters (see `MoSLayer`)."""
+    """The adapter of a linear. A subclass has `config`, `in_features` and the parameters (see `MoSLayer`)."""
 
     config: MoSConfig
     in_features: int
@@ -112,7 +112,7 @@ class MoSAdapter(Float32State):
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
-        """Put the adapter at its start: B = 0 (unless init_lora_weights=False), θ = 0, A and the router drawn anew."""
+        """Initialise the adapter: B = 0 (unless init_lora_weights=False), θ = 0, A and the router random."""
         config = self.config
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(self.mos_lora_A, std=1 / config.r)
@@ -131,7 +131,7 @@ class MoSAdapter(Float32State):
         self._refill_constants()
 
     def _refill_constants(self) -> None:
-        if self.config.is_lora:  # has none
+        if self.config.is_lora:  # it has no buffers
             return
         config, device = self.config, self.mos_curvature.device
         unit = config.squared_length_unit(self.in_features)
@@ -145,7 +145,7 @@ class MoSAdapter(Float32State):
     def curvature(self) -> Tensor:
         """The effective curvature κ of each expert, (E,) float32, in 1/length²: (κ̂_init + ratio·θ) / length_unit².
 
-        Where FSDP2 or ZeRO-3 has spread θ over processes, all of them must ask.
+        If FSDP2 or ZeRO-3 has sharded θ, every process must read this property.
         """
         if self.config.is_lora:
             return torch.zeros(1, device=self.mos_lora_B.device)
@@ -161,8 +161,8 @@ class MoSAdapter(Float32State):
         bias: Tensor | None,
         base_output: Tensor | None,
     ) -> Tensor:
-        """The base, given as in `mos_linear`, plus the adapter. gates: None for the adapter's own router."""
-        refuse_transforms(x)  # before κ is formed
+        """Base plus adapter; the base is given as in `mos_linear`. gates=None: the adapter's own router is used."""
+        refuse_transforms(x)  # before κ is computed
         if is_dtensor(self.mos_lora_B):
             raise ValueError(
                 "the layer's parameters are DTensors in forward: a linear with an adapter cannot be tensor-parallel, "
@@ -189,7 +189,7 @@ class MoSAdapter(Float32State):
         )  # fmt: skip
 
     def _factors(self, x: Tensor, base_output: Tensor | None, backend: str) -> Factors:
-        """κ, A and what is prepared of B: in eval mode without gradients as kept (see `mos_kernels.kept`)."""
+        """κ, A and the prepared B. In eval mode without gradients they are cached (see `mos_kernels.kept`)."""
         if self.training or torch.is_grad_enabled():
             if self._frozen is not None:
                 self._frozen = None
@@ -204,12 +204,12 @@ class MoSAdapter(Float32State):
     def _kept(
         self, x_dtype: torch.dtype, y_dtype: torch.dtype, backend: str, capturing: bool = False, frozen: bool = False
     ) -> Kept | None:
-        """What is kept for this use, made anew where it is not valid; None where it cannot be told or not be made now.
+        """The cached tensors for this use, computed again if they are not valid. None if they cannot be cached now.
 
-        A captured graph would show later changes of the parameters, if it computes from them; so what is kept goes
-        into it only where `freeze_for_inference` made it.
+        A captured CUDA graph that computes them sees later changes of the parameters. So cached tensors go into a graph
+        only if `freeze_for_inference` made them.
         """
-        if getattr(self, "_is_fsdp_managed_module", False):  # it fills one tensor again and again, at one version
+        if getattr(self, "_is_fsdp_managed_module", False):  # it refills one tensor without a new version
             return None
         tensors = self._kept_from()
         use, kept = Use(backend, x_dtype, y_dtype, self.config), self._frozen
@@ -230,7 +230,7 @@ class MoSAdapter(Float32State):
         return self._frozen
 
     def _kept_from(self) -> tuple[Tensor, ...]:
-        """The tensors that what is kept follows from."""
+        """The tensors from which the cached ones are computed."""
         own: Any = self._parameters
         buffers: Any = self._buffers
         if "mos_lora_B" not in own:  # of a data-parallel replica
@@ -238,7 +238,7 @@ class MoSAdapter(Float32State):
         return own["mos_curvature"], buffers["mos_curvature_map"], own["mos_lora_A"], own["mos_lora_B"]
 
     def _is_kept(self, kept: Kept) -> bool:
-        """Whether this is what is kept, and valid for the use that it was made for."""
+        """Whether `kept` is the current cache, and valid for the use that it was made for."""
         return self._frozen is kept and self.config is kept.use.config and kept.is_valid(self._kept_from(), kept.use)
 
     def routing_logits(self, x: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ class MoSAdapter(Float32State):
         return _routing_logits(x, self.mos_router)
 
     def _freeze(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Compute what is kept now, for a base on `device` whose input and output have `dtype`."""
+        """Fill the cache now, for a base on `device` whose input and output have `dtype`."""
         if self.config.is_lora:
             return
         backend = resolve_backend("auto", torch.empty(0, device=device, dtype=dtype))
@@ -270,19 +270,19 @@ class MoSAdapter(Float32State):
         refuse_scripting()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_frozen": None}  # of a copy's or a pickle's own tensors nothing is known yet
+        return {**self.__dict__, "_frozen": None}  # copies and pickles have other tensors
 
 
 class MoSLayer(MoSAdapter):
-    """What the adapted linears share. A subclass has the base's `weight` and `bias`, and says how wide it is.
+    """The base class of the adapted linears. A subclass has the base's `weight` and `bias`, and the widths.
 
-    A, B and the router start in float32, and in float64 on a float64 base. A LoRA (`MoSConfig.is_lora`) has neither
+    A, B and the router are float32 at first, or float64 on a float64 base. A LoRA (`MoSConfig.is_lora`) has neither
     curvature nor router.
 
     Attributes:
         mos_lora_A: (r, d_in), or (E, r, d_in) with share_a=False.
         mos_lora_B: (d_out, E, r).
-        mos_curvature: (E,), the trained offset θ, always float32.
+        mos_curvature: (E,), the trained parameter θ of the curvature, always float32.
         mos_router: (E, d_in) with router_scope="linear", else None.
     """
 
@@ -301,7 +301,7 @@ class MoSLayer(MoSAdapter):
         self._freeze_base()
 
     def _base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Where the base is, and the dtype of its input (a guess where the base is quantised)."""
+        """The device of the base, and the dtype of its input (a guess if the base is quantised)."""
         return self.weight.device, self.weight.dtype
 
     def _freeze_base(self) -> None:
@@ -315,30 +315,30 @@ class MoSLayer(MoSAdapter):
         return self.weight
 
     def _base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """weight and bias of a dense base, or the output on x of one that runs by itself."""
+        """Weight and bias of a dense base, and None; or (None, None, its output on x) of any other base."""
         return self._dense_weight, self.bias, None
 
     def forward(self, x: Tensor, gates: Tensor | None = None, backend: str = "auto") -> Tensor:
         """y = base(x) + adapter(x), the paper's equations 5 to 8.
 
         Args:
-            x: (..., d_in), of the base's dtype or under autocast.
-            gates: (..., E), what a `MoSRouter` gives. None: the layer's own router is used.
+            x: (..., d_in), in the base's dtype, or any float dtype under autocast.
+            gates: (..., E), the output of a `MoSRouter`. None: the layer's own router is used.
             backend: "auto", "eager" or "triton".
 
-        Returns y, (..., d_out). Raises ValueError for a width, dtype, gates or backend that do not fit; the message
+        Returns y, (..., d_out). Raises ValueError for a width, dtype, gates or backend that does not fit. The message
         names the remedy.
         """
         return self._adapt(x, gates, backend, *self._base(x))
 
     def freeze_for_inference(self):
-        """Switch to eval mode and compute what follows from the parameters now: κ, G, the factors in the base's dtype.
+        """Switch to eval mode, and cache what depends only on the parameters: κ, G, and factors in the base's dtype.
 
-        The first call in eval mode without gradients does so by itself. The result is kept while the parameters are the
-        same tensors at the same versions. A write through `.data` (`p.data.copy_(...)`) or through numpy cannot be
-        seen: call `eval()` after it. Only a CUDA graph needs this call: a graph that is captured after it holds what
-        was computed here, and a change of the parameters then needs a new capture. Without this call a graph computes
-        from the parameters at each replay. `train()` and `eval()` undo the call. Returns the layer.
+        The first call in eval mode without gradients does this by itself. The cache is valid as long as the parameters
+        do not change. A write through `.data` (`p.data.copy_(...)`) or through numpy cannot be noticed: call `eval()`
+        after it. Only CUDA graphs need this call. A graph that is captured after it uses the cache; capture it again
+        after the parameters change. A graph that is captured without it computes these tensors at each replay.
+        `train()` and `eval()` undo the call. Returns the layer.
         """
         self.eval()
         self._freeze(*self._base_device_and_dtype())
@@ -352,9 +352,9 @@ class MoSLayer(MoSAdapter):
 class MoSLinear(MoSLayer, nn.Linear):
     """A frozen `nn.Linear` with a Mixture-of-Space adapter (see `MoSLayer` for its parameters).
 
-    weight (d_out, d_in) and bias are the base's own parameters under their own names, so a checkpoint of the whole
-    model loads into the model without adapters. With router_scope="linear" the layer routes by itself: `layer(x)`. With
-    "ffn" it is given the gates of a `MoSRouter`: `layer(x, gates)`.
+    weight (d_out, d_in) and bias are the base's own parameters, under the base's names. So a checkpoint of the whole
+    model loads into the model without adapters. With router_scope="linear" the layer has a router: `layer(x)`. With
+    "ffn" it needs the gates of a `MoSRouter`: `layer(x, gates)`.
     """
 
     def __init__(self, in_features, out_features, bias=True, *, config: MoSConfig, device=None, dtype=None):
@@ -363,7 +363,7 @@ class MoSLinear(MoSLayer, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: MoSConfig) -> MoSLinear:
-        """Adapt `linear`, whose weight and bias are taken over without copying, and frozen."""
+        """Put an adapter on `linear`. The layer uses its weight and bias without copying them, and freezes them."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(
                 f"{type(linear).__name__} is no nn.Linear: MoSLinear adapts nn.Linear, MoSConv1D transformers' Conv1D"
@@ -376,7 +376,7 @@ class MoSLinear(MoSLayer, nn.Linear):
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
-        """The base as a plain nn.Linear that shares weight and bias."""
+        """The base as a plain nn.Linear with the same weight and bias parameters."""
         return _adopt(nn.Linear, self, self.out_features, self.in_features).train(self.training)
 
 
@@ -394,7 +394,7 @@ class MoSConv1D(MoSLayer):
 
     @classmethod
     def from_linear(cls, conv1d: Any, config: MoSConfig) -> MoSConv1D:
-        """Adapt a Conv1D, whose weight and bias are taken over without copying, and frozen."""
+        """Put an adapter on a Conv1D. The layer uses its weight and bias without copying them, and freezes them."""
         if type(conv1d).__name__ != "Conv1D" or not hasattr(conv1d, "nx"):
             raise TypeError(f"{type(conv1d).__name__} is not transformers' Conv1D: MoSLinear adapts nn.Linear")
         _require_dense(conv1d)
@@ -410,12 +410,12 @@ class MoSConv1D(MoSLayer):
 
 
 class MoSWrapped(MoSLayer):
-    """Any other linear, `base_layer`, which runs as it is, with a Mixture-of-Space adapter added to its output.
+    """Any other linear, `base_layer`, with a Mixture-of-Space adapter. The linear runs as it is.
 
-    It is for a base whose weight is no dense parameter: quantised by bitsandbytes, torchao and others, parametrised, or
-    with a forward of its own. y has the dtype of the base's output. In a state dict the base's tensors keep the names
-    that they have without the adapter, so a checkpoint of the whole model loads into the model without adapters. In all
-    else it is like `MoSLinear`.
+    It is for linears whose weight is not a dense parameter: quantised by bitsandbytes, torchao and others,
+    parametrised, or with their own forward. y has the dtype of the base's output. In a state dict, the base's tensors
+    have the same names as without the adapter, so a checkpoint of the whole model loads into the model without
+    adapters. Everything else is as in `MoSLinear`.
     """
 
     def __init__(self, base_layer: nn.Module, config: MoSConfig):
@@ -437,7 +437,7 @@ class MoSWrapped(MoSLayer):
 
     @classmethod
     def from_linear(cls, linear: nn.Module, config: MoSConfig) -> MoSWrapped:
-        """Adapt `linear`, which stays as it is and is frozen."""
+        """Put an adapter on `linear`, which is frozen and otherwise not changed."""
         return cls(linear, config)
 
     def to_linear(self) -> nn.Module:
@@ -446,7 +446,7 @@ class MoSWrapped(MoSLayer):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The base's, in whatever form it has there."""
+        """The weight of the base, in the form that it has there."""
         return self.base_layer.weight
 
     @property
@@ -479,9 +479,9 @@ def _with_base_layer(layer: MoSWrapped, state_dict: dict[str, Tensor], prefix: s
 class MoSRouter(Float32State):
     """The router of an FFN block: x (..., d_in) -> gates (..., E), used by every adapted linear of the block.
 
-    weight (E, d_in) starts normal(0, 0.02) in float32. Logits are computed in float32, and in float64 for float64
-    input. In training mode, backward adds the gradient of the load-balancing loss, times `mos_aux_weight`, to that of
-    the logits.
+    weight (E, d_in) is initialised as normal(0, 0.02) in float32. Logits are computed in float32, or in float64 for
+    float64 input. In training mode, backward adds the gradient of the load-balancing loss, times `mos_aux_weight`, to
+    the gradient of the logits.
     """
 
     _float32_state = ("mos_aux_weight",)
@@ -499,7 +499,7 @@ class MoSRouter(Float32State):
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
-        """Draw the weight anew; the factor of the load-balancing gradient back to `aux_coefficient`."""
+        """Initialise the weight, and set the weight of the load-balancing gradient to `aux_coefficient`."""
         nn.init.normal_(self.weight, std=ROUTER_INIT_STD)
         self._refill_constants()
 
@@ -512,10 +512,10 @@ class MoSRouter(Float32State):
         Args:
             x: (..., d_in).
             token_mask: (...,), False for tokens that load balancing leaves out, such as padding. None: the attention
-                mask of the model around the router, where `apply_mos` put it there; elsewhere all tokens count.
+                mask of the model around the router if `apply_mos` put the router there; else all tokens count.
             backend: "auto", "eager" or "triton".
 
-        Returns (..., E): zero for the experts that a token does not use.
+        Returns (..., E), with zeros for the experts that a token does not use.
         """
         aux_weight = injected_aux_weight(self)
         if token_mask is None and aux_weight is not None:
@@ -537,9 +537,9 @@ class MoSRouter(Float32State):
 
 
 class _Curvature(torch.autograd.Function):
-    """κ = offset + gain·θ, the gradient of θ scaled down to a norm of at most `bound` where one is given.
+    """κ = offset + gain·θ. With `bound`, the gradient of θ is scaled down to at most that norm.
 
-    Where the gain is 0 the gradient is 0 whatever comes back: at κ = 0 it may overflow, and 0·∞ would be a NaN.
+    If the gain is 0, the gradient is set to 0: at κ = 0 the incoming gradient may be infinite, and 0·∞ would be NaN.
     """
 
     @staticmethod
@@ -561,13 +561,13 @@ class _Curvature(torch.autograd.Function):
 
 
 def parameter_of(module: nn.Module, name: str) -> Any:
-    """The module's parameter, or what stands in its place; looked up faster than by nn.Module's `__getattr__`."""
+    """getattr(module, name), but faster for parameters than nn.Module's `__getattr__`."""
     found = module._parameters
     return found[name] if name in found else getattr(module, name)
 
 
 def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where any base is, and the dtype of its input: a guess where it is quantised."""
+    """The device of any linear, and the dtype of its input (a guess if it is quantised)."""
     tensors, offloads = [*base.parameters(), *base.buffers()], offload_hook(base)
     floats = [t.dtype for t in tensors if t.dtype in _DENSE_DTYPES]
     dtype = getattr(base, "compute_dtype", None)
@@ -580,7 +580,7 @@ def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode, then each module's own again; what is kept of the parameters stays, which `model.eval()` drops."""
+    """A context in eval mode. Unlike `model.eval()`, it does not drop the tensors that layers have cached."""
     training = [module for model in models for module in model.modules() if module.training]
     try:
         for module in training:
@@ -592,19 +592,19 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def offload_hook(module: nn.Module):
-    """The hook by which accelerate brings the module's weights for the time of its forward, or None."""
+    """accelerate's hook that loads the module's offloaded weights for its forward, or None."""
     hook = getattr(module, "_hf_hook", None)
     return next((part for part in getattr(hook, "hooks", [hook]) if getattr(part, "offload", False)), None)
 
 
 def is_dense(linear: nn.Module) -> bool:
-    """Whether the weight is a parameter that holds its numbers as they are: not computed, quantised or packed."""
+    """Whether the weight is an ordinary parameter: not computed, quantised or packed."""
     weight = linear._parameters.get("weight")
     return weight is not None and weight.dtype in _DENSE_DTYPES and not _is_packed(weight)
 
 
 def _is_packed(weight: Tensor) -> bool:
-    """A subclass that stands for other numbers than it stores, as torchao's do. A DTensor is none."""
+    """Whether it is a tensor subclass that stores other numbers than it represents, as in torchao. A DTensor is not."""
     kind = type(weight.data)
     return kind not in (Tensor, nn.Parameter) and not kind.__module__.startswith("torch.")
 
@@ -633,7 +633,7 @@ def _routing_logits(x: Tensor, router: Tensor) -> Tensor:
 
 
 def _adopt(cls: type[Module], base: nn.Module, out_features: int, in_features: int) -> Module:
-    """A `cls` that owns the very parameters of `base`."""
+    """A `cls` with the same parameters as `base`."""
     layer: Any = cls.__new__(cls)
     nn.Module.__init__(layer)
     layer.in_features, layer.out_features = in_features, out_features

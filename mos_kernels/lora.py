@@ -1,7 +1,8 @@
 """A single Euclidean expert: a LoRA, y = base(x) + (α/r) B A x, without router and curvature.
 
-Two products of rank r beside the base's one, the second added to the base's output in place. Backward is written out,
-with the numbers that autograd's would have: the gradient of x is summed in place, and no node stands between products.
+The adapter's product is computed first, and the base's long product is added to it: this takes one pass over y less
+than the other order. Backward is written by hand in the same way: the base's product is added to the gradient of x,
+which is rounded once less than by autograd.
 """
 
 from __future__ import annotations
@@ -35,37 +36,40 @@ def lora_linear(
         check_base_output(x, base_output, B.shape[0])
     if casts:
         x, weight, bias = (None if t is None else t.to(autocast_dtype(x)) for t in (x, weight, bias))
-        with without_autocast(x):  # which would round a base's float32 output
+        with without_autocast(x):  # autocast would round a base's float32 output
             return _lora(x, weight, bias, A, B, scaling, base_output, dropout_p)
     return _lora(x, weight, bias, A, B, scaling, base_output, dropout_p)
 
 
 def _lora(x, weight, bias, A, B, scaling, base_output, dropout_p) -> Tensor:
-    if dropout_p > 0 or torch.compiler.is_compiling():  # Inductor fuses it, and forms the backward
-        y = linear(x, weight, bias) if base_output is None else base_output
-        return composed(dropout(x, dropout_p), y, A, B, scaling)
+    if dropout_p > 0 or torch.compiler.is_compiling():  # Inductor fuses it, and makes the backward
+        return composed(x, dropout(x, dropout_p), weight, bias, A, B, scaling, base_output)
     if torch.is_grad_enabled():
         return _LoRA.apply(x, weight, bias, A, B, scaling, base_output)
     return _forward(x, weight, bias, A, B, scaling, base_output)[0]
 
 
-def composed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """y (..., d_out) + scaling·B A x, each product a node of its own."""
-    low = linear(x, A.to(x.dtype))
-    rows = low.reshape(-1, low.shape[-1]).to(y.dtype)
-    return y.reshape(-1, y.shape[-1]).addmm(rows, B.to(y.dtype).t(), alpha=scaling).view(y.shape)
+def composed(x: Tensor, dropped: Tensor, weight, bias, A: Tensor, B: Tensor, scaling: float, base_output) -> Tensor:
+    """The same with products that autograd and torch.compile trace. dropped: the input of A."""
+    y_dtype = x.dtype if base_output is None else base_output.dtype
+    low = linear(dropped, A.to(x.dtype)).to(y_dtype).mul(scaling)
+    rows, factor = low.reshape(-1, low.shape[-1]), B.to(y_dtype).t()
+    if base_output is not None:
+        return base_output.reshape(-1, factor.shape[1]).addmm(rows, factor).view(base_output.shape)
+    y = rows.mm(factor) if bias is None else torch.addmm(bias, rows, factor)
+    return y.addmm(x.reshape(-1, x.shape[-1]), weight.t()).view(*x.shape[:-1], factor.shape[1])
 
 
 def _forward(x, weight, bias, A, B, scaling, base_output) -> tuple[Tensor, Tensor]:
-    """y, and A x in rows (T, r) of y's dtype."""
-    xs = x.reshape(-1, x.shape[-1])  # once: a product of three dimensions would do so each time
+    """y, and scaling·A x in rows (T, r) of y's dtype."""
+    xs = x.reshape(-1, x.shape[-1])
     rows = linear(xs, A.to(x.dtype))
-    if base_output is None:  # which nothing else reads
-        y = linear(xs, weight, bias)
-        y.addmm_(rows, B.to(y.dtype).t(), alpha=scaling)
-        return y.view(*x.shape[:-1], y.shape[-1]), rows
-    rows, y = rows.to(base_output.dtype), base_output.reshape(-1, base_output.shape[-1])
-    return y.addmm(rows, B.to(y.dtype).t(), alpha=scaling).view(base_output.shape), rows
+    if base_output is not None:
+        rows, y = rows.to(base_output.dtype).mul_(scaling), base_output.reshape(-1, B.shape[0])
+        return y.addmm(rows, B.to(y.dtype).t()).view(base_output.shape), rows
+    rows, factor = rows.mul_(scaling), B.to(x.dtype).t()
+    y = rows.mm(factor) if bias is None else torch.addmm(bias, rows, factor)
+    return y.addmm_(xs, weight.t()).view(*x.shape[:-1], y.shape[-1]), rows
 
 
 class _LoRA(torch.autograd.Function):
@@ -90,14 +94,15 @@ class _LoRA(torch.autograd.Function):
         to_x = None
         low = None if B is None else flat.mm(B.to(flat.dtype)).mul(ctx.scaling).to(x_dtype)  # (T, r), of A x
         if needs[0]:
-            to_x = low.mm(A.to(x_dtype))
-            to_x = (to_x if weight is None else flat.mm(weight).add_(to_x)).view(ctx.shape)
+            A = A.to(x_dtype)
+            to_x = low.mm(A)
+            to_x = (to_x if weight is None else to_x.addmm_(flat, weight)).view(ctx.shape)
         return (
             to_x,
             flat.t().mm(xs) if needs[1] else None,
             flat.sum(0) if needs[2] else None,
             low.t().mm(xs).to(A_dtype) if needs[3] else None,
-            flat.t().mm(rows).mul(ctx.scaling).to(B_dtype) if needs[4] else None,
+            flat.t().mm(rows).to(B_dtype) if needs[4] else None,
             None,
             gradient if needs[6] else None,
         )

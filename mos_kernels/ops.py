@@ -1,9 +1,9 @@
-"""The steps as torch sees them, with flat lists of tensors: autograd Functions, and registered ops for torch.compile.
+"""The steps with flat lists of tensors, as torch needs them: autograd Functions, and registered ops for torch.compile.
 
-Eager calls run a Function, whose cost is small; under torch.compile the Triton backend runs registered ops, which keep
-one graph: functional schemas, fake implementations, autograd. What an op does not return is an empty tensor, since a
-schema has no optional outputs. Dynamo cannot trace kernels in Triton's interpreter, which runs
-the tests of torch.compile where there is no GPU.
+Eager calls run a Function, which costs little. Under torch.compile, the Triton backend runs registered ops, so that the
+graph has no breaks: they have functional schemas, fake implementations and autograd. A schema has no optional outputs,
+so an op returns an empty tensor for an absent one. Dynamo cannot trace kernels in Triton's interpreter, in which the
+tests of torch.compile run without a GPU.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def route(tensors: RouteTensors, plan: Plan) -> Tensor:
 
 
 class _MoSLinear(torch.autograd.Function):
-    # The mask is no saved tensor: checkpointing replaces those by what it recomputes, and wants as many of them then.
+    # The mask is not a saved tensor: checkpointing replaces these by recomputed ones, and their number must not change.
 
     @staticmethod
     def forward(ctx, plan, *tensors):
@@ -118,7 +118,7 @@ class _MoSFFN(torch.autograd.Function):
 
 
 def _begin_backward() -> None:
-    """Raise under create_graph=True, where the gradient's own graph would silently miss the adapter."""
+    """Raise under create_graph=True, since the graph of the gradient would lack the adapter without an error."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "a Mixture-of-Space layer has no second derivatives: call backward or grad without create_graph=True"
@@ -127,18 +127,18 @@ def _begin_backward() -> None:
 
 
 def _wanted(tensors: LinearTensors) -> LinearTensors:
-    """Without the base's output, for which backward has no use."""
+    """Without the base's output, which backward does not need."""
     return tensors if tensors.weight is not None else tensors._replace(added=None)
 
 
-# registered ops; `text` is that of `flattened`, which says what the tensors are
+# registered ops; `text` comes from `flattened`, and names the tensors
 
 
 @torch.library.custom_op("mos_kernels::linear", mutates_args=())
 def linear_op(tensors: Sequence[Tensor], text: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y and the four of `Saved`, which are empty unless differentiable.
+    """y and the four tensors of `Saved`, which are empty unless differentiable.
 
-    Nothing is drawn in here: an op with numbers of its own would draw others when it is run again.
+    No random numbers are drawn here: a recomputation of the op would draw other ones.
     """
     given, plan = unflattened(LinearTensors, tensors, text)
     y, saved = steps.linear_forward(given, plan)
@@ -161,9 +161,9 @@ def _(tensors, text):
 def linear_backward_op(
     dy: Tensor, tensors: Sequence[Tensor], saved: Sequence[Tensor], text: str, needs: Sequence[bool]
 ) -> list[Tensor]:
-    """The gradients of the tensors, empty where `needs` does not ask for them.
+    """The gradients of the tensors; empty if `needs` does not ask for them.
 
-    That of a base's output is dy, which an op may not return: it is not among the tensors.
+    The gradient of a base's output is dy, which an op must not return, so the output is not among the tensors.
     """
     given, plan = unflattened(LinearTensors, tensors, text)
     p, n, logits, gram = saved
@@ -251,7 +251,7 @@ def _absent(like: Tensor) -> Tensor:
 
 
 def _fake_saved(x: Tensor, A: Tensor | None, router: Tensor | None, plan: Plan) -> list[Tensor]:
-    """p, n and logits as the backend leaves them."""
+    """p, n and logits in the backend's shapes."""
     if not plan.differentiable:
         return [_absent(x) for _ in range(3)]
     tokens = x.reshape(-1, x.shape[-1]).shape[0]
@@ -260,7 +260,7 @@ def _fake_saved(x: Tensor, A: Tensor | None, router: Tensor | None, plan: Plan) 
 
 
 def _by_name(kind: type[Tensors], text: str, values: Sequence) -> Tensors:
-    """`kind` with the values of the tensors that the text names, None for the others."""
+    """`kind` with these values for the tensors that the text names, and None for the others."""
     found = dict(zip(names(text), values, strict=True))
     by_field: list[Any] = [found.get(name) for name in kind._fields]
     return kind(*by_field)
@@ -272,7 +272,7 @@ def _as_outputs(gradients: LinearTensors | RouteTensors, text: str, tensors: Seq
 
 
 def _owned(t: Tensor) -> Tensor:
-    """t as a tensor of its own: outputs of an op may share no storage, as dA and dRouter do."""
+    """t with a storage of its own. Outputs of an op must not share storage, as dA and dRouter do."""
     return (
         t.contiguous() if t.untyped_storage().nbytes() == t.nbytes else t.clone(memory_format=torch.contiguous_format)
     )

@@ -1,10 +1,10 @@
 """The four steps composed: shrink, route, bridge, expand and the base product, forward and backward, without autograd.
 
-The adapter goes first. expand writes y₀ and the base product accumulates into it; backward writes dx₀ and the base's
-dy·W accumulates into that: no buffer is read twice, and there is one rounding fewer than in base + adapter.
+The adapter runs first. expand writes y₀, and the base product is accumulated into y₀. Backward writes dx₀, and the
+base's dy·W is accumulated into dx₀. So no buffer is read twice, and there is one rounding fewer than in base + adapter.
 
-A base that is no dense product runs by itself, before (see `LinearTensors`), and expand writes the sum. Products with
-d_out are taken in that output's dtype, which is y's, products with d_in in x's.
+A base that is not a dense product runs before (see `LinearTensors`), and expand writes the sum. Products with d_out are
+computed in the dtype of y, which is that of the base's output; products with d_in in the dtype of x.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mos_kernels.call import LinearTensors, Plan, RouteTensors
 
 
 def linear_forward(t: LinearTensors, plan: Plan) -> tuple[Tensor, Saved]:
-    """y, and what backward wants besides the tensors."""
+    """y, and what backward needs besides the tensors."""
     steps = load_backend(plan.backend)
     x, dtype = _flat(t.x), _output_dtype(t)
     p, n, logits = steps.shrink(x, t.A, t.router, _dropout(t, plan), plan.differentiable)
@@ -32,9 +32,9 @@ def linear_forward(t: LinearTensors, plan: Plan) -> tuple[Tensor, Saved]:
 
 
 def linear_backward(dy: Tensor, t: LinearTensors, saved: Saved, plan: Plan, needs: LinearTensors) -> LinearTensors:
-    """The gradients of the tensors, each in its tensor's dtype, where `needs` asks for them; else None.
+    """The gradients of the tensors, each in its tensor's dtype; None if `needs` does not ask for it.
 
-    That of a base's output is dy itself.
+    The gradient of a base's output is dy itself.
     """
     steps, config = load_backend(plan.backend), plan.config
     compute, dropout = steps.compute_dtype(t.x.dtype), _dropout(t, plan)
@@ -76,14 +76,14 @@ def linear_backward(dy: Tensor, t: LinearTensors, saved: Saved, plan: Plan, need
 
 
 def route_forward(t: RouteTensors, plan: Plan) -> tuple[Tensor, Tensor]:
-    """The gates of a router of its own, and its logits."""
+    """The gates of a router, and its logits."""
     steps = load_backend(plan.backend)
     logits = steps.routing_logits(_flat(t.x), t.router, plan.differentiable)
     return _shaped(steps.route(logits, plan.config), t.x), logits
 
 
 def route_backward(dgates: Tensor, t: RouteTensors, logits: Tensor, plan: Plan, needs: RouteTensors) -> RouteTensors:
-    """The gradients of x and router, where `needs` asks for them."""
+    """The gradients of x and router, if `needs` asks for them."""
     steps = load_backend(plan.backend)
     mask = None if t.token_mask is None else t.token_mask.reshape(-1)
     aux_weight = t.aux_weight if needs.router else None
@@ -100,7 +100,7 @@ def _flat(t: Tensor) -> Tensor:
 
 
 def _shaped(y: Tensor, x: Tensor) -> Tensor:
-    """y (T, ·) in x's shape; no view, which autograd would not let anyone change in place."""
+    """y (T, ·) in x's shape. Not a view, since autograd would forbid to change that in place."""
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
@@ -121,7 +121,7 @@ def _prepared(t: LinearTensors, plan: Plan, steps: Backend) -> Prepared:
 
 
 def _routed(t: LinearTensors, logits: Tensor | None, steps: Backend) -> tuple[Tensor, bool]:
-    """What the bridge routes by, (T, E), and whether that is a router's logits, the linear's own as a rule."""
+    """What the bridge routes by, (T, E): gates, or logits; and whether they are logits."""
     if t.gates is None:
         return logits, True
     return _flat(t.gates).to(steps.compute_dtype(t.x.dtype)), False

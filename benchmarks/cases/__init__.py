@@ -4,6 +4,7 @@ order       the base product before or after the adapter
 ffn         a gated FFN, forward and backward, with its memory and launches; and again with the settings that tune found
 tune        launch settings found for this GPU (GPU alone)
 layer       a whole adapted linear, forward and backward, with its memory: every provider but the compiled
+lora        one Euclidean expert, a LoRA, against one fused by hand; "lora, a token" without a backward
 compiled    what torch.compile makes of three forms of it, which takes a minute a form
 graph       the layer in a CUDA graph: what is left of its time without Python's share (GPU alone)
 steps       shrink, bridge, expand and so on alone, in each direction, beside the base products
@@ -24,7 +25,7 @@ import torch
 
 from benchmarks import providers, qwen2
 from benchmarks.cases.figure3 import depth, dimension
-from benchmarks.cases.linear import branch, compiled, graph, growth, layer
+from benchmarks.cases.linear import branch, compiled, graph, growth, layer, lora
 from benchmarks.cases.steps import order, steps
 from benchmarks.cases.tuning import tuning
 from benchmarks.cases.whole import TUNED, decode, decoding, ffn, training
@@ -50,6 +51,8 @@ def plan(context: Context) -> Iterator[Group]:
 
 def _tiny_plan(context: Context) -> Iterator[Group]:
     yield layer(context, *TINY, 20)
+    yield lora(context, *TINY, 20)
+    yield lora(context, *TINY, 1)
     yield compiled(context, *TINY, 20)
     yield steps(context, *TINY, 20)
     yield graph(context, *TINY, 20)
@@ -89,6 +92,7 @@ def _gpu_plan(context: Context) -> Iterator[Group]:
     yield training(context, qwen2.Shape(layers=28 if _memory(context) > 120e9 else 14), batch=4, length=2048)
     for widths in (*QWEN2, *LLAMA3):
         yield layer(context, *widths, T)
+    yield lora(context, 1536, 1536, T)
     yield branch(context, *QWEN2[0], T)
     for widths in (*QWEN2, *LLAMA3):
         yield graph(context, *widths, T)
@@ -129,6 +133,9 @@ def _cpu_plan(context: Context) -> Iterator[Group]:
     yield decode(context, 576, 1536, 1)
     for widths in QWEN2:
         yield layer(context, *widths, T)
+    for tokens in (T, 1):
+        for width in (576, 1536):  # of SmolLM2's and of Qwen2's attention
+            yield lora(context, width, width, tokens)
     for d in DIMENSIONS if full else (256, 1024, 4096, 16384):
         yield dimension(context, d, 128)
     for layers in DEPTHS if full else (1, 8, 64):

@@ -123,6 +123,14 @@ def layer(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
     return linear_group(context, "layer", FORWARD_BACKWARD, setting, EVERY_LAYER, weigh=True)
 
 
+def lora(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
+    """What spaces_pattern makes of a linear with one Euclidean expert; a single token without a backward."""
+    setting = setting_of(context, d_in, d_out, tokens)
+    names = (providers.FROZEN, providers.PEFT_8, providers.FUSED_8, providers.ONE_EXPERT)
+    kind, step = ("lora, a token", FORWARD) if tokens == 1 else ("lora", FORWARD_BACKWARD)
+    return linear_group(context, kind, step, setting, names)
+
+
 def compiled(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
     setting = setting_of(context, d_in, d_out, tokens)
     return linear_group(context, "compiled", FORWARD_BACKWARD, setting, COMPILED_LAYERS, weigh=True)

@@ -1,8 +1,8 @@
 """The four steps in PyTorch, forward and backward: any device, any float dtype.
 
-T tokens of width d_in; E experts of rank r; shapes as in each docstring. "Compute dtype" is float64 for float64 input
-and float32 otherwise. The backward passes are written out rather than left to autograd, so that a linear saves p, n and
-the logits or gates, and nothing as wide as its output.
+T tokens of width d_in; E experts of rank r; shapes are in each docstring. "Compute dtype" is float64 for float64 input
+and float32 otherwise. The backward passes are written by hand and not left to autograd. So a linear saves p, n and the
+logits or gates, and nothing as wide as its output.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ CACHED = 1 << 18
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of everything narrow: float64 for float64, otherwise float32."""
+    """The dtype of everything but the wide products: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def operand(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t in the dtype that a wide product reads. float16 saturates: an infinity would meet B = 0 as NaN."""
+    """t in the dtype of the wide products. float16 is clamped, since an infinity times B = 0 would be NaN."""
     if dtype == torch.float16 and t.dtype != torch.float16:
         limit = torch.finfo(torch.float16).max
         t = t.clamp(-limit, limit)
@@ -56,14 +56,14 @@ def narrow_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in IEEE arithmetic of the operands' dtype, also where the user allowed TF32 for float32."""
+    """a @ b in IEEE arithmetic of the operands' dtype, even if the user has allowed TF32 for float32."""
     if is_reduced(a):
         return (a.double() @ b.double()).float()
     return a @ b
 
 
 def is_reduced(t: Tensor) -> bool:
-    """Whether a product of float32 tensors like t is taken in TF32 or the like."""
+    """Whether products of float32 tensors like t are computed in TF32 or another reduced precision."""
     return t.dtype == torch.float32 and _float32_is_reduced(t.device.type)
 
 
@@ -74,7 +74,7 @@ def _float32_is_reduced(device_type: str) -> bool:
 
 
 def is_observed() -> bool:
-    """Whether a graph may come of what is computed now: under torch.compile, and under any dispatch mode."""
+    """Whether operations may be recorded as a graph: under torch.compile, and under any dispatch mode."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -90,7 +90,7 @@ def saved_shapes(
 
 
 def draw_dropout(x: Tensor, p: float) -> Dropout:
-    """Draw which elements of x (..., d_in) survive, a bit each: state (T, ceil(d_in / 8)) uint8."""
+    """Draw which elements of x (..., d_in) are kept, one bit each: state (T, ceil(d_in / 8)) uint8."""
     keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
     padded = F.pad(keep, (0, -x.shape[-1] % 8)).unflatten(-1, (-1, 8))
     bits = (padded * _bit_values(x.device)).sum(-1, dtype=torch.uint8)
@@ -98,7 +98,7 @@ def draw_dropout(x: Tensor, p: float) -> Dropout:
 
 
 def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
-    """x, or what dropout leaves of it, scaled by 1 / (1 - p)."""
+    """x, or with dropout, its kept elements times 1 / (1 - p)."""
     if dropout is None:
         return x
     bits = dropout.state.unsqueeze(-1).bitwise_and(_bit_values(x.device))
@@ -129,7 +129,7 @@ def shrink(
     """p = A·drop(x), n = ‖x‖² and, with a router (E, d_in), logits = Router·x, all in the compute dtype.
 
     x (T, d_in), A (r, d_in) or (E, r, d_in) -> p (T, r) or (T, E, r), n (T,), logits (T, E) or None. `differentiable`
-    says whether a backward may follow; a backend may otherwise leave its results in parts for the bridge to add up.
+    says whether a backward may follow. If none does, a backend may return partial results, which the bridge adds up.
     """
     p = narrow_matmul(drop(x, dropout), A.flatten(0, -2).t(), x.dtype)
     logits = None if router is None else routing_logits(x, router)
@@ -148,7 +148,7 @@ def shrink_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx₀ = drop(dp·A) + dlogits·Router + 2 dn x (T, d_in) in x's dtype, dA = dpᵀ drop(x), dRouter = dlogitsᵀ x.
 
-    needs: which of the three are wanted. The base's dy·W is added to dx₀ by the caller.
+    needs: which of the three to compute. The caller adds the base's dy·W to dx₀.
     """
     needs_x, needs_A, needs_router = needs
     dp, stacked = dp.flatten(1), A.flatten(0, -2)
@@ -186,7 +186,7 @@ def routing_logits(x: Tensor, router: Tensor, differentiable: bool = True) -> Te
 def routing_logits_backward(
     x: Tensor, router: Tensor, dlogits: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx = dlogits·Router (T, d_in) in x's dtype and dRouter = dlogitsᵀ x (E, d_in), where `needs` asks for them."""
+    """dx = dlogits·Router (T, d_in) in x's dtype and dRouter = dlogitsᵀ x (E, d_in), each if `needs` says so."""
     dx = narrow_matmul(dlogits, router, x.dtype).to(x.dtype) if needs[0] else None
     return dx, narrow_matmul(dlogits.t(), x, x.dtype) if needs[1] else None
 
@@ -199,7 +199,7 @@ def route(logits: Tensor, config: MoSConfig) -> Tensor:
 def route_backward(
     dgates: Tensor, logits: Tensor, aux_weight: Tensor | None, token_mask: Tensor | None, config: MoSConfig
 ) -> Tensor:
-    """dlogits (T, E), with aux_weight times the gradient of the load-balancing loss added where aux_weight is given."""
+    """dlogits (T, E), plus aux_weight times the gradient of the load-balancing loss if aux_weight is given."""
     return _route_backward(dgates, route(logits, config), logits, aux_weight, token_mask, config)
 
 
@@ -222,7 +222,7 @@ def _route_backward(
 
 
 class Curved(NamedTuple):
-    """The bridge's intermediate values; recomputed in backward rather than saved."""
+    """The bridge's intermediate values. Backward computes them again instead of saving them."""
 
     scale: Tensor  # λ (T, E)
     scale_dn: Tensor  # ∂λ/∂n (T, E)
@@ -232,7 +232,7 @@ class Curved(NamedTuple):
 
 
 def prepare(B: Tensor, dtype: torch.dtype, config: MoSConfig, gram: Tensor | None = None) -> Prepared:
-    """What follows from B (d_out, E, r) alone, for input of `dtype`. gram: that of an earlier call with the same B."""
+    """`Prepared` of B (d_out, E, r), for input of `dtype`. gram: the result of an earlier call with the same B."""
     wide = operand(B, dtype)
     if config.activation != "identity":
         return Prepared(wide, None, None, None)
@@ -242,7 +242,7 @@ def prepare(B: Tensor, dtype: torch.dtype, config: MoSConfig, gram: Tensor | Non
 
 
 def _gram(B: Tensor) -> Tensor:
-    """B_eᵀ B_e (E, r, r). A few experts of low rank are one product, E times the arithmetic but no copy of B."""
+    """B_eᵀ B_e (E, r, r). For few experts of low rank, one product of E times the arithmetic, without a copy of B."""
     (_, E, r), flat = B.shape, B.flatten(1)
     if E * r > ONE_PRODUCT:
         columns = B.permute(1, 2, 0)
@@ -259,8 +259,9 @@ def _into_space(p: Tensor, n: Tensor, kappa: Tensor, config: MoSConfig) -> Curve
 def _squared_output_norm(h: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:
     """q = hᵀGh (T, E), saturated, and G h / trace (T, E, r).
 
-    A huge h makes terms of both signs that float32 cannot hold, inf - inf. They are summed in float64 then, where a
-    device has it. Both sums are formed where finding out would wait for the device, or make a graph depend on data.
+    With a huge h, terms of both signs overflow float32, and their sum would be inf - inf. They are then summed in
+    float64 if the device has it. If testing for it would wait for the device, or make a graph depend on data, both sums
+    are computed.
     """
     unit_gh = exact_matmul(h.transpose(0, 1), prepared.unit_gram).transpose(0, 1)
     total = (h * unit_gh).sum(-1)
@@ -271,7 +272,7 @@ def _squared_output_norm(h: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]
 
 
 class Bridged(NamedTuple):
-    """The bridge's own values, formed once for z and for the gradients."""
+    """The bridge's values, computed once for z and for the gradients."""
 
     curved: Curved
     gates: Tensor  # (T, E)
@@ -330,7 +331,7 @@ def bridge_backward(
 
 
 def _bounded(terms: Tensor) -> Tensor:
-    """A token's terms of dκ, held finite: at κ = 0 they grow as a squared norm, and two infinities would be a NaN."""
+    """A token's terms of dκ, kept finite: at κ = 0 they grow like a squared norm, and inf - inf would be NaN."""
     limit = torch.finfo(terms.dtype).max * 1e-6
     return terms.clamp(-limit, limit)
 
@@ -351,7 +352,7 @@ def _into_space_backward(dh: Tensor, curved: Curved, shared_p: bool) -> tuple[Te
 def expand(z: Tensor, prepared: Prepared, added: Tensor | None, dtype: torch.dtype) -> Tensor:
     """y₀ = z·Bcatᵀ + added (T, d_out) in `dtype`.
 
-    added: the bias (d_out,), where the base's x·Wᵀ is to follow; or the output (T, d_out) of a base that ran by itself.
+    added: the bias (d_out,), if the base's x·Wᵀ is added later; or the output (T, d_out) of a base that ran before.
     """
     z, Bcat = operand(z, dtype), prepared.B.flatten(1).t()
     return z @ Bcat if added is None else torch.addmm(added.to(dtype), z, Bcat)
@@ -364,7 +365,7 @@ def expand_backward(dy: Tensor, z: Tensor, prepared: Prepared, needs_dB: bool) -
 
 
 def add_norm_gradient(dB: Tensor, B: Tensor, M: Tensor) -> Tensor:
-    """dB + 2 B M: the part of dB (d_out, E, r) that comes through q. Overwrites dB."""
+    """dB + 2 B M, where 2 B M is the part of the gradient that comes through q. Overwrites dB (d_out, E, r)."""
     B, (E, r) = B.to(M.dtype), B.shape[1:]
     if E * r > ONE_PRODUCT:
         return dB.add_(exact_matmul(B.transpose(0, 1), M).transpose(0, 1), alpha=2)
@@ -391,7 +392,7 @@ def _activation_slope(v: Tensor, name: str) -> Tensor:
 
 
 def _chunks(tokens: int, width: int, numbers: int) -> list[slice]:
-    """Rows in chunks of so many numbers, or one row; at least one chunk."""
+    """Slices of rows with at most this many numbers, or one row; at least one slice."""
     if torch.compiler.is_compiling():  # a loop over chunks would make the graph depend on the number of tokens
         return [slice(0, tokens)]
     step = max(numbers // max(width, 1), 1)

@@ -1,7 +1,7 @@
-"""Routing and bridge of few tokens on a CPU, forward alone, in NumPy: at these sizes calls cost more than arithmetic.
+"""Routing and bridge for few tokens on a CPU, forward only, in NumPy: at these sizes, calls cost more than arithmetic.
 
 The formulas and guards are those of `routing.route`, `geometry` (the stereographic mapping) and `eager.bridge`. The
-bridge computes in float64, which costs the same here: no sum overflows, and z is rounded once. With σ = α/r,
+bridge computes in float64, which costs the same here. So no sum overflows, and z is rounded once. With σ = α/r,
 
     d = 1 / (σλ) = (1 + κn) / 2σ    q = hᵀGh = pᵀ(G/σ²)p / d²    w = 1/e = 1 + √(1 - κq)    z = σ g e h = g p / (d w)
 """
@@ -30,11 +30,11 @@ FEW_LOGITS = 64
 
 
 class Constants(NamedTuple):
-    """What follows from the parameters of m linears of one configuration that read the same tokens.
+    """The constants of m linears with one configuration that read the same tokens. They depend only on the parameters.
 
-    rows: what x meets, [A of each; the router, where its logits are asked for]ᵀ (d_in, m·rank + E or m·rank) in the
-    compute dtype. B: (E·r, d_out) of each. NumPy takes half as long where no number is broadcast: what needs no more
-    than one number has as many as there are experts.
+    rows: [A of each; the router, if its logits are needed]ᵀ (d_in, m·rank + E or m·rank), in the compute dtype; x is
+    multiplied by it. B: (E·r, d_out) of each. NumPy takes half as long without broadcasting, so single numbers are
+    repeated for each expert.
     """
 
     rows: Tensor
@@ -57,7 +57,7 @@ class Constants(NamedTuple):
 
 
 def are_few(tokens: int) -> bool:
-    """Whether so many tokens are bridged here: none where a dispatch mode, as make_fx's, is to see each operation."""
+    """Whether so many tokens are computed here. Not under a dispatch mode such as make_fx's, which sees operations."""
     return 0 < tokens <= MOST_TOKENS and not eager.is_observed()
 
 

@@ -3,8 +3,8 @@
     [p; logits] = [A_g; A_u; Router]·x    n = ‖x‖²    z_g, z_u = bridge    g = W_g x + B_g z_g    u = W_u x + B_u z_u
     h = φ(g)·u    p_d = A_d·h    n_d = ‖h‖²    z_d = bridge    y = W_d h + B_d z_d
 
-x, g and u are kept for backward, and numbers of the size of a rank; h, φ(g) and all z are formed again. What is as wide
-as the FFN is read and written a few tokens at a time, so that it stays in the processor's cache.
+For backward, x, g, u and a few numbers a token are saved; h, φ(g) and all z are computed again. Tensors as wide as the
+FFN are read and written a few tokens at a time, so that they stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ unsafe_view = aten._unsafe_view.default  # less to look up at each call
 
 
 class FFNSaved(NamedTuple):
-    """What forward leaves for backward besides its arguments; h stands for what the last linear reads."""
+    """The tensors that forward saves for backward besides its arguments; h is the input of the last linear."""
 
     p: Tensor  # (T, m·r) of the m linears that read x, or (T, m·E, r)
     n: Tensor  # (T,)
@@ -50,7 +50,7 @@ class FFNSaved(NamedTuple):
 
 
 class _Joined(NamedTuple):
-    """The linears that read x as one with m·E experts."""
+    """The m linears that read x, as one linear with m·E experts."""
 
     z: Tensor  # (T, m·E·r)
     bridged: eager.Bridged
@@ -61,7 +61,7 @@ class _Joined(NamedTuple):
 
 
 def ffn_forward(t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]:
-    """y (..., d_out), and what backward wants."""
+    """y (..., d_out), and what backward needs."""
     x, config, dtype = _flat(t.x), plan.config, t.x.dtype
     kept_down, *kept = plan.prepared
     prepared = [_prepared(linear, dtype, config, made) for linear, made in zip(t.reads, kept, strict=True)]
@@ -83,14 +83,14 @@ def ffn_forward(t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]:
 
 
 class FewTokens(NamedTuple):
-    """What few tokens are computed from besides the tensors: of the linears that read x, and of the last one."""
+    """The cached constants for few tokens: of the linears that read x, and of the last one."""
 
     reads: eager_few.Constants
     down: eager_few.Constants
 
 
 def few_tokens(t: FFNTensors, plan: FFNPlan) -> FewTokens | None:
-    """What `ffn_inference` makes of the parameters for few tokens, to be kept with them; None where it serves none."""
+    """The constants that `ffn_inference` uses for few tokens, to be cached; None if it has no path for few tokens."""
     if not (t.x.is_cpu and eager_few.are_served(plan.config, plan.down_config)):
         return None
     dtype, router = t.x.dtype, t.router if t.gates is None else None
@@ -105,7 +105,7 @@ def few_tokens(t: FFNTensors, plan: FFNPlan) -> FewTokens | None:
 
 
 def ffn_inference(t: FFNTensors, plan: FFNPlan) -> Tensor:
-    """y (..., d_out) where no backward follows; few tokens are bridged in fewer calls."""
+    """y (..., d_out) if no backward follows. Few tokens take a bridge of fewer calls."""
     x = t.x if t.x.dim() == 2 else _flat(t.x)
     made = plan.few
     if not eager_few.are_few(x.shape[0]) or made is None and (made := few_tokens(t, plan)) is None:
@@ -225,7 +225,7 @@ def _gates(t: FFNTensors, logits: Tensor | None, config: MoSConfig) -> Tensor:
 
 
 def _shrink(x: Tensor, linears: Sequence[Adapted], router: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `eager.shrink`; p and logits are one product where both read x in the compute dtype."""
+    """As `eager.shrink`; p and logits are one product if both read x in the compute dtype."""
     if router is None or x.dtype != eager.compute_dtype(x.dtype) or eager.is_reduced(x):
         return eager.shrink(x, _stack(linears), router, None, True)
     stack = torch.cat([*(linear.A.flatten(0, -2).to(x.dtype) for linear in linears), router.to(x.dtype)])
@@ -252,14 +252,14 @@ def _join(
 
 
 def _tokens_at_a_time(outputs: Sequence[Tensor]) -> Iterator[slice]:
-    """So many that they stay in a CPU's cache; all of them elsewhere, where calls cost more."""
+    """As many tokens as fit into a CPU's cache; on other devices all of them, since calls cost more there."""
     tokens, width = outputs[0].shape
     step = max(CACHED // width, 1) if outputs[0].is_cpu else max(tokens, 1)
     return (slice(start, min(start + step, tokens)) for start in range(0, max(tokens, 1), step))
 
 
 def _halves(outputs: Sequence[Tensor], part: slice, plan: FFNPlan) -> tuple[Tensor, Tensor | None]:
-    """g and, where the FFN is gated, u, of a few tokens."""
+    """g and, if the FFN is gated, u, for a few tokens."""
     first, *second = (output[part] for output in outputs)
     if plan.fused:
         return first.chunk(2, -1)
@@ -298,7 +298,7 @@ def _activate(outputs: Sequence[Tensor], A: Tensor, plan: FFNPlan) -> tuple[Tens
 def _activate_backward(
     dh: Tensor, outputs: Sequence[Tensor], A: Tensor, dp: Tensor, dn: Tensor, plan: FFNPlan, needs_A: bool
 ) -> tuple[list[Tensor], Tensor | None]:
-    """The gradients of the outputs and of A, from dh, that of h through the base alone, which is overwritten.
+    """The gradients of the outputs and of A. dh: the gradient of h through the base only; it is overwritten.
 
     dh = dy·W + dp·A + 2 dn h    du = dh φ(g)    dg = dh u φ'(g)    dA = dpᵀ h
     """

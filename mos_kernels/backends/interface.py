@@ -1,8 +1,8 @@
-"""What a backend is: modules of the functions of `Backend` and `FFNBackend`, and what they pass around.
+"""The interface of a backend: modules with the functions of `Backend` and `FFNBackend`, and the tuples they use.
 
-T tokens of width d_in; E experts of rank r. "Compute dtype" is float64 for float64 input and float32 otherwise. p, n
-and logits have the form that a backend likes best between its own steps (`Backend.saved_shapes`): the eager backend's
-are (T, …), the kernels' are planes (S, T, …). `eager` documents each function, with its equations.
+T tokens of width d_in; E experts of rank r. "Compute dtype" is float64 for float64 input and float32 otherwise. Each
+backend chooses the shapes of p, n and logits (`Backend.saved_shapes`): (T, …) in the eager backend, planes (S, T, …) in
+the kernels. `eager` documents each function with its equations.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Shape = tuple[int, ...]
 
 
 class Dropout(NamedTuple):
-    """What dropout decided: a backend's own state, and the probability of losing an element of x."""
+    """A draw of dropout: state of the backend's own, and the probability of dropping an element of x."""
 
     state: Tensor
     p: float
 
 
 class Prepared(NamedTuple):
-    """What the steps want of B: the factor in the dtype of the wide products, and G = BᵀB of each expert.
+    """The prepared B: the factor in the dtype of the wide products, and G = BᵀB of each expert.
 
-    Where an activation keeps the Gram form from holding, there is no G. The eager backend's products take G as its
-    trace and G / trace, so that a huge B overflows none; the kernels divide as they go.
+    With an activation, q cannot be computed from G, and there is no G. The eager backend uses G as its trace and
+    G / trace, so that a huge B does not overflow. The kernels divide during their products.
     """
 
     B: Tensor  # (d_out, E, r)
@@ -41,7 +41,7 @@ class Prepared(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a linear's forward leaves for its backward besides its arguments."""
+    """The tensors that a linear's forward saves for its backward besides its arguments."""
 
     p: Tensor
     n: Tensor
@@ -66,7 +66,7 @@ class BridgeExpandGradients(NamedTuple):
 
 
 class Backend(Protocol):
-    """The steps. `routed` is the gates (T, E), or with own_router a router's logits in the backend's form."""
+    """The steps. `routed` is the gates (T, E), or with own_router the logits of a router in the backend's shape."""
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype: ...
 
@@ -132,9 +132,9 @@ class Backend(Protocol):
 
 
 class FFNBackend(Protocol):
-    """An FFN as one operation.
+    """An FFN block as one operation.
 
-    FFNSaved: what forward leaves for backward, with `flat` and `of` as in `FFNTensors`.
+    FFNSaved: the tensors that forward saves for backward, with `flat` and `of` as in `FFNTensors`.
     """
 
     FFNSaved: Any

@@ -1,14 +1,16 @@
-"""The plain LoRA nearest to a Mixture-of-Space adapter on the tokens of a calibration set, in a folder of peft's.
+"""The plain LoRA nearest to a Mixture-of-Space adapter on the tokens of a calibration set, as a peft adapter folder.
 
-Of each linear the adapter adds Δ(x), and M = B A of rank r with the least E‖Δ − M x‖² is wanted. With C = E[xxᵀ] and
-D = E[Δxᵀ] that is E‖Δ − D C⁻¹ x‖², which no M changes, plus ‖(D C⁻¹ − M) L‖², where C = L Lᵀ: so M L is the truncated
-singular value decomposition of D L⁻ᵀ. Any square root of C serves; Cholesky's is the cheapest.
+The adapter of a linear adds Δ(x) to its output. The LoRA is the M = B A of rank r with the smallest E‖Δ − M x‖². Let
+C = E[xxᵀ] = L Lᵀ and D = E[Δxᵀ]. Then E‖Δ − M x‖² = E‖Δ − D C⁻¹ x‖² + ‖(D C⁻¹ − M) L‖². The first term does not
+depend on M, so M L is the truncated singular value decomposition of D L⁻ᵀ. L may be any square root of C; Cholesky's is
+the cheapest.
 
-C is regularised towards what the adapter would be if its gates were their mean and its space flat,
-M₀ = (α/r) Σ_e E[g_e] B_e A_e: the least E‖Δ − M x‖² + λ‖M − M₀‖² has C + λI and D + λM₀ in place of C and D. So where
-Δ is M₀ x, of Euclidean experts whose gates do not vary, M₀ comes out whatever the tokens are.
+The fit is regularised towards M₀ = (α/r) Σ_e E[g_e] B_e A_e, the adapter with mean gates in flat space. The minimum of
+E‖Δ − M x‖² + λ‖M − M₀‖² is found with C + λI and D + λM₀ instead of C and D. For Euclidean experts with constant gates,
+Δ = M₀ x, so the fit is M₀ for any tokens.
 
-Linears are fitted in the order in which they run, some at a time, each on what the exported ones before it give.
+Linears are fitted in the order in which they run, several in a pass over the data. Their inputs come from the model in
+which the linears of earlier passes are exported already.
 """
 
 from __future__ import annotations
@@ -51,12 +53,12 @@ WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 @dataclass
 class ExportReport:
-    """What was exported, and what was lost by it, on the tokens of the evaluation. Prints as a table.
+    """What was exported, and what was lost, on the tokens of the evaluation. Prints as a table.
 
-    linears: of each linear √(E‖Δ − B A x‖² / E‖Δ‖²) as it runs in the export; None where the adapter adds nothing.
-    kl: nats, mean over `positions` of KL(mixture ‖ LoRA); agreement: share of them with the same most likely class or
-    token; None without logits over classes or tokens. loss, accuracy: (of the mixture, of the LoRA), None without
-    labels (accuracy: without class labels). parameters: (of the mixture's adapter, of the LoRA).
+    linears: for each linear √(E‖Δ − B A x‖² / E‖Δ‖²) as it runs in the export; None if the adapter adds nothing.
+    kl: the mean of KL(mixture ‖ LoRA) over `positions`, in nats. agreement: the share of positions with the same most
+    likely class or token. Both are None without logits over classes or tokens. loss, accuracy: (of the mixture, of the
+    LoRA); None without labels (accuracy: without class labels). parameters: (of the mixture's adapter, of the LoRA).
     """
 
     rank: int
@@ -80,7 +82,7 @@ class ExportReport:
         return "\n".join([*self.summary(), "", *self.table()])
 
     def summary(self) -> list[str]:
-        """What was lost, a line each."""
+        """What was lost, in lines of text."""
         before, after = self.parameters
         lines = [
             f"LoRA of rank {self.rank} on {len(self.linears)} linears: {after:,} parameters, where the mixture has "
@@ -121,27 +123,27 @@ def export_lora(
     at_once: int | None = None,
     ridge: float = RIDGE,
 ) -> ExportReport:
-    """Write the LoRA nearest to the adapter of `model` on the calibration tokens into `folder`, as peft's LoRA.
+    """Write the LoRA that is nearest to the adapter of `model` on the calibration tokens into `folder`, for peft.
 
-    `PeftModel.from_pretrained(base, folder)` loads it, `merge_and_unload()` merges it, and what serves or quantises
-    LoRAs takes it. Modules that were trained whole beside the adapter, and a classifier's head, go with it.
+    `PeftModel.from_pretrained(base, folder)` loads it, `merge_and_unload()` merges it, and software for LoRAs can serve
+    and quantise it. Modules that were trained whole beside the adapter, and a classifier's head, are exported too.
 
     Args:
-        model: with the adapter, of apply_mos, load_adapter or peft; left as it is.
-        calibration_batches: a list, a DataLoader or another iterable that can be gone through several times, of what
-            the model takes: dictionaries of tensors, or input_ids. Some thousand tokens like those of the task. What
-            the attention_mask marks as padding is left out; labels are for the report alone.
-        folder: one that is not there yet, or empty.
-        rank: None for that at which the LoRA has as many parameters as the adapter.
-        evaluation_batches: those of the report; None for the calibration's own, on which the losses are optimistic.
-        at_once: how many linears are fitted in a pass over the data, in the order in which they run; none sees the
-            export of another in its pass. None: a tenth of them. 1: each is fitted on what all before it give. The
-            memory is that of their C and D, d_in·(d_in + d_out) float64 numbers a linear; no token is kept.
-        ridge: λ, in units of the mean variance of the inputs: how far rare directions are drawn to the flat map M₀.
+        model: with the adapter, from apply_mos, load_adapter or peft. It is not changed.
+        calibration_batches: a list, a DataLoader or another iterable that can be read several times. Its items are
+            inputs of the model: dictionaries of tensors, or input_ids. Use several thousand tokens like those of the
+            task. Padding, as marked by the attention_mask, is left out. Labels are used only for the report.
+        folder: must not exist, or be empty.
+        rank: None: the rank at which the LoRA has as many parameters as the adapter.
+        evaluation_batches: the data of the report. None: the calibration data, on which the losses are optimistic.
+        at_once: how many linears are fitted in one pass over the data. A linear does not see the export of others in
+            the same pass. None: a tenth of them. 1: each is fitted on the output of all exported linears before it. The
+            memory is that of C and D, d_in·(d_in + d_out) float64 numbers for each of these linears; no token is kept.
+        ridge: λ, in units of the mean variance of the inputs: how much rare directions are drawn to the flat map M₀.
 
-    Returns the report, which the card in `folder` has too. Nothing is written unless all went well. Raises ValueError
-    for no tokens, a linear that no token reached, values that are not finite, a rank below 1, no adapter or several
-    active ones; FileExistsError where the folder holds something, NotADirectoryError where a file stands above it.
+    Returns the report, which is also in the model card. After an error nothing is written. Raises ValueError for no
+    tokens, a linear that no token reached, values that are not finite, a rank below 1, and no adapter or several active
+    ones; FileExistsError if the folder is not empty, NotADirectoryError if a parent of it is a file.
     """
     folder = Path(folder).resolve()  # a link stays one
     check_arguments(folder, rank, at_once, ridge)
@@ -182,7 +184,7 @@ def export_lora(
 
 
 def check_arguments(folder: Path, rank: int | None, at_once: int | None, ridge: float = RIDGE) -> None:
-    """Raise as `export_lora` does for these alone."""
+    """Raise the errors of `export_lora` for these arguments."""
     for name, value in (("rank", rank), ("at_once", at_once)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name}={value!r} must be an integer of at least 1, or None")
@@ -204,22 +206,22 @@ def _check_batches(name: str, batches) -> None:
         raise ValueError(f"{name} is an iterator, and several passes are made: pass a list of batches, or a DataLoader")
 
 
-# the linears of either door
+# the linears of apply_mos and of peft
 
 
 class _Reached(Exception):
-    """The last linear of a pass has been reached: the rest of the model need not run."""
+    """The last linear of a pass was reached, so the rest of the model need not run."""
 
 
 class _Linear:
     """An adapted linear: its statistics over the tokens, and the LoRA fitted to them.
 
-    mode: "adapter" runs it as it is; "collect" does too, and adds to the statistics; "lora" runs the export; "measure"
-    does too, and sums its squared error, and Δ's square, into `squares`.
+    mode: "adapter" runs the adapter; "collect" runs it and adds to the statistics; "lora" runs the export; "measure"
+    runs it and adds its squared error, and the square of Δ, to `squares`.
     """
 
     def __init__(self, name: str, layer: nn.Module, adapter: MoSAdapter, adapter_name: str | None) -> None:
-        """adapter_name: that of peft's, by which the gates are given."""
+        """adapter_name: the name of the adapter under peft. Gates are given by this name."""
         self.name, self.layer, self.adapter, self.adapter_name = name, layer, adapter, adapter_name
         self.d_out, self.d_in = adapter.mos_lora_B.shape[0], adapter.mos_lora_A.shape[-1]
         self.mode, self.calls, self.on_call = "adapter", 0, None
@@ -248,9 +250,9 @@ class _Linear:
             return (base + product(product(x.to(A.dtype), A), B)).to(base.dtype)
 
     def _tokens(self, x: Tensor, gates) -> tuple[Tensor, Tensor, Tensor]:
-        """The real tokens: x (T, d_in), their gates (T, E), and what the adapter adds to them, (T, d_out).
+        """The tokens that are not padding: x (T, d_in), their gates (T, E), and the adapter's output (T, d_out).
 
-        gates: (..., E), or by adapter, or None for the linear's own router.
+        gates: (..., E), or a dictionary by adapter, or None for the linear's own router.
         """
         adapter, config = self.adapter, self.adapter.config
         if isinstance(gates, Mapping):  # of a block that may hold linears with routers of their own
@@ -275,7 +277,7 @@ class _Linear:
         return x, gates, delta
 
     def add(self, x: Tensor, gates) -> None:
-        """Add the real tokens of x (..., d_in) to the statistics; gates as they are handed to the linear."""
+        """Add the tokens of x (..., d_in) that are not padding to the statistics. gates: as in the linear's call."""
         x, gates, delta = self._tokens(x, gates)
         if self.C is None:
             self._clear("cpu" if x.device.type == "mps" else x.device, self.adapter.config.num_experts)
@@ -302,11 +304,11 @@ class _Linear:
 
     @property
     def error(self) -> float | None:
-        """Relative, over the tokens that were measured; None where the adapter adds nothing to them."""
+        """The relative error over the measured tokens; None if the adapter adds nothing."""
         return math.sqrt(self.squares[0] / self.squares[1]) if self.squares[1] else None
 
     def fit(self, rank: int, ridge: float) -> None:
-        """Set `factors`, A (rank, d_in) and B (d_out, rank); drop the statistics; run the export."""
+        """Set `factors`, A (rank, d_in) and B (d_out, rank), drop the statistics, and run the export from now on."""
         if self.tokens == 0:
             raise ValueError(
                 f"no token of calibration_batches reached {self.name!r}: pass batches that hold tokens (padding is "
@@ -333,7 +335,7 @@ class _Linear:
         self.mode = "lora"
 
     def _flat(self, gates: Tensor) -> Tensor:
-        """M₀ (d_out, d_in), the map with these gates (E,) in flat space; 0 where an activation makes it none."""
+        """M₀ (d_out, d_in), the adapter with these gates (E,) in flat space; 0 with an activation."""
         config = self.adapter.config
         B = self.adapter.mos_lora_B.detach().to(gates.device, torch.float64)
         A = self.adapter.mos_lora_A.detach().to(gates.device, torch.float64)
@@ -346,7 +348,7 @@ class _Linear:
 
 
 def _linears(model: nn.Module) -> list[_Linear]:
-    """The adapted linears of a model, with the adapter that is active; ValueError without one."""
+    """The adapted linears of a model, with their active adapter. ValueError without one."""
     active = {id(adapter) for adapter in mos_adapters(model).values()}
     found, idle = [], set()
     for name, layer in model.named_modules():
@@ -381,7 +383,7 @@ def _linears(model: nn.Module) -> list[_Linear]:
 
 
 def _run(model: nn.Module, batch: Mapping[str, Tensor] | Tensor):
-    """The model on a batch, moved to where it is."""
+    """Run the model on a batch, which is moved to the model's device."""
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     if not isinstance(batch, (Tensor, Mapping)):
         raise ValueError(f"a batch is a {type(batch).__name__}: make it a dictionary of tensors, or input_ids")
@@ -397,7 +399,7 @@ def _run(model: nn.Module, batch: Mapping[str, Tensor] | Tensor):
 
 
 def _masks(batch: Mapping[str, Tensor] | Tensor) -> Callable[[Tensor], Tensor | None]:
-    """Of an x (..., d) the real tokens, bool (...), by the attention mask of its shape; None where all are."""
+    """Which tokens of x (..., d) are not padding, bool (...), by the mask of this shape; None: all of them."""
     names = ("attention_mask", "decoder_attention_mask") if isinstance(batch, Mapping) else ()
     masks = [mask for name in names if isinstance(mask := batch.get(name), Tensor)]
 
@@ -409,7 +411,7 @@ def _masks(batch: Mapping[str, Tensor] | Tensor) -> Callable[[Tensor], Tensor | 
 
 
 def _order(model: nn.Module, linears: list[_Linear], batches) -> list[_Linear]:
-    """The linears in the order in which the first batch reaches them, those that it does not at the end."""
+    """The linears in the order in which the first batch reaches them; those that it does not reach come last."""
     order: list[_Linear] = []
 
     def note(linear: _Linear) -> None:
@@ -428,7 +430,7 @@ def _order(model: nn.Module, linears: list[_Linear], batches) -> list[_Linear]:
 
 
 def _collect(model: nn.Module, part: list[_Linear], batches) -> None:
-    """Go through the data up to the last of these linears, and add to their statistics."""
+    """Run the data up to the last of these linears, and add to their statistics."""
     usual = {linear: linear.calls for linear in part}  # of a forward; more than one where layers share a linear
     calls = {}
 
@@ -451,7 +453,7 @@ def _collect(model: nn.Module, part: list[_Linear], batches) -> None:
 
 
 def _compare(model: nn.Module, linears: list[_Linear], batches, report: ExportReport) -> None:
-    """Fill in what the LoRA loses: both are run on every batch."""
+    """Run mixture and LoRA on every batch, and fill in what the LoRA loses."""
     causal = getattr(model, "can_generate", lambda: False)() and not getattr(model.config, "is_encoder_decoder", False)
     sums = torch.zeros(4, dtype=torch.float64)  # KL, agreement, right with the mixture, right with the LoRA
     losses, weight, positions, classes = [0.0, 0.0], 0, 0, 0
@@ -496,15 +498,16 @@ def _compare(model: nn.Module, linears: list[_Linear], batches, report: ExportRe
 
 
 def _logits(output) -> Tensor | None:
-    """Logits over classes or tokens; None where there are none, or a single one, as in a regression."""
+    """Logits over classes or tokens; None if there are none, or only one, as in a regression."""
     logits = output.get("logits") if isinstance(output, Mapping) else None
     return logits if isinstance(logits, Tensor) and logits.dim() >= 2 and logits.shape[-1] > 1 else None
 
 
 def _kept(logits: Tensor, batch, labels: Tensor | None, causal: bool) -> tuple[Tensor, Tensor | None] | None:
-    """(which predictions count, their labels): those with a label, or of real tokens; None where neither says.
+    """(which predictions count, their labels). Predictions with a label count, or those of tokens that are not padding.
 
-    Of a causal model the prediction at a token is of the next one, so the last is left out.
+    None without labels and mask. In a causal model the prediction at a token is for the next one, so the last is left
+    out.
     """
     places = logits.shape[:-1]
     if labels is not None and labels.is_floating_point():  # a regression, or several labels at once
@@ -523,9 +526,9 @@ def _kept(logits: Tensor, batch, labels: Tensor | None, causal: bool) -> tuple[T
 
 
 def _modules_saved_whole(outer: nn.Module, inner: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
-    """The modules besides the adapter that a file holds whole, and their tensors by name: what was trained, and a head.
+    """The modules that are saved whole beside the adapter (those that were trained, and a head), and their tensors.
 
-    peft gives the head of every classifier a copy of its own, and so wants it in the file.
+    peft copies the head of every classifier for its adapter, so it expects the head in the file.
     """
     if hasattr(outer, "peft_config"):
         from peft import get_peft_model_state_dict
@@ -547,14 +550,14 @@ def _modules_saved_whole(outer: nn.Module, inner: nn.Module) -> tuple[list[str],
 
 
 def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
-    """The linears by the ends of their names where those name no other module, as users and servers write them."""
+    """The ends of the linears' names, as users and servers write them; full names if the ends match other modules."""
     ends = sorted({name.rpartition(".")[2] for name in names})
     matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
     return ends if matched == set(names) else names
 
 
 def _write(folder: Path, model: nn.Module, linears: list[_Linear], whole, report: ExportReport) -> None:
-    """The folder, written beside and renamed."""
+    """Write the folder under another name, and rename it."""
     modules, module_tensors = whole
     tensors = dict(module_tensors)
     for linear in linears:

@@ -141,7 +141,7 @@ def test_other_dtypes_without_spills(dtype, activation, T):
     [
         {"share_a": False}, {"mapping": "exp_log"}, {"domain": "raw"}, {"norm_topk_prob": False},
         {"lora_dropout": 0.1}, {"activation": "tanh", "mapping": "exp_log", "share_a": False},
-        {"lora_dropout": 0.1, "r": 64},
+        {"lora_dropout": 0.1, "r": 64}, {"lora_dropout": 0.1, "r": 4, "share_a": False},
     ],
     ids=str,
 )  # fmt: skip
@@ -186,6 +186,8 @@ def test_linears_that_share_launches(r, share_a, dtype):
 def test_float32_with_dropout_without_spills(architecture):
     configs = (linear(lora_dropout=0.1), linear(lora_dropout=0.1, share_a=False), linear(lora_dropout=0.1, r=64))
     assert_fits(architecture, launches(TRAIN, *configs, dtype=torch.float32, architecture=architecture))
+    few = launches(DECODE, linear(lora_dropout=0.1, share_a=False, r=4), dtype=torch.float32, architecture=architecture)
+    assert_fits(architecture, named(few, "shrink_backward"))
 
 
 @pytest.mark.parametrize("activation", ["identity", "silu"])
@@ -230,7 +232,8 @@ def test_ffn_kernels_without_spills(architecture, activation, dtype, rows, form,
 OF_AN_FFN = [
     {"dtype": torch.float32}, {"share_a": False}, {"r": 64, "experts": 2}, {"r": 128, "experts": 1},
     {"r": 2, "experts": 64}, {"mapping": "exp_log"}, {"dtype": torch.float16, "norm_topk_prob": False},
-    {"form": "fused"}, {"form": "plain"},
+    {"form": "fused"}, {"form": "plain"}, {"r": 64, "experts": 2, "mapping": "exp_log"},
+    {"r": 128, "experts": 1, "mapping": "exp_log"},
 ]  # fmt: skip
 
 

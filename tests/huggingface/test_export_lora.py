@@ -328,7 +328,7 @@ def silent(model):
         ({"calibration_batches": {"input_ids": ids()}}, "pass a list of batches"),
         ({"calibration_batches": ids()}, "pass a list of batches"),
         ({"calibration_batches": [{"input_ids": ids(), "attention_mask": torch.zeros(2, 7)}]}, "no token of"),
-        ({"calibration_batches": [{"input_ids": ids()[:, :0]}]}, r"a batch holds no tokens .shape .2, 0..: leave it out"),
+        ({"calibration_batches": [ids()[:, :0]]}, "a batch holds no tokens .shape .2, 0..: leave it out"),
         ({"calibration_batches": [*batches(1), ids()[:0]]}, "a batch holds no tokens .shape .0, 7."),
         ({"calibration_batches": [{}]}, "a batch holds no tokens .no tensor."),
         ({"evaluation_batches": [ids()[:0]]}, "a batch holds no tokens"),

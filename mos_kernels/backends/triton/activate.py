@@ -116,7 +116,7 @@ def activate_backward_kernel(
             wide, slope = phi * b_u.to(tl.float32), slope * b_u.to(tl.float32)
         b_g = _load(g, row_next, o_d, stride_g, mask_next)
         b_u = _load(u, row_next, o_d, stride_u, mask_next) if GATED else b_g
-        b_h, narrow = nearest(wide, dtype), cast(b_dp, dtype)
+        b_h, narrow = nearest(wide, dtype), nearest(b_dp, dtype)
         if NEEDS_DA:
             total = dot(tl.trans(narrow), b_h, total)
         if COLUMN_BLOCKS == 1 or i_c == 0:
@@ -126,7 +126,7 @@ def activate_backward_kernel(
             else:
                 for j in range(COLUMN_BLOCKS):
                     o_j = j * BLOCK_C + tl.arange(0, BLOCK_C)
-                    narrow = cast(_load_dp(dp, row, m_t, o_j, R), dtype)
+                    narrow = nearest(_load_dp(dp, row, m_t, o_j, R), dtype)
                     through = dot(narrow, _load_rows(A, o_j, o_d, D, R, dtype), through)
             whole = settled(through) + b_dh.to(tl.float32) + (2.0 * b_dn)[:, None] * b_h.to(tl.float32)
             tl.store(dg + row[:, None] * stride_dg + o_d[None, :], nearest(whole * slope, dtype), mask=mask)

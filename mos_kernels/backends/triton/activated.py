@@ -21,7 +21,7 @@ from mos_kernels.backends.triton.activations import CODES, activation
 from mos_kernels.backends.triton.bridge import load_factors, load_n, load_p, route_parts, tile_settings
 from mos_kernels.backends.triton.expand import plus_added
 from mos_kernels.backends.triton.geometry import inverse_projection_scale, mapping_code, projection_scale
-from mos_kernels.backends.triton.numerics import bounded, cast, dot, once, saturate
+from mos_kernels.backends.triton.numerics import bounded, cast, dot, nearest, once, saturate
 from mos_kernels.backends.triton.route import balance, balance_gradient, gates_backward, load_logits, top_k_gates
 from mos_kernels.geometry import guard_back, guard_into
 
@@ -198,7 +198,7 @@ def activated_expand_kernel(
 def _dv(b_dy, h_tile, B_tile, c, d, ACTIVATION: tl.constexpr):
     """dv [tokens, outputs] of one expert."""
     u, slope = activation(_v(h_tile, B_tile), ACTIVATION)
-    return cast((c[:, None] * b_dy + d[:, None] * u) * slope, h_tile.dtype)
+    return nearest((c[:, None] * b_dy + d[:, None] * u) * slope, h_tile.dtype)
 
 
 @triton.jit(do_not_specialize=["T"])

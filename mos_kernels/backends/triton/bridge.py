@@ -94,20 +94,59 @@ def load_n(n, o_t, m_t, T, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _gram_times(p, b_p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED: tl.constexpr, SPLITS: tl.constexpr):
-    """G h / trace [tokens, experts, rank] with h = scale·p; b_p is the tile of p."""
+def _gram_times(
+    p, b_p, gram, scale, row, m_t, o_e, o_r, T, E: tl.constexpr, r: tl.constexpr,
+    SHARED: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """G h / trace [tokens, experts, rank] with h = scale·p, and the trace [experts]; b_p is the tile of p."""
     total = tl.zeros([row.shape[0], o_e.shape[0], o_r.shape[0]], tl.float32)
-    inverse = tl.div_rn(1.0 + 0.0 * trace, tl.maximum(trace, 1e-37))
-    m_g = (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
-    for j in range(r):
-        b_g = tl.load(gram + (o_e[None, :, None] * r + j) * r + o_r[None, None, :], mask=m_g, other=0.0)
-        b_g = b_g * inverse[None, :, None]
-        if SPLITS == 1:
-            column = load_p(p, row, m_t, o_e, j + tl.arange(0, 1), T, E, r, SHARED, 1)
-        else:  # out of the tile, which costs less than adding up its planes again
-            column = tl.sum(tl.where(o_r[None, None, :] == j, b_p, 0.0), 2)[:, :, None]
-        total += scale[:, :, None] * column * b_g
-    return total
+    if r <= 8 and SHARED:  # all of G stays in registers, and is loaded once
+        rows = ()
+        diagonal = tl.zeros([1, o_e.shape[0], o_r.shape[0]], tl.float32)
+        for j in tl.static_range(r):
+            b_g = _gram_row(gram, j, o_e, o_r, E, r)
+            rows = rows + (b_g,)
+            diagonal += tl.where(o_r[None, None, :] == j, b_g, 0.0)
+        trace = tl.sum(tl.sum(diagonal, 2), 0)
+        inverse = _inverse(trace)
+        for j in tl.static_range(r):
+            column = _column(p, b_p, j, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
+            total += scale[:, :, None] * column * (rows[j] * inverse)
+    else:
+        trace = _load_trace(gram, o_e, o_r, E, r)
+        inverse = _inverse(trace)
+        for j in range(r):
+            column = _column(p, b_p, j, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
+            total += scale[:, :, None] * column * (_gram_row(gram, j, o_e, o_r, E, r) * inverse)
+    return total, trace
+
+
+@triton.jit
+def _gram_row(gram, j, o_e, o_r, E, r):
+    """Row j of each G, [1, experts, rank]."""
+    mask = (o_e[None, :, None] < E) & (o_r[None, None, :] < r)
+    return tl.load(gram + (o_e[None, :, None] * r + j) * r + o_r[None, None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_trace(gram, o_e, o_r, E, r):
+    diagonal = gram + (o_e[:, None] * r + o_r[None, :]) * r + o_r[None, :]
+    return tl.sum(tl.load(diagonal, mask=(o_e[:, None] < E) & (o_r[None, :] < r), other=0.0), 1)
+
+
+@triton.jit
+def _inverse(trace):
+    return tl.div_rn(1.0 + 0.0 * trace, tl.maximum(trace, 1e-37))[None, :, None]
+
+
+@triton.jit
+def _column(p, b_p, j, row, m_t, o_e, o_r, T, E, r, SHARED: tl.constexpr, SPLITS: tl.constexpr):
+    """p at j of the rank, [tokens, 1 or experts, 1]."""
+    if SPLITS == 1:
+        column = load_p(p, row, m_t, o_e, j + tl.arange(0, 1), T, E, r, SHARED, 1)
+    else:  # out of the tile, which costs less than adding up its planes again
+        column = tl.sum(tl.where(o_r[None, None, :] == j, b_p, 0.0), 2)[:, :, None]
+    return column
 
 
 @triton.jit
@@ -118,12 +157,6 @@ def _squared_output_norm(h, unit_gh, trace):
     up = tl.where(huge, 1180591620717411303424.0, 1.0)
     q = tl.sum((h * down) * (unit_gh * down), 2) * trace[None, :] * up * up
     return saturate(tl.maximum(q, 0.0, tl.PropagateNan.ALL))
-
-
-@triton.jit
-def load_trace(gram, o_e, o_r, E, r):
-    diagonal = gram + (o_e[:, None] * r + o_r[None, :]) * r + o_r[None, :]
-    return tl.sum(tl.load(diagonal, mask=(o_e[:, None] < E) & (o_r[None, :] < r), other=0.0), 1)
 
 
 @triton.jit
@@ -144,8 +177,7 @@ def bridge_tile(
     if SPLITS > 1:  # or the planes are added up again in each layout, which does not fit the registers
         b_p = once(b_p)
     h = scale[:, :, None] * b_p
-    trace = load_trace(gram, o_e, o_r, E, r)
-    unit_gh = _gram_times(p, b_p, gram, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
+    unit_gh, trace = _gram_times(p, b_p, gram, scale, row, m_t, o_e, o_r, T, E, r, SHARED, SPLITS)
     q = _squared_output_norm(h, unit_gh, trace)
     e, _, _ = projection_scale(once(q), b_kappa[None, :], out_limit, out_edge, MAPPING)
     return once(scaling * gates * e)[:, :, None] * h, b_p, b_n
@@ -257,8 +289,7 @@ def bridge_backward_kernel(
             scale = once(scale)
             b_p = load_p(p_l, row, m_t, o_e, o_r, T, E, r, SHARED, 1)
             h = scale[:, :, None] * b_p
-            trace = load_trace(gram_l, o_e, o_r, E, r)
-            unit_gh = _gram_times(p_l, b_p, gram_l, scale, trace, row, m_t, o_e, o_r, T, E, r, SHARED, 1)
+            unit_gh, trace = _gram_times(p_l, b_p, gram_l, scale, row, m_t, o_e, o_r, T, E, r, SHARED, 1)
             q = _squared_output_norm(h, unit_gh, trace)
             e, e_dq, e_dkappa = projection_scale(once(q), b_kappa, out_limit, out_edge, MAPPING)
 
@@ -462,7 +493,7 @@ def bridge_backward_parts_launch(
     loads, weight, mask, constants = balance(routed, aux_weight, token_mask, config)
     tile = tile_settings(config, T, device, "bridge_backward")
     if linears == 2 and tile["BLOCK_R"] >= 64:  # or registers spill
-        tile["num_warps"] = 8 if tile["BLOCK_R"] == 64 else 4
+        tile["num_warps"] = 4 if tile["BLOCK_R"] > 64 and tile["BLOCK_E"] > 2 else 8
     launch.launch(
         bridge_backward_kernel, (triton.cdiv(T, tile["BLOCK_T"]),), p,
         (dz, p, n, routed, kappas[0], grams[0], kappas[-1], grams[-1], loads, weight, mask,

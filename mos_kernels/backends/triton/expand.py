@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mos_kernels.backends.triton import launch
-from mos_kernels.backends.triton.numerics import cast, dot
+from mos_kernels.backends.triton.numerics import cast, dot, settled
 from mos_kernels.backends.triton.shrink import empty_stack, stack_part
 
 
@@ -173,7 +173,7 @@ def expand_kernel(
             if ADDED == 1:
                 total += b_bias[None, :]
             else:
-                total = plus_added(total, added, row, m_t, o_n, N, ADDED)
+                total = plus_added(settled(total), added, row, m_t, o_n, N, ADDED)
             tl.store(y + row * N + o_n[None, :], cast(total, y.dtype.element_ty), mask=m_t[:, None] & m_n)
     else:
         o_t = first + tl.arange(0, BLOCK_T)

@@ -26,7 +26,7 @@ def stack_part(
     A, A_2, router, stack, first, step, D, R: tl.constexpr, E: tl.constexpr, SPLIT_ROUTER: tl.constexpr,
     PAIR: tl.constexpr,
 ):  # fmt: skip
-    """stack = [A; Router], or [A; high(Router); low(Router)], in its dtype; each `step`-th of its tiles from `first`."""
+    """stack = [A; Router] or [A; high(Router); low(Router)], in its dtype; each `step`-th of its tiles from `first`."""
     rows: tl.constexpr = R + (2 * E if SPLIT_ROUTER else E)
     across = tl.cdiv(D, 128)
     for tile in range(first, tl.cdiv(rows, 16) * across, step):
@@ -315,6 +315,8 @@ def shrink_backward_launch(
         BLOCK_T=32 if dropping or wide or block_c > 16 else 128,
         BLOCK_D=32 if block_c > 32 or (dropping or wide) and R + E > 32 or dropping and wide else 256,
     )  # fmt: skip
+    if dropping and wide and launch.bucket(T) == "decode":  # or registers spill; few tokens are few steps
+        settings["num_stages"] = 1
     if R + E > 32:  # the stacked rows of a tile take the shared memory, or the registers, of a stage
         settings["num_stages"] = min(settings["num_stages"], 2)
     if block_c > 32:  # Triton 3.6 refills a stage's x while the second half of dW's product, as it cuts it, still reads

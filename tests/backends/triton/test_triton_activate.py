@@ -55,6 +55,14 @@ def test_an_overflow_of_float16_shows_and_a_norm_is_bounded():
     assert n.item() == torch.tensor(1e30).item()
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_a_dp_that_float16_cannot_hold_shows():
+    outputs, A, dp = [torch.ones(1, 4).half()] * 2, torch.ones(1, 4), torch.full((1, 1), 1e5)
+    dh, dn = torch.zeros(1, 4).half(), torch.zeros(1)
+    gradients, dA = activate.activate_backward_launch(dh, outputs, A, dp, dn, plan("gated", "silu"), True)
+    assert all((gradient == torch.inf).all() for gradient in (*gradients, dA))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_no_tokens(form):
     trial = ActivateTrial(T=0, form=form)

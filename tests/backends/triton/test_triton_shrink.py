@@ -63,5 +63,6 @@ def test_gradients_that_float16_cannot_hold_are_infinite():
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
-def test_a_gradient_scaler_skips_the_step_of_an_overflow():
-    assert_a_gradient_scaler_skips_the_step("triton", "identity")
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+def test_a_gradient_scaler_skips_the_step_of_an_overflow(activation):
+    assert_a_gradient_scaler_skips_the_step("triton", activation)
