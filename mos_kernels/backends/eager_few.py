@@ -24,7 +24,9 @@ from mos_kernels.config import MoSConfig
 from mos_kernels.geometry import SATURATION, guard_back, guard_into
 
 MOST_TOKENS = 32
+
 FEW_LOGITS = 64
+"""Up to so many are routed one by one in Python, which reads fewer instructions into the cache than NumPy or torch."""
 
 
 class Constants(NamedTuple):
@@ -119,7 +121,7 @@ def shrink(x: Tensor, made: Constants) -> tuple[ndarray, ndarray, ndarray]:
 
 def route(logits: ndarray, config: MoSConfig) -> ndarray:
     """Gates (T, E) from logits (T, E)."""
-    if logits.size <= FEW_LOGITS:  # fewer instructions to fetch than of NumPy
+    if logits.size <= FEW_LOGITS:
         gates = [_gates(row, config.num_experts_per_tok, config.norm_topk_prob) for row in logits.tolist()]
         if None not in gates:
             return np.array(gates)
