@@ -277,7 +277,7 @@ def test_the_report_is_made_from_the_rows(row, tmp_path, capsys):
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     assert "| LoRA r=8 |  |  | 50.0% ± 23.6 (2) |" in text and "| MoS |  |  | 83.3% ± 23.6 (2) |" in text
-    assert "| MoS | x3 | 2 | 3 | 1 | +33.3 ± 33.3 | +0.000 |" in text and "8 euclidean" not in text
+    assert "| MoS | x3 | 2 | 3 | 1 | +33.3 ± 40.8 | +0.000 |" in text and "8 euclidean" not in text
     assert report.run(tmp_path / "nowhere.jsonl", tmp_path / "none.jsonl", page) == 2
 
 

@@ -79,10 +79,12 @@ def _paired(found: Rows) -> str:
             pairs = [(row, reference[row["seed"]]) for row in _of(found, entry, rate) if row["seed"] in reference]
             if entry == LORA or not pairs:
                 continue
-            more, less = (sum(_only(a, b, first) for a, b in pairs) for first in (True, False))
-            size = sum(row["eval_rows"] for row, _ in pairs)
+            each = [_differences(*pair) for pair in pairs]
+            more, less = (sum(d == sign for differences in each for d in differences) for sign in (1, -1))
+            size = sum(map(len, each))
             nll = _mean([row["nll_per_token"] - other["nll_per_token"] for row, other in pairs])
-            difference, error = 100 * (more - less) / size, 100 * math.sqrt(more + less) / size
+            of_problems = [sum(seeds) for seeds in zip(*each, strict=True)]  # one problem is no two, whatever the seeds
+            difference, error = 100 * (more - less) / size, 100 * math.hypot(*of_problems) / size
             lines.append([
                 entry.name, f"x{rate}", str(len(pairs)), str(more), str(less), f"{difference:+.1f} ± {error:.1f}",
                 f"{nll:+.3f}",
@@ -91,9 +93,9 @@ def _paired(found: Rows) -> str:
     return table(heads, lines) if lines else "not run yet"
 
 
-def _only(row: dict, other: dict, first: bool) -> int:
-    a, b = (row["right"], other["right"]) if first else (other["right"], row["right"])
-    return sum(x == "1" and y == "0" for x, y in zip(a, b, strict=True))
+def _differences(row: dict, other: dict) -> list[int]:
+    """Of each problem: 1 where only the row's run solves it, -1 where only the other does."""
+    return [int(a) - int(b) for a, b in zip(row["right"], other["right"], strict=True)]
 
 
 def _cost(found: Rows) -> str:
