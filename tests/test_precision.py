@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies import ACTIVATIONS, GEOMETRIES, Case, leaf, make_case, normal
 from torch import Tensor
@@ -106,14 +106,10 @@ def adapter_by_torch(case: Case) -> torch.Tensor:
     return y
 
 
-@pytest.mark.parametrize("eps", [1e-1, 4e-3, 1e-3, 1e-6])
-@settings(max_examples=25)
-@given(
-    seed=st.integers(0, 2**20), reach=st.sampled_from([0.1, 0.9, 1.5, 30.0, 1e4]),
-    kappa=st.floats(-3, 2).map(lambda e: 10.0**e), b_scale=st.sampled_from([0.01, 1.0, 30.0]),
-)  # fmt: skip
-def test_accuracy_of_the_adapter_alone(eps, seed, reach, kappa, b_scale):
-    """Without a base, whose size would hide the adapter's error: tokens inside, near and outside the ball."""
+def relative_errors(
+    eps: float, seed: int, reach: float, kappa: float, b_scale: float
+) -> dict[str, tuple[float, float]]:
+    """Ours and torch's, against float64, of the adapter's output and gradients over the largest value of each."""
     config = MoSConfig(r=4, lora_alpha=4, boundary_eps=eps)
     kappas = tuple(kappa * sign for sign in config.curvature_signs)
     case = make_case(
@@ -121,14 +117,32 @@ def test_accuracy_of_the_adapter_alone(eps, seed, reach, kappa, b_scale):
     )
     low = case.replace(weight=torch.zeros_like(case.weight)).to(torch.float32)
     dy, high = low.upstream(torch.float32), low.to(torch.float64)
-    found = [c.results(y, d) for c, y, d in (
+    ours, torchs, truths = (c.results(y, d) for c, y, d in (
         (low, low.ours(), dy), (low, adapter_by_torch(low), dy), (high, adapter_by_torch(high), dy.double())
-    )]  # fmt: skip
-    for name, truth in found[2].items():
-        if name == "weight":  # not the adapter's
-            continue
-        error, torch_error = ((f[name].double() - truth).abs().max().item() for f in found[:2])
-        assert error <= 2 * torch_error + 1e-6 * truth.abs().max().item(), (name, error, torch_error)
+    ))  # fmt: skip
+    del truths["weight"]  # not the adapter's
+    size = {name: truth.abs().max().clamp(min=1e-300) for name, truth in truths.items()}
+    return {
+        name: tuple(((found[name].double() - truth).abs().max() / size[name]).item() for found in (ours, torchs))
+        for name, truth in truths.items()
+    }
+
+
+@pytest.mark.parametrize("eps", [1e-1, 4e-3, 1e-3, 1e-6])
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**20), reach=st.sampled_from([0.1, 0.9, 1.5, 30.0, 1e4]),
+    kappa=st.floats(-3, 2).map(lambda e: 10.0**e), b_scale=st.sampled_from([0.01, 1.0, 30.0]),
+)  # fmt: skip
+@example(seed=0, reach=30.0, kappa=10.0**0.125, b_scale=30.0)  # torch's error of κ is a quarter of what it is around
+def test_accuracy_of_the_adapter_alone(eps, seed, reach, kappa, b_scale):
+    """Without a base, whose size would hide the adapter's error: tokens inside, near and outside the ball."""
+    like_it = None
+    for name, (error, torch_error) in relative_errors(eps, seed, reach, kappa, b_scale).items():
+        if error > 2 * torch_error + 1e-6:  # of κ there are eight numbers: torch's error may be small by chance
+            like_it = like_it or [relative_errors(eps, seed + i, reach, kappa, b_scale) for i in range(32)]
+            error, torch_error = (math.hypot(*(e[name][i] for e in like_it)) / 32**0.5 for i in (0, 1))
+        assert error <= 2 * torch_error + 1e-6, (name, error, torch_error)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
