@@ -36,7 +36,8 @@ def lora_linear(
     if base_output is not None:
         check_base_output(x, base_output, B.shape[0])
     if casts:
-        x, weight, bias = (None if t is None else t.to(autocast_dtype(x)) for t in (x, weight, bias))
+        x = x.to(autocast_dtype(x))
+        weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
         with without_autocast(x):  # autocast would round a base's float32 output
             return _lora(x, weight, bias, A, B, scaling, base_output, dropout_p)
     return _lora(x, weight, bias, A, B, scaling, base_output, dropout_p)
@@ -102,7 +103,7 @@ class _LoRA(torch.autograd.Function):
             return _backward(ctx, dy, drows)
 
 
-def _backward(ctx, dy: Tensor | None, drows: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx, dy, drows):
     x, weight, A, B, rows = ctx.saved_tensors
     x_dtype, A_dtype, B_dtype = ctx.dtypes
     to_x, to_weight, to_bias, to_A, to_B, _, to_base = ctx.needs_input_grad
