@@ -54,7 +54,7 @@ def _lora(x, weight, bias, A, B, scaling, base_output, dropout_p) -> Tensor:
 def composed(x: Tensor, dropped: Tensor, weight, bias, A: Tensor, B: Tensor, scaling: float, base_output) -> Tensor:
     """The same with products that autograd and torch.compile trace. dropped: the input of A."""
     y_dtype = x.dtype if base_output is None else base_output.dtype
-    low = linear(dropped, A.to(x.dtype)).to(y_dtype).mul(scaling)
+    low = _low(dropped, A, scaling, y_dtype)
     rows, factor = low.reshape(-1, low.shape[-1]), B.to(y_dtype).t()
     if base_output is not None:
         return base_output.reshape(-1, factor.shape[1]).addmm(rows, factor).view(base_output.shape)
@@ -64,14 +64,23 @@ def composed(x: Tensor, dropped: Tensor, weight, bias, A: Tensor, B: Tensor, sca
 
 def _forward(x, weight, bias, A, B, scaling, base_output) -> tuple[Tensor, Tensor]:
     """y in rows (T, d_out), and scaling·A x in rows (T, r) of y's dtype."""
-    xs = x.reshape(-1, x.shape[-1])
-    rows = linear(xs, A.to(x.dtype))
+    xs, y_dtype = x.reshape(-1, x.shape[-1]), x.dtype if base_output is None else base_output.dtype
+    rows, factor = _low(xs, A, scaling, y_dtype), B.to(y_dtype).t()
     if base_output is not None:
-        rows, y = rows.to(base_output.dtype).mul_(scaling), base_output.reshape(-1, B.shape[0])
-        return y.addmm(rows, B.to(y.dtype).t()), rows
-    rows, factor = rows.mul_(scaling), B.to(x.dtype).t()
+        return base_output.reshape(-1, B.shape[0]).addmm(rows, factor), rows
     y = rows.mm(factor) if bias is None else torch.addmm(bias, rows, factor)
     return y.addmm_(xs, weight.t()), rows
+
+
+def _low(x: Tensor, A: Tensor, scaling: float, y_dtype: torch.dtype) -> Tensor:
+    """scaling·A x in y_dtype."""
+    return _saturated(_saturated(linear(x, A.to(x.dtype))).to(y_dtype).mul(scaling))
+
+
+def _saturated(t: Tensor) -> Tensor:
+    """t, but float16 is clamped, since an infinity times B = 0 would be NaN."""
+    limit = torch.finfo(torch.float16).max
+    return t.clamp(-limit, limit) if t.dtype == torch.float16 else t
 
 
 class _LoRA(torch.autograd.Function):

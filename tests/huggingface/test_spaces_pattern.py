@@ -276,6 +276,22 @@ def test_a_backward_inside_autocast_is_not_rounded():
     assert all(map(torch.equal, found, wanted))
 
 
+@pytest.mark.parametrize("wide", [torch.float16, torch.float32, None])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("size", [1e3, 6e4])
+def test_a_huge_float16_input_meets_a_zero_B_as_zero(size, dropout_p, wide):
+    """A x is beyond float16 times the scaling, or already without."""
+    x, weight, A = torch.full((2, 64), size).half(), torch.zeros(3, 64).half(), torch.ones(4, 64)
+    base = None if wide is None else torch.ones(2, 3, dtype=wide)
+    y = lora_linear(
+        x, None if base is not None else weight, None, A, torch.zeros(3, 4, requires_grad=True), 2.0,
+        base_output=base, dropout_p=dropout_p,
+    )  # fmt: skip
+    assert torch.equal(y, torch.zeros(2, 3).half() if base is None else base)
+    y = lora_linear(x * float("nan"), weight, None, A, torch.zeros(3, 4), 2.0, dropout_p=dropout_p)
+    assert y.isnan().all()
+
+
 def test_forward_mode_of_its_factors():
     x, weight, A, B = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 4), (3, 4), (2, 4), (3, 2)))
     with forward_ad.dual_level():
