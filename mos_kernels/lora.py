@@ -13,6 +13,7 @@ from torch.nn.functional import dropout, linear
 
 from mos_kernels.call import autocast_dtype, is_autocast, without_autocast
 from mos_kernels.functional import check_base_output, check_input
+from mos_kernels.kept import is_transformed
 
 
 def lora_linear(
@@ -35,24 +36,25 @@ def lora_linear(
     if base_output is not None:
         check_base_output(x, base_output, B.shape[0])
     if casts:
-        x, weight, bias = (None if t is None else t.to(autocast_dtype(x)) for t in (x, weight, bias))
+        x = x.to(autocast_dtype(x))
+        weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
         with without_autocast(x):  # autocast would round a base's float32 output
             return _lora(x, weight, bias, A, B, scaling, base_output, dropout_p)
     return _lora(x, weight, bias, A, B, scaling, base_output, dropout_p)
 
 
 def _lora(x, weight, bias, A, B, scaling, base_output, dropout_p) -> Tensor:
-    if dropout_p > 0 or torch.compiler.is_compiling():  # Inductor fuses it, and makes the backward
+    # Inductor fuses dropout and makes the backward; torch's transforms have no rule for a Function
+    if dropout_p > 0 or torch.compiler.is_compiling() or is_transformed():
         return composed(x, dropout(x, dropout_p), weight, bias, A, B, scaling, base_output)
-    if torch.is_grad_enabled():
-        return _LoRA.apply(x, weight, bias, A, B, scaling, base_output)
-    return _forward(x, weight, bias, A, B, scaling, base_output)[0]
+    y, _ = (_LoRA.apply if torch.is_grad_enabled() else _forward)(x, weight, bias, A, B, scaling, base_output)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def composed(x: Tensor, dropped: Tensor, weight, bias, A: Tensor, B: Tensor, scaling: float, base_output) -> Tensor:
     """The same with products that autograd and torch.compile trace. dropped: the input of A."""
     y_dtype = x.dtype if base_output is None else base_output.dtype
-    low = linear(dropped, A.to(x.dtype)).to(y_dtype).mul(scaling)
+    low = _low(dropped, A, scaling, y_dtype)
     rows, factor = low.reshape(-1, low.shape[-1]), B.to(y_dtype).t()
     if base_output is not None:
         return base_output.reshape(-1, factor.shape[1]).addmm(rows, factor).view(base_output.shape)
@@ -61,18 +63,32 @@ def composed(x: Tensor, dropped: Tensor, weight, bias, A: Tensor, B: Tensor, sca
 
 
 def _forward(x, weight, bias, A, B, scaling, base_output) -> tuple[Tensor, Tensor]:
-    """y, and scaling·A x in rows (T, r) of y's dtype."""
-    xs = x.reshape(-1, x.shape[-1])
-    rows = linear(xs, A.to(x.dtype))
+    """y in rows (T, d_out), and scaling·A x in rows (T, r) of y's dtype."""
+    xs, y_dtype = x.reshape(-1, x.shape[-1]), x.dtype if base_output is None else base_output.dtype
+    rows, factor = _low(xs, A, scaling, y_dtype), B.to(y_dtype).t()
     if base_output is not None:
-        rows, y = rows.to(base_output.dtype).mul_(scaling), base_output.reshape(-1, B.shape[0])
-        return y.addmm(rows, B.to(y.dtype).t()).view(base_output.shape), rows
-    rows, factor = rows.mul_(scaling), B.to(x.dtype).t()
+        return base_output.reshape(-1, B.shape[0]).addmm(rows, factor), rows
     y = rows.mm(factor) if bias is None else torch.addmm(bias, rows, factor)
-    return y.addmm_(xs, weight.t()).view(*x.shape[:-1], y.shape[-1]), rows
+    return y.addmm_(xs, weight.t()), rows
+
+
+def _low(x: Tensor, A: Tensor, scaling: float, y_dtype: torch.dtype) -> Tensor:
+    """scaling·A x in y_dtype."""
+    return _saturated(_saturated(linear(x, A.to(x.dtype))).to(y_dtype).mul(scaling))
+
+
+def _saturated(t: Tensor) -> Tensor:
+    """t, but float16 is clamped, since an infinity times B = 0 would be NaN."""
+    limit = torch.finfo(torch.float16).max
+    return t.clamp(-limit, limit) if t.dtype == torch.float16 else t
 
 
 class _LoRA(torch.autograd.Function):
+    """`_forward`, of any number of derivatives. Its outputs are no views: the caller may change y in place.
+
+    The rows are an output because backward reads them: a second derivative goes through them to x and A.
+    """
+
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scaling, base_output):
         y, rows = _forward(x, weight, bias, A, B, scaling, base_output)
@@ -81,28 +97,42 @@ class _LoRA(torch.autograd.Function):
             x if to_weight or to_A else None, weight if to_x else None, A if to_x else None,
             B if to_x or to_A else None, rows if to_B else None,
         )  # fmt: skip
-        ctx.scaling, ctx.shape, ctx.dtypes = scaling, x.shape, (x.dtype, A.dtype, B.dtype)
-        return y
+        ctx.set_materialize_grads(False)
+        ctx.scaling, ctx.dtypes = scaling, (x.dtype, A.dtype, B.dtype)
+        ctx.shapes = x.shape, None if base_output is None else base_output.shape
+        return y, rows
 
     @staticmethod
-    def backward(ctx, gradient):
-        x, weight, A, B, rows = ctx.saved_tensors
-        x_dtype, A_dtype, B_dtype = ctx.dtypes
-        needs = ctx.needs_input_grad
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        xs = None if x is None else x.reshape(-1, x.shape[-1])
-        to_x = None
-        low = None if B is None else flat.mm(B.to(flat.dtype)).mul(ctx.scaling).to(x_dtype)  # (T, r), of A x
-        if needs[0]:
-            A = A.to(x_dtype)
-            to_x = low.mm(A)
-            to_x = (to_x if weight is None else to_x.addmm_(flat, weight)).view(ctx.shape)
-        return (
-            to_x,
-            flat.t().mm(xs) if needs[1] else None,
-            flat.sum(0) if needs[2] else None,
-            low.t().mm(xs).to(A_dtype) if needs[3] else None,
-            flat.t().mm(rows).to(B_dtype) if needs[4] else None,
-            None,
-            gradient if needs[6] else None,
-        )
+    def backward(ctx, dy, drows):
+        """drows: None, except in a second derivative, where dy may be None."""
+        given = dy if drows is None else drows
+        if given is None:
+            return (None,) * 7
+        with without_autocast(given):
+            return _backward(ctx, dy, drows)
+
+
+def _backward(ctx, dy, drows):
+    x, weight, A, B, rows = ctx.saved_tensors
+    x_dtype, A_dtype, B_dtype = ctx.dtypes
+    to_x, to_weight, to_bias, to_A, to_B, _, to_base = ctx.needs_input_grad
+    xs = None if x is None else x.reshape(-1, x.shape[-1])
+    dx = dA = None
+    if to_x or to_A:
+        low = drows if dy is None else dy.mm(B.to(dy.dtype))
+        low = (low if dy is None or drows is None else low + drows).mul(ctx.scaling).to(x_dtype)  # (T, r), of A x
+        dA = low.t().mm(xs).to(A_dtype) if to_A else None
+        if to_x:
+            dx = low.mm(A.to(x_dtype))
+            dx = (dx if weight is None or dy is None else dx.addmm_(dy, weight)).view(ctx.shapes[0])
+    if dy is None:
+        return dx, None, None, dA, None, None, None
+    return (
+        dx,
+        dy.t().mm(xs) if to_weight else None,
+        dy.sum(0) if to_bias else None,
+        dA,
+        dy.t().mm(rows).to(B_dtype) if to_B else None,
+        None,
+        dy.view(ctx.shapes[1]) if to_base else None,
+    )

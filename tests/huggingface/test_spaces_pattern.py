@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import MATRIX, batch, ids, logits, mos, tiny
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
@@ -233,6 +234,69 @@ def test_its_written_out_backward_is_autograds(needs, sizes, dtype, wide, flat):
             assert ((ours.double() - theirs.double()).abs() <= bound).all()
         elif ours is not None:
             assert torch.equal(ours, theirs)
+
+
+@given(needs=st.lists(st.booleans(), min_size=6, max_size=6).filter(any), wide=st.booleans(), flat=st.booleans())
+def test_its_second_derivatives_are_autograds(needs, wide, flat):
+    """Among them those of dB, through A x, to x and A."""
+    torch.manual_seed(0)
+    shapes = (3, 4) if flat else (2, 2, 4), (3, 4), (3,), (2, 4), (3, 2), (3, 3) if flat else (2, 2, 3)
+    x, weight, bias, A, B, other = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=needed)
+        for shape, needed in zip(shapes, needs, strict=True)
+    )  # fmt: skip
+    inputs = [t for t in ((x, A, B, other) if wide else (x, weight, bias, A, B)) if t.requires_grad]
+
+    def apply(*_):
+        return lora_linear(x, *(None, None) if wide else (weight, bias), A, B, 1.7, base_output=other if wide else None)
+
+    assert not inputs or torch.autograd.gradgradcheck(apply, inputs)
+
+
+@pytest.mark.parametrize("kind", [MoSLinear, MoSWrapped])
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 0, 4), (2, 3, 4)])
+def test_its_output_may_be_changed_in_place(kind, shape):
+    config = MoSConfig(spaces=LORA, num_experts_per_tok=1, init_lora_weights=False)
+    layer, x = kind.from_linear(torch.nn.Linear(4, 3), config), torch.randn(shape, requires_grad=True)
+    wanted = torch.autograd.grad((layer(x) + 1).relu().sum(), [x, layer.mos_lora_B])
+    y = layer(x)
+    y += 1
+    found = torch.autograd.grad(y.relu_().sum(), [x, layer.mos_lora_B])
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_a_backward_inside_autocast_is_not_rounded():
+    config = MoSConfig(spaces=LORA, num_experts_per_tok=1, init_lora_weights=False)
+    layer, x = MoSLinear(4, 3, config=config), torch.randn(5, 4, requires_grad=True)
+    inputs = [x, layer.mos_lora_A, layer.mos_lora_B]
+    wanted = torch.autograd.grad(layer(x).sum(), inputs)
+    y = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y.sum(), inputs)
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("wide", [torch.float16, torch.float32, None])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("size", [1e3, 6e4])
+def test_a_huge_float16_input_meets_a_zero_B_as_zero(size, dropout_p, wide):
+    """A x is beyond float16 times the scaling, or already without."""
+    x, weight, A = torch.full((2, 64), size).half(), torch.zeros(3, 64).half(), torch.ones(4, 64)
+    base = None if wide is None else torch.ones(2, 3, dtype=wide)
+    y = lora_linear(
+        x, None if base is not None else weight, None, A, torch.zeros(3, 4, requires_grad=True), 2.0,
+        base_output=base, dropout_p=dropout_p,
+    )  # fmt: skip
+    assert torch.equal(y, torch.zeros(2, 3).half() if base is None else base)
+    y = lora_linear(x * float("nan"), weight, None, A, torch.zeros(3, 4), 2.0, dropout_p=dropout_p)
+    assert y.isnan().all()
+
+
+def test_forward_mode_of_its_factors():
+    x, weight, A, B = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 4), (3, 4), (2, 4), (3, 2)))
+    with forward_ad.dual_level():
+        y = lora_linear(x, weight, None, A, forward_ad.make_dual(B, B), 1.7)
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, 1.7 * x @ A.t() @ B.t())
 
 
 @pytest.mark.parametrize("share_a", [True, False])
