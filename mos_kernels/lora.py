@@ -44,10 +44,11 @@ def lora_linear(
 
 
 def _lora(x, weight, bias, A, B, scaling, base_output, dropout_p) -> Tensor:
+    differentiable = torch.is_grad_enabled()
     # Inductor fuses dropout and makes the backward; torch's transforms have no rule for a Function
-    if dropout_p > 0 or torch.compiler.is_compiling() or is_transformed():
+    if dropout_p > 0 or torch.compiler.is_compiling() or differentiable and is_transformed():
         return composed(x, dropout(x, dropout_p), weight, bias, A, B, scaling, base_output)
-    y, _ = (_LoRA.apply if torch.is_grad_enabled() else _forward)(x, weight, bias, A, B, scaling, base_output)
+    y, _ = (_LoRA.apply if differentiable else _forward)(x, weight, bias, A, B, scaling, base_output)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
