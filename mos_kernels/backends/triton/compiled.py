@@ -96,7 +96,8 @@ def _describe(kernel, arguments, constants: dict) -> Launch:
             signature.append((name, "fp32" if isinstance(value, float) else "i32"))
             if not isinstance(value, float) and value % 16 == 0 and name not in unspecialised:
                 aligned.append(name)
-    return Launch(kernel, tuple(signature), tuple(aligned), tuple(constants.items()), tuple(options.items()))
+    in_order = sorted(constants.items(), key=lambda item: kernel.arg_names.index(item[0]))  # or equal ones would differ
+    return Launch(kernel, tuple(signature), tuple(aligned), tuple(in_order), tuple(options.items()))
 
 
 def layer_launches(
