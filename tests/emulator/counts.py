@@ -238,8 +238,11 @@ def main(argv: list[str] | None = None) -> int:
                 row.key: row.stored() for row in sorted(found, key=lambda r: r.key)
             }
     if arguments.write:
+        stored = json.loads(FILE.read_text())
+        for architecture, counted in kept.items():
+            stored.setdefault(architecture, {}).update(counted)
         beside = FILE.with_suffix(".new")
-        beside.write_text(json.dumps(kept, indent=1) + "\n")
+        beside.write_text(json.dumps(stored, indent=1) + "\n")
         beside.replace(FILE)
     return 0
 
