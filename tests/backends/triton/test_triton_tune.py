@@ -77,8 +77,15 @@ def test_the_search_goes_on_from_a_seed_that_is_faster(wins):
 
 
 def test_decoding_alone_tunes_the_splits_of_shrink():
-    assert ("shrink", "train") in tune._FIXED_SPLITS
+    assert "SPLITS" in tune._FIXED["shrink", "train"] and "SPLITS" not in tune._FIXED["shrink", "decode"]
     assert not any(s["SPLITS"] != 1 for s in tune.neighbours({"SPLITS": 1, "num_warps": 4}, frozenset({"SPLITS"})))
+
+
+def test_what_keeps_sm_90_from_a_race_is_not_tuned():
+    for bucket in ("train", "decode"):
+        assert "AHEAD" in tune._FIXED["shrink", bucket] and "num_stages" in tune._FIXED["activated_weight", bucket]
+        assert launch.architecture_settings("activated_weight", "sm_90", tune.TOKENS[bucket])["num_stages"] == 1
+        assert launch.architecture_settings("shrink", "sm_90", tune.TOKENS[bucket])["AHEAD"] == 1
 
 
 def test_the_table_is_written_whole_and_read_back(tmp_path, monkeypatch):
