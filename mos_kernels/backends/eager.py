@@ -47,12 +47,18 @@ def narrow_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
     a is x, dy or a gradient: a gradient scaler is to see one that float16 cannot hold, and skip the step.
     """
-    a, b = a.to(dtype), operand(b, dtype)
-    if dtype in (torch.float16, torch.bfloat16):
-        if a.is_cuda and torch.version.hip is None:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        a, b = a.float(), b.float()
-    return a @ b
+    return _product(_widened(a.to(dtype)), _widened(operand(b, dtype)))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    narrow = a.dtype in (torch.float16, torch.bfloat16)
+    return torch.mm(a, b, out_dtype=torch.float32) if narrow else a @ b
+
+
+def _widened(t: Tensor) -> Tensor:
+    """t as `_product` takes it: in float32 where no product of its dtype has a result in float32."""
+    narrow = t.dtype in (torch.float16, torch.bfloat16)
+    return t.float() if narrow and not (t.is_cuda and torch.version.hip is None) else t
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -360,8 +366,9 @@ def expand(z: Tensor, prepared: Prepared, added: Tensor | None, dtype: torch.dty
 
 def expand_backward(dy: Tensor, z: Tensor, prepared: Prepared, needs_dB: bool) -> tuple[Tensor, Tensor | None]:
     """dz = dy·Bcat (T, E·r) and the part dyᵀz (d_out, E, r) of dB, compute dtype. dy (T, d_out), z (T, E·r)."""
-    dz = narrow_matmul(dy, prepared.B.flatten(1), dy.dtype)
-    return dz, narrow_matmul(dy.t(), z, dy.dtype).view(prepared.B.shape) if needs_dB else None
+    z, dy = operand(z, dy.dtype), _widened(dy)  # widened once: dy is as wide as the output
+    dz = _product(dy, _widened(prepared.B.flatten(1)))
+    return dz, _product(dy.t(), _widened(z)).view(prepared.B.shape) if needs_dB else None
 
 
 def add_norm_gradient(dB: Tensor, B: Tensor, M: Tensor) -> Tensor:

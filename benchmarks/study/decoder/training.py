@@ -69,8 +69,12 @@ def equation_losses(model: nn.Module, batch: dict[str, Tensor], reduction: str) 
     if hasattr(model, "task_encoder"):  # HMoRA's, which must not see the equation
         inputs[PROMPT_MASK] = inputs["attention_mask"].clone()
         inputs[PROMPT_MASK][:, inputs[PROMPT_MASK].shape[1] - labels.shape[1] :] *= labels == IGNORED
-    logits = model(**inputs, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
-    return cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction=reduction)
+    width, length = inputs["input_ids"].shape[1], labels.shape[1]
+    # by index, and not the last L + 1: of a slice the product with 49,152 words copies its weight for each sequence
+    before = torch.arange(width - length - 1, width - 1)
+    logits = model(**inputs, logits_to_keep=before).logits.flatten(0, 1).float()
+    losses = cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction=reduction)
+    return losses.view_as(labels) if reduction == "none" else losses
 
 
 class _Trainer(Trainer):
