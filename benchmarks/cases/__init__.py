@@ -130,7 +130,7 @@ def _cpu_plan(context: Context) -> Iterator[Group]:
     T, full = 512, context.full
     reduced = qwen2.Shape(layers=2, vocabulary=4096)
     yield ffn(context, 1536, 8960, T)
-    yield decode(context, 576, 1536, 1)
+    yield decode(context, 576, 1536, 1, layers=30)
     for widths in QWEN2:
         yield layer(context, *widths, T)
     for tokens in (T, 1):

@@ -109,12 +109,12 @@ def _ffn_block(context: Context, hidden: int, intermediate: int) -> nn.Module:
     return block
 
 
-def decode(context: Context, hidden: int, intermediate: int, tokens: int) -> Group:
-    """A gated FFN on few tokens, frozen for inference; two blocks in turn, so that the L2 does not hold the weights."""
+def decode(context: Context, hidden: int, intermediate: int, tokens: int, layers: int = 2) -> Group:
+    """A gated FFN on few tokens, frozen for inference; blocks in turn, so that no cache holds the weights."""
     x = Shared(lambda: torch.randn(tokens, hidden, device=context.device, dtype=context.dtype))
 
     def make(name: str) -> Made:
-        blocks = [_ffn_block(context, hidden, intermediate) for _ in range(2)]
+        blocks = [_ffn_block(context, hidden, intermediate) for _ in range(layers)]
         for block in blocks:
             qwen2.adapt(block, name, setting_of(context, hidden, intermediate, tokens).config())
             block.eval()
@@ -129,10 +129,11 @@ def decode(context: Context, hidden: int, intermediate: int, tokens: int) -> Gro
 
     names = _offered((*WHOLE, *OURS_AS_LINEARS), context)
     size = context.dtype.itemsize
-    moved = 2 * size * (3 * hidden * intermediate + tokens * (2 * hidden + 6 * intermediate))
-    flop = 12 * tokens * hidden * intermediate
+    moved = layers * size * (3 * hidden * intermediate + tokens * (2 * hidden + 6 * intermediate))
+    flop = 6 * layers * tokens * hidden * intermediate
+    shape = {"d_in": hidden, "d_out": intermediate, "tokens": tokens, "layers": layers}
     return Group(
-        "decode", "forward of two FFNs", {"d_in": hidden, "d_out": intermediate, "tokens": tokens},
+        "decode", "forward of FFNs", shape,
         _variants(context, names, make, (moved, flop), hidden, intermediate, tokens, decoding=True),
         providers.FROZEN, clock="graph", repeats=4, shared=[x],
     )  # fmt: skip
