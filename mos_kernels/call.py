@@ -147,6 +147,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast would cast x. It does not cast float64, and does not exist for the meta device."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     return not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
 
 

@@ -163,7 +163,8 @@ class MoSAdapter(Float32State):
     ) -> Tensor:
         """Base plus adapter; the base is given as in `mos_linear`. gates=None: the adapter's own router is used."""
         refuse_transforms(x)  # before κ is computed
-        if is_dtensor(self.mos_lora_B):
+        B = parameter_of(self, "mos_lora_B")
+        if is_dtensor(B):
             raise ValueError(
                 "the layer's parameters are DTensors in forward: a linear with an adapter cannot be tensor-parallel, "
                 "leave it out of the plan; with FSDP2, call the module that fully_shard was called on"
@@ -172,16 +173,16 @@ class MoSAdapter(Float32State):
         if self.config.is_lora:
             if gates is not None:
                 raise ValueError("a single Euclidean expert is a LoRA, which has no gate: leave the gates out")
-            A, B = parameter_of(self, "mos_lora_A"), parameter_of(self, "mos_lora_B")
+            A = parameter_of(self, "mos_lora_A")
             return lora_linear(
-                x, weight, bias, A if self.config.share_a else A[0], B[:, 0], self.config.scaling,
+                x, weight, bias, A if self.config.share_a else A[0], B.squeeze(1), self.config.scaling,
                 base_output=base_output, dropout_p=dropout_p,
             )  # fmt: skip
         kappa, A, prepared = self._factors(x, base_output, backend)
         router = self.mos_router if gates is None else None
         aux_weight = None if router is None else injected_aux_weight(self)
         return mos_linear(
-            x, weight, bias, A, self.mos_lora_B, kappa,
+            x, weight, bias, A, B, kappa,
             config=self.config, base_output=base_output, gates=gates, router=router, aux_weight=aux_weight,
             token_mask=None if aux_weight is None else known_mask(self, x),
             dropout_p=dropout_p, inference=not self.training,
@@ -312,11 +313,11 @@ class MoSLayer(MoSAdapter):
     @property
     def _dense_weight(self) -> Tensor:
         """The base's weight as (d_out, d_in)."""
-        return self.weight
+        return parameter_of(self, "weight")
 
     def _base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Weight and bias of a dense base, and None; or (None, None, its output on x) of any other base."""
-        return self._dense_weight, self.bias, None
+        return self._dense_weight, parameter_of(self, "bias"), None
 
     def forward(self, x: Tensor, gates: Tensor | None = None, backend: str = "auto") -> Tensor:
         """y = base(x) + adapter(x), the paper's equations 5 to 8.

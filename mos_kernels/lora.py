@@ -65,17 +65,21 @@ def composed(x: Tensor, dropped: Tensor, weight, bias, A: Tensor, B: Tensor, sca
 
 def _forward(x, weight, bias, A, B, scaling, base_output) -> tuple[Tensor, Tensor]:
     """y in rows (T, d_out), and scaling·A x in rows (T, r) of y's dtype."""
-    xs, y_dtype = x.reshape(-1, x.shape[-1]), x.dtype if base_output is None else base_output.dtype
-    rows, factor = _low(xs, A, scaling, y_dtype), B.to(y_dtype).t()
+    xs = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y_dtype = x.dtype if base_output is None else base_output.dtype
+    rows, B = _low(xs, A, scaling, y_dtype), B if B.dtype == y_dtype else B.to(y_dtype)
     if base_output is not None:
-        return base_output.reshape(-1, B.shape[0]).addmm(rows, factor), rows
-    y = rows.mm(factor) if bias is None else torch.addmm(bias, rows, factor)
-    return y.addmm_(xs, weight.t()), rows
+        return base_output.reshape(-1, B.shape[0]).addmm(rows, B.t()), rows
+    return linear(rows, B, bias).addmm_(xs, weight.t()), rows
 
 
 def _low(x: Tensor, A: Tensor, scaling: float, y_dtype: torch.dtype) -> Tensor:
     """scaling·A x in y_dtype."""
-    return _saturated(_saturated(linear(x, A.to(x.dtype))).to(y_dtype).mul(scaling))
+    dtype = x.dtype
+    low = linear(x, A if A.dtype == dtype else A.to(dtype))
+    if dtype == y_dtype != torch.float16:
+        return low.mul(scaling)
+    return _saturated(_saturated(low).to(y_dtype).mul(scaling))
 
 
 def _saturated(t: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import nn
 from mos_kernels.config import MoSConfig, listed
 
 _NO_MERGE = """It cannot be merged into the base model, since what it adds depends on the token.
-`mos_kernels.huggingface.export_lora` writes the nearest plain LoRA, which can be merged. With vLLM and SGLang, serve
-that LoRA: they put linears of their own in place of the model's, and this adapter would have no effect."""
+`mos_kernels.huggingface.export_lora` writes the nearest plain LoRA, which can be merged. With vLLM, SGLang and
+llama.cpp, serve that LoRA: they refuse this adapter or leave it out, in some cases without an error."""
 
 
 def with_import_note(card: str) -> str:
