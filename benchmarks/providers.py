@@ -345,17 +345,20 @@ class OurBranch(torch.autograd.Function):
         steps = load_backend(backend)
         p, n, _ = steps.shrink(x, A, None, None, True)
         prepared = steps.prepare(B, x.dtype, config)
-        ctx.save_for_backward(x, A, B, kappa, gates, p, n, prepared.gram)
+        z, _ = steps.bridge(p, n, gates, False, kappa, prepared, config)
+        ctx.save_for_backward(x, A, B, kappa, gates, p, n, prepared.gram, z if steps.KEEPS_Z else None)
         ctx.options = config, backend
-        return steps.bridge_expand(p, n, gates, False, kappa, prepared, None, x.dtype, config)
+        return steps.expand(z, prepared, None, x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        x, A, B, kappa, gates, p, n, gram = ctx.saved_tensors
+        x, A, B, kappa, gates, p, n, gram, z = ctx.saved_tensors
         config, backend = ctx.options
         steps = load_backend(backend)
         prepared = steps.prepare(B, x.dtype, config, gram)
-        z, bridged = steps.bridge(p, n, gates, False, kappa, prepared, config)
+        bridged = None
+        if z is None:
+            z, bridged = steps.bridge(p, n, gates, False, kappa, prepared, config)
         dz, dB = steps.expand_backward(dy, z, prepared, True)
         d = steps.bridge_backward(dz, bridged, p, n, gates, False, kappa, prepared, None, None, config)
         dB = steps.add_norm_gradient(dB, B, d.M)

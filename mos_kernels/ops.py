@@ -71,11 +71,11 @@ class _MoSLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         _begin_backward()
-        *tensors, p, n, logits, gram = ctx.saved_tensors
+        *tensors, p, n, logits, gram, z = ctx.saved_tensors
         given, needs = LinearTensors(*tensors), LinearTensors(*ctx.needs_input_grad[1:])
         given = given._replace(token_mask=ctx.token_mask)
         with without_autocast(dy):
-            return None, *steps.linear_backward(dy, given, Saved(p, n, logits, gram), ctx.plan, needs)
+            return None, *steps.linear_backward(dy, given, Saved(p, n, logits, gram, z), ctx.plan, needs)
 
 
 class _MoSRoute(torch.autograd.Function):
@@ -135,15 +135,15 @@ def _wanted(tensors: LinearTensors) -> LinearTensors:
 
 
 @torch.library.custom_op("mos_kernels::linear", mutates_args=())
-def linear_op(tensors: Sequence[Tensor], text: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y and the four tensors of `Saved`, which are empty unless differentiable.
+def linear_op(tensors: Sequence[Tensor], text: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y and the five tensors of `Saved`, which are empty unless differentiable.
 
     No random numbers are drawn here: a recomputation of the op would draw other ones.
     """
     given, plan = unflattened(LinearTensors, tensors, text)
     y, saved = steps.linear_forward(given, plan)
-    p, n, logits, gram = (_absent(given.x) if t is None or not plan.differentiable else t for t in saved)
-    return y, p, n, logits, gram
+    p, n, logits, gram, z = (_absent(given.x) if t is None or not plan.differentiable else t for t in saved)
+    return y, p, n, logits, gram, z
 
 
 @linear_op.register_fake
@@ -151,10 +151,12 @@ def _(tensors, text):
     given, plan = unflattened(LinearTensors, tensors, text)
     x, B = given.x, given.B
     y = x.new_empty(*x.shape[:-1], B.shape[0], dtype=x.dtype if given.weight is not None else given.added.dtype)
-    saved = _fake_saved(x, given.A, given.router, plan)
-    if not plan.differentiable or plan.config.activation != "identity":
-        return y, *saved, _absent(x)
-    return y, *saved, x.new_empty(B.shape[1], B.shape[2], B.shape[2], dtype=compute_dtype(x.dtype))
+    saved, gram, z = _fake_saved(x, given.A, given.router, plan), _absent(x), _absent(x)
+    if plan.differentiable and plan.config.activation == "identity":
+        gram = x.new_empty(B.shape[1], B.shape[2], B.shape[2], dtype=compute_dtype(x.dtype))
+    if plan.differentiable and steps.keeps_z(plan):
+        z = y.new_empty(_tokens(x), B.shape[1] * B.shape[2])
+    return y, *saved, gram, z
 
 
 @torch.library.custom_op("mos_kernels::linear_backward", mutates_args=())
@@ -166,8 +168,9 @@ def linear_backward_op(
     The gradient of a base's output is dy, which an op must not return, so the output is not among the tensors.
     """
     given, plan = unflattened(LinearTensors, tensors, text)
-    p, n, logits, gram = saved
-    there = Saved(p, n, logits if given.gates is None else None, gram if gram.numel() else None)
+    p, n, logits, gram, z = saved
+    kept = z if steps.keeps_z(plan) else None
+    there = Saved(p, n, logits if given.gates is None else None, gram if gram.numel() else None, kept)
     return _as_outputs(
         steps.linear_backward(dy, given, there, plan, _by_name(LinearTensors, text, needs)), text, tensors
     )
@@ -254,9 +257,12 @@ def _fake_saved(x: Tensor, A: Tensor | None, router: Tensor | None, plan: Plan) 
     """p, n and logits in the backend's shapes."""
     if not plan.differentiable:
         return [_absent(x) for _ in range(3)]
-    tokens = x.reshape(-1, x.shape[-1]).shape[0]
-    shapes = load_backend(plan.backend).saved_shapes(tokens, x.dtype, A, router)
+    shapes = load_backend(plan.backend).saved_shapes(_tokens(x), x.dtype, A, router)
     return [_absent(x) if shape is None else x.new_empty(shape, dtype=compute_dtype(x.dtype)) for shape in shapes]
+
+
+def _tokens(x: Tensor) -> int:
+    return x.reshape(-1, x.shape[-1]).shape[0]
 
 
 def _by_name(kind: type[Tensors], text: str, values: Sequence) -> Tensors:

@@ -25,10 +25,21 @@ def linear_forward(t: LinearTensors, plan: Plan) -> tuple[Tensor, Saved]:
     routed, own_router = _routed(t, logits, steps)
     prepared = _prepared(t, plan, steps)
     added = t.added if t.weight is not None else _flat(t.added)
-    y = steps.bridge_expand(p, n, routed, own_router, _curvature(t, steps), prepared, added, dtype, plan.config)
+    curved = p, n, routed, own_router, _curvature(t, steps), prepared
+    z = None
+    if plan.differentiable and keeps_z(plan):
+        z, _ = steps.bridge(*curved, plan.config)
+        y = steps.expand(z, prepared, added, dtype)
+    else:
+        y = steps.bridge_expand(*curved, added, dtype, plan.config)
     if t.weight is not None:
         y.addmm_(x, t.weight.t())
-    return _shaped(y, t.x), Saved(p, n, logits, prepared.gram)
+    return _shaped(y, t.x), Saved(p, n, logits, prepared.gram, z)
+
+
+def keeps_z(plan: Plan) -> bool:
+    """Whether z is among what forward saves."""
+    return load_backend(plan.backend).KEEPS_Z and plan.config.activation == "identity"
 
 
 def linear_backward(dy: Tensor, t: LinearTensors, saved: Saved, plan: Plan, needs: LinearTensors) -> LinearTensors:
@@ -39,14 +50,17 @@ def linear_backward(dy: Tensor, t: LinearTensors, saved: Saved, plan: Plan, need
     steps, config = load_backend(plan.backend), plan.config
     compute, dropout = steps.compute_dtype(t.x.dtype), _dropout(t, plan)
     x, upstream, dy = _flat(t.x), dy, _flat(dy)
-    p, n, logits, gram = saved
+    p, n, logits, gram, z = saved
     routed, own_router = _routed(t, logits, steps)
     aux_weight = t.aux_weight if needs.router else None
     mask = None if t.token_mask is None or aux_weight is None else t.token_mask.reshape(-1)
 
+    # B is cast again: kept, it would be d_out·E·r numbers a linear, to spare a copy of as many
     curvature, prepared = _curvature(t, steps), steps.prepare(t.B, dy.dtype, config, gram)
     if config.activation == "identity":
-        z, bridged = steps.bridge(p, n, routed, own_router, curvature, prepared, config)
+        bridged = None
+        if z is None:
+            z, bridged = steps.bridge(p, n, routed, own_router, curvature, prepared, config)
         dz, dB = steps.expand_backward(dy, z, prepared, needs.B)
         d = steps.bridge_backward(dz, bridged, p, n, routed, own_router, curvature, prepared, aux_weight, mask, config)
         del z, dz, bridged  # before dx is allocated

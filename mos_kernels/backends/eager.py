@@ -22,6 +22,9 @@ from mos_kernels.config import MoSConfig
 ONE_PRODUCT = 256
 """E·r up to which products with one r×r matrix an expert are taken as one product with the block-diagonal matrix."""
 
+KEEPS_Z = False
+"""`bridge_backward` needs the values that z is made of, so they are computed again, and z with them."""
+
 CHUNK = 1 << 22
 """Numbers of an expert's output that exist at a time when an activation keeps the Gram form from holding."""
 

@@ -47,6 +47,7 @@ class Saved(NamedTuple):
     n: Tensor
     logits: Tensor | None  # of a router of its own
     gram: Tensor | None  # (E, r, r)
+    z: Tensor | None  # (T, E·r) in y's dtype, of a backend with KEEPS_Z and no activation
 
 
 class BridgeGradients(NamedTuple):
@@ -66,7 +67,12 @@ class BridgeExpandGradients(NamedTuple):
 
 
 class Backend(Protocol):
-    """The steps. `routed` is the gates (T, E), or with own_router the logits of a router in the backend's shape."""
+    """The steps. `routed` is the gates (T, E), or with own_router the logits of a router in the backend's shape.
+
+    KEEPS_Z: whether a forward's z is saved. `bridge_backward` then does not need what `bridge` returns beside z.
+    """
+
+    KEEPS_Z: bool
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype: ...
 

@@ -24,6 +24,7 @@ __all__ = [
     "BridgeExpandGradients",
     "BridgeGradients",
     "Dropout",
+    "KEEPS_Z",
     "Prepared",
     "add_norm_gradient",
     "bridge",
@@ -49,6 +50,9 @@ __all__ = [
 
 MAX_RANK = 128
 """The kernels hold r × r numbers of an expert in one tile."""
+
+KEEPS_Z = True
+"""Backward would launch the bridge for z alone."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -138,7 +142,7 @@ def prepare(B, dtype: torch.dtype, config: MoSConfig, gram: Tensor | None = None
 
 
 def bridge(p, n, routed, own_router: bool, kappa, prepared: Prepared, config: MoSConfig):
-    """z (T, E·r) in the dtype of the wide products; the kernels keep nothing for `bridge_backward`."""
+    """z (T, E·r) in the dtype of the wide products, and None: `bridge_backward` needs nothing more."""
     routed = routed if own_router else routed.contiguous()
     return _bridge.bridge_launch(p, n, routed, own_router, kappa, prepared.gram, prepared.B.dtype, config), None
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mos_kernels import MoSConfig, ops
 from mos_kernels.backends import eager, load_backend
+from mos_kernels.backends.triton.launch import DECODE_TOKENS
 from mos_kernels.call import Adapted, FFNPlan, FFNTensors
 from mos_kernels.functional import mos_route
 
@@ -202,15 +203,23 @@ def _wide(case: Case) -> Case:
 
 
 def failures(case: Case, dy: Tensor, *, dropout_p: float = 0.0, seed: int = 0, **options) -> list[str]:
-    """As `Trial.failures`, of any case; options as in `results`."""
-    keep = keep_mask(case.x.detach().reshape(-1, case.x.shape[-1]), dropout_p, seed) if dropout_p > 0 else None
+    """As `Trial.failures`, of any case; options as in `results`. Few tokens run in inference too, in other launches."""
+    tokens = case.x.detach().reshape(-1, case.x.shape[-1])
+    keep = keep_mask(tokens, dropout_p, seed) if dropout_p > 0 else None
     options.update(dropout_p=dropout_p, seed=seed, keep=keep)
     kernels = results(case, dy, "triton", **options)
-    truth = results(_wide(case), dy.double(), "eager", **options)
-    by_torch = [results(case, dy, "eager", **options)]
+    if both := keep is None and len(tokens) <= DECODE_TOKENS:
+        with torch.no_grad():
+            kernels["y in inference"] = case.ours("triton", inference=True)
+
+    def of_both(found: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**found, "y in inference": found["y"]} if both else found
+
+    truth = of_both(results(_wide(case), dy.double(), "eager", **options))
+    by_torch = [of_both(results(case, dy, "eager", **options))]
     failed = compare(kernels, by_torch[0], truth)
     for attempt in range(3 if failed else 0):  # torch's own error depends on the order of its sums
-        by_torch.append(_reordered(case, dy, attempt, **options))
+        by_torch.append(of_both(_reordered(case, dy, attempt, **options)))
         failed = compare(kernels, largest_errors(by_torch, truth), truth)
     return failed
 

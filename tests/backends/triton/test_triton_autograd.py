@@ -60,6 +60,26 @@ def test_a_graph_that_is_retained_gives_the_same_twice(activation):
     assert all(map(torch.equal, first, second))
 
 
+def test_two_forwards_before_their_backwards():
+    cases = [linear_case(), linear_case(tokens=(70,))]
+    alone = [case.results(case.ours("triton"), case.upstream(torch.float32)) for case in cases]
+    outputs = [case.ours("triton") for case in cases]
+    for case, y, truth in zip(reversed(cases), reversed(outputs), reversed(alone), strict=True):
+        found = case.results(y, case.upstream(torch.float32))
+        assert all(torch.equal(found[name], truth[name]) for name in truth)
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
+def test_a_factor_changed_between_forward_and_backward_is_noticed(name):
+    """A step of an optimizer there: z and G, which forward left, are of the B before it."""
+    case = linear_case()
+    y = case.ours("triton")
+    with torch.no_grad():
+        case.inputs[name].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_a_second_derivative_is_refused():
     case = linear_case()
     with pytest.raises(RuntimeError, match="create_graph"):

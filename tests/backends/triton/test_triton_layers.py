@@ -17,6 +17,7 @@ EVERYDAY, ROUTER_EVERYDAY = everyday_seeds(Trial, SEEDS), everyday_seeds(RouterT
 
 
 @pytest.mark.parametrize("seed", full_but(EVERYDAY, SEEDS))
+@pytest.mark.budget(5)
 def test_a_drawn_layer(seed):
     trial = Trial.drawn(seed)
     assert not trial.failures(), str(trial)
