@@ -246,7 +246,8 @@ def _add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     }
     for name, hint in typing.get_type_hints(MoSConfig).items():
         if name in MoSConfig.__dataclass_fields__:
-            kind = {"action": argparse.BooleanOptionalAction} if hint is bool else {"nargs": "+"}
+            several = any(typing.get_origin(part) in (Sequence, Mapping) for part in (hint, *typing.get_args(hint)))
+            kind = {"action": argparse.BooleanOptionalAction} if hint is bool else {"nargs": "+" if several else None}
             flags = dict.fromkeys((f"--{name}", _flag(name)))
             group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=texts[name], **kind)
 
@@ -254,7 +255,7 @@ def _add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
 def _value(name: str, texts):
     """The value of an adapter's option. Unless it is a name, it is read as JSON, so that MoSConfig checks its type."""
     if not isinstance(texts, list):
-        return texts
+        return _scalar(texts) if isinstance(texts, str) else texts
     if name == "spaces_pattern":
         text, example = " ".join(texts), json.dumps({"q_proj|v_proj": {"euclidean": 1}})
         with contextlib.suppress(ValueError):
@@ -266,8 +267,7 @@ def _value(name: str, texts):
         # a single plain name becomes a list of one name ending; all-linear and regular expressions stay strings
         is_pattern = texts == ["all-linear"] or (len(texts) == 1 and not re.fullmatch(r"[\w.\-]+", texts[0]))
         return texts[0] if is_pattern else texts
-    values = [_scalar(text) for text in texts]
-    return values[0] if len(values) == 1 and name != "layers_to_transform" else values
+    return [_scalar(text) for text in texts]  # layers_to_transform
 
 
 def _mapping(name: str, text: str) -> dict:

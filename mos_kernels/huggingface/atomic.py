@@ -24,6 +24,8 @@ CARD_NAME = "README.md"
 
 def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict, card: str) -> None:
     """Write an adapter's three files, the configuration last. A model card that is there is kept."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: name a folder for the adapter")
     folder.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
     with contextlib.ExitStack() as stack:

@@ -24,7 +24,8 @@ def warn_without_factor(model: nn.Module) -> None:
     if not accelerate_state.is_initialized():
         return
     steps = accelerate_state.GradientState().num_steps
-    scaled = accelerate_state.AcceleratorState().mixed_precision == "fp16"
+    state = accelerate_state.AcceleratorState()
+    scaled = state.mixed_precision == "fp16" and state.device.type != "cpu"
     owner = next((owner for owner in router_owners(model).values() if owner.config.router_aux_loss_coef > 0), None)
     if (steps > 1 or scaled) and owner is not None and bool(owner.mos_aux_weight == owner.aux_coefficient):
         why = f"accumulates {steps} batches" if steps > 1 else "scales the loss for fp16"

@@ -126,7 +126,8 @@ class MoSCallback(TrainerCallback):
         _require_adapter(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
-                f"no parameter of {type(model).__name__} is trainable: load the adapter with is_trainable=True"
+                f"no parameter of {type(model).__name__} is trainable: load the adapter with is_trainable=True, or do "
+                "not freeze the model after the adapter was put on"
             )
         note_trained(model)
         self._stop_measuring()

@@ -307,7 +307,11 @@ def _require_patterns(config: MoSConfig, targets: list[Target]) -> None:
     for field in ("rank_pattern", "alpha_pattern", "spaces_pattern"):
         for key in getattr(config, field) or {}:
             if not any(re.match(rf"(.*\.)?({key})$", target.name) for target in targets):
-                raise ValueError(f"{field} has the key {key!r}, which matches none of the {len(targets)} targets")
+                endings = list(dict.fromkeys(target.name.rpartition(".")[2] for target in targets))
+                raise ValueError(
+                    f"{field} has the key {key!r}, which matches none of the {len(targets)} targets, ending in "
+                    f"{endings}: correct the key, or name the linear in target_modules too"
+                )
 
 
 def _linear_endings(model: nn.Module) -> list[str]:

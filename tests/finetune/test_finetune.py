@@ -281,7 +281,7 @@ ERRORS = [
     (("--max-length", 1000), "--max-length 1000 exceeds the 64 tokens"),
     (("--resume_from_checkpoint", "{}"), "is no complete checkpoint"),
     (("--r", 0), "r=0 must be an integer from 1 to"),
-    (("--r", 2, 3), "r=[2, 3] must be an integer"),
+    (("--r", 2, 3), "unrecognized arguments: 3"),
     (("--num-experts-per-tok", 9), "exceeds the 8 experts"),
     (("--spaces", "flat=3"), "unknown geometries ['flat']"),
     (("--num-experts", 4), "--num-experts has no effect here: give --spaces"),
@@ -312,6 +312,14 @@ def test_bad_input_is_said_before_a_model_is_loaded(options, message, bert, file
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and len(error) < 700, error
     assert not (tmp_path / "out").exists()
+
+
+def test_help_shows_one_value_where_one_is_taken(capsys):
+    with pytest.raises(SystemExit):
+        run("--help")
+    usage = " ".join(capsys.readouterr().out.partition("\n\n")[0].split())
+    assert "[--r R]" in usage and "[--length_unit LENGTH_UNIT]" in usage
+    assert "[--layers_to_transform LAYERS_TO_TRANSFORM [LAYERS_TO_TRANSFORM ...]]" in usage
 
 
 def test_what_needs_the_model_is_said_before_training(bert, files, tmp_path, capsys):

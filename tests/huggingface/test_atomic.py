@@ -99,3 +99,10 @@ def test_where_files_cannot_be_locked_nothing_is_removed(tmp_path, monkeypatch):
     left.write_bytes(b"x")
     saved(tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted([left.name, CONFIG, WEIGHTS, "README.md"])
+
+
+def test_a_file_in_place_of_the_folder_is_said(tmp_path):
+    (tmp_path / "adapter").write_text("mine")
+    with pytest.raises(FileExistsError, match="adapter is a file: name a folder"):
+        saved(tmp_path / "adapter")
+    assert (tmp_path / "adapter").read_text() == "mine"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from peft_setup import peft_model
-from tiny_models import MATRIX, ids, mos, snapshot, tiny
+from tiny_models import FAMILIES, MATRIX, ids, mos, snapshot, tiny
 from torch import nn
 from torch.nn.functional import kl_div
 
@@ -191,6 +191,26 @@ def test_all_at_once_sees_no_export(tmp_path):
     close(first["model.layers.0.mlp.up_proj"], second["model.layers.0.mlp.up_proj"], 1e-12)
     down = "model.layers.1.mlp.down_proj"
     assert (first[down] - second[down]).abs().max() > 1e-6
+
+
+def test_a_pass_stops_at_the_last_linear_that_it_needs(tmp_path):
+    model, data, calls = adapted(), batches(12), [0, 0]
+
+    def count(layer, *_):
+        calls[layer.self_attn.layer_idx] += 1
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(count)
+    export_lora(model, data, tmp_path / "lora", rank=3, at_once=1)
+    assert calls[0] - calls[1] == 3 * len(data)  # the passes for the three linears of the first layer
+
+
+def test_by_default_a_pass_fits_a_tenth_of_the_linears(tmp_path):
+    kind, config, options = FAMILIES["llama"]
+    model = kind(config(**{**options, "num_hidden_layers": 7})).double()
+    apply_mos(model, mos(model))
+    report = export_lora(model, batches(1), tmp_path / "lora", rank=1)
+    assert len(report.linears) == 21 and report.passes == 7  # three in each
 
 
 # what it does not depend on

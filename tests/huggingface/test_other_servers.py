@@ -24,7 +24,7 @@ from tiny_models import mos
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mos_kernels.huggingface import apply_mos, export_lora, save_adapter
+from mos_kernels.huggingface import apply_mos, export_lora, load_adapter, save_adapter
 
 pytestmark = pytest.mark.full
 
@@ -140,10 +140,15 @@ def whole(place: Path, folder: Path, **how) -> Path:
 
 
 @needs_vllm
-@pytest.mark.parametrize("as_lora", [False, True])
-def test_vllm_refuses_an_adapter_itself(place, as_lora, tmp_path):
-    if as_lora:
+@pytest.mark.parametrize("form", ["a LoRA", "a whole model", "beside the base"])
+def test_vllm_refuses_an_adapter_itself(place, form, tmp_path):
+    if form == "a LoRA":
         assert "is unsupported LoRA weight" in vllm(tmp_path, place / "base", place / "mos")
+    elif form == "a whole model":
+        model = AutoModelForCausalLM.from_pretrained(place / "base")
+        load_adapter(model, place / "mos")
+        model.save_pretrained(tmp_path / "whole")
+        assert "no module or parameter named 'layers.0.mlp.down_proj.mos_" in vllm(tmp_path, tmp_path / "whole")
     else:
         assert "no module or parameter named 'base_model'" in vllm(tmp_path, whole(place, tmp_path / "whole"))
 

@@ -157,6 +157,15 @@ def test_a_folder_opens_through_auto_model(place, name):
     assert torch.equal(logits(model), logits(own))
 
 
+def test_a_whole_model_that_was_saved_with_an_adapter_is_read_as_the_base(place, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(place / "base")
+    load_adapter(model, place / "mos")
+    model.save_pretrained(tmp_path / "whole")
+    found, report = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert torch.equal(logits(found), logits(AutoModelForCausalLM.from_pretrained(place / "base")))
+    assert "model.layers.0.mlp.up_proj.mos_lora_A" in report["unexpected_keys"]
+
+
 @pytest.mark.parametrize("name", ["mos", "lora"])
 def test_transformers_serve_loads_an_adapter_inside_its_bases_folder(place, name, tmp_path):
     whole = with_adapter(place / "base", place / name, tmp_path / "whole")

@@ -284,13 +284,19 @@ def test_what_is_frozen_needs_no_gradient(tmp_path, frozen):
 
 
 @pytest.fixture
-def accumulating():
+def fresh():
+    """accelerate's state as in a new process."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def accumulating(fresh):
     """accelerate's state, in which two batches are accumulated."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield Accelerator(cpu=True, gradient_accumulation_steps=2)
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    return Accelerator(cpu=True, gradient_accumulation_steps=2)
 
 
 def test_a_gradient_without_accelerates_factor_is_said_once(accumulating):
@@ -303,6 +309,12 @@ def test_a_gradient_without_accelerates_factor_is_said_once(accumulating):
         model(ids())
         model(ids())
     assert len([w for w in caught if "accumulates" in str(w.message)]) == 1
+
+
+@pytest.mark.filterwarnings("error:accelerate scales")
+def test_on_a_cpu_fp16_is_not_scaled(fresh):
+    assert Accelerator(cpu=True, mixed_precision="fp16").scaler is None
+    adapted().train()(ids())
 
 
 @pytest.mark.filterwarnings("error:accelerate accumulates")
