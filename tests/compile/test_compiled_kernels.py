@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from everyday import full_but
+from refills import refilled
 
 from mos_kernels import MoSConfig
 from mos_kernels.backends.triton import compiled, tune
@@ -57,12 +58,14 @@ def between(found: list[compiled.Launch]) -> list[compiled.Launch]:
 
 
 def assert_fits(architecture: str, found: list[compiled.Launch]) -> None:
-    """No spills, and shared memory within what the GPUs have."""
+    """No spills, shared memory within what the GPUs have, and none filled anew while a product may read it."""
     assert found
     for launch in found:
         warps = dict(launch.options)["num_warps"]
-        used = compiled.resources(compiled_for(architecture, launch), architecture, warps)
+        made = compiled_for(architecture, launch)
+        used = compiled.resources(made, architecture, warps)
         assert used.spills == 0 and used.shared <= SHARED[architecture], (launch.name, used, launch.constants)
+        assert refilled(made.asm["ttgir"]) == [], (launch.name, launch.constants)
 
 
 def linear(**options) -> MoSConfig:

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import activations
 import pytest
-import torch
 
 from mos_kernels.backends import triton as backend
-from mos_kernels.backends.triton.shrink import shrink_backward_kernel
 
-from . import compilation, launched, machine
+from . import launched, machine
 from .trials import FP16, FP32, LISTS, few, mutated
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -101,44 +99,3 @@ def test_activations_as_compiled(name, architecture):
     with launched.emulated(architecture) as log:
         assert activations.failures(name) == []
     assert log.problems == []
-
-
-# the race that shrink_backward_launch avoids with one stage
-
-
-def shrink_backward(architecture: str, stages: int, schedule: machine.Schedule) -> tuple[list[str], float]:
-    """Faults, and the error of dW relative to the largest number of it, of 32 + 8 stacked rows."""
-    R, E, T, D, block = 32, 8, 520, 64, 32
-    torch.manual_seed(0)
-    x, A, router = torch.randn(T, D).bfloat16(), torch.randn(R, D), torch.randn(E, D)
-    dp, dn, dlogits = torch.randn(T, R), torch.randn(T), torch.randn(T, E)
-    dx, planes = torch.full((T, D), torch.nan).bfloat16(), torch.full((2, R + E, D), torch.nan)
-    constants = {
-        "R": R, "E": E, "BLOCK_T": 32, "BLOCK_D": block, "BLOCK_C": 64, "SPLITS": 2, "NEEDS_DX": True, "NEEDS_DW": True,
-        "DROPOUT": False, "COLUMN_BLOCKS": 1, "PAIR": False, "num_warps": 8, "num_stages": stages,
-    }  # fmt: skip
-    arguments = (x, A, A, router, dp, dn, dlogits, dx, planes, x, T, D, D, 0.0)
-    grid = (D // block, 2, 1)
-    result = compilation.launch(shrink_backward_kernel, grid, arguments, constants, architecture, schedule)
-    truth = torch.cat([dp, dlogits], 1).bfloat16().double().T @ x.double()
-    return result.faults(), ((planes.sum(0).double() - truth).abs().max() / truth.abs().max()).item()
-
-
-@pytest.mark.parametrize("stages", [2, 3])
-def test_the_race_of_shrink_backward_with_several_stages(stages):
-    """Triton 3.6 refills a stage of x while the second half of dW's wgmma, cut in two, still reads."""
-    for schedule in (machine.EARLY, machine.LATE):
-        faults, _ = shrink_backward("sm_90", stages, schedule)
-        assert any("while a product reads it" in fault for fault in faults)
-    _, error = shrink_backward("sm_90", stages, machine.Schedule(late_products=True))
-    assert not error < 0.1  # and it would be seen in the numbers
-
-
-NO_RACE = [("sm_90", 1), *((other, stages) for other in ("sm_80", "sm_100") for stages in (1, 2, 3))]
-
-
-@pytest.mark.parametrize(("architecture", "stages"), NO_RACE)
-def test_no_race_of_shrink_backward_with_one_stage_or_without_wgmma(architecture, stages):
-    for schedule in (machine.EARLY, machine.LATE, machine.Schedule(late_products=True)):
-        faults, error = shrink_backward(architecture, stages, schedule)
-        assert faults == [] and error < 1e-5

@@ -39,6 +39,15 @@ def _load_rows(A, rows, columns, D, R: tl.constexpr, dtype: tl.constexpr):
     )
 
 
+@triton.jit
+def _load_transposed(A, rows, columns, D, R: tl.constexpr, dtype: tl.constexpr):
+    """[columns, rows] of A in dtype. A tile of h's shape would be loaded as h is stored, 8 float32 of A at a time."""
+    mask = (rows[None, :] < R) & (columns[:, None] < D)
+    return cast(
+        tl.load(A + rows[None, :].to(tl.int64) * D + columns[:, None], mask=mask, other=0.0).to(tl.float32), dtype
+    )
+
+
 @triton.jit(do_not_specialize=["T"])
 def activate_kernel(
     g, u, A, h, p, n, T, D, stride_g, stride_u, R: tl.constexpr,
@@ -70,7 +79,7 @@ def activate_kernel(
         b_h = nearest(wide, dtype)
         wide = b_h.to(tl.float32)
         norm += tl.sum(wide * wide, 1)
-        total = dot(b_h, tl.trans(_load_rows(A, o_c, o_d, D, R, dtype)), total)
+        total = dot(b_h, _load_transposed(A, o_c, o_d, D, R, dtype), total)
         if i_c == 0:
             tl.store(h + row[:, None] * D + o_d[None, :], b_h, mask=mask)
         o_d, mask = o_next, m_next

@@ -41,8 +41,8 @@ def _gram_part(
         offsets = o_n[:, None].to(tl.int64) * (E * r) + column[None, :]
         mask = (o_n[:, None] < N) & m_c[None, :]
         b_B = tl.load(B + offsets, mask=mask, other=0.0).to(tl.float32)
-        if WIDE:
-            tl.store(wide + offsets, cast(b_B, wide.dtype.element_ty), mask=mask)
+        if WIDE:  # 4 at a time: the load is as wide as the store, and 8 of float32 are two loads of half a sector each
+            tl.store(wide + tl.max_contiguous(offsets, [1, 4]), cast(b_B, wide.dtype.element_ty), mask=mask)
         if GRAM:
             total = dot(tl.trans(b_B), b_B, total)
     if GRAM:  # the blocks on the diagonal
