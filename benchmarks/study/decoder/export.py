@@ -6,6 +6,7 @@ import gc
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.study import rows
@@ -17,12 +18,31 @@ MATCHED = 41
 """The rank at which a LoRA has as many parameters as the mixture on SmolLM2."""
 
 
-def key_of(cell: Cell, rank: int, problems: int) -> str:
-    return f"{cell.key} exported at rank {rank} on {problems} problems"
+@dataclass(frozen=True)
+class Settings:
+    """problems: how many of the training's are drawn to fit on. draw: the seed of that."""
+
+    rank: int = MATCHED
+    problems: int = 512
+    draw: int = 0
+
+    def __str__(self) -> str:
+        text = f"exported at rank {self.rank} on {self.problems} problems"
+        return text + (f", draw {self.draw}" if self.draw else "")
 
 
-def export(cell: Cell, place: Place, rank: int, problems: int, batch_size: int = 16) -> dict:
-    """Export the adapter of a finished run; its row: KL and agreement on the true equations, and what it solves."""
+def key_of(cell: Cell, settings: Settings) -> str:
+    from benchmarks.study.decoder.model import ATTENTION
+
+    return f"{cell.key} {settings}, {ATTENTION} attention"
+
+
+def export(cell: Cell, place: Place, settings: Settings, mixture: dict | None = None, batch_size: int = 16) -> dict:
+    """Export the adapter of a finished run; its row: KL and agreement on the true equations, and what it solves.
+
+    mixture: its scores by this code, where they are known. Those of the run may be another attention's, whose roundings
+    alone change the answers to some of the problems.
+    """
     import torch
     from peft import PeftModel
 
@@ -40,11 +60,14 @@ def export(cell: Cell, place: Place, rank: int, problems: int, batch_size: int =
         parts = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
         return [with_labels(part, tokenizer.pad_token_id) for part in parts]
 
-    folder = place.outputs / f"{cell.folder}-lora-r{rank}-{problems}"
+    if mixture is None:
+        found = evaluate(model, tokenizer, data.test, NEW_TOKENS)
+        mixture = {name: found[name] for name in ("solved", "right", "nll_per_token", "nll", "answers")}
+    drawn = random.Random(settings.draw).sample(data.train, settings.problems)
+    folder = place.outputs / f"{cell.folder} {settings}".replace(" ", "-").replace(",", "")
     start = time.process_time()
     report = export_lora(
-        model, batches(random.Random(0).sample(data.train, problems)), folder, rank,
-        evaluation_batches=batches(data.test),
+        model, batches(drawn), folder, settings.rank, evaluation_batches=batches(data.test),
     )  # fmt: skip
     seconds = time.process_time() - start
     del model
@@ -53,7 +76,7 @@ def export(cell: Cell, place: Place, rank: int, problems: int, batch_size: int =
     scores = evaluate(lora, tokenizer, data.test, NEW_TOKENS)
     errors = sorted(error for error in report.linears.values() if error is not None)
     return {
-        "key": key_of(cell, rank, problems), "of": cell.key, "rank": rank, "problems": problems,
+        "key": key_of(cell, settings), "of": cell.key, **asdict(settings), "mixture": mixture,
         "tokens": report.tokens, "passes": report.passes, "parameters": report.parameters[1],
         "error": report.error, "error_quartiles": [round(errors[len(errors) * q // 4], 4) for q in (1, 2, 3)],
         "largest_error": errors[-1], "kl": report.kl, "agreement": report.agreement, "positions": report.positions,
@@ -63,22 +86,24 @@ def export(cell: Cell, place: Place, rank: int, problems: int, batch_size: int =
     }  # fmt: skip
 
 
-def run_all(planned: Sequence[Cell], place: Place, path: Path, exports: Path, rank: int, problems: int) -> int:
+def run_all(planned: Sequence[Cell], place: Place, path: Path, exports: Path, settings: Settings) -> int:
     """Export the mixtures among the cells that have a row and an adapter, those that have no export yet."""
     finished = {row["key"]: row for row in rows.read(path) if row["failure"] is None}
-    done = {row["key"] for row in rows.read(exports)}
+    exported = rows.read(exports)
     for cell in planned:
         adapter = place.outputs / cell.folder / "adapter_model.safetensors"
         if not cell.entry.method.startswith("MoS") or cell.key not in finished or not adapter.is_file():
             continue
-        if key_of(cell, rank, problems) in done:
+        if any(row["key"] == key_of(cell, settings) for row in exported):
             continue
-        row = export(cell, place, rank, problems)
+        scored = (row["mixture"] for row in exported if row["of"] == cell.key and row["commit"] == place.commit)
+        row = export(cell, place, settings, next(scored, None))
+        exported.append(row)
         with rows.only_writer(exports):
             rows.append(exports, row)
         print(
-            f"{cell.key}: the mixture solves {finished[cell.key]['solved']} of {row['eval_rows']}, the LoRA of rank "
-            f"{rank} {row['solved']}; KL {row['kl']:.4g}, agreement {row['agreement']:.3f}, error {row['error']:.3g}",
+            f"{row['key']}: the mixture solves {row['mixture']['solved']} of {row['eval_rows']}, the LoRA "
+            f"{row['solved']}; KL {row['kl']:.4g}, agreement {row['agreement']:.3f}, error {row['error']:.3g}",
             flush=True,
         )
     return 0
