@@ -72,7 +72,7 @@ def gpt2():
 NAMES = {
     llama: ("gate_proj", "up_proj", "down_proj"), phi3: ("gate_up_proj", "down_proj"), gpt2: ("c_fc", "c_proj"),
 }  # fmt: skip
-FORWARD = ["grams", "shrink", "bridge", "expand", "activate", "bridge", "expand"]
+FORWARD = ["gram", "shrink", "bridge", "expand", "activate", "bridge", "expand"]
 BACKWARD = [
     "expand_backward", "bridge_backward", "activate_backward", "expand_backward", "load", "bridge_backward",
     "bridge_reduces", "norm_gradients", "shrink_backward",
@@ -162,7 +162,7 @@ def test_a_training_step_is_22_launches_beside_the_base_products(monkeypatch):
     base = [name for name in computed.names if name in ("addmm_", "mm")]
     ours = [name for name in computed.names if name not in base]
     assert ours == ["_foreach_addcmul", *["sum"] * 4, "_foreach_mul"]
-    assert [name.removesuffix("_kernel") for name in launches] == [*FORWARD, "grams", *BACKWARD]
+    assert [name.removesuffix("_kernel") for name in launches] == [*FORWARD, "gram", *BACKWARD]
     assert len(base) == 6 and len(launches) + ours.count("sum") <= 22 and len(base) + len(launches) + len(ours) <= 32
 
 

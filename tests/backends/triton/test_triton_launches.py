@@ -28,7 +28,7 @@ def tokens_of(T, dtype=torch.float32):
 
 # launches
 
-FORWARD = ["shrink", "gram", "bridge", "expand"]
+FORWARD = ["gram", "shrink", "bridge", "expand"]
 BACKWARD = ["expand_backward", "load", "bridge_backward", "bridge_reduce", "norm_gradient", "shrink_backward"]
 ACTIVATED = ["shrink", "curve", "activated_norm", "coefficients", "activated_expand"]
 
