@@ -159,6 +159,9 @@ class FFNBackend(Protocol):
 
     FFNSaved: Any
 
+    def constants(self, t: FFNTensors, plan: FFNPlan) -> Any:
+        """What inference makes of the parameters together, to be kept as `plan.constants`; or None."""
+
     def ffn_forward(self, t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, Any]: ...
 
     def ffn_inference(self, t: FFNTensors, plan: FFNPlan) -> Tensor: ...

@@ -33,7 +33,7 @@ from mos_kernels.backends.triton.expand import (
     norm_gradient_launch,
     norm_gradients_launch,
 )
-from mos_kernels.backends.triton.shrink import shrink_backward_launch, shrink_launch
+from mos_kernels.backends.triton.shrink import shrink_backward_launch, shrink_launch, stacked
 from mos_kernels.call import Adapted, FFNPlan, FFNTensors
 
 
@@ -57,6 +57,11 @@ class FFNSaved(NamedTuple):
     @classmethod
     def of(cls, flat: Sequence, reads: int) -> FFNSaved:
         return cls(*flat[:7], tuple(flat[7 : 8 + reads]), tuple(flat[8 + reads :]))
+
+
+def constants(t: FFNTensors, plan: FFNPlan) -> Tensor:
+    """The stack for shrink."""
+    return stacked(_stacks(t.reads), _dense(t.router), t.x.dtype)
 
 
 def ffn_forward(t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]:
@@ -192,7 +197,7 @@ def _prepared(t: FFNTensors, plan: FFNPlan) -> tuple[list[Prepared], Tensor | No
     """Of the linears that read x and of the last one, kept or made now; and with what is made the stack for shrink."""
     kept_h, *kept = plan.prepared or (None,) * (1 + len(t.reads))
     if None not in (kept_h, *kept):
-        return [*kept, kept_h], None
+        return [*kept, kept_h], plan.constants
     Bs = _Bs(t)
     for B in Bs:
         if B.shape[2] > MAX_RANK:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mos_kernels.backends.eager import operand
 from mos_kernels.backends.triton import launch
 from mos_kernels.backends.triton.numerics import cast, dot, keep, nearest, once, saturate, settled
 
@@ -159,6 +160,16 @@ def empty_stack(As: list[Tensor], router: Tensor | None, dtype: torch.dtype) -> 
     return torch.empty(rows, D, device=As[0].device, dtype=dtype), constants
 
 
+def stacked(As: list[Tensor], router: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What `stack_part` makes, where there is no launch that it could be part of."""
+    found = [operand(A, dtype) for A in As]
+    if router is not None:
+        found.append(operand(router, dtype))
+        if dtype != torch.float32:
+            found.append(operand((router.float() - found[-1].float()) * LOW_SCALE.value, dtype))
+    return torch.cat(found)
+
+
 def shrink_launch(
     x: Tensor,
     A: Tensor | None,
@@ -187,15 +198,15 @@ def shrink_launch(
     settings = launch.wide_settings("shrink", device, T, x.dtype, BLOCK_D=most)
     splits = settings.pop("SPLITS") if splits_allowed else 1
     settings.update(SPLITS=splits, AHEAD=R > 0 and not dropping and (wide or bool(settings["AHEAD"])))
-    linears = () if A_2 is None else (2,)
+    linears, sources = () if A_2 is None else (2,), (A, A_2, router) if stack is None else (None,) * 3
     p = torch.empty(*linears, splits, T, each, device=device, dtype=torch.float32)
     n = torch.empty(splits, T, device=device, dtype=torch.float32)
     logits = torch.empty(splits, T, columns - R, device=device, dtype=torch.float32)
     grid = (triton.cdiv(T, settings["BLOCK_T"]), splits, triton.cdiv(columns, block_c))
     launch.launch(
         shrink_kernel, grid, x,
-        (x, x if A is None else A, x if A_2 is None else A_2, x if router is None else router,
-         x if stack is None else stack, p, n, logits, x if seed is None else seed, T, D, x.stride(0), dropout_p),
+        (x, *(x if t is None else t for t in (*sources, stack)), p, n, logits, x if seed is None else seed, T, D,
+         x.stride(0), dropout_p),
         R=R, E=E, BLOCK_C=block_c, SPLIT_ROUTER=split_router, DROPOUT=dropping, PAIR=pair, STACKED=stack is not None,
         **settings,
     )  # fmt: skip
