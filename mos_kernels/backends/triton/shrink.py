@@ -190,10 +190,11 @@ def shrink_launch(
     split_router = E > 0 and x.dtype != torch.float32
     columns = R + (2 * E if split_router else E)
     block_c = launch.block(columns, 16, 64 if A_2 is None else 32)
-    most = 256 if block_c <= 16 else 64 if stack is None else 128
     wide, dropping, pair = x.dtype == torch.float32, seed is not None, A_2 is not None
+    few = launch.bucket(T) == "decode"
+    most = 256 if block_c <= 16 else 64 if stack is None or few and block_c > 32 else 128
     if wide or dropping:
-        narrow = block_c > 32 or wide and dropping or pair and launch.bucket(T) != "decode"
+        narrow = block_c > 32 or wide and dropping or pair and not few
         most = 32 if narrow else 64
     settings = launch.wide_settings("shrink", device, T, x.dtype, BLOCK_D=most)
     splits = settings.pop("SPLITS") if splits_allowed else 1
