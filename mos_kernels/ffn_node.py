@@ -350,14 +350,15 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
 
 
 def _constants(kept: Kept, seen: Seen, tensors: FFNTensors, plan: FFNPlan) -> Any:
-    """The backend's, of a block with the linear of `kept`; again those that it has, which a CUDA graph may read."""
+    """The backend's, of a block with the linear of `kept`. If that is frozen, a CUDA graph may read them as long."""
     use = plan._replace(prepared=(), constants=None)
     for used, before, made in kept.joint:
         if used == use and before.are(seen.tensors):
             return made
     with torch.inference_mode(False), torch.no_grad():
         made = load_ffn(plan.backend).constants(tensors, plan)
-    kept.joint[:] = [(use, seen, made)]
+    if kept.frozen:
+        kept.joint[:] = [(use, seen, made)]
     return made
 
 

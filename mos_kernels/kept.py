@@ -81,7 +81,7 @@ class Kept(NamedTuple):
     use: Use
     seen: Seen
     frozen: bool  # made by freeze_for_inference: a CUDA graph may capture it
-    joint: list  # what a block made of this and more, with what it is valid for: a graph may read it as long as this
+    joint: list  # if frozen, what a block made of this and more, with what it is valid for: a graph may read that too
 
     @classmethod
     def make(
