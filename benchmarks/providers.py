@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from benchmarks import maps
 from mos_kernels import MoSConfig, MoSLinear
 from mos_kernels.backends import has_triton, load_backend, why_not_triton
+from mos_kernels.backends.interface import ShrinkWeights
 from reference.baselines import hydralora_linear, mixture_of_lora_linear
 from reference.manifold import signed_inverse_projection, signed_lift, signed_projection, squared_norm
 from reference.per_expert import mos_linear_as_printed, mos_linear_per_expert, scale_back, scale_into
@@ -343,8 +344,8 @@ class OurBranch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A, B, kappa, gates, config, backend):
         steps = load_backend(backend)
-        p, n, _ = steps.shrink(x, A, None, None, True)
-        prepared = steps.prepare(B, x.dtype, config)
+        prepared = steps.prepare(B, x.dtype, config, weights=ShrinkWeights(A, None, x.dtype))
+        p, n, _ = steps.shrink(x, A, None, None, True, prepared.stack)
         z, _ = steps.bridge(p, n, gates, False, kappa, prepared, config)
         ctx.save_for_backward(x, A, B, kappa, gates, p, n, prepared.gram, z if steps.KEEPS_Z else None)
         ctx.options = config, backend

@@ -97,7 +97,7 @@ class FFNPlan(NamedTuple):
     fused: bool  # one linear makes both halves, g and u
     differentiable: bool  # whether a backward may follow
     prepared: tuple[Prepared | None, ...]  # where they are kept, of down and of those that read x
-    few: Any = None  # where it is kept, what the backend makes of the parameters for few tokens
+    constants: Any = None  # where it is kept, what the backend's `constants` made of the parameters
 
 
 class Plan(NamedTuple):

@@ -11,7 +11,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
-from mos_kernels.backends import resolve_backend
+from mos_kernels.backends import load_ffn, resolve_backend
 from mos_kernels.backends.eager import is_observed
-from mos_kernels.backends.eager_ffn import few_tokens
 from mos_kernels.backends.interface import Prepared
 from mos_kernels.call import Adapted, FFNPlan, FFNTensors, autocast_dtype, is_autocast
 from mos_kernels.config import MoSConfig
 from mos_kernels.functional import require_gates
-from mos_kernels.kept import Factors, Seen, is_capturing, is_transformed
+from mos_kernels.kept import Factors, Kept, Seen, is_capturing, is_transformed
 from mos_kernels.layer import (
     MoSAdapter,
     MoSConv1D,
@@ -244,6 +243,7 @@ class _Standing(NamedTuple):
     routing: MoSConfig  # the router's
     seen: Seen  # the router's weight, and of each linear what is kept from
     plan: FFNPlan
+    frozen: bool  # all linears, by freeze_for_inference: a CUDA graph may capture what is kept
 
 
 _standing: weakref.WeakKeyDictionary[nn.Module, _Standing] = weakref.WeakKeyDictionary()
@@ -261,7 +261,8 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
         or before.use != (x.dtype, x.device, x.shape[-1:])
         or before.plan.backend != resolve_backend(backend, x)
         or torch.is_autocast_enabled(before.device_type)
-        or is_capturing(x)
+        or not before.frozen
+        and is_capturing(x)
     ):
         return None
     children, plan, module = block._modules, before.plan, None
@@ -286,7 +287,7 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
             return None
         if _look(w) != look_w or (b is not None or look_b is not None) and _look(b) != look_b:
             return None
-        tensors += adapter._kept_from()
+        tensors += adapter._kept_from()  # B is the last, since the router is the block's
         kappa, A, _ = kept.factors
         adapted.append(Adapted(w.t() if is_conv1d else w, b, A, tensors[-1], kappa))
     if not before.seen.are(tensors):
@@ -309,15 +310,17 @@ def _is_inside(children: dict, form: FFNForm, inner: Sequence[weakref.ref]) -> M
 
 
 def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTensors, plan: FFNPlan) -> FFNPlan:
-    """The plan, with what the backend makes of the parameters for few tokens; and noted for `_again`.
+    """The plan, with what the backend makes of the parameters; and noted for `_again`.
 
-    Only where nothing but the parameters decides, and every change of them is seen.
+    Only where nothing but the parameters decides, and every change of them is seen. A graph that is being captured
+    computes its own, which a call before it may have made.
     """
     x, weight, adapters = tensors.x, parts.router.weight, [part.adapter._frozen for part in parts.all]
     called, hooks = _called(block, form, parts), RemovableHandle.next_id
     bases = [(part.base._parameters.get("weight"), part.base._parameters.get("bias")) for part in parts.all]
     if (
         plan.differentiable
+        or is_capturing(x)
         or is_observed()
         or is_autocast(x)
         or tensors.gates is not None
@@ -330,9 +333,7 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
     seen = Seen.of((weight, *(tensor for kept in adapters for tensor in kept.seen.tensors)))
     if seen is None:
         return plan
-    if plan.backend == "eager":
-        with torch.inference_mode(False), torch.no_grad():
-            plan = plan._replace(few=few_tokens(tensors, plan))
+    plan = plan._replace(constants=_constants(adapters[0], seen, tensors, plan))
     inside = () if parts.router is called["mos_router"] else (parts.router, *(m for part in parts.all for m in part))
     ref = weakref.ref
     _standing[block] = _Standing(
@@ -343,9 +344,22 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
             (ref(part.adapter), ref(part.base), _look(w), _look(b), kept, _is_conv1d(part.base))
             for part, (w, b), kept in zip(parts.all, bases, adapters, strict=True)
         ),
-        parts.router.config, seen, plan,
+        parts.router.config, seen, plan, all(kept.frozen for kept in adapters),
     )  # fmt: skip
     return plan
+
+
+def _constants(kept: Kept, seen: Seen, tensors: FFNTensors, plan: FFNPlan) -> Any:
+    """The backend's, of a block with the linear of `kept`. If that is frozen, a CUDA graph may read them as long."""
+    use = plan._replace(prepared=(), constants=None)
+    for used, before, made in kept.joint:
+        if used == use and before.are(seen.tensors):
+            return made
+    with torch.inference_mode(False), torch.no_grad():
+        made = load_ffn(plan.backend).constants(tensors, plan)
+    if kept.frozen:
+        kept.joint[:] = [(use, seen, made)]
+    return made
 
 
 def _called(block: nn.Module, form: FFNForm, parts: _Parts) -> dict[str, nn.Module]:

@@ -52,7 +52,7 @@ def mos_linear(
         dropout_p: dropout probability on the adapter's input.
         inference: no backward follows a call without gradients, not even after a recomputation (checkpointing in
             training mode). A backend may then sum in another order, which is faster for few tokens.
-        prepared: the result of the backend's `prepare` for B, if it is cached.
+        prepared: the result of the backend's `prepare` for B (and A and the router), if it is cached.
 
     Returns (..., d_out) in x's dtype, or in that of base_output. Products with d_out are computed in the dtype of y,
     and products with d_in in that of x (under autocast, in autocast's dtype). float64 cannot be mixed with another

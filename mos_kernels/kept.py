@@ -1,4 +1,4 @@
-"""The cache of what depends only on an adapter's parameters: κ, G, and the factors in the base's dtype.
+"""The cache of what depends only on an adapter's parameters: κ, G, and the factors and router in the base's dtype.
 
 It is used in eval mode without gradients. It is valid as long as the parameters are the same tensors, at the same
 address and version. These events end it: a change in place, another tensor in place of a parameter (`functional_call`,
@@ -81,6 +81,7 @@ class Kept(NamedTuple):
     use: Use
     seen: Seen
     frozen: bool  # made by freeze_for_inference: a CUDA graph may capture it
+    joint: list  # if frozen, what a block made of this and more, with what it is valid for: a graph may read that too
 
     @classmethod
     def make(
@@ -91,7 +92,7 @@ class Kept(NamedTuple):
         if seen is None:
             return None
         with torch.inference_mode(False), torch.no_grad():
-            return cls(form(), use, seen, frozen)
+            return cls(form(), use, seen, frozen, [])
 
     def is_valid(self, tensors: tuple[Tensor, ...], use: Use) -> bool:
         return self.use == use and self.seen.are(tensors)

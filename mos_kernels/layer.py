@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mos_kernels.backends import eager, load_backend, resolve_backend
+from mos_kernels.backends.interface import ShrinkWeights
 from mos_kernels.call import autocast_dtype, without_autocast
 from mos_kernels.config import MoSConfig, listed
 from mos_kernels.functional import mos_linear, mos_route, refuse_scripting, refuse_transforms
@@ -224,19 +225,23 @@ class MoSAdapter(Float32State):
         def form() -> Factors:
             steps = load_backend(backend)
             with without_autocast(tensors[3]):
-                A, prepared = steps.operand(tensors[2], x_dtype), steps.prepare(tensors[3], y_dtype, self.config)
-                return Factors(self.curvature, A, prepared)
+                _, _, A, B, *router = tensors
+                A = steps.operand(A, x_dtype)
+                weights = ShrinkWeights(A, router[0] if router else None, x_dtype)
+                return Factors(self.curvature, A, steps.prepare(B, y_dtype, self.config, weights=weights))
 
         self._frozen = Kept.make(tensors, use, form, frozen)
         return self._frozen
 
     def _kept_from(self) -> tuple[Tensor, ...]:
-        """The tensors from which the cached ones are computed."""
+        """The tensors from which the cached ones are computed: θ, its map, A, B, and a router of its own."""
         own: Any = self._parameters
         buffers: Any = self._buffers
         if "mos_lora_B" not in own:  # of a data-parallel replica
-            return self.mos_curvature, self.mos_curvature_map, self.mos_lora_A, self.mos_lora_B
-        return own["mos_curvature"], buffers["mos_curvature_map"], own["mos_lora_A"], own["mos_lora_B"]
+            found = self.mos_curvature, self.mos_curvature_map, self.mos_lora_A, self.mos_lora_B
+            return found if self.mos_router is None else (*found, self.mos_router)
+        found = own["mos_curvature"], buffers["mos_curvature_map"], own["mos_lora_A"], own["mos_lora_B"]
+        return found if own["mos_router"] is None else (*found, own["mos_router"])
 
     def _is_kept(self, kept: Kept) -> bool:
         """Whether `kept` is the current cache, and valid for the use that it was made for."""
@@ -334,6 +339,8 @@ class MoSLayer(MoSAdapter):
 
     def freeze_for_inference(self):
         """Switch to eval mode, and cache what depends only on the parameters: κ, G, and factors in the base's dtype.
+
+        So an FFN block that is one operation caches its router, once all of its linears are frozen and it has run.
 
         The first call in eval mode without gradients does this by itself. The cache is valid as long as the parameters
         do not change. A write through `.data` (`p.data.copy_(...)`) or through numpy cannot be noticed: call `eval()`

@@ -42,7 +42,7 @@ def linear(tensors: LinearTensors, plan: Plan) -> Tensor:
 
 def ffn(tensors: FFNTensors, plan: FFNPlan) -> Tensor:
     """y (..., d_out), differentiable in x, gates, router and the adapters."""
-    if plan.few is not None:  # found without autocast
+    if plan.constants is not None:  # found without autocast
         return load_ffn(plan.backend).ffn_inference(tensors, plan)
     with without_autocast(tensors.x):
         if plan.differentiable:
@@ -103,7 +103,7 @@ class _MoSFFN(torch.autograd.Function):
         given = FFNTensors.of(tensors)
         y, saved = load_ffn(plan.backend).ffn_forward(given, plan)
         ctx.save_for_backward(*given._replace(token_mask=None).flat, *saved.flat)
-        ctx.plan, ctx.token_mask, ctx.count = plan._replace(prepared=(), few=None), given.token_mask, len(tensors)
+        ctx.plan, ctx.token_mask, ctx.count = plan._replace(prepared=(), constants=None), given.token_mask, len(tensors)
         return y
 
     @staticmethod

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mos_kernels.backends import load_backend
-from mos_kernels.backends.interface import Backend, Dropout, Prepared, Saved
+from mos_kernels.backends.interface import Backend, Dropout, Prepared, Saved, ShrinkWeights
 from mos_kernels.call import LinearTensors, Plan, RouteTensors
 
 
@@ -21,9 +21,9 @@ def linear_forward(t: LinearTensors, plan: Plan) -> tuple[Tensor, Saved]:
     """y, and what backward needs besides the tensors."""
     steps = load_backend(plan.backend)
     x, dtype = _flat(t.x), _output_dtype(t)
-    p, n, logits = steps.shrink(x, t.A, t.router, _dropout(t, plan), plan.differentiable)
+    dropout, prepared = _dropout(t, plan), _prepared(t, plan, steps)
+    p, n, logits = steps.shrink(x, t.A, t.router, dropout, plan.differentiable, prepared.stack)
     routed, own_router = _routed(t, logits, steps)
-    prepared = _prepared(t, plan, steps)
     added = t.added if t.weight is not None else _flat(t.added)
     curved = p, n, routed, own_router, _curvature(t, steps), prepared
     z = None
@@ -131,7 +131,10 @@ def _dropout(t: LinearTensors, plan: Plan) -> Dropout | None:
 
 
 def _prepared(t: LinearTensors, plan: Plan, steps: Backend) -> Prepared:
-    return steps.prepare(t.B, _output_dtype(t), plan.config) if plan.prepared is None else plan.prepared
+    if plan.prepared is not None:
+        return plan.prepared
+    weights = None if t.dropout_state is not None else ShrinkWeights(t.A, t.router, t.x.dtype)
+    return steps.prepare(t.B, _output_dtype(t), plan.config, weights=weights)
 
 
 def _routed(t: LinearTensors, logits: Tensor | None, steps: Backend) -> tuple[Tensor, bool]:

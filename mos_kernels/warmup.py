@@ -67,6 +67,8 @@ def _run_blocks(model: nn.Module, dtype: torch.dtype | None) -> None:
 
         for x_dtype in {base_dtype, dtype or base_dtype}:
             _run(block, run, width, x_dtype, device, dtype or base_dtype)
+        if dtype in (None, base_dtype):  # what a block keeps is not used under autocast
+            _run(block, run, width, base_dtype, device, None)
 
 
 def _kind(t: Tensor) -> tuple:
@@ -84,7 +86,9 @@ def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
         yield from ((adapter, module) for adapter in found if not adapter.config.is_lora)
 
 
-def _run(module: nn.Module, output: Callable, width: int, x_dtype: torch.dtype, device, dtype: torch.dtype) -> None:
+def _run(
+    module: nn.Module, output: Callable, width: int, x_dtype: torch.dtype, device, dtype: torch.dtype | None
+) -> None:
     """Run copies of the module on x of x_dtype, under autocast to dtype. output(copy, x) -> the output, or None."""
     from mos_kernels.backends.triton.launch import DECODE_TOKENS
 

@@ -32,7 +32,7 @@ def x_of(dtype=torch.float32):
 def prepares(monkeypatch):
     """How often the backend has prepared B."""
     calls, prepare = [], eager.prepare
-    monkeypatch.setattr(eager, "prepare", lambda *args: calls.append(1) or prepare(*args))
+    monkeypatch.setattr(eager, "prepare", lambda *args, **options: calls.append(1) or prepare(*args, **options))
     return calls
 
 
@@ -280,6 +280,17 @@ def test_a_graph_being_captured_computes_from_the_parameters_unless_frozen(monke
         assert layer._factors(x_of(), None, "auto") is layer._frozen.factors
         layer.mos_lora_B.neg_()
         assert layer._factors(x_of(), None, "auto").prepared is None
+
+
+def test_a_router_of_its_own_is_among_what_is_kept():
+    layer = layer_of()
+    with torch.no_grad():
+        layer(x_of())
+        before = layer._frozen
+        layer(x_of())
+        assert layer._frozen is before
+        layer.mos_router.neg_()
+        assert torch.equal(layer(x_of()), fresh(layer, x_of())) and layer._frozen is not before
 
 
 def test_a_compiled_layer_computes_from_the_parameters():

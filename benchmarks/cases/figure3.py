@@ -14,6 +14,7 @@ from benchmarks.measure import rotated, rotation
 from benchmarks.providers import Ours, Setting
 from benchmarks.suite import Context, Group, Made, Shared, Variant
 from mos_kernels.backends import load_backend
+from mos_kernels.backends.interface import ShrinkWeights
 
 CONVERSIONS = {  # provider -> (mapping, compiled)
     "stereographic, eager": ("stereographic", False),
@@ -59,10 +60,11 @@ class Conversion:
     def in_rank_space(self, ours: Ours) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """What the same conversion costs us: ‖x‖² and A x in one pass, then λ, q and e for every expert."""
         run, config = load_backend(ours.backend), self.setting.config(ours.mapping)
-        prepared = run.prepare(self.B, self.setting.dtype, config)
+        weights = ShrinkWeights(self.A, None, self.setting.dtype)
+        prepared = run.prepare(self.B, self.setting.dtype, config, weights=weights)
 
         def convert(x: Tensor) -> tuple[Tensor, ...]:
-            p, n, _ = run.shrink(x, self.A, None, None, True)
+            p, n, _ = run.shrink(x, self.A, None, None, True, prepared.stack)
             return (run.bridge(p, n, self.gates, False, self.kappa, prepared, config)[0],)
 
         return convert

@@ -14,6 +14,7 @@ from benchmarks.cases.linear import FORWARD, Inputs, checks_of, frozen_work, set
 from benchmarks.providers import Ours, Setting
 from benchmarks.suite import Check, Context, Group, Made, Shared, Variant
 from mos_kernels.backends import load_backend
+from mos_kernels.backends.interface import ShrinkWeights
 
 
 class Steps:
@@ -27,9 +28,10 @@ class Steps:
         self.weight, self.bias = base.linear.weight, base.linear.bias
         run = self.run
         with torch.no_grad():
-            self.p, self.n, _ = run.shrink(self.inputs.x(), self.A, None, None, True)
+            self.weights = ShrinkWeights(self.A, self.router, setting.dtype)
+            self.prepared = run.prepare(self.B, setting.dtype, config, weights=self.weights)
+            self.p, self.n, _ = run.shrink(self.inputs.x(), self.A, None, None, True, self.prepared.stack)
             self.logits = run.routing_logits(self.inputs.x(), self.router)
-            self.prepared = run.prepare(self.B, setting.dtype, config)
             self.z, self.bridged = run.bridge(self.p, self.n, self.gates, False, self.kappa, self.prepared, config)
             self.dz, self.dB = run.expand_backward(self.inputs.dy(), self.z, self.prepared, True)
             self.d = run.bridge_backward(
@@ -44,10 +46,10 @@ class Steps:
         return {
             "base forward": lambda: F.linear(x(), weight, bias),
             "base backward": lambda: dy() @ weight,
-            "shrink": lambda: run.shrink(x(), self.A, None, None, True),
-            "shrink with router": lambda: run.shrink(x(), self.A, self.router, None, True),
+            "shrink": lambda: run.shrink(x(), self.A, None, None, True, self.prepared.stack),
+            "shrink with router": lambda: run.shrink(x(), self.A, self.router, None, True, self.prepared.stack),
             "route": lambda: run.route(run.routing_logits(x(), self.router), config),
-            "prepare": lambda: run.prepare(self.B, dtype, config),
+            "prepare": lambda: run.prepare(self.B, dtype, config, weights=self.weights),
             "bridge": lambda: run.bridge(*routed, config),
             "expand": lambda: run.expand(self.z, self.prepared, bias, dtype),
             "expand by addmm": lambda: torch.addmm(bias, self.z.to(dtype), self.prepared.B.flatten(1).t()),
@@ -62,18 +64,22 @@ class Steps:
         }
 
 
-def _step_work(s: Setting) -> dict[str, tuple[int, int]]:
-    """The least bytes and the FLOP of each step (PyTorch's copies and casts are not among them)."""
+def _step_work(s: Setting, stacks: bool) -> dict[str, tuple[int, int]]:
+    """The least bytes and the FLOP of each step (PyTorch's copies and casts are not among them).
+
+    stacks: whether `prepare` casts A and the router, and `shrink` reads them so.
+    """
     size, T, R, E, r = s.dtype.itemsize, s.tokens, s.experts * s.rank, s.experts, s.rank
     x, y, W, A, B = T * s.d_in * size, T * s.d_out * size, s.d_in * s.d_out * size, 4 * r * s.d_in, s.d_out * R
+    row = (size if stacks else 4) * s.d_in  # of A or the router, as `shrink` reads it
     narrow = 4 * T * (r + 1 + E)
     product = 2 * T * s.d_in * s.d_out
     return {
         "base forward": (x + W + y, product), "base backward": (x + W + y, product),
-        "shrink": (x + A + 4 * T * (r + 1), 2 * T * s.d_in * (r + 1)),
-        "shrink with router": (x + A + 4 * E * s.d_in + narrow, 2 * T * s.d_in * (r + 1 + E)),
+        "shrink": (x + r * row + 4 * T * (r + 1), 2 * T * s.d_in * (r + 1)),
+        "shrink with router": (x + (r + E) * row + narrow, 2 * T * s.d_in * (r + 1 + E)),
         "route": (x + 4 * E * s.d_in + 4 * T * E, 2 * T * s.d_in * E),
-        "prepare": ((4 + size) * B, 2 * s.d_out * R * r),
+        "prepare": ((4 + size) * (B + (r + E) * s.d_in * stacks), 2 * s.d_out * R * r),
         "bridge": (narrow + size * T * R, 4 * T * R * r),
         "expand": (size * (T * R + B) + y, 2 * T * R * s.d_out),
         "expand by addmm": (size * (T * R + B) + y, 2 * T * R * s.d_out),
@@ -124,7 +130,7 @@ def steps(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
     backend = "triton" if triton else "eager"
     state = Shared(lambda: Steps(setting, backend))
     variants = {}
-    for name, (moved, flop) in _step_work(setting).items():
+    for name, (moved, flop) in _step_work(setting, stacks=triton).items():
         library = name.startswith("base") or "addmm" in name
 
         def make(name=name, seeded=False) -> Made:
@@ -161,7 +167,7 @@ def order(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
     state = Shared(lambda: Steps(setting, backend))
 
     def adapter(s: Steps, x: Tensor) -> Tensor:
-        p, n, _ = s.run.shrink(x, s.A, None, None, True)
+        p, n, _ = s.run.shrink(x, s.A, None, None, True, s.prepared.stack)
         return s.run.bridge(p, n, s.gates, False, s.kappa, s.prepared, s.config)[0]
 
     def frozen(s: Steps) -> Tensor:

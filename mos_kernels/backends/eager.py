@@ -16,7 +16,14 @@ from torch import Tensor
 
 from mos_kernels import geometry, routing
 from mos_kernels.backends import constant_under_compile
-from mos_kernels.backends.interface import BridgeExpandGradients, BridgeGradients, Dropout, Prepared, Shape
+from mos_kernels.backends.interface import (
+    BridgeExpandGradients,
+    BridgeGradients,
+    Dropout,
+    Prepared,
+    Shape,
+    ShrinkWeights,
+)
 from mos_kernels.config import MoSConfig
 
 ONE_PRODUCT = 256
@@ -133,12 +140,18 @@ def squared_norm(x: Tensor) -> Tensor:
 
 
 def shrink(
-    x: Tensor, A: Tensor, router: Tensor | None, dropout: Dropout | None, differentiable: bool
+    x: Tensor,
+    A: Tensor,
+    router: Tensor | None,
+    dropout: Dropout | None,
+    differentiable: bool,
+    stack: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """p = A·drop(x), n = ‖x‖² and, with a router (E, d_in), logits = Router·x, all in the compute dtype.
 
     x (T, d_in), A (r, d_in) or (E, r, d_in) -> p (T, r) or (T, E, r), n (T,), logits (T, E) or None. `differentiable`
     says whether a backward may follow. If none does, a backend may return partial results, which the bridge adds up.
+    stack: `Prepared.stack`, which this backend does not make.
     """
     p = narrow_matmul(drop(x, dropout), A.flatten(0, -2).t(), x.dtype)
     logits = None if router is None else routing_logits(x, router)
@@ -240,11 +253,20 @@ class Curved(NamedTuple):
     h: Tensor  # λ p (T, E, r)
 
 
-def prepare(B: Tensor, dtype: torch.dtype, config: MoSConfig, gram: Tensor | None = None) -> Prepared:
-    """`Prepared` of B (d_out, E, r), for input of `dtype`. gram: the result of an earlier call with the same B."""
+def prepare(
+    B: Tensor,
+    dtype: torch.dtype,
+    config: MoSConfig,
+    gram: Tensor | None = None,
+    weights: ShrinkWeights | None = None,
+) -> Prepared:
+    """`Prepared` of B (d_out, E, r), for input of `dtype`, without a stack of the weights.
+
+    gram: the result of an earlier call with the same B.
+    """
     wide = operand(B, dtype)
     if config.activation != "identity":
-        return Prepared(wide, None, None, None)
+        return Prepared(wide, None)
     gram = _gram(B.to(compute_dtype(dtype))) if gram is None else gram
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     return Prepared(wide, gram, gram / trace.clamp(min=torch.finfo(trace.dtype).tiny)[:, None, None], trace)

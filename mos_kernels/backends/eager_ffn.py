@@ -89,7 +89,7 @@ class FewTokens(NamedTuple):
     down: eager_few.Constants
 
 
-def few_tokens(t: FFNTensors, plan: FFNPlan) -> FewTokens | None:
+def constants(t: FFNTensors, plan: FFNPlan) -> FewTokens | None:
     """The constants that `ffn_inference` uses for few tokens, to be cached; None if it has no path for few tokens."""
     if not (t.x.is_cpu and eager_few.are_served(plan.config, plan.down_config)):
         return None
@@ -107,8 +107,8 @@ def few_tokens(t: FFNTensors, plan: FFNPlan) -> FewTokens | None:
 def ffn_inference(t: FFNTensors, plan: FFNPlan) -> Tensor:
     """y (..., d_out) if no backward follows. Few tokens take a bridge of fewer calls."""
     x = t.x if t.x.dim() == 2 else _flat(t.x)
-    made = plan.few
-    if not eager_few.are_few(x.shape[0]) or made is None and (made := few_tokens(t, plan)) is None:
+    made = plan.constants
+    if not eager_few.are_few(x.shape[0]) or made is None and (made := constants(t, plan)) is None:
         return ffn_forward(t, plan)[0]
     with np.errstate(all="ignore"):
         p, n, logits = eager_few.shrink(x, made.reads)

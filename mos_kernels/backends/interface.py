@@ -27,17 +27,27 @@ class Dropout(NamedTuple):
     p: float
 
 
+class ShrinkWeights(NamedTuple):
+    """What `shrink` multiplies x by, and the dtype of x."""
+
+    A: Tensor  # (r, d_in) or (E, r, d_in)
+    router: Tensor | None  # (E, d_in)
+    dtype: torch.dtype
+
+
 class Prepared(NamedTuple):
-    """The prepared B: the factor in the dtype of the wide products, and G = BᵀB of each expert.
+    """What depends on the parameters alone: B in the dtype of the wide products, and G = BᵀB of each expert.
 
     With an activation, q cannot be computed from G, and there is no G. The eager backend uses G as its trace and
-    G / trace, so that a huge B does not overflow. The kernels divide during their products.
+    G / trace, so that a huge B does not overflow. The kernels divide during their products. They cast A and a router
+    into one stack, if `prepare` was given them.
     """
 
     B: Tensor  # (d_out, E, r)
     gram: Tensor | None  # (E, r, r)
     unit_gram: Tensor | None = None  # (E, r, r)
     trace: Tensor | None = None  # (E,)
+    stack: Tensor | None = None  # as `shrink` reads it, in the dtype of x
 
 
 class Saved(NamedTuple):
@@ -86,8 +96,9 @@ class Backend(Protocol):
     def draw_dropout(self, x: Tensor, p: float) -> Dropout: ...
 
     def shrink(
-        self, x: Tensor, A: Tensor, router: Tensor | None, dropout: Dropout | None, differentiable: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
+        self, x: Tensor, A: Tensor, router: Tensor | None, dropout: Dropout | None, differentiable: bool,
+        stack: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]: ...  # fmt: skip
 
     def shrink_backward(
         self, x: Tensor, A: Tensor, router: Tensor | None, dp: Tensor, dn: Tensor, dlogits: Tensor | None,
@@ -106,7 +117,10 @@ class Backend(Protocol):
         self, dgates: Tensor, logits: Tensor, aux_weight: Tensor | None, token_mask: Tensor | None, config: MoSConfig
     ) -> Tensor: ...
 
-    def prepare(self, B: Tensor, dtype: torch.dtype, config: MoSConfig, gram: Tensor | None = None) -> Prepared: ...
+    def prepare(
+        self, B: Tensor, dtype: torch.dtype, config: MoSConfig, gram: Tensor | None = None,
+        weights: ShrinkWeights | None = None,
+    ) -> Prepared: ...  # fmt: skip
 
     def bridge(
         self, p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor, prepared: Prepared,
@@ -144,6 +158,9 @@ class FFNBackend(Protocol):
     """
 
     FFNSaved: Any
+
+    def constants(self, t: FFNTensors, plan: FFNPlan) -> Any:
+        """What inference makes of the parameters together, to be kept as `plan.constants`; or None."""
 
     def ffn_forward(self, t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, Any]: ...
 

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from mos_kernels.backends.eager import operand
-from mos_kernels.backends.interface import BridgeExpandGradients, BridgeGradients, Dropout, Prepared, Shape
+from mos_kernels.backends.interface import (
+    BridgeExpandGradients,
+    BridgeGradients,
+    Dropout,
+    Prepared,
+    Shape,
+    ShrinkWeights,
+)
 from mos_kernels.backends.triton import activated, decode
 from mos_kernels.backends.triton import bridge as _bridge
 from mos_kernels.backends.triton import expand as _expand
@@ -83,11 +90,13 @@ def _stack(A: Tensor) -> Tensor:
     return A.flatten(0, -2).contiguous()
 
 
-def shrink(x, A, router, dropout: Dropout | None, differentiable: bool):
-    """Planes p (S, T, R), n (S, T) and logits (S, T, E or 2E) or None."""
+def shrink(x, A, router, dropout: Dropout | None, differentiable: bool, stack: Tensor | None = None):
+    """Planes p (S, T, R), n (S, T) and logits (S, T, E or 2E) or None. With dropout the stack is not read."""
     seed, p_drop = (None, 0.0) if dropout is None else dropout
     router = None if router is None else router.contiguous()
-    p, n, logits = _shrink.shrink_launch(rows(x), _stack(A), router, seed, p_drop, not differentiable)
+    p, n, logits = _shrink.shrink_launch(
+        rows(x), _stack(A), router, seed, p_drop, not differentiable, stack=None if dropout is not None else stack
+    )
     return p, n, None if router is None else logits
 
 
@@ -128,17 +137,27 @@ def route_bytes(token_mask):
     return None if token_mask is None else token_mask.to(torch.uint8).contiguous()
 
 
-def prepare(B, dtype: torch.dtype, config: MoSConfig, gram: Tensor | None = None) -> Prepared:
-    """What follows from B (d_out, E, r) alone. Raises ValueError for a rank beyond one tile.
+def prepare(
+    B, dtype: torch.dtype, config: MoSConfig, gram: Tensor | None = None, weights: ShrinkWeights | None = None
+) -> Prepared:
+    """`Prepared` of B (d_out, E, r). Raises ValueError for a rank beyond one tile.
 
-    gram: that of an earlier call with the same B, which spares its kernels.
+    gram: that of an earlier call with the same B, which spares its kernel. The stack costs no launch: there is none
+    where G is not computed, unless A is the stack as it is.
     """
     if B.shape[2] > MAX_RANK:
         raise ValueError(f"r={B.shape[2]} exceeds {MAX_RANK}, the largest rank of the kernels: use backend='eager'")
-    B = B.contiguous()
+    B, stack, sources = B.contiguous(), None, ()
+    if weights is not None:
+        A, router = _stack(weights.A), None if weights.router is None else weights.router.contiguous()
+        if router is None and A.dtype == weights.dtype:
+            stack = A
+        else:
+            sources = ([A], router, weights.dtype)
     if config.activation != "identity" or gram is not None:
-        return Prepared(operand(B, dtype), gram)
-    return Prepared(*_expand.gram_launch(B, dtype))
+        return Prepared(operand(B, dtype), gram, stack=stack)
+    (wide,), (gram,), made = _expand.gram_launch([B], dtype, True, *sources)
+    return Prepared(wide, gram, stack=made if stack is None else stack)
 
 
 def bridge(p, n, routed, own_router: bool, kappa, prepared: Prepared, config: MoSConfig):

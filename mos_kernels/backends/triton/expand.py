@@ -52,93 +52,80 @@ def _gram_part(
 
 @triton.jit
 def gram_kernel(
-    B, wide, planes, N, E: tl.constexpr, r: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """G of a linear in planes, and B in the dtype of the wide products."""
-    i_e, i_s = tl.program_id(0), tl.program_id(1)
-    _gram_part(B, wide, planes, N, i_e, i_s, E * r * r, E, r, BLOCK_N, BLOCK_R, SPLITS, WIDE, True)
-
-
-@triton.jit
-def grams_kernel(
     B, wide, B_2, wide_2, B_h, wide_h, planes, A, A_2, router, stack, N, N_h, D, E: tl.constexpr, r: tl.constexpr,
     r_h: tl.constexpr, READS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_R_H: tl.constexpr,
     SPLITS: tl.constexpr, WIDE: tl.constexpr, WIDE_2: tl.constexpr, WIDE_H: tl.constexpr, GRAM: tl.constexpr,
     R: tl.constexpr, ROUTED: tl.constexpr, SPLIT_ROUTER: tl.constexpr,
 ):  # fmt: skip
-    """`gram_kernel` of the READS linears of an FFN that read its input, and of the one (h) after them.
+    """Of the READS linears of an FFN that read its input and of the one (h) after them, or of h alone: G in planes, and
+    B in the dtype of the wide products.
 
     R: where it is not 0, further programs make the stack of the R rows of A, or of A and A_2, and the router's ROUTED.
     """
     i_e, i_s, i_l = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     size: tl.constexpr = READS * E * r * r + E * r_h * r_h
-    if i_l == 0:
-        _gram_part(B, wide, planes, N, i_e, i_s, size, E, r, BLOCK_N, BLOCK_R, SPLITS, WIDE, GRAM)
-    elif i_l < READS:
-        second = planes + E * r * r
-        _gram_part(B_2, wide_2, second, N, i_e, i_s, size, E, r, BLOCK_N, BLOCK_R, SPLITS, WIDE_2, GRAM)
-    elif i_l == READS:
+    if i_l == READS:
         last = planes + READS * E * r * r
         _gram_part(B_h, wide_h, last, N_h, i_e, i_s, size, E, r_h, BLOCK_N, BLOCK_R_H, SPLITS, WIDE_H, GRAM)
-    elif R > 0:
-        first, programs = i_s * tl.num_programs(0) + i_e, tl.num_programs(0) * tl.num_programs(1)
-        stack_part(A, A_2, router, stack, first, programs, D, R, ROUTED, SPLIT_ROUTER, READS == 2)
+    elif i_l > READS:
+        if R > 0:
+            first, programs = i_s * tl.num_programs(0) + i_e, tl.num_programs(0) * tl.num_programs(1)
+            stack_part(A, A_2, router, stack, first, programs, D, R, ROUTED, SPLIT_ROUTER, READS == 2)
+    elif READS == 1:
+        _gram_part(B, wide, planes, N, i_e, i_s, size, E, r, BLOCK_N, BLOCK_R, SPLITS, WIDE, GRAM)
+    elif READS == 2:
+        if i_l == 0:
+            _gram_part(B, wide, planes, N, i_e, i_s, size, E, r, BLOCK_N, BLOCK_R, SPLITS, WIDE, GRAM)
+        else:
+            second = planes + E * r * r
+            _gram_part(B_2, wide_2, second, N, i_e, i_s, size, E, r, BLOCK_N, BLOCK_R, SPLITS, WIDE_2, GRAM)
 
 
-def _gram_settings(B: Tensor, N: int, r: int) -> dict:
-    settings = launch.settings("gram", B.device, N)
-    if r > 64:  # the accumulator alone would fill a thread's registers
-        settings.update(num_warps=8, BLOCK_N=16)
-    settings["SPLITS"] = min(settings["SPLITS"], triton.next_power_of_2(triton.cdiv(N, settings["BLOCK_N"])))
-    return settings
+def gram_launch(
+    Bs: list[Tensor],
+    dtype: torch.dtype,
+    needs_gram: bool,
+    As: list[Tensor] | None = None,
+    router: Tensor | None = None,
+    x_dtype: torch.dtype | None = None,
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """Each B (d_out, E, r) in dtype (B itself where it is that); where needed each G (E, r, r) in float32; the stack.
 
-
-def gram_launch(B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """B in dtype (B itself where it is that), and G (E, r, r) in float32."""
-    N, E, r = B.shape
-    settings = _gram_settings(B, N, r)
-    wide = B if B.dtype == dtype else torch.empty_like(B, dtype=dtype)
-    planes = torch.empty(settings["SPLITS"], E, r, r, device=B.device, dtype=torch.float32)
-    block_r = launch.block(r, 16, 128)
-    launch.launch(
-        gram_kernel, (triton.cdiv(E, block_r // r), settings["SPLITS"]), B, (B, wide, planes, N),
-        E=E, r=r, BLOCK_R=block_r, WIDE=wide is not B, **settings,
-    )  # fmt: skip
-    return wide, launch.sum_planes(planes)
-
-
-def grams_launch(
-    Bs: list[Tensor], dtype: torch.dtype, needs_gram: bool, As: list[Tensor] | None = None, router: Tensor | None = None
-) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """As `gram_launch` of an FFN's linears, the last of them last: each B in dtype, and where needed all G as one row.
-
-    Those before the last have one shape and dtype. As: the A (R, d_in) of these, of one dtype, which with the router
-    become the stack that `shrink_launch` takes.
+    Bs: of one linear, or of an FFN's, the last of them last; those before the last have one shape and dtype. As: the A
+    (R, d_in) of the linears that read x, of one dtype, which with the router become the stack of x_dtype that
+    `shrink_launch` takes.
     """
     *reads, last = Bs
-    (N, E, r), (N_h, _, r_h), device = reads[0].shape, last.shape, last.device
+    (N, E, r), (N_h, _, r_h), device = Bs[0].shape, last.shape, last.device
     wide = [B if B.dtype == dtype else torch.empty_like(B, dtype=dtype) for B in Bs]
-    if not needs_gram and all(a is b for a, b in zip(wide, Bs, strict=True)):
-        return wide, None, None
-    settings = _gram_settings(last, max(N, N_h), max(r, r_h))
-    size = len(reads) * E * r * r + E * r_h * r_h
-    planes = torch.empty(settings["SPLITS"], size, device=device, dtype=torch.float32) if needs_gram else None
     casts = [a is not b for a, b in zip(wide, Bs, strict=True)]
+    if not (needs_gram or any(casts)):
+        return wide, [], None
+    settings = launch.settings("gram", device, max(N, N_h))
+    if max(r, r_h) > 64:  # the accumulator alone would fill a thread's registers
+        settings.update(num_warps=8, BLOCK_N=16)
+    most = triton.next_power_of_2(triton.cdiv(max(N, N_h), settings["BLOCK_N"]))
+    settings["SPLITS"] = min(settings["SPLITS"], most)
+    shapes = [torch.Size((E, B.shape[2], B.shape[2])) for B in Bs]
+    sizes = [shape.numel() for shape in shapes]
+    planes = torch.empty(settings["SPLITS"], sum(sizes), device=device, dtype=torch.float32) if needs_gram else None
     block_r, block_r_h = launch.block(r, 16, 128), launch.block(r_h, 16, 128)
     across = max(triton.cdiv(E, block_r // r), triton.cdiv(E, block_r_h // r_h))
     stack, sources, D, stacking = None, (last,) * 4, N, {"R": 0, "ROUTED": 0, "SPLIT_ROUTER": False}
     if As is not None:
-        stack, stacking = empty_stack(As, router, dtype)
+        stack, stacking = empty_stack(As, router, x_dtype)
         sources, D = (As[0], As[-1], last if router is None else router, stack), stack.shape[1]
     launch.launch(
-        grams_kernel, (across, settings["SPLITS"], len(Bs) + (stack is not None)), last,
-        (reads[0], wide[0], reads[-1], wide[-2], last, wide[-1], last if planes is None else planes, *sources,
+        gram_kernel, (across, settings["SPLITS"], len(Bs) + (stack is not None)), last,
+        (Bs[0], wide[0], Bs[-2:][0], wide[-2:][0], last, wide[-1], last if planes is None else planes, *sources,
          N, N_h, D),
         E=E, r=r, r_h=r_h, READS=len(reads), BLOCK_R=block_r, BLOCK_R_H=block_r_h,
-        WIDE=casts[0], WIDE_2=casts[-2], WIDE_H=casts[-1], GRAM=needs_gram, **stacking, **settings,
+        WIDE=casts[0], WIDE_2=casts[-2:][0], WIDE_H=casts[-1], GRAM=needs_gram, **stacking, **settings,
     )  # fmt: skip
-    return wide, None if planes is None else launch.sum_planes(planes), stack
+    if planes is None:
+        return wide, [], stack
+    grams = launch.sum_planes(planes).split(sizes)
+    return wide, [gram.view(shape) for gram, shape in zip(grams, shapes, strict=True)], stack
 
 
 @triton.jit(do_not_specialize=["T", "rows"])

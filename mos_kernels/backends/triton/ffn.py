@@ -29,11 +29,11 @@ from mos_kernels.backends.triton.expand import (
     expand_backward_pair_launch,
     expand_launch,
     expand_pair_launch,
-    grams_launch,
+    gram_launch,
     norm_gradient_launch,
     norm_gradients_launch,
 )
-from mos_kernels.backends.triton.shrink import shrink_backward_launch, shrink_launch
+from mos_kernels.backends.triton.shrink import shrink_backward_launch, shrink_launch, stacked
 from mos_kernels.call import Adapted, FFNPlan, FFNTensors
 
 
@@ -57,6 +57,11 @@ class FFNSaved(NamedTuple):
     @classmethod
     def of(cls, flat: Sequence, reads: int) -> FFNSaved:
         return cls(*flat[:7], tuple(flat[7 : 8 + reads]), tuple(flat[8 + reads :]))
+
+
+def constants(t: FFNTensors, plan: FFNPlan) -> Tensor:
+    """The stack for shrink."""
+    return stacked(_stacks(t.reads), _dense(t.router), t.x.dtype)
 
 
 def ffn_forward(t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]:
@@ -116,7 +121,7 @@ def ffn_backward(dy: Tensor, t: FFNTensors, saved: FFNSaved, plan: FFNPlan, need
     """The gradients of the tensors, each in its tensor's dtype, where `needs` asks for them; else None."""
     x, dy, config, down, m = rows(_flat(t.x)), rows(_flat(dy)), plan.config, t.down, len(t.reads)
     routed, own_router = _routed(t, saved.logits)
-    wide, _, _ = grams_launch(_Bs(t), x.dtype, needs_gram=False)
+    wide, _, _ = gram_launch(_Bs(t), x.dtype, needs_gram=False)
     *grams, gram_h = saved.grams
 
     dz, dB_h = expand_backward_launch(dy, saved.z_h, wide[-1], needs.down.B)
@@ -192,15 +197,13 @@ def _prepared(t: FFNTensors, plan: FFNPlan) -> tuple[list[Prepared], Tensor | No
     """Of the linears that read x and of the last one, kept or made now; and with what is made the stack for shrink."""
     kept_h, *kept = plan.prepared or (None,) * (1 + len(t.reads))
     if None not in (kept_h, *kept):
-        return [*kept, kept_h], None
+        return [*kept, kept_h], plan.constants
     Bs = _Bs(t)
     for B in Bs:
         if B.shape[2] > MAX_RANK:
             raise ValueError(f"r={B.shape[2]} exceeds {MAX_RANK}, the largest rank of the kernels: use backend='eager'")
-    wide, row, stack = grams_launch(Bs, t.x.dtype, True, _stacks(t.reads), _dense(t.router))
-    shapes = [(B.shape[1], B.shape[2], B.shape[2]) for B in Bs]
-    grams = row.split([torch.Size(shape).numel() for shape in shapes])
-    return [Prepared(B, gram.view(shape)) for B, gram, shape in zip(wide, grams, shapes, strict=True)], stack
+    wide, grams, stack = gram_launch(Bs, t.x.dtype, True, _stacks(t.reads), _dense(t.router), t.x.dtype)
+    return [Prepared(*each) for each in zip(wide, grams, strict=True)], stack
 
 
 def _Bs(t: FFNTensors) -> list[Tensor]:

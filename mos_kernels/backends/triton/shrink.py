@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mos_kernels.backends.eager import operand
 from mos_kernels.backends.triton import launch
 from mos_kernels.backends.triton.numerics import cast, dot, keep, nearest, once, saturate, settled
 
@@ -159,6 +160,16 @@ def empty_stack(As: list[Tensor], router: Tensor | None, dtype: torch.dtype) -> 
     return torch.empty(rows, D, device=As[0].device, dtype=dtype), constants
 
 
+def stacked(As: list[Tensor], router: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What `stack_part` makes, where there is no launch that it could be part of."""
+    found = [operand(A, dtype) for A in As]
+    if router is not None:
+        found.append(operand(router, dtype))
+        if dtype != torch.float32:
+            found.append(operand((router.float() - found[-1].float()) * LOW_SCALE.value, dtype))
+    return torch.cat(found)
+
+
 def shrink_launch(
     x: Tensor,
     A: Tensor | None,
@@ -179,23 +190,24 @@ def shrink_launch(
     split_router = E > 0 and x.dtype != torch.float32
     columns = R + (2 * E if split_router else E)
     block_c = launch.block(columns, 16, 64 if A_2 is None else 32)
-    most = 256 if block_c <= 16 else 64 if stack is None else 128
     wide, dropping, pair = x.dtype == torch.float32, seed is not None, A_2 is not None
+    few = launch.bucket(T) == "decode"
+    most = 256 if block_c <= 16 else 64 if stack is None or few and block_c > 32 else 128
     if wide or dropping:
-        narrow = block_c > 32 or wide and dropping or pair and launch.bucket(T) != "decode"
+        narrow = block_c > 32 or wide and dropping or pair and not few
         most = 32 if narrow else 64
     settings = launch.wide_settings("shrink", device, T, x.dtype, BLOCK_D=most)
     splits = settings.pop("SPLITS") if splits_allowed else 1
     settings.update(SPLITS=splits, AHEAD=R > 0 and not dropping and (wide or bool(settings["AHEAD"])))
-    linears = () if A_2 is None else (2,)
+    linears, sources = () if A_2 is None else (2,), (A, A_2, router) if stack is None else (None,) * 3
     p = torch.empty(*linears, splits, T, each, device=device, dtype=torch.float32)
     n = torch.empty(splits, T, device=device, dtype=torch.float32)
     logits = torch.empty(splits, T, columns - R, device=device, dtype=torch.float32)
     grid = (triton.cdiv(T, settings["BLOCK_T"]), splits, triton.cdiv(columns, block_c))
     launch.launch(
         shrink_kernel, grid, x,
-        (x, x if A is None else A, x if A_2 is None else A_2, x if router is None else router,
-         x if stack is None else stack, p, n, logits, x if seed is None else seed, T, D, x.stride(0), dropout_p),
+        (x, *(x if t is None else t for t in (*sources, stack)), p, n, logits, x if seed is None else seed, T, D,
+         x.stride(0), dropout_p),
         R=R, E=E, BLOCK_C=block_c, SPLIT_ROUTER=split_router, DROPOUT=dropping, PAIR=pair, STACKED=stack is not None,
         **settings,
     )  # fmt: skip
@@ -312,14 +324,14 @@ def shrink_backward_launch(
     block_c = launch.block(R + E, 16, 32 if dropping or wide else 64)
     settings = launch.wide_settings(
         "shrink_backward", device, T, x.dtype,
-        BLOCK_T=32 if dropping or wide or block_c > 16 else 128,
+        BLOCK_T=16 if dropping and wide and R + E > 32 else 32 if dropping or wide or block_c > 16 else 128,
         BLOCK_D=32 if block_c > 32 or (dropping or wide) and R + E > 32 or dropping and wide else 256,
     )  # fmt: skip
     if dropping and wide and launch.bucket(T) == "decode":  # or registers spill; few tokens are few steps
         settings["num_stages"] = 1
     if R + E > 32:  # the stacked rows of a tile take the shared memory, or the registers, of a stage
         settings["num_stages"] = min(settings["num_stages"], 2)
-    if block_c > 32:  # Triton 3.6 refills a stage's x while the second half of dW's product, as it cuts it, still reads
+    if block_c > 32:  # registers read x beside dW's product: Triton gives it a buffer too few (docs/compiled-code.md)
         settings["num_stages"] = 1
     splits = settings.pop("SPLITS")
     blocks = triton.cdiv(R + E, block_c)

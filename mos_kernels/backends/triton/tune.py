@@ -161,9 +161,9 @@ def _recorded() -> Iterator[list[tuple[str, Callable]]]:
             if not callable(step):
                 return step
 
-            def run(*args):
-                calls.append((name, functools.partial(step, *args)))
-                return step(*args)
+            def run(*args, **options):
+                calls.append((name, functools.partial(step, *args, **options)))
+                return step(*args, **options)
 
             return run
 

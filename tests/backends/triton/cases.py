@@ -20,7 +20,7 @@ from strategies import Case, make_case, normal
 from torch import Tensor
 
 from mos_kernels import MoSConfig, ops
-from mos_kernels.backends import eager, load_backend
+from mos_kernels.backends import eager, load_backend, load_ffn
 from mos_kernels.backends.triton.launch import DECODE_TOKENS
 from mos_kernels.call import Adapted, FFNPlan, FFNTensors
 from mos_kernels.functional import mos_route
@@ -565,6 +565,8 @@ class FFNTrial:
             self.config, self._configs[-1], backend, self.activation, gated=self.form != "plain",
             fused=self.form == "fused", differentiable=not self.inference, prepared=(prepared[-1], *prepared[:-1]),
         )  # fmt: skip
+        if self.inference and self.kept and not self.gates_given:
+            plan = plan._replace(constants=load_ffn(backend).constants(tensors, plan))
         with torch.set_grad_enabled(not self.inference):
             y = ops.ffn(tensors, plan)
         wanted = {name: tensor for name, tensor in trained.items() if tensor.requires_grad}

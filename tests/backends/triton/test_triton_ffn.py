@@ -72,7 +72,7 @@ def gpt2():
 NAMES = {
     llama: ("gate_proj", "up_proj", "down_proj"), phi3: ("gate_up_proj", "down_proj"), gpt2: ("c_fc", "c_proj"),
 }  # fmt: skip
-FORWARD = ["grams", "shrink", "bridge", "expand", "activate", "bridge", "expand"]
+FORWARD = ["gram", "shrink", "bridge", "expand", "activate", "bridge", "expand"]
 BACKWARD = [
     "expand_backward", "bridge_backward", "activate_backward", "expand_backward", "load", "bridge_backward",
     "bridge_reduces", "norm_gradients", "shrink_backward",
@@ -162,7 +162,7 @@ def test_a_training_step_is_22_launches_beside_the_base_products(monkeypatch):
     base = [name for name in computed.names if name in ("addmm_", "mm")]
     ours = [name for name in computed.names if name not in base]
     assert ours == ["_foreach_addcmul", *["sum"] * 4, "_foreach_mul"]
-    assert [name.removesuffix("_kernel") for name in launches] == [*FORWARD, "grams", *BACKWARD]
+    assert [name.removesuffix("_kernel") for name in launches] == [*FORWARD, "gram", *BACKWARD]
     assert len(base) == 6 and len(launches) + ours.count("sum") <= 22 and len(base) + len(launches) + len(ours) <= 32
 
 
@@ -194,8 +194,12 @@ def test_compiled_the_block_is_one_graph_of_the_registered_ops():
         torch.testing.assert_close(y, block(x), rtol=1e-5, atol=1e-5)
 
 
-def test_after_warmup_a_block_launches_nothing_new(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_after_warmup_a_block_launches_nothing_new(monkeypatch, dtype):
     model = nn.ModuleList([adapted(llama), adapted(llama), adapted(llama, share_a=False), adapted(phi3)])
+    for module in model.modules():
+        if getattr(module, "weight", None) is not None and not isinstance(module, MoSRouter):
+            module.weight.data = module.weight.data.to(dtype)
     model[0].train()
     called, seen = [], set()
     model[1].act_fn.register_forward_hook(lambda *_: called.append(1))
@@ -205,7 +209,7 @@ def test_after_warmup_a_block_launches_nothing_new(monkeypatch):
         seen.add((kernel.fn.__name__, *kinds, *sorted(constants.items())))  # and not run
 
     monkeypatch.setattr(launch, "launch", described)
-    mos_kernels.warmup(model)
+    mos_kernels.warmup(model, dtype)
     assert [block.mos_router.training for block in model] == [True, False, False, False] and not called
     assert model[1].gate_proj._frozen is not None
     warm = set(seen)
@@ -213,8 +217,58 @@ def test_after_warmup_a_block_launches_nothing_new(monkeypatch):
         for block in model:
             for module in block.modules():
                 module.training = False
-            block(torch.ones(4, D))
+            for _ in range(2):
+                block(torch.ones(4, D, dtype=dtype))
     assert seen == warm
+
+
+@pytest.mark.parametrize("family", [llama, gpt2])
+def test_what_a_block_keeps_is_cast_once_and_follows_its_parameters(family, monkeypatch):
+    block, x = adapted(family, frozen=False), normal(0, 9, D).float()
+    router = next(module for module in block.modules() if isinstance(module, MoSRouter))
+    cast, run = [], launch.launch
+
+    def note(kernel, *arguments, **constants):
+        if kernel.fn.__name__ == "shrink_kernel":
+            cast.append(not constants["STACKED"])
+        run(kernel, *arguments, **constants)
+
+    monkeypatch.setattr(launch, "launch", note)
+    with torch.no_grad():
+        outputs = [block(x), block(x)]
+        router.weight.neg_()
+        outputs.append(block(x))
+        getattr(block, NAMES[family][0]).mos_lora_A.neg_()
+        outputs.append(block(x))
+        assert cast == [False] * 4
+        assert torch.equal(*outputs[:2]) and not any(torch.equal(*outputs[i : i + 2]) for i in (1, 2))
+        torch.testing.assert_close(outputs[-1], one_by_one(block, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_that_is_captured_reads_what_is_kept_if_the_linears_are_frozen(monkeypatch):
+    """And the same memory is read for as long as they are, whatever the block is looked at anew for."""
+    block, x = adapted(llama, frozen=False), normal(0, 9, D).float()
+    form = bound_form(block)
+
+    def capture():
+        with monkeypatch.context() as patch:
+            for module in ("layer", "ffn_node"):
+                patch.setattr(f"mos_kernels.{module}.is_capturing", lambda x: True)
+            return as_one(block, form, x)[1]
+
+    with torch.no_grad():
+        block(x)
+        assert capture().constants is None
+        for name in NAMES[llama]:
+            getattr(block, name).freeze_for_inference()
+        assert capture().constants is None  # not yet made: not in the graph's own memory
+        block(x)
+        stack = capture().constants
+        nn.Linear(1, 1).register_forward_hook(lambda *_: None)  # anywhere
+        block(x[:3])
+        assert stack is not None and capture().constants is stack
+        block.mos_router.weight.neg_()
+        assert capture().constants is None
 
 
 # however it runs

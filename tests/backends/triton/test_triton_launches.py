@@ -28,7 +28,7 @@ def tokens_of(T, dtype=torch.float32):
 
 # launches
 
-FORWARD = ["shrink", "gram", "bridge", "expand"]
+FORWARD = ["gram", "shrink", "bridge", "expand"]
 BACKWARD = ["expand_backward", "load", "bridge_backward", "bridge_reduce", "norm_gradient", "shrink_backward"]
 ACTIVATED = ["shrink", "curve", "activated_norm", "coefficients", "activated_expand"]
 
@@ -108,6 +108,60 @@ def test_a_frozen_layer_decodes_in_two_launches_and_the_base_product(monkeypatch
         layer(x, gates)
     assert launched == ["shrink_kernel", "bridge_expand_kernel"]
     assert computed.names == ["addmm_"]
+
+
+def casts(monkeypatch) -> list[bool]:
+    """Of every launch of shrink from now on, which are not run, whether it casts A and the router."""
+    found = []
+
+    def note(kernel, *_, **constants):
+        if kernel.fn.__name__ == "shrink_kernel":
+            found.append(not constants["STACKED"])
+
+    monkeypatch.setattr(launch, "launch", note)
+    return found
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scope", ["ffn", "linear"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_linear_casts_its_factors_in_the_launch_of_the_gram_matrix(monkeypatch, dtype, scope, training):
+    layer = layer_of(dtype, router_scope=scope).train(training)
+    gates = None if scope == "linear" else normal(1, T, E).softmax(-1).float()
+    cast = casts(monkeypatch)
+    with torch.set_grad_enabled(training):
+        for _ in range(2):
+            layer(tokens_of(T, dtype), gates, backend="triton")
+    assert cast == [False] * 2
+
+
+@pytest.mark.unpoisoned
+def test_no_launch_is_added_to_cast_the_factors(monkeypatch):
+    """With an activation there is no Gram matrix; what dropout drops is not read beside the stack."""
+    cast = casts(monkeypatch)
+    for options, expected in (({"activation": "silu"}, True), ({"lora_dropout": 0.5}, True), ({}, False)):
+        layer_of(torch.bfloat16, router_scope="linear", **options)(tokens_of(T, torch.bfloat16), backend="triton")
+        assert cast.pop() == expected
+    factors_as_x = layer_of(torch.bfloat16, activation="silu").to(torch.bfloat16)
+    factors_as_x(tokens_of(T, torch.bfloat16), normal(1, T, E).softmax(-1).float(), backend="triton")
+    assert not cast.pop()
+
+
+@pytest.mark.parametrize("name", ["mos_router", "mos_lora_A"])
+def test_a_change_of_what_is_kept_is_seen(name):
+    layer, x = layer_of(router_scope="linear").eval(), tokens_of(T).detach()
+    with torch.no_grad():
+        before = layer(x, backend="triton")
+        getattr(layer, name).neg_()
+        after = layer(x, backend="triton")
+        layer._frozen = None
+        assert torch.equal(after, layer(x, backend="triton")) and not torch.equal(after, before)
+        layer.freeze_for_inference()
+        gates = normal(1, T, E).softmax(-1).float()
+        given = layer(x, gates, backend="triton")  # beside a stack that has its router
+        layer.mos_router.neg_()
+        torch.testing.assert_close(layer(x, gates, backend="triton"), given)
 
 
 # the decode path computes the same

@@ -8,8 +8,9 @@ from strategies import normal
 from test_precision import assert_a_gradient_scaler_skips_the_step, assert_overflows_show
 
 from mos_kernels.backends.triton import launch
-from mos_kernels.backends.triton.expand import grams_launch
+from mos_kernels.backends.triton.expand import gram_launch
 from mos_kernels.backends.triton.shrink import shrink_launch
+from mos_kernels.backends.triton.shrink import stacked as what_is_kept
 
 E, D, R = 3, 70, 5
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -33,8 +34,8 @@ def shrunk(dtype: torch.dtype, pair: bool, routed: bool, stacked: bool = False) 
     stack = None
     if stacked:
         Bs = [normal(4, 6, 2, R).float() for _ in range(len(As) + 1)]
-        stack = grams_launch(Bs, dtype, True, As, router)[2]
-        assert stack.dtype == dtype and stack.isfinite().all()
+        stack = gram_launch(Bs, dtype, True, As, router, dtype)[2]
+        assert torch.equal(stack, what_is_kept(As, router, dtype)) and stack.isfinite().all()
     found = shrink_launch(x, As[0], router, None, 0.0, True, *(As[1:] or [None]), stack)
     assert all(t.isfinite().all() for t in found)
     return list(found)
