@@ -267,7 +267,8 @@ def _value(name: str, texts):
         # a single plain name becomes a list of one name ending; all-linear and regular expressions stay strings
         is_pattern = texts == ["all-linear"] or (len(texts) == 1 and not re.fullmatch(r"[\w.\-]+", texts[0]))
         return texts[0] if is_pattern else texts
-    return [_scalar(text) for text in texts]  # layers_to_transform
+    values = [_scalar(text) for text in texts]  # layers_to_transform
+    return None if values == [None] else values
 
 
 def _mapping(name: str, text: str) -> dict:
@@ -282,6 +283,9 @@ def _mapping(name: str, text: str) -> dict:
 
 
 def _scalar(text: str):
-    with contextlib.suppress(ValueError):
-        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    """JSON, or as Python spells it: True, None, .1; otherwise the text itself."""
+    spelled = {"true": "true", "false": "false", "null": "null", "none": "null"}.get(text.lower(), text)
+    for read in (json.loads, float):
+        with contextlib.suppress(ValueError):
+            return read(spelled)
     return text

@@ -24,8 +24,7 @@ CARD_NAME = "README.md"
 
 def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict, card: str) -> None:
     """Write an adapter's three files, the configuration last. A model card that is there is kept."""
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file: name a folder for the adapter")
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
     with contextlib.ExitStack() as stack:
@@ -40,6 +39,17 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict, card: s
         _sync_folder(folder)
         os.replace(description, folder / CONFIG_NAME)
         _sync_folder(folder)
+
+
+def check_folder(folder: Path) -> None:
+    """FileExistsError or NotADirectoryError where something else than a folder is in its place, or in a parent's."""
+    found = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if found.is_dir():
+        return
+    what = "is a file" if found.exists() else "is a link to nothing"
+    if found == folder:
+        raise FileExistsError(f"{folder} {what}: name a folder for the adapter")
+    raise NotADirectoryError(f"{folder}: {found} {what}, in which no folder can be")
 
 
 def _staged(stack: contextlib.ExitStack, path: Path, content: bytes) -> Path:

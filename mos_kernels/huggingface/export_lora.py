@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 import mos_kernels
 from mos_kernels.functional import mos_linear, mos_route
 from mos_kernels.huggingface import files
+from mos_kernels.huggingface.atomic import check_folder
 from mos_kernels.huggingface.modules import (
     active_names,
     adapter_parameters,
@@ -194,9 +195,7 @@ def check_arguments(folder: Path, rank: int | None, at_once: int | None, ridge: 
         raise FileExistsError(f"{folder} is there already: name a folder that is not, or remove it")
     if folder.resolve() == Path.cwd():
         raise FileExistsError(f"{folder} is the current folder, which a new one cannot replace: name one inside it")
-    above = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise NotADirectoryError(f"{folder}: {above} is a file, in which no folder can be")
+    check_folder(folder.resolve())
 
 
 def _check_batches(name: str, batches) -> None:

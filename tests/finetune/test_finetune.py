@@ -409,6 +409,17 @@ def test_there_is_an_option_for_every_field_of_the_config():
         assert getattr(adapter(*option, *extra)[2], name) == value, name
 
 
+@pytest.mark.parametrize(
+    ("flag", "text", "value"),
+    [
+        ("--lora-dropout", ".1", 0.1), ("--curvature-init", "1.", 1.0), ("--curvature-max-grad-norm", "None", None),
+        ("--curvature-max-grad-norm", "null", None), ("--layers-to-transform", "none", None),
+    ],
+)  # fmt: skip
+def test_a_value_may_be_spelled_as_in_python(flag, text, value):
+    assert getattr(adapter(flag, text)[2], flag[2:].replace("-", "_")) == value
+
+
 def test_the_defaults_are_those_of_the_papers_and_every_flag_of_a_trainer_is_there():
     options, arguments, config, targets_given = adapter()
     assert config == MoSConfig() and not targets_given and options.method == "mos"

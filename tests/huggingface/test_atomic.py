@@ -106,3 +106,13 @@ def test_a_file_in_place_of_the_folder_is_said(tmp_path):
     with pytest.raises(FileExistsError, match="adapter is a file: name a folder"):
         saved(tmp_path / "adapter")
     assert (tmp_path / "adapter").read_text() == "mine"
+
+
+def test_a_file_or_a_link_to_nothing_above_the_folder_is_said(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="file is a file, in which no folder can be"):
+        saved(tmp_path / "file" / "adapter")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="link is a link to nothing: name a folder"):
+        saved(tmp_path / "link")
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
