@@ -15,6 +15,7 @@ BEGIN, END = "<!-- tables: written by python -m benchmarks.study.decoder report 
 GIB = 2**30
 UNTIMED = ("36bfa4f0388f", "188f628f6465", "285c4223a628")
 """Commits at which training took twice as long, by no method's doing: their seconds are compared with no others."""
+SECONDS = ("train_cpu", "train", "eval_cpu")
 
 Rows = Sequence[dict]
 
@@ -100,17 +101,12 @@ def _cost(found: Rows) -> str:
     lines = []
     for entry in ENTRIES:
         here = [row for rate in RATES for row in _of(found, entry, rate)]
-        here = [row for row in here if not row["commit"].startswith(UNTIMED)]
-        if here:
-            lines.append([
-                entry.name, f"{here[0]['parameters']:,}", f"{_mean([r['seconds']['train_cpu'] for r in here]):.0f}",
-                f"{_mean([r['seconds']['train'] for r in here]):.0f}",
-                f"{_mean([r['seconds']['eval_cpu'] for r in here]):.0f}",
-                f"{_mean([r['peak_memory_bytes']['train'] for r in here]) / GIB:.2f}",
-                f"{max(r['largest_grad_norm'] for r in here):.3g}",
-            ])  # fmt: skip
-    if not lines:
-        return "not run yet"
+        if not here:
+            continue
+        timed = [row["seconds"] for row in here if not row["commit"].startswith(UNTIMED)]
+        seconds = [f"{_mean([of[name] for of in timed]):.0f}" if timed else "" for name in SECONDS]
+        memory, norm = _mean([r["peak_memory_bytes"]["train"] for r in here]), max(r["largest_grad_norm"] for r in here)
+        lines.append([entry.name, f"{here[0]['parameters']:,}", *seconds, f"{memory / GIB:.2f}", f"{norm:.3g}"])
     heads = ("method", "trained parameters", "training, s of processor", "by the clock", "scoring, s of processor",
              "peak memory, GiB", "largest gradient norm")  # fmt: skip
     return table(heads, lines)
