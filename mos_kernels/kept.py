@@ -64,7 +64,7 @@ class Seen(NamedTuple):
 
     def are(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same tensors, unchanged, and without gradients, which a step may follow."""
-        if self.generation != _generation:
+        if self.generation != _generation or len(tensors) != len(self.tensors):
             return False
         for t, before, (address, version, dtype, shape, stride) in zip(tensors, self.tensors, self.marks, strict=True):
             if t is not before or t._version != version or t.data_ptr() != address or t.grad is not None:

@@ -237,11 +237,13 @@ class MoSAdapter(Float32State):
         """The tensors from which the cached ones are computed: θ, its map, A, B, and a router of its own."""
         own: Any = self._parameters
         buffers: Any = self._buffers
-        if "mos_lora_B" not in own:  # of a data-parallel replica
+        try:
+            found = own["mos_curvature"], buffers["mos_curvature_map"], own["mos_lora_A"], own["mos_lora_B"]
+            router = own["mos_router"]
+        except KeyError:  # parametrised or pruned, or of a data-parallel replica
             found = self.mos_curvature, self.mos_curvature_map, self.mos_lora_A, self.mos_lora_B
-            return found if self.mos_router is None else (*found, self.mos_router)
-        found = own["mos_curvature"], buffers["mos_curvature_map"], own["mos_lora_A"], own["mos_lora_B"]
-        return found if own["mos_router"] is None else (*found, own["mos_router"])
+            router = self.mos_router
+        return found if router is None else (*found, router)
 
     def _is_kept(self, kept: Kept) -> bool:
         """Whether `kept` is the current cache, and valid for the use that it was made for."""

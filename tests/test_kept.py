@@ -225,6 +225,36 @@ def test_computed_parameters_are_used_and_not_kept(recwarn):
     assert torch.equal(now, torch.func.functional_call(layer, computed, (x_of().requires_grad_(),)).detach())
 
 
+class _Doubled(torch.nn.Module):
+    def forward(self, parameter):
+        return 2 * parameter
+
+
+@pytest.mark.parametrize("name", ["mos_curvature", "mos_lora_A", "mos_lora_B", "mos_router"])
+def test_a_parametrised_parameter_is_computed_at_each_call(name):
+    layer = layer_of()
+    doubled = copy.deepcopy(layer)
+    with torch.no_grad():
+        getattr(doubled, name).mul_(2)
+        torch.nn.utils.parametrize.register_parametrization(layer, name, _Doubled())
+        for _ in range(2):
+            assert torch.equal(layer(x_of()), doubled(x_of()))
+            for changed in (layer.parametrizations[name].original, getattr(doubled, name)):
+                changed.mul_(0.5)
+
+
+def test_a_router_that_is_taken_off_and_put_back_is_noticed():
+    layer = layer_of()
+    router, gates = layer.mos_router, torch.full((x_of().shape[0], layer.config.num_experts), 0.1)
+    with torch.no_grad():
+        routed = layer(x_of())
+        layer.mos_router = None
+        given = layer(x_of(), gates)
+        assert torch.equal(given, copy.deepcopy(layer)(x_of(), gates))
+        layer.mos_router = router
+        assert torch.equal(layer(x_of()), routed)
+
+
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_a_copy_has_its_own(make):
     layer = layer_of().freeze_for_inference()
