@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, DataCollatorForTokenClassifi
 from mos_kernels.finetune.data import Rows, class_order, column_of, read_rows, text_of
 from mos_kernels.finetune.options import FinetuneError
 from mos_kernels.huggingface.base import is_classifier, load_base
-from mos_kernels.huggingface.export_lora import IGNORED, ExportReport, check_arguments, export_lora
+from mos_kernels.huggingface.export_lora import IGNORED, LEARNING_RATE, ExportReport, check_arguments, export_lora
 from mos_kernels.huggingface.files import load_adapter
 from mos_kernels.huggingface.modules import mos_modules
 
@@ -46,6 +46,13 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--separator", default="\n", help="between text and completion (default: a newline)")
     source.add_argument("--max-length", type=int, default=512, help="in tokens (default 512)")
     source.add_argument("--batch-size", type=int, default=16, help="default 16")
+    steps = made.add_argument_group("distillation", "after the fit, on the calibration data; no labels are needed")
+    steps.add_argument(
+        "--distill-steps", type=int, default=0, help="steps that lower the KL to the mixture, a batch each (default 0)"
+    )
+    steps.add_argument(
+        "--learning-rate", type=float, default=LEARNING_RATE, help="of these steps (default %(default)s)"
+    )
     running = made.add_argument_group("running")
     running.add_argument("--at-once", type=int, help="linears fitted in one pass over the data (default: a tenth)")
     running.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the base")
@@ -67,7 +74,10 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _export(options: argparse.Namespace) -> ExportReport:
-    check_arguments(options.output, options.rank, options.at_once)
+    check_arguments(
+        options.output, options.rank, options.at_once, distill_steps=options.distill_steps,
+        learning_rate=options.learning_rate,
+    )  # fmt: skip
     for name in ("rows", "batch_size", "max_length"):
         if getattr(options, name) < 1:
             raise FinetuneError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
@@ -107,6 +117,7 @@ def _export(options: argparse.Namespace) -> ExportReport:
     return export_lora(
         model, batches(calibration), options.output, options.rank, at_once=options.at_once,
         evaluation_batches=None if evaluation is None else batches(evaluation),
+        distill_steps=options.distill_steps, learning_rate=options.learning_rate,
     )  # fmt: skip
 
 

@@ -11,15 +11,19 @@ E‖Δ − M x‖² + λ‖M − M₀‖² is found with C + λI and D + λM₀ 
 
 Linears are fitted in the order in which they run, several in a pass over the data. Their inputs come from the model in
 which the linears of earlier passes are exported already.
+
+A fit of single linears does not know what their errors do to the predictions. Distillation does: steps of Adam on the
+factors lower the mean of KL(mixture ‖ LoRA) over the predictions on the same batches. It needs no labels.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +51,10 @@ PASSES = 10
 """How many passes over the data are made where `at_once` is not given: their parts of the model add up to half."""
 
 RIDGE = 1e-4
+LEARNING_RATE = 1e-4
+CHUNK = 512
+"""Of how many predictions the logits are in float32 at once."""
+
 IGNORED = -100
 WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -59,6 +67,8 @@ class ExportReport:
     kl: the mean of KL(mixture ‖ LoRA) over `positions`, in nats. agreement: the share of positions with the same most
     likely class or token. Both are None without logits over classes or tokens. loss, accuracy: (of the mixture, of the
     LoRA); None without labels (accuracy: without class labels). parameters: (of the mixture's adapter, of the LoRA).
+    distill_steps: how many steps of distillation were made. distilled_kl: (before them, after them); None without
+    them. The LoRA with the smaller of the two is the one that is written.
     """
 
     rank: int
@@ -71,6 +81,8 @@ class ExportReport:
     agreement: float | None = None
     loss: tuple[float, float] | None = None
     accuracy: tuple[float, float] | None = None
+    distill_steps: int = 0
+    distilled_kl: tuple[float, float] | None = None
 
     @property
     def error(self) -> float:
@@ -90,6 +102,12 @@ class ExportReport:
             f"fitted on {self.tokens:,} tokens in {self.passes} passes; relative error of a linear, on average "
             f"{self.error:.3g}",
         ]
+        if self.distilled_kl is not None:
+            fitted, distilled = self.distilled_kl
+            lines.append(
+                f"distilled in {self.distill_steps:,} steps: KL(mixture, LoRA) {fitted:.4g} → {distilled:.4g} nats"
+                + ("" if distilled < fitted else ", which is no lower, so the fit before them is kept")
+            )
         silent = sum(error is None for error in self.linears.values())
         if silent:
             lines.append(f"the adapter adds nothing at {silent} of the linears, and neither does the LoRA")
@@ -122,6 +140,8 @@ def export_lora(
     evaluation_batches: Iterable[Mapping[str, Tensor] | Tensor] | None = None,
     at_once: int | None = None,
     ridge: float = RIDGE,
+    distill_steps: int = 0,
+    learning_rate: float = LEARNING_RATE,
 ) -> ExportReport:
     """Write the LoRA that is nearest to the adapter of `model` on the calibration tokens into `folder`, for peft.
 
@@ -140,13 +160,19 @@ def export_lora(
             the same pass. None: a tenth of them. 1: each is fitted on the output of all exported linears before it. The
             memory is that of C and D, d_in·(d_in + d_out) float64 numbers for each of these linears; no token is kept.
         ridge: λ, in units of the mean variance of the inputs: how much rare directions are drawn to the flat map M₀.
+        distill_steps: after the fit, as many steps of Adam on A and B lower KL(mixture ‖ LoRA) on the calibration
+            batches, a batch a step, over and over, in a random order if they are a list. Only predictions with a label
+            count where there are labels, and none of padding. If the KL on the report's data is no lower after them,
+            the fit is kept. A step takes the time and memory of a training step of a LoRA and a forward of the mixture.
+        learning_rate: of these steps. It falls linearly to 0 after a tenth of warm-up.
 
     Returns the report, which is also in the model card. After an error nothing is written. Raises ValueError for no
-    tokens, a linear that no token reached, values that are not finite, a rank below 1, and no adapter or several active
-    ones; FileExistsError if the folder is not empty, NotADirectoryError if a parent of it is a file.
+    tokens, a linear that no token reached, values that are not finite, a rank below 1, steps of distillation without
+    predictions over classes or tokens to compare, and no adapter or several active ones; FileExistsError if the folder
+    is not empty, NotADirectoryError if a parent of it is a file.
     """
     folder = Path(folder).resolve()  # a link stays one
-    check_arguments(folder, rank, at_once, ridge)
+    check_arguments(folder, rank, at_once, ridge, distill_steps, learning_rate)
     _check_batches("calibration_batches", calibration_batches)
     if evaluation_batches is not None:
         _check_batches("evaluation_batches", evaluation_batches)
@@ -167,15 +193,24 @@ def export_lora(
         for linear in linears:
             stack.enter_context(forward_through(linear.layer, linear.forward))
         order = _order(outer, linears, calibration_batches)
+        if distill_steps:
+            _compared_logits("adapter", outer, linears, next(iter(calibration_batches)))  # or an error at once
         step = max(math.ceil(len(order) / PASSES), 1) if at_once is None else at_once
         passes = range(0, len(order), step)
         for start in passes:
             _collect(outer, order[start : start + step], calibration_batches)
             for linear in order[start : start + step]:
                 linear.fit(rank, ridge)
-        report = ExportReport(rank, (total, rank * wide), {}, order[0].tokens, len(passes))
         chosen = calibration_batches if evaluation_batches is None else evaluation_batches
-        _compare(outer, linears, chosen, report)
+
+        def compared() -> ExportReport:
+            report = ExportReport(rank, (total, rank * wide), {}, order[0].tokens, len(passes))
+            _compare(outer, linears, chosen, report)
+            return report
+
+        report = compared()
+        if distill_steps:
+            report = _distilled(outer, linears, calibration_batches, distill_steps, learning_rate, report, compared)
     _write(folder, inner, linears, whole, report)
     return report
 
@@ -183,13 +218,23 @@ def export_lora(
 # what is wrong with the arguments
 
 
-def check_arguments(folder: Path, rank: int | None, at_once: int | None, ridge: float = RIDGE) -> None:
+def check_arguments(
+    folder: Path,
+    rank: int | None,
+    at_once: int | None,
+    ridge: float = RIDGE,
+    distill_steps: int = 0,
+    learning_rate: float = LEARNING_RATE,
+) -> None:
     """Raise the errors of `export_lora` for these arguments."""
     for name, value in (("rank", rank), ("at_once", at_once)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name}={value!r} must be an integer of at least 1, or None")
-    if not isinstance(ridge, (int, float)) or not 0 < ridge < math.inf:
-        raise ValueError(f"ridge={ridge!r} must be a positive number")
+    if not isinstance(distill_steps, int) or isinstance(distill_steps, bool) or distill_steps < 0:
+        raise ValueError(f"distill_steps={distill_steps!r} must be an integer of at least 0")
+    for name, value in (("ridge", ridge), ("learning_rate", learning_rate)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(f"{name}={value!r} must be a positive number")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already: name a folder that is not, or remove it")
     if folder.resolve() == Path.cwd():
@@ -334,6 +379,13 @@ class _Linear:
         self.factors = tuple(factor.to(dtype) for factor in factors)
         self.mode = "lora"
 
+    def balance(self) -> None:
+        """Make `factors` parameters to train. Of each of the r products b aᵀ, a and b get the same norm."""
+        A, B = self.factors
+        ratio = (B.norm(dim=0) / A.norm(dim=1)).sqrt()
+        ratio = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0)
+        self.factors = nn.Parameter(A * ratio[:, None]), nn.Parameter(B / ratio)
+
     def _flat(self, gates: Tensor) -> Tensor:
         """M₀ (d_out, d_in), the adapter with these gates (E,) in flat space; 0 with an activation."""
         config = self.adapter.config
@@ -452,39 +504,107 @@ def _collect(model: nn.Module, part: list[_Linear], batches) -> None:
             linear.mode, linear.on_call, linear.calls = "adapter", None, usual[linear]
 
 
+# distillation
+
+
+def _compared_logits(mode: str, model: nn.Module, linears: list[_Linear], batch) -> Tensor:
+    """The logits (N, classes or tokens) of the batch's predictions that count. ValueError if it can have none."""
+    found = _predictions(model, _run_as(mode, model, linears, batch), batch)
+    if found is None:
+        raise ValueError(
+            f"distill_steps needs logits over classes or tokens, and the {type(model).__name__} gives none on a batch "
+            "of calibration_batches: leave it at 0, or pass a model with a head for them, and no labels of a regression"
+        )
+    return found[0]
+
+
+def _distilled(
+    model: nn.Module, linears: list[_Linear], batches, steps: int, learning_rate: float, fitted: ExportReport, compared
+) -> ExportReport:
+    """Distil, and return the report of the better LoRA by its KL: the distilled one, or the fitted one, put back."""
+    before = [linear.factors for linear in linears]
+    _distill(model, linears, batches, steps, learning_rate)
+    report = compared()
+    if fitted.kl is None or report.kl is None:
+        raise ValueError("distill_steps needs evaluation_batches with predictions that count: their labels ignore all")
+    pair = fitted.kl, report.kl
+    if not report.kl < fitted.kl:
+        report = fitted
+        for linear, factors in zip(linears, before, strict=True):
+            linear.factors = factors
+    report.distill_steps, report.distilled_kl = steps, pair
+    return report
+
+
+def _distill(model: nn.Module, linears: list[_Linear], batches, steps: int, learning_rate: float) -> None:
+    """Lower the mean of KL(mixture ‖ LoRA) by steps of Adam on the factors."""
+    for linear in linears:
+        linear.balance()
+    parameters = [factor for linear in linears for factor in linear.factors]
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.95))
+    warmup = math.ceil(steps / 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warmup, (steps - i) / (steps + 1 - warmup))
+    )
+    for batch in itertools.islice(_over_and_over(batches), steps):
+        with torch.no_grad():
+            mixture = _compared_logits("adapter", model, linears, batch)
+        with torch.enable_grad():
+            lora = _compared_logits("lora", model, linears, batch)
+        total, gradient = 0.0, torch.empty_like(lora)
+        for start in range(0, len(lora), CHUNK):  # by hand, since autograd would keep all of it in float32
+            ours, theirs = _log_probabilities(mixture, lora.detach(), start)
+            total += float(_divergence(ours, theirs))
+            gradient[start : start + CHUNK] = theirs.exp() - ours.exp()
+        if not math.isfinite(total):
+            raise ValueError(
+                f"the KL divergence is {total} in the distillation: take a smaller learning_rate than {learning_rate:g}"
+            )
+        # of the sum, so that none is too small for float16; the parameters of the model itself get no gradient
+        found = torch.autograd.grad(lora, parameters, gradient, allow_unused=True) if len(lora) else ()
+        for parameter, value in zip(parameters, found, strict=False):
+            parameter.grad = None if value is None else value / len(lora)
+        optimizer.step()
+        schedule.step()
+    for linear in linears:
+        linear.factors = tuple(factor.detach() for factor in linear.factors)
+
+
+def _over_and_over(batches) -> Iterator:
+    """The batches again and again; those of a list in a random order, the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        if isinstance(batches, Sequence):
+            yield from (batches[i] for i in torch.randperm(len(batches), generator=generator).tolist())
+        else:
+            yield from batches
+
+
 def _compare(model: nn.Module, linears: list[_Linear], batches, report: ExportReport) -> None:
     """Run mixture and LoRA on every batch, and fill in what the LoRA loses."""
-    causal = getattr(model, "can_generate", lambda: False)() and not getattr(model.config, "is_encoder_decoder", False)
     sums = torch.zeros(4, dtype=torch.float64)  # KL, agreement, right with the mixture, right with the LoRA
     losses, weight, positions, classes = [0.0, 0.0], 0, 0, 0
+    for linear in linears:
+        linear.squares = [0.0, 0.0]
     for batch in batches:
-        outputs = []
-        of = _masks(batch)
-        for mode in ("adapter", "measure"):
-            for linear in linears:
-                linear.mode, linear.mask_of = mode, of
-            outputs.append(_run(model, batch))
+        outputs = [_run_as(mode, model, linears, batch) for mode in ("adapter", "measure")]
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        logits = [_logits(output) for output in outputs]
-        shown = None if logits[0] is None else _kept(logits[0], batch, labels, causal)
+        shown = [_predictions(model, output, batch) for output in outputs]
         pair = [getattr(output, "loss", None) for output in outputs]
         if labels is not None and all(isinstance(loss, Tensor) for loss in pair):
-            count = int(shown[0].sum()) if shown is not None else len(labels)
+            count = len(shown[0][0]) if shown[0] is not None else len(labels)
             losses = [total + float(loss) * count for total, loss in zip(losses, pair, strict=True)]
             weight += count
-        if shown is None:
+        if shown[0] is None:
             continue
-        kept, targets = shown
-        positions += int(kept.sum())
-        cut = slice(None, -1) if causal and kept.dim() > 1 else slice(None)
-        mixture, lora = ((one[:, cut] if one.dim() > 2 else one)[kept] for one in logits)
-        targets = None if targets is None else targets[kept]
+        (mixture, targets), (lora, _) = shown
+        positions += len(mixture)
         classes += 0 if targets is None else len(targets)
-        for start in range(0, len(mixture), 512):  # of a large vocabulary a few at a time
-            ours, theirs = (one[start : start + 512].float().log_softmax(-1).double() for one in (mixture, lora))
+        for start in range(0, len(mixture), CHUNK):
+            ours, theirs = _log_probabilities(mixture, lora, start)
             best = ours.argmax(-1), theirs.argmax(-1)
-            found = [(ours.exp() * (ours - theirs)).sum(), (best[0] == best[1]).sum()]
-            known = None if targets is None else targets[start : start + 512]
+            found = [_divergence(ours, theirs), (best[0] == best[1]).sum()]
+            known = None if targets is None else targets[start : start + CHUNK]
             found += [0.0 if known is None else (one == known).sum() for one in best]
             sums += torch.tensor([float(value) for value in found], dtype=torch.float64)
     report.linears.update({linear.name: linear.error for linear in linears})
@@ -495,6 +615,40 @@ def _compare(model: nn.Module, linears: list[_Linear], batches, report: ExportRe
         report.loss = losses[0] / weight, losses[1] / weight
     if classes:
         report.accuracy = tuple((sums[2:] / classes).tolist())
+
+
+def _run_as(mode: str, model: nn.Module, linears: list[_Linear], batch):
+    """Run the model on a batch with all linears in this mode."""
+    of = _masks(batch)
+    for linear in linears:
+        linear.mode, linear.mask_of = mode, of
+    return _run(model, batch)
+
+
+def _predictions(model: nn.Module, output, batch) -> tuple[Tensor, Tensor | None] | None:
+    """(logits of the predictions that count (N, classes or tokens), their labels (N) or None); None: there are none."""
+    causal = getattr(model, "can_generate", lambda: False)() and not getattr(model.config, "is_encoder_decoder", False)
+    logits = _logits(output)
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    shown = None if logits is None else _kept(logits, batch, labels, causal)
+    if shown is None:
+        return None
+    kept, targets = shown
+    cut = slice(None, -1) if causal and kept.dim() > 1 else slice(None)
+    return (logits[:, cut] if logits.dim() > 2 else logits)[kept], None if targets is None else targets[kept]
+
+
+def _log_probabilities(mixture: Tensor, lora: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Those of CHUNK predictions: of a large vocabulary a few at a time."""
+    dtype = torch.promote_types(mixture.dtype, torch.float32)
+    wide = torch.float32 if mixture.device.type == "mps" else torch.float64
+    ours, theirs = (one[start : start + CHUNK].to(dtype).log_softmax(-1).to(wide) for one in (mixture, lora))
+    return ours, theirs
+
+
+def _divergence(ours: Tensor, theirs: Tensor) -> Tensor:
+    """The sum of KL(mixture ‖ LoRA) over predictions, from their log probabilities."""
+    return (ours.exp() * (ours - theirs)).sum()
 
 
 def _logits(output) -> Tensor | None:

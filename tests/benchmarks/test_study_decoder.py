@@ -243,15 +243,18 @@ def test_runs_are_done_in_their_order_and_once(place, tmp_path, capsys, monkeypa
     assert "1 of 3 runs are done" in capsys.readouterr().out
 
 
-def test_an_adapter_is_exported_and_scored(row, place, tmp_path, capsys):
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_adapter_is_exported_and_scored(steps, row, place, tmp_path, capsys):
     cells = [CELL, dataclasses.replace(CELL, seed=1)]  # the second was not run
+    settings = export.Settings(4, 20, steps=steps)
     rows.append(tmp_path / "rows.jsonl", row)
-    export.run_all(cells, place, tmp_path / "rows.jsonl", tmp_path / "exports.jsonl", 4, 20)
-    assert "the LoRA of rank 4" in capsys.readouterr().out
+    export.run_all(cells, place, tmp_path / "rows.jsonl", tmp_path / "exports.jsonl", settings)
+    setting = "exported at rank 4 on 20 problems" + ", distilled 2 steps at 0.0001" * bool(steps)
+    assert setting in capsys.readouterr().out
     (found,) = rows.read(tmp_path / "exports.jsonl")
     assert found["of"] == CELL.key and found["eval_rows"] == 3 and len(found["answers"]) == 3
     assert 0 <= found["agreement"] <= 1 and found["kl"] >= 0 and found["positions"] > 3
-    export.run_all(cells, place, tmp_path / "rows.jsonl", tmp_path / "exports.jsonl", 4, 20)
+    export.run_all(cells, place, tmp_path / "rows.jsonl", tmp_path / "exports.jsonl", settings)
     assert len(rows.read(tmp_path / "exports.jsonl")) == 1
 
 

@@ -66,10 +66,18 @@ def test_of_a_classifier_with_its_head_and_fewer_rows(place, tmp_path, capsys):
     assert "no loss: the batches have no labels" in capsys.readouterr().out
 
 
+def test_distillation(place, tmp_path, capsys):
+    assert command(place, "bert", tmp_path / "lora", distill_steps=3, learning_rate=1e-3, rank=2) == 0
+    assert "distilled in 3 steps: KL(mixture, LoRA)" in capsys.readouterr().out
+    assert "distilled in 3 steps" in (tmp_path / "lora" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     "name, options, message",
     [
         ("llama", {"rank": 0}, "rank=0"),
+        ("llama", {"distill_steps": -1}, "distill_steps=-1 must be an integer of at least 0"),
+        ("llama", {"distill_steps": 1, "learning_rate": -1.0}, "learning_rate=-1.0 must be a positive number"),
         ("llama", {"rows": 0}, "--rows 0 must be at least 1"),
         ("llama", {"adapter": "nowhere"}, "nowhere"),
         ("llama", {"data_file": "nowhere.tsv"}, "nowhere.tsv: no such file"),

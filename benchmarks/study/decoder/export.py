@@ -6,6 +6,7 @@ import gc
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.study import rows
@@ -17,11 +18,27 @@ MATCHED = 41
 """The rank at which a LoRA has as many parameters as the mixture on SmolLM2."""
 
 
-def key_of(cell: Cell, rank: int, problems: int) -> str:
-    return f"{cell.key} exported at rank {rank} on {problems} problems"
+@dataclass(frozen=True)
+class Settings:
+    """problems: how many of the training's are drawn to fit on. draw: the seed of that. steps: of distillation."""
+
+    rank: int = MATCHED
+    problems: int = 512
+    draw: int = 0
+    steps: int = 0
+    learning_rate: float = 1e-4
+
+    def __str__(self) -> str:
+        text = f"exported at rank {self.rank} on {self.problems} problems"
+        text += f", draw {self.draw}" if self.draw else ""
+        return text + (f", distilled {self.steps} steps at {self.learning_rate:g}" if self.steps else "")
 
 
-def export(cell: Cell, place: Place, rank: int, problems: int, batch_size: int = 16) -> dict:
+def key_of(cell: Cell, settings: Settings) -> str:
+    return f"{cell.key} {settings}"
+
+
+def export(cell: Cell, place: Place, settings: Settings, batch_size: int = 16) -> dict:
     """Export the adapter of a finished run; its row: KL and agreement on the true equations, and what it solves."""
     import torch
     from peft import PeftModel
@@ -40,11 +57,12 @@ def export(cell: Cell, place: Place, rank: int, problems: int, batch_size: int =
         parts = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
         return [with_labels(part, tokenizer.pad_token_id) for part in parts]
 
-    folder = place.outputs / f"{cell.folder}-lora-r{rank}-{problems}"
+    drawn = random.Random(settings.draw).sample(data.train, settings.problems)
+    folder = place.outputs / f"{cell.folder} {settings}".replace(" ", "-").replace(",", "")
     start = time.process_time()
     report = export_lora(
-        model, batches(random.Random(0).sample(data.train, problems)), folder, rank,
-        evaluation_batches=batches(data.test),
+        model, batches(drawn), folder, settings.rank, evaluation_batches=batches(data.test),
+        distill_steps=settings.steps, learning_rate=settings.learning_rate,
     )  # fmt: skip
     seconds = time.process_time() - start
     del model
@@ -53,7 +71,7 @@ def export(cell: Cell, place: Place, rank: int, problems: int, batch_size: int =
     scores = evaluate(lora, tokenizer, data.test, NEW_TOKENS)
     errors = sorted(error for error in report.linears.values() if error is not None)
     return {
-        "key": key_of(cell, rank, problems), "of": cell.key, "rank": rank, "problems": problems,
+        "key": key_of(cell, settings), "of": cell.key, **asdict(settings), "distilled_kl": report.distilled_kl,
         "tokens": report.tokens, "passes": report.passes, "parameters": report.parameters[1],
         "error": report.error, "error_quartiles": [round(errors[len(errors) * q // 4], 4) for q in (1, 2, 3)],
         "largest_error": errors[-1], "kl": report.kl, "agreement": report.agreement, "positions": report.positions,
@@ -63,7 +81,7 @@ def export(cell: Cell, place: Place, rank: int, problems: int, batch_size: int =
     }  # fmt: skip
 
 
-def run_all(planned: Sequence[Cell], place: Place, path: Path, exports: Path, rank: int, problems: int) -> int:
+def run_all(planned: Sequence[Cell], place: Place, path: Path, exports: Path, settings: Settings) -> int:
     """Export the mixtures among the cells that have a row and an adapter, those that have no export yet."""
     finished = {row["key"]: row for row in rows.read(path) if row["failure"] is None}
     done = {row["key"] for row in rows.read(exports)}
@@ -71,14 +89,14 @@ def run_all(planned: Sequence[Cell], place: Place, path: Path, exports: Path, ra
         adapter = place.outputs / cell.folder / "adapter_model.safetensors"
         if not cell.entry.method.startswith("MoS") or cell.key not in finished or not adapter.is_file():
             continue
-        if key_of(cell, rank, problems) in done:
+        if key_of(cell, settings) in done:
             continue
-        row = export(cell, place, rank, problems)
+        row = export(cell, place, settings)
         with rows.only_writer(exports):
             rows.append(exports, row)
         print(
-            f"{cell.key}: the mixture solves {finished[cell.key]['solved']} of {row['eval_rows']}, the LoRA of rank "
-            f"{rank} {row['solved']}; KL {row['kl']:.4g}, agreement {row['agreement']:.3f}, error {row['error']:.3g}",
+            f"{row['key']}: the mixture solves {finished[cell.key]['solved']} of {row['eval_rows']}, the LoRA "
+            f"{row['solved']}; KL {row['kl']:.4g}, agreement {row['agreement']:.3f}, error {row['error']:.3g}",
             flush=True,
         )
     return 0

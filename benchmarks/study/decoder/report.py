@@ -123,12 +123,12 @@ def _exported(exports: Rows, runs: dict[str, dict]) -> str:
             continue
         lines.append([
             before["entry"], f"x{before['rate']}, seed {before['seed']}", str(row["rank"]), f"{row['parameters']:,}",
-            str(row["problems"]), f"{row['error']:.3f}", f"{row['kl']:.4f}", f"{100 * row['agreement']:.1f}%",
-            f"{before['solved']} → {row['solved']} of {row['eval_rows']}",
+            str(row["problems"]), str(row.get("steps", 0)), f"{row['error']:.3f}", f"{row['kl']:.4f}",
+            f"{100 * row['agreement']:.1f}%", f"{before['solved']} → {row['solved']} of {row['eval_rows']}",
             f"{before['nll_per_token']:.3f} → {row['nll_per_token']:.3f}", f"{row['cpu_seconds']:.0f}",
         ])  # fmt: skip
-    heads = ("method", "run", "rank", "parameters", "problems fitted on", "relative error", "KL, nats", "same token",
-             "solved", "nats a token", "s of processor")  # fmt: skip
+    heads = ("method", "run", "rank", "parameters", "problems fitted on", "steps distilled", "relative error",
+             "KL, nats", "same token", "solved", "nats a token", "s of processor")  # fmt: skip
     return table(heads, lines) if lines else "not run yet"
 
 
