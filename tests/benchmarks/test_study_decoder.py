@@ -253,6 +253,7 @@ def test_an_adapter_is_exported_and_scored(steps, row, place, tmp_path, capsys):
     assert setting in capsys.readouterr().out
     (found,) = rows.read(tmp_path / "exports.jsonl")
     assert found["of"] == CELL.key and found["eval_rows"] == 3 and len(found["answers"]) == 3
+    assert len(found["mixture"]["right"]) == 3 and found["mixture"]["answers"] == row["answers"]
     assert 0 <= found["agreement"] <= 1 and found["kl"] >= 0 and found["positions"] > 3
     export.run_all(cells, place, tmp_path / "rows.jsonl", tmp_path / "exports.jsonl", settings)
     assert len(rows.read(tmp_path / "exports.jsonl")) == 1
@@ -281,6 +282,20 @@ def test_the_report_is_made_from_the_rows(row, tmp_path, capsys):
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     assert "| LoRA r=8 |  |  | 50.0% ± 23.6 (2) |" in text and "| MoS |  |  | 83.3% ± 23.6 (2) |" in text
     assert "| MoS | x3 | 2 | 3 | 1 | +33.3 ± 40.8 | +0.000 |" in text and "8 euclidean" not in text
+    exported = {
+        "of": found[2]["key"], "rank": 4, "problems": 20, "error": 0.1, "kl": 0.01, "agreement": 0.9, "cpu_seconds": 1,
+        **{name: found[1][name] for name in ("right", "solved", "nll_per_token")},
+    }  # fmt: skip
+    again = {name: found[0][name] for name in ("right", "solved", "nll_per_token")}
+    for row in (exported | {"key": "of the run"}, exported | {"key": "of its own", "steps": 3, "mixture": again}):
+        rows.append(tmp_path / "exports.jsonl", row)
+    report.run(tmp_path / "rows.jsonl", tmp_path / "exports.jsonl", page)
+    nll = f"{row['nll_per_token']:.3f}"
+    start = "| MoS, x3, seed 0 | 4 | 20 | 0 |"
+    of_run = f"{start} 0 | 0.100 | 0.0100 | 90.0% | 2 → 2 | 1, 1 | +0.0 ± 47.1 | {nll} → {nll} |  | 1 |"
+    of_its_own = f"{start} 3 | 0.100 | 0.0100 | 90.0% | 1 → 2 | 0, 1 | +33.3 ± 33.3 | {nll} → {nll} | 2, 1 | 1 |"
+    together = "| 4 | 20 | 3 | 1 | 1 | 0 | 1 | +33.3 ± 33.3 | +0.0000 | 2 | 1 | -33.3 ± 57.7 |"
+    assert all(line in page.read_text() for line in (of_run, of_its_own, together))
     assert report.run(tmp_path / "nowhere.jsonl", tmp_path / "none.jsonl", page) == 2
 
 

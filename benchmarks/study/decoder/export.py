@@ -35,11 +35,17 @@ class Settings:
 
 
 def key_of(cell: Cell, settings: Settings) -> str:
-    return f"{cell.key} {settings}"
+    from benchmarks.study.decoder.model import ATTENTION
+
+    return f"{cell.key} {settings}, {ATTENTION} attention"
 
 
-def export(cell: Cell, place: Place, settings: Settings, batch_size: int = 16) -> dict:
-    """Export the adapter of a finished run; its row: KL and agreement on the true equations, and what it solves."""
+def export(cell: Cell, place: Place, settings: Settings, mixture: dict | None = None, batch_size: int = 16) -> dict:
+    """Export the adapter of a finished run; its row: KL and agreement on the true equations, and what it solves.
+
+    mixture: its scores by this code, where they are known. Those of the run may be another attention's, whose roundings
+    alone change the answers to some of the problems.
+    """
     import torch
     from peft import PeftModel
 
@@ -57,6 +63,9 @@ def export(cell: Cell, place: Place, settings: Settings, batch_size: int = 16) -
         parts = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
         return [with_labels(part, tokenizer.pad_token_id) for part in parts]
 
+    if mixture is None:
+        found = evaluate(model, tokenizer, data.test, NEW_TOKENS)
+        mixture = {name: found[name] for name in ("solved", "right", "nll_per_token", "nll", "answers")}
     drawn = random.Random(settings.draw).sample(data.train, settings.problems)
     folder = place.outputs / f"{cell.folder} {settings}".replace(" ", "-").replace(",", "")
     start = time.process_time()
@@ -71,7 +80,8 @@ def export(cell: Cell, place: Place, settings: Settings, batch_size: int = 16) -
     scores = evaluate(lora, tokenizer, data.test, NEW_TOKENS)
     errors = sorted(error for error in report.linears.values() if error is not None)
     return {
-        "key": key_of(cell, settings), "of": cell.key, **asdict(settings), "distilled_kl": report.distilled_kl,
+        "key": key_of(cell, settings), "of": cell.key, **asdict(settings), "mixture": mixture,
+        "distilled_kl": report.distilled_kl,
         "tokens": report.tokens, "passes": report.passes, "parameters": report.parameters[1],
         "error": report.error, "error_quartiles": [round(errors[len(errors) * q // 4], 4) for q in (1, 2, 3)],
         "largest_error": errors[-1], "kl": report.kl, "agreement": report.agreement, "positions": report.positions,
@@ -84,18 +94,20 @@ def export(cell: Cell, place: Place, settings: Settings, batch_size: int = 16) -
 def run_all(planned: Sequence[Cell], place: Place, path: Path, exports: Path, settings: Settings) -> int:
     """Export the mixtures among the cells that have a row and an adapter, those that have no export yet."""
     finished = {row["key"]: row for row in rows.read(path) if row["failure"] is None}
-    done = {row["key"] for row in rows.read(exports)}
+    exported = rows.read(exports)
     for cell in planned:
         adapter = place.outputs / cell.folder / "adapter_model.safetensors"
         if not cell.entry.method.startswith("MoS") or cell.key not in finished or not adapter.is_file():
             continue
-        if key_of(cell, settings) in done:
+        if any(row["key"] == key_of(cell, settings) for row in exported):
             continue
-        row = export(cell, place, settings)
+        scored = (row["mixture"] for row in exported if row["of"] == cell.key and row["commit"] == place.commit)
+        row = export(cell, place, settings, next(scored, None))
+        exported.append(row)
         with rows.only_writer(exports):
             rows.append(exports, row)
         print(
-            f"{row['key']}: the mixture solves {finished[cell.key]['solved']} of {row['eval_rows']}, the LoRA "
+            f"{row['key']}: the mixture solves {row['mixture']['solved']} of {row['eval_rows']}, the LoRA "
             f"{row['solved']}; KL {row['kl']:.4g}, agreement {row['agreement']:.3f}, error {row['error']:.3g}",
             flush=True,
         )

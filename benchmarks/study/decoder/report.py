@@ -80,14 +80,10 @@ def _paired(found: Rows) -> str:
             if entry == LORA or not pairs:
                 continue
             each = [_differences(*pair) for pair in pairs]
-            more, less = (sum(d == sign for differences in each for d in differences) for sign in (1, -1))
-            size = sum(map(len, each))
+            less, more, difference = _changed(each)
             nll = _mean([row["nll_per_token"] - other["nll_per_token"] for row, other in pairs])
-            of_problems = [sum(seeds) for seeds in zip(*each, strict=True)]  # one problem is no two, whatever the seeds
-            difference, error = 100 * (more - less) / size, 100 * math.hypot(*of_problems) / size
             lines.append([
-                entry.name, f"x{rate}", str(len(pairs)), str(more), str(less), f"{difference:+.1f} ± {error:.1f}",
-                f"{nll:+.3f}",
+                entry.name, f"x{rate}", str(len(pairs)), str(more), str(less), difference, f"{nll:+.3f}",
             ])  # fmt: skip
     heads = ("method", "rate", "seeds", "only it", "only LoRA", "difference in points", "in nats a token")
     return table(heads, lines) if lines else "not run yet"
@@ -116,20 +112,55 @@ def _cost(found: Rows) -> str:
 
 
 def _exported(exports: Rows, runs: dict[str, dict]) -> str:
+    """Mixture and LoRA on the same problems; "again": the mixture's scores in the row beside those of its run."""
     lines = []
     for row in exports:
-        before = runs.get(row["of"])
-        if before is None:
+        run = runs.get(row["of"])
+        if run is None:
             continue
+        before = row.get("mixture", run)
+        lost, gained, difference = _changed([_differences(row, before)])
+        again = "{}, {}".format(*_changed([_differences(before, run)])) if "mixture" in row else ""
         lines.append([
-            before["entry"], f"x{before['rate']}, seed {before['seed']}", str(row["rank"]), f"{row['parameters']:,}",
-            str(row["problems"]), str(row.get("steps", 0)), f"{row['error']:.3f}", f"{row['kl']:.4f}",
-            f"{100 * row['agreement']:.1f}%", f"{before['solved']} → {row['solved']} of {row['eval_rows']}",
-            f"{before['nll_per_token']:.3f} → {row['nll_per_token']:.3f}", f"{row['cpu_seconds']:.0f}",
+            f"{run['entry']}, x{run['rate']}, seed {run['seed']}", str(row["rank"]), str(row["problems"]),
+            str(row.get("draw", 0)), str(row.get("steps", 0)), f"{row['error']:.3f}", f"{row['kl']:.4f}",
+            f"{100 * row['agreement']:.1f}%", f"{before['solved']} → {row['solved']}", f"{lost}, {gained}", difference,
+            f"{before['nll_per_token']:.3f} → {row['nll_per_token']:.3f}", again,
+            f"{row['cpu_seconds']:.0f}",
         ])  # fmt: skip
-    heads = ("method", "run", "rank", "parameters", "problems fitted on", "steps distilled", "relative error",
-             "KL, nats", "same token", "solved", "nats a token", "s of processor")  # fmt: skip
-    return table(heads, lines) if lines else "not run yet"
+    heads = ("run", "rank", "problems fitted on", "draw", "steps distilled", "relative error", "KL, nats", "same token",
+             "solved", "lost, gained", "difference in points", "nats a token",
+             "lost, gained by the mixture again", "s of processor")  # fmt: skip
+    return "\n\n".join([table(heads, lines), _pooled(exports, runs)]) if lines else "not run yet"
+
+
+def _pooled(exports: Rows, runs: dict[str, dict]) -> str:
+    """The exports of one setting taken together, those whose rows have the mixture's scores."""
+    found: dict[tuple, list[dict]] = {}
+    for row in exports:
+        if "mixture" in row and row["of"] in runs:
+            found.setdefault((row["rank"], row["problems"], row["steps"]), []).append(row)
+    lines = []
+    for setting, here in found.items():
+        lora = _changed([_differences(row, row["mixture"]) for row in here])
+        nll = _mean([row["nll_per_token"] - row["mixture"]["nll_per_token"] for row in here])
+        once = {row["of"]: row["mixture"] for row in here}
+        again = _changed([_differences(mixture, runs[of]) for of, mixture in once.items()])
+        lines.append(
+            [*map(str, setting), str(len(here)), str(len(once)), *map(str, lora), f"{nll:+.4f}", *map(str, again)]
+        )
+    heads = ("rank", "problems fitted on", "steps distilled", "exports", "of mixtures", "lost", "gained", "in points",
+             "nats a token", "lost by the mixture again", "gained", "in points")  # fmt: skip
+    return f"Taken together:\n\n{table(heads, lines)}" if lines else ""
+
+
+def _changed(each: Sequence[Sequence[int]]) -> tuple[int, int, str]:
+    """(problems lost, problems gained, the difference in points and its standard error over problems); each: by run."""
+    lost, gained = (sum(d == sign for differences in each for d in differences) for sign in (-1, 1))
+    size = sum(map(len, each))
+    of_problems = [sum(runs) for runs in zip(*each, strict=True)]  # one problem is no two, whatever the runs
+    difference, error = 100 * (gained - lost) / size, 100 * math.hypot(*of_problems) / size
+    return lost, gained, f"{difference:+.1f} ± {error:.1f}"
 
 
 def _mean(values: Iterable[float]) -> float:
