@@ -72,11 +72,12 @@ def without(program: Program, site: int) -> Program:
 
 
 def tried(
-    architecture: str, trials, chosen: Callable[[int], bool], note: Callable[[Site], None] = lambda site: None
+    architecture: str, trials, chosen: Callable[[int, str], bool], note: Callable[[Site], None] = lambda site: None
 ) -> list[Site]:
     """Every kernel that the trials launch, the first time that they do, without each of its sites.
 
-    chosen: of all sites that are reached, counted in order, which are tried. note: called with each as it is tried.
+    chosen: of all sites that are reached, by their number in order and their instruction, which are tried. note: called
+    with each as it is tried.
     """
     from torch import Tensor
 
@@ -102,10 +103,10 @@ def tried(
             executed = launch(made.program, check=False).counts["executed"]
             for pc in (pc for pc in sites(made.program) if executed[pc]):
                 number += 1
-                if chosen(number - 1):
+                name = NAMES[int(made.program.code["op"][pc])]
+                if chosen(number - 1, name):
                     verdict = verdict_on(without(made.program, pc), launch)
                     why = why_redundant(made.program, pc, launch) if verdict == REDUNDANT else ""
-                    name = NAMES[int(made.program.code["op"][pc])]
                     found.append(Site(number - 1, what.name, name, made.program.where(pc), verdict, why))
                     note(found[-1])
             launched.restore(spans, before)
@@ -215,7 +216,7 @@ def main() -> None:
     sys.path[:0] = [str(tests), str(tests / "backends" / "triton")]
     from .trials import mutated
 
-    def chosen(number: int) -> bool:
+    def chosen(number: int, instruction: str) -> bool:
         return number > arguments.after and number % arguments.every == 0
 
     found: list[Site] = []
