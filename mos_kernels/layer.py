@@ -302,15 +302,11 @@ class MoSLayer(MoSAdapter):
         if not isinstance(config, MoSConfig):
             raise TypeError(f"config is a {type(config).__name__}: pass a mos_kernels.MoSConfig")
         self._add_constants(config)
-        parameters = adapter_tensors(config, self.in_features, self.out_features, *self._base_device_and_dtype())
+        parameters = adapter_tensors(config, self.in_features, self.out_features, *device_and_dtype(self))
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
         self.reset_adapter_parameters()
         self._freeze_base()
-
-    def _base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """The device of the base, and the dtype of its input (a guess if the base is quantised)."""
-        return self.weight.device, self.weight.dtype
 
     def _freeze_base(self) -> None:
         self.weight.requires_grad_(False)
@@ -351,7 +347,7 @@ class MoSLayer(MoSAdapter):
         `train()` and `eval()` undo the call. Returns the layer.
         """
         self.eval()
-        self._freeze(*self._base_device_and_dtype())
+        self._freeze(*device_and_dtype(self))
         return self
 
     def extra_repr(self) -> str:
@@ -466,9 +462,6 @@ class MoSWrapped(MoSLayer):
     def _base(self, x: Tensor) -> tuple[None, None, Tensor]:
         return None, None, self.base_layer(x)
 
-    def _base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        return device_and_dtype(self.base_layer)
-
     def _freeze_base(self) -> None:
         for parameter in self.base_layer.parameters():
             parameter.requires_grad_(False)
@@ -576,9 +569,11 @@ def parameter_of(module: nn.Module, name: str) -> Any:
     return found[name] if name in found else getattr(module, name)
 
 
-def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """The device of any linear, and the dtype of its input (a guess if it is quantised)."""
-    tensors, offloads = [*base.parameters(), *base.buffers()], offload_hook(base)
+def device_and_dtype(linear: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """The device of any linear, adapted or not, and the dtype of its input (a guess if it is quantised)."""
+    base = getattr(linear, "base_layer", linear)
+    offloads, tensors = offload_hook(base), [getattr(base, "weight", None), *base.parameters(), *base.buffers()]
+    tensors = [t for t in tensors if isinstance(t, Tensor)]
     floats = [t.dtype for t in tensors if t.dtype in _DENSE_DTYPES]
     dtype = getattr(base, "compute_dtype", None)
     if not isinstance(dtype, torch.dtype):

@@ -36,7 +36,7 @@ class MoSPeftAdapter(MoSAdapter):
         super().__init__()
         self.in_features = layer.in_features
         self._add_constants(config)
-        device, dtype = device_and_dtype(layer.get_base_layer())
+        device, dtype = device_and_dtype(layer)
         tensors = adapter_tensors(config, layer.in_features, layer.out_features, device, dtype)
         for name, tensor in tensors.items():
             if tensor is not None and name not in self._float32_state:
@@ -139,7 +139,7 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As in peft, except that loaded values are not rounded to the base's dtype."""
         if adapter_name in self.mos_adapter and not self.mos_lora_A[adapter_name].is_meta:
-            self.mos_adapter[adapter_name].to(device or device_and_dtype(self.get_base_layer())[0])
+            self.mos_adapter[adapter_name].to(device or device_and_dtype(self)[0])
 
     def _freeze_non_trainable_peft_weights(self, adapter_names=None) -> None:
         for adapter in self.mos_adapter.values():
@@ -172,7 +172,7 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
         """As in MoSLayer, for every adapter."""
         self.eval()
         for adapter in self.mos_adapter.values():
-            adapter._freeze(*device_and_dtype(self.get_base_layer()))
+            adapter._freeze(*device_and_dtype(self))
         return self
 
     def _names(self, prefix: str) -> dict[str, str]:
