@@ -195,7 +195,7 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") ->
     if any(part.adapter.training and part.adapter.config.lora_dropout > 0 for part in parts.all):
         return None
     dtype = autocast_dtype(x)
-    if not _fits_again(block, x, parts, form):
+    if not _fits(x, parts, form):
         return None
     backend = resolve_backend(backend, x)
     down, *reads = (part.adapted(dtype, factors) for part, factors in zip(*_factors(parts, x, backend), strict=True))
@@ -400,22 +400,6 @@ class _Curvatures(torch.autograd.Function):
         return None, *(t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True)), *[None] * len(found)
 
 
-_fitted: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
-"""What the latest call of a block was found to fit: a token costs less where it is the same again."""
-
-
-def _fits_again(block: nn.Module, x: Tensor, parts: _Parts, form: FFNForm) -> bool:
-    """`_fits`, looked up where tensors that look alike, with the same configurations, were found to fit."""
-    configs = (part.adapter.config for part in parts.all)
-    key = x.dtype, x.device, x.shape[-1], is_autocast(x), *map(_look, parts.tensors()), parts.router.config, *configs
-    if _fitted.get(block) == key:
-        return True
-    if not _fits(x, parts, form):
-        return False
-    _fitted[block] = key
-    return True
-
-
 _FACTS = operator.attrgetter("__class__", "shape", "dtype", "device")
 
 
@@ -430,14 +414,13 @@ def _fits(x: Tensor, parts: _Parts, form: FFNForm) -> bool:
         return False
     if not x.is_floating_point() or parts.router.weight.shape != (parts.router.config.num_experts, x.shape[-1]):
         return False
-    hidden = {part.weight.shape[0] for part in parts.reads}
-    if len(hidden) != 1 or {part.weight.shape[1] for part in parts.reads} != {x.shape[-1]}:
+    *reads, down = weights = [part.weight for part in parts.all]
+    hidden, casts = down.shape[1] * (2 if form.fused else 1), is_autocast(x)
+    if any(weight.shape != (hidden, x.shape[-1]) for weight in reads):
         return False
-    if parts.down.weight.shape[1] * (2 if form.fused else 1) != hidden.pop():
-        return False
-    for part in parts.all:
-        adapter, weight, config = part.adapter, part.weight, part.adapter.config
-        if not (weight.dtype == x.dtype or is_autocast(x) and weight.is_floating_point()):
+    for part, weight in zip(parts.all, weights, strict=True):
+        adapter, config = part.adapter, part.adapter.config
+        if not (weight.dtype == x.dtype or casts and weight.is_floating_point()):
             return False
         (d_out, d_in), E, r = weight.shape, config.num_experts, config.r
         if part.base.bias is not None and part.base.bias.shape != (d_out,):
