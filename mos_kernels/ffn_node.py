@@ -186,7 +186,8 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") ->
         return again
     if x.dim() == 0 or x.is_meta:
         return None
-    _standing.pop(block, None)  # it holds parameters, and copies of them
+    if getattr(block._modules.get("mos_router"), "_standing", None) is not None:
+        block.mos_router._standing = None  # it holds parameters, and copies of them
     parts = _parts(block, form)
     if isinstance(parts, str) or is_transformed():
         return None
@@ -230,8 +231,8 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") ->
 class _Standing(NamedTuple):
     """What a block was found to be in eval mode without gradients, and is as long as nothing of it changes.
 
-    No module and no weight of a base is kept alive, nor is the block by what belongs to it. A weight of a base has no
-    weak reference either: `torch.utils.swap_tensors` refuses a tensor that has one.
+    The block's router holds it (`RoutesBlock`). No module and no weight of a base is kept alive. A weight of a base has
+    no weak reference either: `torch.utils.swap_tensors` refuses a tensor that has one.
     """
 
     use: tuple  # the dtype, device and width of x
@@ -246,17 +247,16 @@ class _Standing(NamedTuple):
     frozen: bool  # all linears, by freeze_for_inference: a CUDA graph may capture what is kept
 
 
-_standing: weakref.WeakKeyDictionary[nn.Module, _Standing] = weakref.WeakKeyDictionary()
-
-
 def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FFNTensors, FFNPlan] | None:
     """`as_one`, looked up where nothing has changed of what it asks for; None where it has to be asked.
 
     A token of a small model waits for this: as little is looked at as will do.
     """
-    before = None if torch.is_grad_enabled() or is_transformed() else _standing.get(block)
+    before = getattr(block._modules.get("mos_router"), "_standing", None)
     if (
         before is None
+        or torch.is_grad_enabled()
+        or is_transformed()
         or before.hooks != RemovableHandle.next_id
         or before.use != (x.dtype, x.device, x.shape[-1:])
         or before.plan.backend != resolve_backend(backend, x)
@@ -336,7 +336,7 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
     plan = plan._replace(constants=_constants(adapters[0], seen, tensors, plan))
     inside = () if parts.router is called["mos_router"] else (parts.router, *(m for part in parts.all for m in part))
     ref = weakref.ref
-    _standing[block] = _Standing(
+    block.mos_router._standing = _Standing(
         (x.dtype, x.device, x.shape[-1:]), x.device.type, hooks,
         tuple((name, ref(child), type(child)) for name, child in called.items() if name in block._modules),
         tuple(map(ref, inside)),

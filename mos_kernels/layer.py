@@ -479,7 +479,20 @@ def _with_base_layer(layer: MoSWrapped, state_dict: dict[str, Tensor], prefix: s
         state_dict[f"{prefix}base_layer.{name.removeprefix(prefix)}"] = state_dict.pop(name)
 
 
-class MoSRouter(Float32State):
+class RoutesBlock(nn.Module):
+    """What an FFN block has as its router. It holds what the block keeps in eval mode, until `train()` or `eval()`."""
+
+    _standing: Any = None  # see `mos_kernels.ffn_node`
+
+    def train(self, mode: bool = True):
+        self._standing = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_standing": None}  # copies and pickles have other tensors
+
+
+class MoSRouter(RoutesBlock, Float32State):
     """The router of an FFN block: x (..., d_in) -> gates (..., E), used by every adapted linear of the block.
 
     weight (E, d_in) is initialised as normal(0, 0.02) in float32. Logits are computed in float32, or in float64 for

@@ -747,15 +747,21 @@ def test_a_parameter_that_was_replaced_is_freed(runs, training):
     assert len(runs) == 1 and old() is None
 
 
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_nothing_is_held_in_training(p):
-    block = adapted(lora_dropout=p).eval()
+@pytest.mark.parametrize("door", ["own", "peft"])
+def test_nothing_is_held_in_training(door):
+    block = adapted(dtype=torch.float32, door=door).eval()
     with torch.no_grad():
-        block(x_of())
-    held = weakref.ref(block.up_proj._frozen.factors.kappa)
-    block.train()(x_of())
+        block(x_of(torch.float32))
+    adapter = block.up_proj if door == "own" else block.up_proj.mos_adapter["default"]
+    held = [
+        weakref.ref(adapter._frozen.factors.kappa),
+        weakref.ref(block.mos_router._standing.plan.constants.reads.rows),
+    ]
+    other = pickle.loads(pickle.dumps(block)), copy.deepcopy(block)
+    assert all(twin.mos_router._standing is None for twin in other)
+    block.train()
     gc.collect()
-    assert held() is None
+    assert [reference() for reference in held] == [None, None]
 
 
 def test_a_weight_that_only_autocast_fits_is_refused_afterwards():

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.targets import has_hooks, in_features, layer_kind, out_features
-from mos_kernels.layer import MoSAdapter, MoSRouter, MoSWrapped, adapter_tensors, device_and_dtype
+from mos_kernels.layer import MoSAdapter, MoSRouter, MoSWrapped, RoutesBlock, adapter_tensors, device_and_dtype
 
 WHY_NO_MERGE = (
     "a Mixture-of-Space adapter cannot be merged into the base weights: what it adds depends on the token (top-k "
@@ -199,7 +199,7 @@ def _name_adapter_last(layer: MoSPeftLayer, state_dict: dict, prefix: str, local
         state_dict[name] = state_dict.pop(own)
 
 
-class MoSPeftRouter(nn.ModuleDict, MoSTunerLayer):
+class MoSPeftRouter(RoutesBlock, nn.ModuleDict, MoSTunerLayer):
     """The routers of an FFN block, one for each adapter. The output goes to the block's `MoSPeftLayer`s."""
 
     adapter_layer_names = ("routers",)
