@@ -32,9 +32,8 @@ from mos_kernels.layer import (
     MoSLayer,
     MoSLinear,
     MoSRouter,
-    injected_aux_weight,
+    balancing,
     is_dense,
-    known_mask,
     parameter_of,
 )
 from mos_kernels.sharded import is_dtensor
@@ -206,8 +205,7 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") ->
     if dtype == x.dtype and all(is_called_plainly(router, observed) for router, observed in routers.items()):
         for observer in observers:
             observer.observe(x)
-        aux_weight = injected_aux_weight(parts.router)
-        mask = None if aux_weight is None else known_mask(parts.router, x)
+        aux_weight, mask = balancing(parts.router, x)
         if mask is not None and mask.shape != x.shape[:-1]:
             return None
     else:  # a hook wants to see it, or autocast casts x, but not what the router reads

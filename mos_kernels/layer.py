@@ -181,12 +181,11 @@ class MoSAdapter(Float32State):
             )  # fmt: skip
         kappa, A, prepared = self._factors(x, base_output, backend)
         router = self.mos_router if gates is None else None
-        aux_weight = None if router is None else injected_aux_weight(self)
+        aux_weight, token_mask = (None, None) if router is None else balancing(self, x)
         return mos_linear(
             x, weight, bias, A, B, kappa,
             config=self.config, base_output=base_output, gates=gates, router=router, aux_weight=aux_weight,
-            token_mask=None if aux_weight is None else known_mask(self, x),
-            dropout_p=dropout_p, inference=not self.training,
+            token_mask=token_mask, dropout_p=dropout_p, inference=not self.training,
             prepared=prepared, backend=backend,
         )  # fmt: skip
 
@@ -533,9 +532,8 @@ class MoSRouter(RoutesBlock, Float32State):
 
         Returns (..., E), with zeros for the experts that a token does not use.
         """
-        aux_weight = injected_aux_weight(self)
-        if token_mask is None and aux_weight is not None:
-            token_mask = known_mask(self, x)
+        aux_weight, known = balancing(self, x)
+        token_mask = known if token_mask is None else token_mask
         return mos_route(
             x, self.weight, config=self.config, aux_weight=aux_weight, token_mask=token_mask,
             inference=not self.training, backend=backend,
@@ -635,13 +633,11 @@ def _require_dense(linear: nn.Module) -> None:
         )
 
 
-def injected_aux_weight(owner: MoSAdapter | MoSRouter) -> Tensor | None:
-    injects = owner.training and torch.is_grad_enabled() and owner.config.router_aux_loss_coef > 0
-    return owner.mos_aux_weight if injects else None
-
-
-def known_mask(owner: MoSAdapter | MoSRouter, x: Tensor) -> Tensor | None:
-    return None if owner.token_mask is None else owner.token_mask.of(x)
+def balancing(owner: MoSAdapter | MoSRouter, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The weight of the load-balancing gradient, and the mask of the model around the router; (None, None) without."""
+    if not (owner.training and torch.is_grad_enabled() and owner.config.router_aux_loss_coef > 0):
+        return None, None
+    return owner.mos_aux_weight, None if owner.token_mask is None else owner.token_mask.of(x)
 
 
 @torch.no_grad()
