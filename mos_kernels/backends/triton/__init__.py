@@ -27,34 +27,6 @@ from mos_kernels.backends.triton import route as _route
 from mos_kernels.backends.triton import shrink as _shrink
 from mos_kernels.config import MoSConfig
 
-__all__ = [
-    "BridgeExpandGradients",
-    "BridgeGradients",
-    "Dropout",
-    "KEEPS_Z",
-    "Prepared",
-    "add_norm_gradient",
-    "bridge",
-    "bridge_backward",
-    "bridge_expand",
-    "bridge_expand_backward",
-    "compute_dtype",
-    "draw_dropout",
-    "expand",
-    "expand_backward",
-    "operand",
-    "prepare",
-    "route",
-    "route_backward",
-    "routing_logits",
-    "routing_logits_backward",
-    "saved_shapes",
-    "shares_launches",
-    "shrink",
-    "shrink_backward",
-]
-
-
 MAX_RANK = 128
 """The kernels hold r × r numbers of an expert in one tile."""
 
@@ -84,6 +56,13 @@ def draw_dropout(x: Tensor, p: float) -> Dropout:
 def rows(t: Tensor) -> Tensor:
     """t with dense rows (autograd can hand over expanded gradients, whose strides are 0)."""
     return t if t.stride(1) == 1 or t.shape[1] == 1 and t.stride(0) > 0 else t.contiguous()
+
+
+def factor(B: Tensor) -> Tensor:
+    """B (d_out, E, r), contiguous. Raises ValueError for a rank beyond one tile."""
+    if B.shape[2] > MAX_RANK:
+        raise ValueError(f"r={B.shape[2]} exceeds {MAX_RANK}, the largest rank of the kernels: use backend='eager'")
+    return B.contiguous()
 
 
 def _stack(A: Tensor) -> Tensor:
@@ -145,9 +124,7 @@ def prepare(
     gram: that of an earlier call with the same B, which spares its kernel. The stack costs no launch: there is none
     where G is not computed, unless A is the stack as it is.
     """
-    if B.shape[2] > MAX_RANK:
-        raise ValueError(f"r={B.shape[2]} exceeds {MAX_RANK}, the largest rank of the kernels: use backend='eager'")
-    B, stack, sources = B.contiguous(), None, ()
+    B, stack, sources = factor(B), None, ()
     if weights is not None:
         A, router = _stack(weights.A), None if weights.router is None else weights.router.contiguous()
         if router is None and A.dtype == weights.dtype:

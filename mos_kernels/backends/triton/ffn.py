@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mos_kernels.backends.interface import Prepared
-from mos_kernels.backends.triton import MAX_RANK, route_bytes, rows, shares_launches
+from mos_kernels.backends.triton import factor, route_bytes, rows, shares_launches
 from mos_kernels.backends.triton.activate import activate_backward_launch, activate_launch
 from mos_kernels.backends.triton.bridge import (
     bridge_backward_parts_launch,
@@ -178,16 +178,12 @@ def _prepared(t: FFNTensors, plan: FFNPlan) -> tuple[list[Prepared], Tensor | No
     kept_h, *kept = plan.prepared or (None,) * (1 + len(t.reads))
     if None not in (kept_h, *kept):
         return [*kept, kept_h], plan.constants
-    Bs = _Bs(t)
-    for B in Bs:
-        if B.shape[2] > MAX_RANK:
-            raise ValueError(f"r={B.shape[2]} exceeds {MAX_RANK}, the largest rank of the kernels: use backend='eager'")
-    wide, grams, stack = gram_launch(Bs, t.x.dtype, True, _stacks(t.reads), _dense(t.router), t.x.dtype)
+    wide, grams, stack = gram_launch(_Bs(t), t.x.dtype, True, _stacks(t.reads), _dense(t.router), t.x.dtype)
     return [Prepared(*each) for each in zip(wide, grams, strict=True)], stack
 
 
 def _Bs(t: FFNTensors) -> list[Tensor]:
-    return [linear.B.contiguous() for linear in (*t.reads, t.down)]
+    return [factor(linear.B) for linear in (*t.reads, t.down)]
 
 
 def _stacks(linears: Sequence[Adapted]) -> list[Tensor]:
