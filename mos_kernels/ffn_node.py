@@ -33,6 +33,7 @@ from mos_kernels.layer import (
     MoSLinear,
     MoSRouter,
     balancing,
+    is_conv1d,
     is_dense,
     parameter_of,
 )
@@ -90,20 +91,19 @@ class _Part(NamedTuple):
         if not isinstance(adapters, nn.ModuleDict) or linear.disable_adapters or not is_dense(linear.base_layer):
             return None
         active = [name for name in linear.active_adapters if name in adapters]
-        if len(active) != 1 or not (type(linear.base_layer) is nn.Linear or _is_conv1d(linear.base_layer)):
+        if len(active) != 1 or not (type(linear.base_layer) is nn.Linear or is_conv1d(linear.base_layer)):
             return None
         return cls(adapters[active[0]], linear.base_layer)
 
     @property
     def weight(self) -> Tensor:
         """(d_out, d_in)."""
-        return self.base.weight.t() if _is_conv1d(self.base) else self.base.weight
+        weight = parameter_of(self.base, "weight")
+        return weight.t() if is_conv1d(self.base) else weight
 
     def adapted(self, dtype: torch.dtype, factors: Factors) -> tuple[Adapted, Prepared | None]:
         """(its tensors with the base in dtype, as under autocast; the prepared B)."""
-        weight, bias = parameter_of(self.base, "weight"), parameter_of(self.base, "bias")
-        if _is_conv1d(self.base):
-            weight = weight.t()
+        weight, bias = self.weight, parameter_of(self.base, "bias")
         if weight.dtype != dtype or bias is not None and bias.dtype != dtype:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         return Adapted(
@@ -238,7 +238,7 @@ class _Standing(NamedTuple):
     hooks: int  # the number of the next hook of the process: a new one may be on one of the modules
     children: tuple[tuple[str, weakref.ref, type], ...]  # the block's, whose calls one operation replaces
     inner: tuple[weakref.ref, ...]  # of the peft method: the router, and adapter and base of each linear
-    linears: tuple[tuple, ...]  # of each: adapter, base; how its weight and bias look; what is kept; is it a Conv1D
+    linears: tuple[tuple, ...]  # of each: adapter, base; how its weight and bias look; what is kept; is it transposed
     routing: MoSConfig  # the router's
     seen: Seen  # the router's weight, and of each linear what is kept from
     plan: FFNPlan
@@ -278,7 +278,7 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
         return None
     weight = router._parameters.get("weight")
     tensors, adapted = [weight], []
-    for adapter, base, look_w, look_b, kept, is_conv1d in before.linears:
+    for adapter, base, look_w, look_b, kept, transposed in before.linears:
         adapter, own = adapter(), base()._parameters
         w, b, config = own.get("weight"), own.get("bias"), kept.use.config
         if adapter.training or adapter._frozen is not kept or adapter.config is not config:
@@ -287,7 +287,7 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
             return None
         tensors += adapter._kept_from()  # B is the last, since the router is the block's
         kappa, A, _ = kept.factors
-        adapted.append(Adapted(w.t() if is_conv1d else w, b, A, tensors[-1], kappa))
+        adapted.append(Adapted(w.t() if transposed else w, b, A, tensors[-1], kappa))
     if not before.seen.are(tensors):
         return None
     return FFNTensors(x, None, weight, None, None, adapted[-1], tuple(adapted[:-1])), plan
@@ -339,7 +339,7 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
         tuple((name, ref(child), type(child)) for name, child in called.items() if name in block._modules),
         tuple(map(ref, inside)),
         tuple(
-            (ref(part.adapter), ref(part.base), _look(w), _look(b), kept, _is_conv1d(part.base))
+            (ref(part.adapter), ref(part.base), _look(w), _look(b), kept, is_conv1d(part.base))
             for part, (w, b), kept in zip(parts.all, bases, adapters, strict=True)
         ),
         parts.router.config, seen, plan, all(kept.frozen for kept in adapters),
@@ -473,11 +473,6 @@ def _phi_of(block: nn.Module, form: FFNForm) -> str | None:
     if getattr(module, "act", None) not in (None, F.gelu) and not isinstance(module.act, functools.partial):
         return None
     return _PHI.get(kind.__name__)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether the weight is (d_in, d_out), as transformers' Conv1D has it."""
-    return type(module) is MoSConv1D or type(module).__name__ == "Conv1D" and hasattr(module, "nx")
 
 
 def _calls_its_own(module: nn.Module) -> bool:

@@ -400,7 +400,7 @@ class MoSConv1D(MoSLayer):
     @classmethod
     def from_linear(cls, conv1d: Any, config: MoSConfig) -> MoSConv1D:
         """Put an adapter on a Conv1D. The layer uses its weight and bias without copying them, and freezes them."""
-        if type(conv1d).__name__ != "Conv1D" or not hasattr(conv1d, "nx"):
+        if not is_conv1d(conv1d) or isinstance(conv1d, MoSConv1D):
             raise TypeError(f"{type(conv1d).__name__} is not transformers' Conv1D: MoSLinear adapts nn.Linear")
         _require_dense(conv1d)
         nx, nf = conv1d.nx, conv1d.nf
@@ -427,7 +427,7 @@ class MoSWrapped(MoSLayer):
         super().__init__()
         if isinstance(base_layer, MoSLayer):
             raise ValueError("this linear has a MoS adapter already: start from its base")
-        names = ("nx", "nf") if type(base_layer).__name__ == "Conv1D" else ("in_features", "out_features")
+        names = ("nx", "nf") if is_conv1d(base_layer) else ("in_features", "out_features")
         widths: list[Any] = [getattr(base_layer, name, None) for name in names]
         if not all(isinstance(width, int) for width in widths):
             raise TypeError(
@@ -611,6 +611,11 @@ def offload_hook(module: nn.Module):
     """accelerate's hook that loads the module's offloaded weights for its forward, or None."""
     hook = getattr(module, "_hf_hook", None)
     return next((part for part in getattr(hook, "hooks", [hook]) if getattr(part, "offload", False)), None)
+
+
+def is_conv1d(linear: nn.Module) -> bool:
+    """Whether the weight is (d_in, d_out), as in transformers' Conv1D, which is known by name: it need not be there."""
+    return type(linear) is MoSConv1D or type(linear).__name__ == "Conv1D" and hasattr(linear, "nx")
 
 
 def is_dense(linear: nn.Module) -> bool:

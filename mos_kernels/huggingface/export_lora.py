@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as product
-from transformers.pytorch_utils import Conv1D
 
 import mos_kernels
 from mos_kernels.functional import mos_linear, mos_route
@@ -41,7 +40,7 @@ from mos_kernels.huggingface.modules import (
 )
 from mos_kernels.huggingface.state import adapter_state, tensors_of
 from mos_kernels.huggingface.targets import classifier_heads, refuse_offloaded
-from mos_kernels.layer import MoSAdapter, MoSConv1D, MoSLayer, evaluating
+from mos_kernels.layer import MoSAdapter, MoSLayer, evaluating, is_conv1d
 from mos_kernels.sharded import gathered, refuse_sharded, refuse_zero3
 
 PASSES = 10
@@ -571,7 +570,7 @@ def _write(folder: Path, model: nn.Module, linears: list[_Linear], whole, report
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": _target_modules(model, [linear.name for linear in linears]),
-        "fan_in_fan_out": any(_is_conv1d(one.layer) for one in linears),
+        "fan_in_fan_out": any(is_conv1d(getattr(one.layer, "base_layer", one.layer)) for one in linears),
         "modules_to_save": modules or None,
     }
     card = _card(about_base["base_model_name_or_path"], kind, report)
@@ -583,10 +582,6 @@ def _write(folder: Path, model: nn.Module, linears: list[_Linear], whole, report
         os.replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def _is_conv1d(layer: nn.Module) -> bool:
-    return isinstance(layer, MoSConv1D) or isinstance(layer._modules.get("base_layer"), Conv1D)
 
 
 def _task_type(kind: type[nn.Module]) -> str | None:

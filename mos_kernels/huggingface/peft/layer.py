@@ -12,11 +12,18 @@ from collections.abc import Iterator
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.targets import has_hooks, in_features, layer_kind, out_features
-from mos_kernels.layer import MoSAdapter, MoSRouter, MoSWrapped, RoutesBlock, adapter_tensors, device_and_dtype
+from mos_kernels.layer import (
+    MoSAdapter,
+    MoSRouter,
+    MoSWrapped,
+    RoutesBlock,
+    adapter_tensors,
+    device_and_dtype,
+    is_conv1d,
+)
 
 WHY_NO_MERGE = (
     "a Mixture-of-Space adapter cannot be merged into the base weights: what it adds depends on the token (top-k "
@@ -166,7 +173,7 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
         linear = self.base_layer
         if layer_kind(linear) is MoSWrapped or has_hooks(linear) or "forward" in vars(linear):  # accelerate's hook
             return None, None, linear(x)
-        return (linear.weight.t() if isinstance(linear, Conv1D) else linear.weight), linear.bias, None
+        return (linear.weight.t() if is_conv1d(linear) else linear.weight), linear.bias, None
 
     def freeze_for_inference(self) -> MoSPeftLayer:
         """As in MoSLayer, for every adapter."""
