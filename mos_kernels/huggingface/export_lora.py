@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as product
 
-import mos_kernels
 from mos_kernels.functional import mos_linear, mos_route
 from mos_kernels.huggingface import files
 from mos_kernels.huggingface.atomic import check_folder
+from mos_kernels.huggingface.card import export_card
 from mos_kernels.huggingface.modules import (
     active_names,
     adapter_parameters,
@@ -573,7 +573,7 @@ def _write(folder: Path, model: nn.Module, linears: list[_Linear], whole, report
         "fan_in_fan_out": any(is_conv1d(getattr(one.layer, "base_layer", one.layer)) for one in linears),
         "modules_to_save": modules or None,
     }
-    card = _card(about_base["base_model_name_or_path"], kind, report)
+    card = export_card(about_base["base_model_name_or_path"], kind, report.summary(), report.table())
     values = {files.PREFIX + name: tensor for name, tensor in gathered(tensors).items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -591,34 +591,3 @@ def _task_type(kind: type[nn.Module]) -> str | None:
         "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     }  # fmt: skip
     return next((task for end, task in ends.items() if kind.__name__.endswith(end)), None)
-
-
-def _card(base: str | None, kind: type[nn.Module], report: ExportReport) -> str:
-    base_line = "" if base is None or os.path.exists(base) else f"base_model: {base}\n"
-    lost, table = "\n".join(f"- {line}" for line in report.summary()), "\n".join(report.table())
-    return f"""---
-{base_line}library_name: peft
-tags:
-- lora
-- mos-kernels
----
-
-# A LoRA exported from a Mixture-of-Space adapter
-
-A plain LoRA, fitted by mos_kernels {mos_kernels.__version__} to a Mixture-of-Space adapter on calibration data. It \
-loads, merges and serves without mos_kernels:
-
-```python
-from peft import PeftModel
-from transformers import {kind.__name__}
-
-model = PeftModel.from_pretrained({kind.__name__}.from_pretrained({base or "the base model"!r}), "this folder")
-model = model.merge_and_unload()
-```
-
-## What was lost
-
-{lost}
-
-{table}
-"""
