@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mos_kernels.backends import eager, eager_few
-from mos_kernels.backends.interface import Prepared
+from mos_kernels.backends.interface import BridgeInputs, Prepared
 from mos_kernels.call import Adapted, FFNPlan, FFNTensors, flat, shaped
 from mos_kernels.config import MoSConfig
 
@@ -48,17 +48,6 @@ class FFNSaved(NamedTuple):
         return cls(*flat[:5], tuple(flat[5 : 6 + reads]), tuple(flat[6 + reads :]))
 
 
-class _Joined(NamedTuple):
-    """The m linears that read x, as one linear with m·E experts."""
-
-    z: Tensor  # (T, m·E·r)
-    bridged: eager.Bridged
-    p: Tensor
-    gates: Tensor
-    kappa: Tensor
-    prepared: Prepared
-
-
 def ffn_forward(t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]:
     """y (..., d_out), and what backward needs."""
     x, config, dtype = flat(t.x), plan.config, t.x.dtype
@@ -66,7 +55,7 @@ def ffn_forward(t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]:
     prepared = [_prepared(linear, dtype, config, made) for linear, made in zip(t.reads, kept, strict=True)]
     p, n, logits = _shrink(x, t.reads, t.router)
     gates = _gates(t, logits, config)
-    z = _join(p, n, gates, t.reads, prepared, config).z
+    z, _ = eager.bridge(_join(p, n, gates, t.reads, prepared, config), config)
     outputs = []
     for linear, made, part in zip(t.reads, prepared, z.chunk(len(t.reads), 1), strict=True):
         outputs.append(eager.expand(part, made, linear.bias, dtype).addmm_(x, linear.weight.t()))
@@ -74,7 +63,7 @@ def ffn_forward(t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]:
     down, config = t.down, plan.down_config
     made = _prepared(down, dtype, config, kept_down)
     h, p_h, n_h = _activate(outputs, down.A, plan)
-    z, _ = eager.bridge(p_h, n_h, gates, False, _curvature(down, dtype), made, config)
+    z, _ = eager.bridge(BridgeInputs(p_h, n_h, gates, False, _curvature(down, dtype), made), config)
     y = eager.expand(z, made, down.bias, dtype).addmm_(h, down.weight.t())
     grams = (made.gram, *(made.gram for made in prepared))
     return shaped(y, t.x), FFNSaved(p, n, logits, p_h, n_h, grams, tuple(outputs))
@@ -139,10 +128,10 @@ def ffn_backward(dy: Tensor, t: FFNTensors, saved: FFNSaved, plan: FFNPlan, need
     gates = _gates(t, saved.logits, plan.config)
 
     made = eager.prepare(down.B, dtype, config, saved.grams[0])
-    kappa = _curvature(down, dtype)
-    z, bridged = eager.bridge(saved.p_h, saved.n_h, gates, False, kappa, made, config)
+    curved = BridgeInputs(saved.p_h, saved.n_h, gates, False, _curvature(down, dtype), made)
+    z, bridged = eager.bridge(curved, config)
     dz, dB = eager.expand_backward(dy, z, made, needs.down.B)
-    d = eager.bridge_backward(dz, bridged, saved.p_h, saved.n_h, gates, False, kappa, made, None, None, config)
+    d = eager.bridge_backward(dz, bridged, curved, None, None, config)
     dB = eager.add_norm_gradient(dB, down.B, d.M) if needs.down.B else None
     d_outputs, dA = _activate_backward(dy @ down.weight, saved.outputs, down.A, d.p, d.n, plan, needs.down.A)
     d_down = dA, dB, d.kappa
@@ -151,17 +140,16 @@ def ffn_backward(dy: Tensor, t: FFNTensors, saved: FFNSaved, plan: FFNPlan, need
     prepared = [
         eager.prepare(linear.B, dtype, config, gram) for linear, gram in zip(t.reads, saved.grams[1:], strict=True)
     ]
-    joined = _join(saved.p, saved.n, gates, t.reads, prepared, config)
+    curved = _join(saved.p, saved.n, gates, t.reads, prepared, config)
+    z, bridged = eager.bridge(curved, config)
     dz, dBs = [], []
-    for i, part in enumerate(joined.z.chunk(m, 1)):
+    for i, part in enumerate(z.chunk(m, 1)):
         one, dB = eager.expand_backward(d_outputs[i], part, prepared[i], needs.reads[i].B)
         dz.append(one)
         dBs.append(dB)
     dz = dz[0] if m == 1 else torch.cat(dz, 1)
     dgates = d.routed
-    d = eager.bridge_backward(
-        dz, joined.bridged, joined.p, saved.n, joined.gates, False, joined.kappa, joined.prepared, None, None, config
-    )
+    d = eager.bridge_backward(dz, bridged, curved, None, None, config)
     dgates = dgates + d.routed.unflatten(1, (m, -1)).sum(1)
     dlogits = None
     if t.gates is None:
@@ -216,7 +204,8 @@ def _shrink(x: Tensor, linears: Sequence[Adapted], router: Tensor | None) -> tup
 
 def _join(
     p: Tensor, n: Tensor, gates: Tensor, linears: Sequence[Adapted], prepared: Sequence[Prepared], config: MoSConfig
-) -> _Joined:
+) -> BridgeInputs:
+    """Of the m linears that read x, as one linear with m·E experts."""
     m = len(linears)
     made, kappa = prepared[0], linears[0].kappa
     if m > 1:
@@ -225,9 +214,7 @@ def _join(
         gates = gates.repeat(1, m)
         kappa = torch.cat([linear.kappa for linear in linears])
         made = Prepared(made.B, *(torch.cat([each[i] for each in prepared]) for i in range(1, 4)))
-    kappa = kappa.to(n.dtype)
-    z, bridged = eager.bridge(p, n, gates, False, kappa, made, config)
-    return _Joined(z, bridged, p, gates, kappa, made)
+    return BridgeInputs(p, n, gates, False, kappa.to(n.dtype), made)
 
 
 def _tokens_at_a_time(outputs: Sequence[Tensor]) -> Iterator[slice]:

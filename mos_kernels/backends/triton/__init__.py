@@ -15,6 +15,7 @@ from mos_kernels.backends.eager import operand
 from mos_kernels.backends.interface import (
     BridgeExpandGradients,
     BridgeGradients,
+    BridgeInputs,
     Dropout,
     Prepared,
     Shape,
@@ -137,20 +138,20 @@ def prepare(
     return Prepared(wide, gram, stack=made if stack is None else stack)
 
 
-def bridge(p, n, routed, own_router: bool, kappa, prepared: Prepared, config: MoSConfig):
+def _curved(t: BridgeInputs) -> tuple:
+    """All but `prepared`, dense as the kernels read it; logits are the kernels' own, and so are p and n."""
+    return t.p, t.n, t.routed if t.own_router else t.routed.contiguous(), t.own_router, t.kappa
+
+
+def bridge(t: BridgeInputs, config: MoSConfig):
     """z (T, E·r) in the dtype of the wide products, and None: `bridge_backward` needs nothing more."""
-    routed = routed if own_router else routed.contiguous()
-    return _bridge.bridge_launch(p, n, routed, own_router, kappa, prepared.gram, prepared.B.dtype, config), None
+    return _bridge.bridge_launch(*_curved(t), t.prepared.gram, t.prepared.B.dtype, config), None
 
 
-def bridge_backward(
-    dz, bridged, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, token_mask, config: MoSConfig
-):
+def bridge_backward(dz, bridged, t: BridgeInputs, aux_weight, token_mask, config: MoSConfig):
     """Gradients of `bridge`; dz in planes (S, T, E·r)."""
-    routed, mask = routed if own_router else routed.contiguous(), route_bytes(token_mask)
-    return BridgeGradients(
-        *_bridge.bridge_backward_launch(dz, p, n, routed, own_router, kappa, prepared.gram, aux_weight, mask, config)
-    )
+    mask = route_bytes(token_mask)
+    return BridgeGradients(*_bridge.bridge_backward_launch(dz, *_curved(t), t.prepared.gram, aux_weight, mask, config))
 
 
 def expand(z, prepared: Prepared, added, dtype: torch.dtype):
@@ -168,19 +169,16 @@ def add_norm_gradient(dB, B, M):
     return _expand.norm_gradient_launch(dB, B.contiguous(), M)
 
 
-def bridge_expand(
-    p, n, routed, own_router: bool, kappa, prepared: Prepared, added, dtype: torch.dtype, config: MoSConfig
-):
+def bridge_expand(t: BridgeInputs, added, dtype: torch.dtype, config: MoSConfig):
     """y₀ (T, d_out), z or u never stored where there are few tokens or an activation; added as in `expand`."""
-    few = shares_launches(n.shape[1], config)
+    few = shares_launches(t.n.shape[1], config)
     if config.activation == "identity" and not few:
-        z, _ = bridge(p, n, routed, own_router, kappa, prepared, config)
-        return expand(z, prepared, added, dtype)
-    routed = routed if own_router else routed.contiguous()
+        z, _ = bridge(t, config)
+        return expand(z, t.prepared, added, dtype)
     added = None if added is None else added.contiguous()
     if few:
-        return decode.bridge_expand_launch(p, n, routed, own_router, kappa, prepared.gram, prepared.B, added, config)
-    return activated.activated_launch(p, n, routed, own_router, kappa, prepared.B, added, config)
+        return decode.bridge_expand_launch(*_curved(t), t.prepared.gram, t.prepared.B, added, config)
+    return activated.activated_launch(*_curved(t), t.prepared.B, added, config)
 
 
 def shares_launches(T: int, config: MoSConfig) -> bool:
@@ -188,13 +186,9 @@ def shares_launches(T: int, config: MoSConfig) -> bool:
     return config.activation == "identity" and decode.is_few(T, config)
 
 
-def bridge_expand_backward(
-    dy, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, token_mask, config: MoSConfig
-):
+def bridge_expand_backward(dy, t: BridgeInputs, aux_weight, token_mask, config: MoSConfig):
     """Gradients of `bridge_expand` with an activation."""
-    routed, mask = routed if own_router else routed.contiguous(), route_bytes(token_mask)
+    mask = route_bytes(token_mask)
     return BridgeExpandGradients(
-        *activated.activated_backward_launch(
-            rows(dy), p, n, routed, own_router, kappa, prepared.B, aux_weight, mask, config
-        )
+        *activated.activated_backward_launch(rows(dy), *_curved(t), t.prepared.B, aux_weight, mask, config)
     )
