@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -335,22 +335,17 @@ def test_a_compiled_layer_computes_from_the_parameters():
 
 
 def test_threads():
-    layer, failed = layer_of(), []
+    layer = layer_of()
     expected = fresh(layer, x_of())
 
-    def run():
-        with torch.no_grad():
-            for _ in range(20):
-                layer._frozen = None
-                if not torch.equal(layer(x_of()), expected):
-                    failed.append(1)
+    @torch.no_grad()
+    def run(_):
+        for _ in range(20):
+            layer._frozen = None
+            assert torch.equal(layer(x_of()), expected)
 
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(run, range(4)))
 
 
 def test_a_change_while_it_is_made_ends_it():
