@@ -33,6 +33,7 @@ from mos_kernels.layer import (
     MoSLinear,
     MoSRouter,
     balancing,
+    dense_weight,
     is_conv1d,
     is_dense,
     parameter_of,
@@ -95,15 +96,9 @@ class _Part(NamedTuple):
             return None
         return cls(adapters[active[0]], linear.base_layer)
 
-    @property
-    def weight(self) -> Tensor:
-        """(d_out, d_in)."""
-        weight = parameter_of(self.base, "weight")
-        return weight.t() if is_conv1d(self.base) else weight
-
     def adapted(self, dtype: torch.dtype, factors: Factors) -> tuple[Adapted, Prepared | None]:
         """(its tensors with the base in dtype, as under autocast; the prepared B)."""
-        weight, bias = self.weight, parameter_of(self.base, "bias")
+        weight, bias = dense_weight(self.base), parameter_of(self.base, "bias")
         if weight.dtype != dtype or bias is not None and bias.dtype != dtype:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         return Adapted(
@@ -412,7 +407,7 @@ def _fits(x: Tensor, parts: _Parts, form: FFNForm) -> bool:
         return False
     if not x.is_floating_point() or parts.router.weight.shape != (parts.router.config.num_experts, x.shape[-1]):
         return False
-    *reads, down = weights = [part.weight for part in parts.all]
+    *reads, down = weights = [dense_weight(part.base) for part in parts.all]
     hidden, casts = down.shape[1] * (2 if form.fused else 1), is_autocast(x)
     if any(weight.shape != (hidden, x.shape[-1]) for weight in reads):
         return False

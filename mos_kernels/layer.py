@@ -216,9 +216,7 @@ class MoSAdapter(Float32State):
         use, kept = Use(backend, x_dtype, y_dtype, self.config), self._frozen
         if kept is not None and kept.is_valid(tensors, use) and not frozen:
             return kept if kept.frozen or not capturing else None
-        if (
-            capturing or eager.is_observed()
-        ):  # under a dispatch mode its tensors may be none of numbers, as FakeTensorMode's
+        if capturing or eager.is_observed():  # a dispatch mode's tensors may hold no numbers, as FakeTensorMode's
             return None
 
         def form() -> Factors:
@@ -302,24 +300,14 @@ class MoSLayer(MoSAdapter):
             raise TypeError(f"config is a {type(config).__name__}: pass a mos_kernels.MoSConfig")
         self._add_constants(config)
         parameters = adapter_tensors(config, self.in_features, self.out_features, *device_and_dtype(self))
+        self.requires_grad_(False)  # so far it has the base's parameters alone
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
         self.reset_adapter_parameters()
-        self._freeze_base()
-
-    def _freeze_base(self) -> None:
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-
-    @property
-    def _dense_weight(self) -> Tensor:
-        """The base's weight as (d_out, d_in)."""
-        return parameter_of(self, "weight")
 
     def _base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Weight and bias of a dense base, and None; or (None, None, its output on x) of any other base."""
-        return self._dense_weight, parameter_of(self, "bias"), None
+        return dense_weight(self), parameter_of(self, "bias"), None
 
     def forward(self, x: Tensor, gates: Tensor | None = None, backend: str = "auto") -> Tensor:
         """y = base(x) + adapter(x), the paper's equations 5 to 8.
@@ -409,10 +397,6 @@ class MoSConv1D(MoSLayer):
         layer._add_adapter(config)
         return layer.train(conv1d.training)
 
-    @property
-    def _dense_weight(self) -> Tensor:
-        return self.weight.t()
-
 
 class MoSWrapped(MoSLayer):
     """Any other linear, `base_layer`, with a Mixture-of-Space adapter. The linear runs as it is.
@@ -460,10 +444,6 @@ class MoSWrapped(MoSLayer):
 
     def _base(self, x: Tensor) -> tuple[None, None, Tensor]:
         return None, None, self.base_layer(x)
-
-    def _freeze_base(self) -> None:
-        for parameter in self.base_layer.parameters():
-            parameter.requires_grad_(False)
 
 
 def _without_base_layer(layer: MoSWrapped, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
@@ -616,6 +596,12 @@ def offload_hook(module: nn.Module):
 def is_conv1d(linear: nn.Module) -> bool:
     """Whether the weight is (d_in, d_out), as in transformers' Conv1D, which is known by name: it need not be there."""
     return type(linear) is MoSConv1D or type(linear).__name__ == "Conv1D" and hasattr(linear, "nx")
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The weight of a dense linear as (d_out, d_in)."""
+    weight = parameter_of(linear, "weight")
+    return weight.t() if is_conv1d(linear) else weight
 
 
 def is_dense(linear: nn.Module) -> bool:

@@ -56,7 +56,8 @@ def _run_blocks(model: nn.Module, dtype: torch.dtype | None) -> None:
         form = bound_form(block)
         if form is None or why_not_one(block, form) is not None:
             continue
-        kinds = (form, block.training, *map(repr, block.children()), *map(_kind, block.parameters()))
+        tensors = ((tuple(p.shape), p.dtype, p.device) for p in block.parameters())
+        kinds = (form, block.training, *map(repr, block.children()), *tensors)
         if kinds in seen:
             continue
         seen.add(kinds)
@@ -71,10 +72,6 @@ def _run_blocks(model: nn.Module, dtype: torch.dtype | None) -> None:
             _run(block, run, reads.in_features, x_dtype, device, dtype or base_dtype)
         if dtype in (None, base_dtype):  # what a block keeps is not used under autocast
             _run(block, run, reads.in_features, base_dtype, device, None)
-
-
-def _kind(t: Tensor) -> tuple:
-    return tuple(t.shape), t.dtype, t.device
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:

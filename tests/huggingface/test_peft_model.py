@@ -471,9 +471,9 @@ def test_what_the_model_does_not_have_is_refused_before_it_changes(options, mess
     assert torch.equal(logits(adapted), expected)
 
 
-@pytest.mark.parametrize("place", ["_share_balance", "follow_attention_mask"])
+@pytest.mark.parametrize("place", ["router_owners", "follow_attention_mask"])
 def test_an_error_on_the_way_takes_the_adapter_off(place, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("on the way")
 
     model = tiny()

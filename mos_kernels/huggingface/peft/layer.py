@@ -21,8 +21,8 @@ from mos_kernels.layer import (
     MoSWrapped,
     RoutesBlock,
     adapter_tensors,
+    dense_weight,
     device_and_dtype,
-    is_conv1d,
 )
 
 WHY_NO_MERGE = (
@@ -173,7 +173,7 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
         linear = self.base_layer
         if layer_kind(linear) is MoSWrapped or has_hooks(linear) or "forward" in vars(linear):  # accelerate's hook
             return None, None, linear(x)
-        return (linear.weight.t() if is_conv1d(linear) else linear.weight), linear.bias, None
+        return dense_weight(linear), linear.bias, None
 
     def freeze_for_inference(self) -> MoSPeftLayer:
         """As in MoSLayer, for every adapter."""
