@@ -111,6 +111,12 @@ class MoSTunerLayer(BaseTunerLayer):
     def unmerge(self) -> None:
         raise NotImplementedError(WHY_NO_MERGE)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As in peft, except that loaded values are not rounded to the base's dtype."""
+        adapters = getattr(self, self.adapter_layer_names[0])
+        if adapter_name in adapters and not any(p.is_meta for p in adapters[adapter_name].parameters()):
+            adapters[adapter_name].to(device or device_and_dtype(self.get_base_layer())[0])
+
 
 class MoSPeftLayer(nn.Module, MoSTunerLayer):
     """A linear, `base_layer`, with Mixture-of-Space adapters by name. The outputs of the active ones are added.
@@ -130,7 +136,6 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features(base_layer), out_features(base_layer)
         self.mos_adapter = nn.ModuleDict()
-        self._disable_adapters, self.merged_adapters = False, []
         self._active_adapter = adapter_name
         base_layer.requires_grad_(False)
         self.update_layer(adapter_name, config)
@@ -142,11 +147,6 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
         """Add a new adapter. config: with this linear's rank, alpha and router_scope."""
         self.mos_adapter[adapter_name] = MoSPeftAdapter(self, config).train(self.training)
         self._freeze_non_trainable_peft_weights()
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As in peft, except that loaded values are not rounded to the base's dtype."""
-        if adapter_name in self.mos_adapter and not self.mos_lora_A[adapter_name].is_meta:
-            self.mos_adapter[adapter_name].to(device or device_and_dtype(self)[0])
 
     def _freeze_non_trainable_peft_weights(self, adapter_names=None) -> None:
         for adapter in self.mos_adapter.values():
@@ -215,7 +215,6 @@ class MoSPeftRouter(RoutesBlock, nn.ModuleDict, MoSTunerLayer):
     def __init__(self, reads: nn.Module):
         super().__init__()
         self._reads = (reads,)  # the linear whose device the routers follow; not a submodule
-        self._disable_adapters, self.merged_adapters = False, []
 
     @property
     def routers(self) -> MoSPeftRouter:
@@ -229,10 +228,6 @@ class MoSPeftRouter(RoutesBlock, nn.ModuleDict, MoSTunerLayer):
         self[adapter_name] = router.to(device_and_dtype(self._reads[0])[1])
         router.requires_grad_(adapter_name in active_adapters and not inference_mode)
         self._active_adapter = active_adapters
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if adapter_name in self and not self[adapter_name].weight.is_meta:
-            self[adapter_name].to(device or device_and_dtype(self._reads[0])[0])
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """The gates (..., E) of the active adapters, by name."""
