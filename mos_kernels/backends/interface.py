@@ -170,6 +170,4 @@ class FFNBackend(Protocol):
 
     def ffn_inference(self, t: FFNTensors, plan: FFNPlan) -> Tensor: ...
 
-    def ffn_backward(
-        self, dy: Tensor, t: FFNTensors, saved: Any, plan: FFNPlan, needs: FFNTensors
-    ) -> FFNTensors: ...  # fmt: skip
+    def ffn_backward(self, dy: Tensor, t: FFNTensors, saved: Any, plan: FFNPlan, needs: FFNTensors) -> FFNTensors: ...

@@ -80,9 +80,7 @@ def ffn_forward(t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]:
 
     h, p_h, n_h = activate_launch(outputs, down.A, plan)
     (kappa,) = _kappas([down])
-    z_h, p_h, n_h = bridge_sums_launch(
-        p_h, n_h, routed, own_router, kappa, made_h.gram, dtype, plan.down_config
-    )  # fmt: skip
+    z_h, p_h, n_h = bridge_sums_launch(p_h, n_h, routed, own_router, kappa, made_h.gram, dtype, plan.down_config)
     y = expand_launch(z_h, made_h.B, _dense(down.bias)).addmm_(h, down.weight.t())
     saved = FFNSaved(p, n, logits, p_h, n_h, z, z_h, (*grams, made_h.gram), tuple(outputs))
     return shaped(y, t.x), saved
@@ -110,10 +108,8 @@ def ffn_inference(t: FFNTensors, plan: FFNPlan) -> Tensor:
         y.addmm_(x, linear.weight.t())
     h, p, n = activate_launch(outputs, down.A, plan)
     (kappa,), bias = _kappas([down]), _dense(down.bias)
-    y = bridge_expand_launch(
-        p, n, routed, own_router, kappa, made_h.gram, made_h.B, bias, plan.down_config
-    ).addmm_(h, down.weight.t())  # fmt: skip
-    return shaped(y, t.x)
+    y = bridge_expand_launch(p, n, routed, own_router, kappa, made_h.gram, made_h.B, bias, plan.down_config)
+    return shaped(y.addmm_(h, down.weight.t()), t.x)
 
 
 def ffn_backward(dy: Tensor, t: FFNTensors, saved: FFNSaved, plan: FFNPlan, needs: FFNTensors) -> FFNTensors:
@@ -167,10 +163,7 @@ def _norm_gradients(planes: list, Bs: list[Tensor], Ms: list[Tensor], needs: FFN
     wanted = [linear.B for linear in (*needs.reads, needs.down)]
     if all(wanted):
         return norm_gradients_launch(planes, Bs, Ms)
-    return [
-        norm_gradient_launch(*each) if want else None
-        for want, *each in zip(wanted, planes, Bs, Ms, strict=True)
-    ]  # fmt: skip
+    return [norm_gradient_launch(*each) if want else None for want, *each in zip(wanted, planes, Bs, Ms, strict=True)]
 
 
 def _prepared(t: FFNTensors, plan: FFNPlan) -> tuple[list[Prepared], Tensor | None]:
