@@ -745,12 +745,6 @@ def test_the_type_is_registered_once():
     assert isinstance(MoSRouter(4, MoSConfig()), MoSRouter) and issubclass(MoSPeftRouter, nn.ModuleDict)
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.budget(15)
 def test_without_peft_and_in_a_process_that_loads(tmp_path):
     tiny(dtype=torch.float32).save_pretrained(tmp_path / "base")
