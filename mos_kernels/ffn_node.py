@@ -276,7 +276,7 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
     for adapter, base, look_w, look_b, kept, transposed in before.linears:
         adapter, own = adapter(), base()._parameters
         w, b, config = own.get("weight"), own.get("bias"), kept.use.config
-        if adapter.training or adapter._frozen is not kept or adapter.config is not config:
+        if adapter.training or adapter._kept is not kept or adapter.config is not config:
             return None
         if _look(w) != look_w or (b is not None or look_b is not None) and _look(b) != look_b:
             return None
@@ -308,7 +308,7 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
     Only where nothing but the parameters decides, and every change of them is seen. A graph that is being captured
     computes its own, which a call before it may have made.
     """
-    x, weight, adapters = tensors.x, parts.router.weight, [part.adapter._frozen for part in parts.all]
+    x, weight, adapters = tensors.x, parts.router.weight, [part.adapter._kept for part in parts.all]
     called, hooks = _called(block, form, parts), RemovableHandle.next_id
     bases = [(part.base._parameters.get("weight"), part.base._parameters.get("bias")) for part in parts.all]
     if (

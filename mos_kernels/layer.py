@@ -102,11 +102,11 @@ class MoSAdapter(Float32State):
     mos_aux_weight: Tensor
     _float32_state = ("mos_curvature", "mos_curvature_map", "mos_aux_weight")
     token_mask: Any = None  # an object whose of(x) says which tokens are real, or None
+    _kept: Kept | None = None
 
     def _add_constants(self, config: MoSConfig) -> None:
         self.config = config
         self.aux_coefficient = config.router_aux_loss_coef
-        self._frozen: Kept | None = None
         # κ = offset + gain·θ, a row each; the gain of a Euclidean expert is 0
         self.register_buffer("mos_curvature_map", None, persistent=False)
         self.register_buffer("mos_aux_weight", None, persistent=False)
@@ -192,17 +192,17 @@ class MoSAdapter(Float32State):
     def _factors(self, x: Tensor, base_output: Tensor | None, backend: str) -> Factors:
         """κ, A and the prepared B. In eval mode without gradients they are cached (see `mos_kernels.kept`)."""
         if self.training or torch.is_grad_enabled():
-            if self._frozen is not None:
-                self._frozen = None
+            if self._kept is not None:
+                self._kept = None
         elif is_plain(x) and x.device == self.mos_lora_B.device:
             x_dtype = autocast_dtype(x)
             y_dtype = x_dtype if base_output is None else base_output.dtype
-            kept = self._kept(x_dtype, y_dtype, resolve_backend(backend, x), is_capturing(x))
+            kept = self._keep(x_dtype, y_dtype, resolve_backend(backend, x), is_capturing(x))
             if kept is not None:
                 return kept.factors
         return Factors(self.curvature, self.mos_lora_A, None)
 
-    def _kept(
+    def _keep(
         self, x_dtype: torch.dtype, y_dtype: torch.dtype, backend: str, capturing: bool = False, frozen: bool = False
     ) -> Kept | None:
         """The cached tensors for this use, computed again if they are not valid. None if they cannot be cached now.
@@ -213,7 +213,7 @@ class MoSAdapter(Float32State):
         if getattr(self, "_is_fsdp_managed_module", False):  # it refills one tensor without a new version
             return None
         tensors = self._kept_from()
-        use, kept = Use(backend, x_dtype, y_dtype, self.config), self._frozen
+        use, kept = Use(backend, x_dtype, y_dtype, self.config), self._kept
         if kept is not None and kept.is_valid(tensors, use) and not frozen:
             return kept if kept.frozen or not capturing else None
         if capturing or eager.is_observed():  # a dispatch mode's tensors may hold no numbers, as FakeTensorMode's
@@ -227,8 +227,8 @@ class MoSAdapter(Float32State):
                 weights = ShrinkWeights(A, router[0] if router else None, x_dtype)
                 return Factors(self.curvature, A, steps.prepare(B, y_dtype, self.config, weights=weights))
 
-        self._frozen = Kept.make(tensors, use, form, frozen)
-        return self._frozen
+        self._kept = Kept.make(tensors, use, form, frozen)
+        return self._kept
 
     def _kept_from(self) -> tuple[Tensor, ...]:
         """The tensors from which the cached ones are computed: θ, its map, A, B, and a router of its own."""
@@ -244,7 +244,7 @@ class MoSAdapter(Float32State):
 
     def _is_kept(self, kept: Kept) -> bool:
         """Whether `kept` is the current cache, and valid for the use that it was made for."""
-        return self._frozen is kept and self.config is kept.use.config and kept.is_valid(self._kept_from(), kept.use)
+        return self._kept is kept and self.config is kept.use.config and kept.is_valid(self._kept_from(), kept.use)
 
     def routing_logits(self, x: Tensor) -> Tensor:
         """The logits (..., E) of the layer's own router on x (..., d_in), detached from the graph."""
@@ -259,10 +259,10 @@ class MoSAdapter(Float32State):
         if self.config.is_lora:
             return
         backend = resolve_backend("auto", torch.empty(0, device=device, dtype=dtype))
-        self._kept(dtype, dtype, backend, frozen=True)
+        self._keep(dtype, dtype, backend, frozen=True)
 
     def train(self, mode: bool = True):
-        self._frozen = None
+        self._kept = None
         theta = self.mos_curvature
         if mode and theta is not None and theta.dtype in (torch.bfloat16, torch.float16):  # cast through .data, by TRL
             theta.data = theta.data.float()
@@ -275,7 +275,7 @@ class MoSAdapter(Float32State):
         refuse_scripting()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_frozen": None}  # copies and pickles have other tensors
+        return {**self.__dict__, "_kept": None}  # copies and pickles have other tensors
 
 
 class MoSLayer(MoSAdapter):

@@ -746,7 +746,7 @@ def test_nothing_is_held_in_training(door):
         block(x_of(torch.float32))
     adapter = block.up_proj if door == "own" else block.up_proj.mos_adapter["default"]
     held = [
-        weakref.ref(adapter._frozen.factors.kappa),
+        weakref.ref(adapter._kept.factors.kappa),
         weakref.ref(block.mos_router._standing.plan.constants.reads.rows),
     ]
     other = pickle.loads(pickle.dumps(block)), copy.deepcopy(block)

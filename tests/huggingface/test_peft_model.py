@@ -642,12 +642,12 @@ def test_frozen_for_inference_and_thawed():
     expected = logits(model)
     for layer in layers(model).values():
         layer.freeze_for_inference()
-    assert all(adapter._frozen is not None for adapter in mos_adapters(model).values())
+    assert all(adapter._kept is not None for adapter in mos_adapters(model).values())
     assert torch.equal(logits(model), expected)
-    frozen = {name: adapter._frozen for name, adapter in mos_adapters(model).items()}
+    frozen = {name: adapter._kept for name, adapter in mos_adapters(model).items()}
     model.load_state_dict(model.state_dict())
     assert torch.equal(logits(model), expected)
-    assert all(adapter._frozen is not frozen[name] for name, adapter in mos_adapters(model).items())
+    assert all(adapter._kept is not frozen[name] for name, adapter in mos_adapters(model).items())
 
 
 @every_family

@@ -205,7 +205,7 @@ def test_after_warmup_a_block_launches_nothing_new(described, dtype):
     model[1].act_fn.register_forward_hook(lambda *_: called.append(1))
     mos_kernels.warmup(model, dtype)
     assert [block.mos_router.training for block in model] == [True, False, False, False] and not called
-    assert model[1].gate_proj._frozen is not None
+    assert model[1].gate_proj._kept is not None
     warm = set(described)
     with torch.no_grad():
         for block in model:
