@@ -17,7 +17,7 @@ from torch import Tensor
 from mos_kernels import steps
 from mos_kernels.backends import load_backend, load_ffn
 from mos_kernels.backends.eager import compute_dtype
-from mos_kernels.backends.interface import Saved
+from mos_kernels.backends.interface import FFNSaved, Saved
 from mos_kernels.call import (
     FFNPlan,
     FFNTensors,
@@ -109,12 +109,11 @@ class _MoSFFN(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         _begin_backward()
-        tensors, steps = ctx.saved_tensors, load_ffn(ctx.plan.backend)
+        tensors, needs = ctx.saved_tensors, FFNTensors.of(ctx.needs_input_grad[1:])
         given = FFNTensors.of(tensors[: ctx.count])._replace(token_mask=ctx.token_mask)
-        saved = steps.FFNSaved.of(tensors[ctx.count :], len(given.reads))
+        saved = FFNSaved.of(tensors[ctx.count :], len(given.reads))
         with without_autocast(dy):
-            gradients = steps.ffn_backward(dy, given, saved, ctx.plan, FFNTensors.of(ctx.needs_input_grad[1:]))
-        return None, *gradients.flat
+            return None, *load_ffn(ctx.plan.backend).ffn_backward(dy, given, saved, ctx.plan, needs).flat
 
 
 def _begin_backward() -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mos_kernels.backends import eager, eager_few
-from mos_kernels.backends.interface import BridgeInputs, Prepared
+from mos_kernels.backends.interface import BridgeInputs, FFNSaved, Prepared
 from mos_kernels.call import Adapted, FFNPlan, FFNTensors, flat, shaped
 from mos_kernels.config import MoSConfig
 
@@ -26,26 +26,6 @@ CACHED = 1 << 17
 """Numbers of one wide tensor that are worked on at a time."""
 
 aten = torch.ops.aten
-
-
-class FFNSaved(NamedTuple):
-    """The tensors that forward saves for backward besides its arguments; h is the input of the last linear."""
-
-    p: Tensor  # (T, m·r) of the m linears that read x, or (T, m·E, r)
-    n: Tensor  # (T,)
-    logits: Tensor | None  # (T, E)
-    p_h: Tensor
-    n_h: Tensor
-    grams: tuple[Tensor, ...]  # of the last linear, and of those that read x
-    outputs: tuple[Tensor, ...]  # (T, d) of those that read x
-
-    @property
-    def flat(self) -> tuple[Tensor | None, ...]:
-        return (*self[:5], *self.grams, *self.outputs)
-
-    @classmethod
-    def of(cls, flat: Sequence, reads: int) -> FFNSaved:
-        return cls(*flat[:5], tuple(flat[5 : 6 + reads]), tuple(flat[6 + reads :]))
 
 
 def ffn_forward(t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]:
@@ -65,8 +45,8 @@ def ffn_forward(t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]:
     h, p_h, n_h = _activate(outputs, down.A, plan)
     z, _ = eager.bridge(BridgeInputs(p_h, n_h, gates, False, _curvature(down, dtype), made), config)
     y = eager.expand(z, made, down.bias, dtype).addmm_(h, down.weight.t())
-    grams = (made.gram, *(made.gram for made in prepared))
-    return shaped(y, t.x), FFNSaved(p, n, logits, p_h, n_h, grams, tuple(outputs))
+    grams = tuple(each.gram for each in (*prepared, made))
+    return shaped(y, t.x), FFNSaved(p, n, logits, p_h, n_h, None, None, grams, tuple(outputs))
 
 
 class FewTokens(NamedTuple):
@@ -127,7 +107,8 @@ def ffn_backward(dy: Tensor, t: FFNTensors, saved: FFNSaved, plan: FFNPlan, need
     dy, down, m = flat(dy), t.down, len(t.reads)
     gates = _gates(t, saved.logits, plan.config)
 
-    made = eager.prepare(down.B, dtype, config, saved.grams[0])
+    *grams, gram_h = saved.grams
+    made = eager.prepare(down.B, dtype, config, gram_h)
     curved = BridgeInputs(saved.p_h, saved.n_h, gates, False, _curvature(down, dtype), made)
     z, bridged = eager.bridge(curved, config)
     dz, dB = eager.expand_backward(dy, z, made, needs.down.B)
@@ -137,9 +118,7 @@ def ffn_backward(dy: Tensor, t: FFNTensors, saved: FFNSaved, plan: FFNPlan, need
     d_down = dA, dB, d.kappa
 
     config = plan.config
-    prepared = [
-        eager.prepare(linear.B, dtype, config, gram) for linear, gram in zip(t.reads, saved.grams[1:], strict=True)
-    ]
+    prepared = [eager.prepare(linear.B, dtype, config, gram) for linear, gram in zip(t.reads, grams, strict=True)]
     curved = _join(saved.p, saved.n, gates, t.reads, prepared, config)
     z, bridged = eager.bridge(curved, config)
     dz, dBs = [], []

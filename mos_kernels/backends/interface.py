@@ -7,6 +7,7 @@ the kernels. `eager` documents each function with its equations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -87,6 +88,30 @@ class BridgeExpandGradients(NamedTuple):
     B: Tensor  # (d_out, E, r)
 
 
+class FFNSaved(NamedTuple):
+    """The tensors that an FFN's forward saves for its backward besides its arguments; h is the last linear's input."""
+
+    p: Tensor  # of the m linears that read x, side by side: (T, m·r) or (T, m·E, r), or planes ([m,] 1, T, R)
+    n: Tensor
+    logits: Tensor | None
+    p_h: Tensor
+    n_h: Tensor
+    z: Tensor | None  # ([m,] T, E·r) and (T, E·r), of a backend that keeps them
+    z_h: Tensor | None
+    grams: tuple[Tensor, ...]  # (E, r, r), of those that read x and of the last linear
+    outputs: tuple[Tensor, ...]  # (T, d) of those that read x
+
+    @property
+    def flat(self) -> tuple[Tensor | None, ...]:
+        return (*self[:7], *self.grams, *self.outputs)
+
+    @classmethod
+    def of(cls, flat: Sequence, reads: int) -> FFNSaved:
+        """The inverse of `flat`, of a block with so many linears that read x."""
+        (p, n, logits, p_h, n_h, z, z_h), rest = flat[:7], flat[7:]
+        return cls(p, n, logits, p_h, n_h, z, z_h, tuple(rest[: reads + 1]), tuple(rest[reads + 1 :]))
+
+
 class Backend(Protocol):
     """The steps.
 
@@ -156,18 +181,15 @@ class Backend(Protocol):
 
 
 class FFNBackend(Protocol):
-    """An FFN block as one operation.
-
-    FFNSaved: the tensors that forward saves for backward, with `flat` and `of` as in `FFNTensors`.
-    """
-
-    FFNSaved: Any
+    """An FFN block as one operation."""
 
     def constants(self, t: FFNTensors, plan: FFNPlan) -> Any:
         """What inference makes of the parameters together, to be kept as `plan.constants`; or None."""
 
-    def ffn_forward(self, t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, Any]: ...
+    def ffn_forward(self, t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]: ...
 
     def ffn_inference(self, t: FFNTensors, plan: FFNPlan) -> Tensor: ...
 
-    def ffn_backward(self, dy: Tensor, t: FFNTensors, saved: Any, plan: FFNPlan, needs: FFNTensors) -> FFNTensors: ...
+    def ffn_backward(
+        self, dy: Tensor, t: FFNTensors, saved: FFNSaved, plan: FFNPlan, needs: FFNTensors
+    ) -> FFNTensors: ...

@@ -8,11 +8,10 @@ logits are planes here (S, T, …).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
-from mos_kernels.backends.interface import Prepared
+from mos_kernels.backends.interface import FFNSaved, Prepared
 from mos_kernels.backends.triton import factor, route_bytes, rows, shares_launches
 from mos_kernels.backends.triton.activate import activate_backward_launch, activate_launch
 from mos_kernels.backends.triton.bridge import (
@@ -34,28 +33,6 @@ from mos_kernels.backends.triton.expand import (
 )
 from mos_kernels.backends.triton.shrink import shrink_backward_launch, shrink_launch, stacked
 from mos_kernels.call import Adapted, FFNPlan, FFNTensors, flat, shaped
-
-
-class FFNSaved(NamedTuple):
-    """What forward leaves for backward besides its arguments; h stands for what the last linear reads."""
-
-    p: Tensor  # (2, 1, T, R) of two linears that read x, or (1, T, R)
-    n: Tensor  # (1, T)
-    logits: Tensor | None  # (1, T, E or 2E)
-    p_h: Tensor  # (1, T, R)
-    n_h: Tensor  # (1, T)
-    z: Tensor  # (2, T, E·r) or (T, E·r)
-    z_h: Tensor  # (T, E·r)
-    grams: tuple[Tensor, ...]  # (E, r, r), of those that read x and of the last linear
-    outputs: tuple[Tensor, ...]  # (T, d) of those that read x
-
-    @property
-    def flat(self) -> tuple[Tensor | None, ...]:
-        return (*self[:7], *self.grams, *self.outputs)
-
-    @classmethod
-    def of(cls, flat: Sequence, reads: int) -> FFNSaved:
-        return cls(*flat[:7], tuple(flat[7 : 8 + reads]), tuple(flat[8 + reads :]))
 
 
 def constants(t: FFNTensors, plan: FFNPlan) -> Tensor:
