@@ -19,7 +19,7 @@ from benchmarks import providers, swiglu
 from benchmarks.providers import FusedLoRA
 from mos_kernels import MoSConfig, MoSLinear, MoSRouter, ops
 from mos_kernels.backends import selected_backend
-from mos_kernels.ffn_node import FFNForm, as_one
+from mos_kernels.ffn import FFNForm, as_one
 
 
 @dataclass(frozen=True)

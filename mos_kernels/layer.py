@@ -461,7 +461,7 @@ def _with_base_layer(layer: MoSWrapped, state_dict: dict[str, Tensor], prefix: s
 class RoutesBlock(nn.Module):
     """What an FFN block has as its router. It holds what the block keeps in eval mode, until `train()` or `eval()`."""
 
-    _standing: Any = None  # see `mos_kernels.ffn_node`
+    _standing: Any = None  # see `mos_kernels.ffn_kept`
 
     def train(self, mode: bool = True):
         self._standing = None

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from mos_kernels import ops
 from mos_kernels.backends import resolve_backend
-from mos_kernels.ffn import bound_form, why_not_one
-from mos_kernels.ffn_node import as_one
+from mos_kernels.ffn import as_one, bound_form, why_not_one
 from mos_kernels.layer import MoSAdapter, MoSLayer, MoSRouter, device_and_dtype
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import reference.layer
 import reference.routing
-from mos_kernels import MoSConfig, MoSRouter, ffn, ffn_node, ops
+from mos_kernels import MoSConfig, MoSRouter, ffn, ops
 from mos_kernels.backends import eager_ffn
 
 transformers = pytest.importorskip("transformers", reason="the blocks are transformers'")
@@ -527,8 +527,8 @@ def test_linear_by_linear(runs, change):
 @pytest.fixture
 def looks(monkeypatch):
     """How often a block was looked at as a whole."""
-    calls, look = [], ffn_node._parts
-    monkeypatch.setattr(ffn_node, "_parts", lambda *args: calls.append(1) or look(*args))
+    calls, look = [], ffn.parts_of
+    monkeypatch.setattr(ffn, "parts_of", lambda *args: calls.append(1) or look(*args))
     return calls
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import mos_kernels
 from mos_kernels import MoSConfig, MoSLinear, MoSRouter, ops
 from mos_kernels.backends.triton import launch
-from mos_kernels.ffn_node import FFNForm, as_one
+from mos_kernels.ffn import FFNForm, as_one
 
 SHAPES = ((1536, 8960), (8960, 1536), (4096, 14336), (14336, 4096))
 

@@ -18,8 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import mos_kernels
 from mos_kernels import MoSConfig, MoSLinear, MoSRouter, MoSWrapped
 from mos_kernels.backends.triton import launch
-from mos_kernels.ffn import bound_form
-from mos_kernels.ffn_node import as_one
+from mos_kernels.ffn import as_one, bound_form
 
 transformers = pytest.importorskip("transformers", reason="the blocks are transformers'")
 
@@ -246,7 +245,7 @@ def test_a_graph_that_is_captured_reads_what_is_kept_if_the_linears_are_frozen(m
 
     def capture():
         with monkeypatch.context() as patch:
-            for module in ("layer", "ffn_node"):
+            for module in ("layer", "ffn_kept"):
                 patch.setattr(f"mos_kernels.{module}.is_capturing", lambda x: True)
             return as_one(block, form, x)[1]
 
