@@ -80,11 +80,11 @@ def parameter_shapes(config: MoSConfig, d_in: int, d_out: int) -> dict[str, tupl
 def adapter_tensors(
     config: MoSConfig, d_in: int, d_out: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, nn.Parameter | None]:
-    """The parameters of an adapter by name, not initialised. A, B and router are float64 on a float64 base."""
+    """The parameters of an adapter by name, not initialised. A, B and router have this dtype."""
     tensors: dict[str, nn.Parameter | None] = {}
     for name, shape in parameter_shapes(config, d_in, d_out).items():
         is_theta = name == "mos_curvature"
-        empty = torch.empty(shape, device=device, dtype=torch.float32 if is_theta else eager.compute_dtype(dtype))
+        empty = torch.empty(shape, device=device, dtype=torch.float32 if is_theta else dtype)
         tensors[name] = nn.Parameter(empty, requires_grad=not is_theta or config.learn_curvature)
     return tensors | {name: None for name in ADAPTER_PARAMETERS if name not in tensors}
 
@@ -104,12 +104,16 @@ class MoSAdapter(Float32State):
     token_mask: Any = None  # an object whose of(x) says which tokens are real, or None
     _kept: Kept | None = None
 
-    def _add_constants(self, config: MoSConfig) -> None:
+    def _add_parameters(self, config: MoSConfig, parameters: dict[str, nn.Parameter | None]) -> None:
+        """Register and initialise the parameters, from `adapter_tensors`, and what is computed of the configuration."""
         self.config = config
         self.aux_coefficient = config.router_aux_loss_coef
         # κ = offset + gain·θ, a row each; the gain of a Euclidean expert is 0
         self.register_buffer("mos_curvature_map", None, persistent=False)
         self.register_buffer("mos_aux_weight", None, persistent=False)
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+        self.reset_adapter_parameters()
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
@@ -298,12 +302,11 @@ class MoSLayer(MoSAdapter):
     def _add_adapter(self, config: MoSConfig) -> None:
         if not isinstance(config, MoSConfig):
             raise TypeError(f"config is a {type(config).__name__}: pass a mos_kernels.MoSConfig")
-        self._add_constants(config)
-        parameters = adapter_tensors(config, self.in_features, self.out_features, *device_and_dtype(self))
+        device, dtype = device_and_dtype(self)
+        widths = self.in_features, self.out_features
+        parameters = adapter_tensors(config, *widths, device, eager.compute_dtype(dtype))
         self.requires_grad_(False)  # so far it has the base's parameters alone
-        for name, parameter in parameters.items():
-            self.register_parameter(name, parameter)
-        self.reset_adapter_parameters()
+        self._add_parameters(config, parameters)
 
     def _base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Weight and bias of a dense base, and None; or (None, None, its output on x) of any other base."""

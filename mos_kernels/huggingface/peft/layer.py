@@ -42,14 +42,8 @@ class MoSPeftAdapter(MoSAdapter):
     def __init__(self, layer: MoSPeftLayer, config: MoSConfig):
         super().__init__()
         self.in_features = layer.in_features
-        self._add_constants(config)
-        device, dtype = device_and_dtype(layer)
-        tensors = adapter_tensors(config, layer.in_features, layer.out_features, device, dtype)
-        for name, tensor in tensors.items():
-            if tensor is not None and name not in self._float32_state:
-                tensor = nn.Parameter(tensor.data.to(dtype))
-            self.register_parameter(name, tensor)
-        self.reset_adapter_parameters()
+        widths = layer.in_features, layer.out_features
+        self._add_parameters(config, adapter_tensors(config, *widths, *device_and_dtype(layer)))
 
     @property
     def trains_curvature(self) -> bool:
