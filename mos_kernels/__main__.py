@@ -31,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     tune.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     tune.add_argument("--dry-run", action="store_true", help="print the settings found and write nothing")
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # for names and signs that the terminal's encoding lacks
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] in (["finetune"], ["export-lora"]):  # their options need transformers; the other commands' none
         try:

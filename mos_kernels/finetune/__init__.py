@@ -43,9 +43,6 @@ def run(argv: Sequence[str]) -> int:
 
     Returns 0, 1 if the run failed, 2 for a mistake of the user, or 130 if it was interrupted.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # for class names that the terminal's encoding lacks
     try:
         with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
             if os.environ.get("RANK", "0") != "0":  # only the first of torchrun's processes prints

@@ -430,9 +430,15 @@ def _mask_names(model: nn.Module) -> Callable[[nn.Module], tuple[str, ...]]:
 
 
 def _masks(batch: Mapping[str, Tensor] | Tensor, names: tuple[str, ...]) -> Callable[[Tensor], Tensor | None]:
-    """Which tokens of x (..., d) are not padding, bool (...), by the mask that fits x; None: all of them."""
-    masks = [batch.get(name) for name in names] if isinstance(batch, Mapping) else []
-    masks = [mask for mask in masks if isinstance(mask, Tensor)]
+    """Which tokens of x (..., d) are not padding, bool (...), by the mask that fits x; None: all of them.
+
+    A decoder behind an encoder is seldom given a mask: its padding has no labels.
+    """
+    found = [batch.get(name) for name in names] if isinstance(batch, Mapping) else []
+    masks = [mask for mask in found if isinstance(mask, Tensor)]
+    if "decoder_attention_mask" in names and found[-1] is None and isinstance(batch, Mapping):
+        labels = batch.get("labels")
+        masks += [labels != IGNORED] if isinstance(labels, Tensor) and labels.dim() == 2 else []
     return lambda x: next((fit for mask in masks if (fit := of_tokens(mask, x)) is not None), None)
 
 
