@@ -249,6 +249,10 @@ def _trainer(options: Options, arguments, model, tokenizer, train, evaluation, s
         if not len(trainer.train_dataset) or not len(trainer.eval_dataset):
             raise FinetuneError("no row is left: raise --max-length")
         score = training.causal_scores
+    scores = training.SCORES[options.task]
+    known = [*scores, *(f"{file}/{name}" for file in evaluation for name in scores if len(evaluation) > 1)]
+    if (best := arguments.metric_for_best_model) and best.removeprefix("eval_") not in known:
+        raise FinetuneError(f"--metric_for_best_model {best} is none of {', '.join(known)}")
     rows = [ids for part in (trainer.train_dataset, trainer.eval_dataset) for ids in part["input_ids"]]
     full = sum(len(ids) >= length for ids in rows)
     if full and not getattr(arguments, "packing", False):

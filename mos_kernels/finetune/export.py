@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         "--text-column", nargs="+", help="two columns are a classifier's pair (default: messages, prompt or text)"
     )
     source.add_argument("--label-column", help="for a classifier: the report then has the accuracy")
-    source.add_argument("--target-column", help="for a decoder: the completion after the text")
+    source.add_argument("--target-column", help="for a language model: the completion of the text")
     source.add_argument("--separator", help="between text and completion (default: a newline)")
     source.add_argument("--max-length", type=int, default=512, help="in tokens (default 512)")
     source.add_argument("--batch-size", type=int, default=16, help="default 16")
@@ -164,11 +164,10 @@ def _translated(options: argparse.Namespace, tokenizer, row: tuple[str, dict], c
     """Token ids of a row for an encoder and a decoder, as they are trained: without the separator between them."""
     where, values = row
     target = options.target_column or ("completion" if "completion" in values else None)
-    if target is None or options.separator is not None:
-        wrong = "an encoder-decoder writes a completion: name --target-column"
-        raise FinetuneError(
-            f"{where}: {wrong}" if target is None else "--separator does not go with an encoder-decoder"
-        )
+    if target is None:
+        raise FinetuneError(f"{where}: an encoder-decoder writes a completion: name --target-column")
+    if options.separator is not None:
+        raise FinetuneError("--separator does not go with an encoder-decoder: drop it")
     text, target = " ".join(_texts(options, *row)), text_of(where, values, target)
     found = tokenizer(text, text_target=target, truncation=True, max_length=options.max_length)
     return {name: found[name] for name in ("input_ids", "attention_mask", "labels")}
