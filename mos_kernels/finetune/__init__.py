@@ -48,9 +48,9 @@ def run(argv: Sequence[str]) -> int:
             if os.environ.get("RANK", "0") != "0":  # only the first of torchrun's processes prints
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             finetune(argv)
-    except (FinetuneError, FloatingPointError, OSError, SafetensorError, HTTPError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, FinetuneError) else 1
+    except (FinetuneError, FloatingPointError, ImportError, OSError, SafetensorError, HTTPError) as error:
+        print(f"error: {error}", file=sys.stderr)  # ImportError: an option needs a package that is not installed
+        return 2 if isinstance(error, (FinetuneError, ImportError)) else 1
     except KeyboardInterrupt:
         print("\ninterrupted: the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         return 130

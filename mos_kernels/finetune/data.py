@@ -271,7 +271,7 @@ def _split(train: datasets.Dataset, options: Options) -> tuple[datasets.Dataset,
         names = [train.features["labels"].names[label] for label in train["labels"]] if by else []
         single = [name for name, count in Counter(names).items() if count == 1]
         rare = f" (a single row has {_some(single)})" if single else ""
-        hint = "merge rare classes with --rename-label OLD=NEW, or give --eval-file"
+        hint = f"{'merge rare classes with --rename-label OLD=NEW, or ' if by else ''}give --eval-file"
         raise FinetuneError(f"--eval-size {options.eval_size:g} of {len(train)} rows: {error}{rare}; {hint}") from None
     return parts["train"], parts["test"]
 

@@ -569,10 +569,11 @@ def _modules_saved_whole(outer: nn.Module, inner: nn.Module) -> tuple[list[str],
     if hasattr(outer, "peft_config"):
         from peft import get_peft_model_state_dict
 
-        name = active_names(outer)[0]
-        found = get_peft_model_state_dict(outer, adapter_name=name)
-        tensors = {k.removeprefix(files.PREFIX): v for k, v in found.items() if not files.is_adapter(k)}
-        modules = list(outer.peft_config[name].modules_to_save or [])
+        modules, tensors = [], {}
+        for name in active_names(outer):  # of several, each on other linears
+            found = get_peft_model_state_dict(outer, adapter_name=name)
+            tensors |= {k.removeprefix(files.PREFIX): v for k, v in found.items() if not files.is_adapter(k)}
+            modules += outer.peft_config[name].modules_to_save or []
     else:
         state = adapter_state(inner)
         modules = [] if state is None else state.modules_to_save()

@@ -493,3 +493,12 @@ def test_classes_that_the_terminal_has_no_letters_for(bert, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "classes: \\u574f (4), \\u597d (4)" in done.stdout, done.stderr
     assert metrics_of(tmp_path / "out")["data"]["classes"] == ["坏", "好"]
+
+
+def test_an_option_whose_package_is_not_installed(bert, files, tmp_path, capsys, monkeypatch):
+    def missing(*args, **kwargs):
+        raise ImportError("liger-kernel is not available. Please install it")
+
+    monkeypatch.setattr("transformers.Trainer.train", missing)
+    assert classify(bert, files, tmp_path / "out") == 2
+    assert "error: liger-kernel is not available. Please install it" in capsys.readouterr().err

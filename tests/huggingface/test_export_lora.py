@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -500,6 +501,20 @@ def test_of_pefts_adapters_the_active_one(tmp_path):
     model.set_adapter("default")
     with model.disable_adapter(), pytest.raises(ValueError, match="disabled"):
         export_lora(model, batches(2), tmp_path / "none")
+
+
+@pytest.mark.parametrize("order", [["default", "second"], ["second", "default"]])
+def test_two_adapters_on_different_linears_with_what_comes_with_either(order, tmp_path):
+    model = peft_model(target_modules=["up_proj"], modules_to_save=["lm_head"])
+    model.add_adapter("second", dataclasses.replace(model.peft_config["default"], target_modules=["down_proj"],
+                                                    modules_to_save=None))  # fmt: skip
+    model.base_model.set_adapter(order)
+    head = model.base_model.model.lm_head.modules_to_save["default"].weight
+    with torch.no_grad():
+        head.normal_()
+    assert len(export_lora(model, batches(1), tmp_path / "lora", rank=1).linears) == 4
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path / "lora")
+    assert torch.equal(loaded.base_model.model.lm_head.modules_to_save["default"].weight, head)
 
 
 def test_peft_says_where_to_go_when_it_cannot_merge():
