@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         return (run_finetune if arguments[0] == "finetune" else export.run)(arguments[1:])
     options = parser.parse_args(arguments)
+    if options.command == "doctor" and options.base is not None and options.model is None:
+        parser.error("--base has no effect here: give --model")
     if options.command == "doctor" and options.model is not None:
         from mos_kernels.huggingface.participation import run as check
 

@@ -96,6 +96,8 @@ def _export(options: argparse.Namespace) -> ExportReport:
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if is_classifier(model):
+        model.config.pad_token_id = tokenizer.pad_token_id  # as in training: it decides which token is the last
     positions = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
     options.max_length = min(options.max_length, positions or options.max_length, tokenizer.model_max_length)
     encode, collate, asked = _encoding(model, tokenizer)

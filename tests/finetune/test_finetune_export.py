@@ -9,6 +9,7 @@ import pytest
 import torch
 from finetune_setup import save_bert, save_llama, save_tokenizer, sentences, write_tsv
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -83,6 +84,24 @@ def test_of_an_encoder_and_decoder(place, tmp_path, capsys):
     assert command(place, "t5", tmp_path / "none", **options) == 2
     assert "an encoder-decoder writes a completion: name --target-column" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_of_a_classifier_whose_base_names_no_padding(place, tmp_path, capsys):
+    """finetune gives it the tokenizer's: so the report is of the same last tokens."""
+    config = AutoConfig.from_pretrained(place / "llama", pad_token_id=None, num_labels=2)
+    shutil.copytree(place / "llama", tmp_path / "base")
+    config.save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    apply_mos(model, MoSConfig(r=2, init_lora_weights=False))
+    model.score.requires_grad_(True)
+    save_adapter(model, place / "llama-classes-mos")
+    options = {"model": tmp_path / "base", "label_column": "label", "rank": 2}
+    assert command(place, "llama-classes", tmp_path / "lora", **options, batch_size=8) == 0
+    batched = capsys.readouterr().out
+    assert command(place, "llama-classes", tmp_path / "alone", **options, batch_size=1) == 0
+    alone = capsys.readouterr().out
+    line = next(line for line in batched.splitlines() if line.startswith("accuracy"))
+    assert line.split(",")[0] in alone
 
 
 @pytest.mark.parametrize("name", ["bert-tokens", "bert-plain"])

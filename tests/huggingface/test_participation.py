@@ -142,5 +142,8 @@ def test_the_command(tmp_path, capsys):
     assert "model.layers.0.mlp.up_proj: adds nothing" in capsys.readouterr().out
     assert main(["doctor", "--model", str(tmp_path / "mos"), "--base", str(tmp_path / "whole")]) == 2
     assert "holds an adapter itself" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["doctor", "--base", str(tmp_path / "base")])
+    assert "--base has no effect here: give --model" in capsys.readouterr().err
     assert main(["doctor", "--model", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().out
