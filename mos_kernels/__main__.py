@@ -31,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     tune.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     tune.add_argument("--dry-run", action="store_true", help="print the settings found and write nothing")
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # for names and signs that the terminal's encoding lacks
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] in (["finetune"], ["export-lora"]):  # their options need transformers; the other commands' none
         try:
@@ -41,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         return (run_finetune if arguments[0] == "finetune" else export.run)(arguments[1:])
     options = parser.parse_args(arguments)
+    if options.command == "doctor" and options.base is not None and options.model is None:
+        parser.error("--base has no effect here: give --model")
     if options.command == "doctor" and options.model is not None:
         from mos_kernels.huggingface.participation import run as check
 

@@ -156,6 +156,8 @@ def _completed(options: Options, values: dict) -> dict:
     values["data_seed"] = values["seed"] if values["data_seed"] is None else values["data_seed"]
     values["dataloader_pin_memory"] &= torch.cuda.is_available() and not values["use_cpu"]
     values["label_names"] = values["label_names"] or ["labels"]
+    if values["greater_is_better"] is None and (values["metric_for_best_model"] or "").endswith("perplexity"):
+        values["greater_is_better"] = False
     if values["ddp_find_unused_parameters"] is None and options.method != "full":  # a step uses all of them
         values["ddp_find_unused_parameters"] = False
     if "eval_packing" in values:  # predictions.jsonl and exact_match need each row by itself
