@@ -126,9 +126,11 @@ UNSUPPORTED = (
 
 
 def refuse_transforms(*tensors: Tensor | None) -> None:
-    """Raise NotImplementedError under torch.jit.trace, transforms of torch.func, and forward-mode differentiation."""
+    """Raise NotImplementedError under a trace of torch.jit or torch.fx, transforms of torch.func, and forward mode."""
     if torch.compiler.is_compiling():
         return
+    if isinstance(tensors[0], torch.fx.Proxy):
+        raise NotImplementedError(UNSUPPORTED.format("torch.fx.symbolic_trace"))
     if torch.jit.is_tracing():
         raise NotImplementedError(UNSUPPORTED.format("torch.jit.trace"))
     if torch._C._are_functorch_transforms_active():

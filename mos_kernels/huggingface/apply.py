@@ -22,7 +22,7 @@ from mos_kernels.huggingface.modules import (
     unwrap,
 )
 from mos_kernels.huggingface.plan import Plan, make_plan
-from mos_kernels.huggingface.state import AdapterState, adapter_state
+from mos_kernels.huggingface.state import AdapterState, adapter_states
 from mos_kernels.huggingface.targets import frozen_heads, refuse_offloaded
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSRouter, MoSWrapped, offload_hook
 from mos_kernels.sharded import refuse_sharded, refuse_zero3
@@ -136,10 +136,8 @@ def remove_mos(model: nn.Module) -> list[str]:
     for block in blocks:
         remove_router(block)
     forget_attention_mask(model)
-    for module in model.modules():  # the adapter may have been applied to a part of the model
-        state = adapter_state(module)
-        if state is not None:
-            state.remove()
+    for state in adapter_states(model):
+        state.remove()
     return [names[0] for names in places.values()]
 
 

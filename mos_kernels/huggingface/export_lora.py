@@ -28,13 +28,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as product
-from transformers.pytorch_utils import Conv1D
 
-import mos_kernels
 from mos_kernels.functional import mos_linear, mos_route
 from mos_kernels.huggingface import files
 from mos_kernels.huggingface.atomic import check_folder
 from mos_kernels.huggingface.attention_mask import of_tokens
+from mos_kernels.huggingface.card import export_card
 from mos_kernels.huggingface.modules import (
     active_names,
     adapter_parameters,
@@ -44,7 +43,7 @@ from mos_kernels.huggingface.modules import (
 )
 from mos_kernels.huggingface.state import adapter_state, tensors_of
 from mos_kernels.huggingface.targets import classifier_heads, refuse_offloaded
-from mos_kernels.layer import MoSAdapter, MoSConv1D, MoSLayer, evaluating
+from mos_kernels.layer import MoSAdapter, MoSLayer, evaluating, is_conv1d
 from mos_kernels.sharded import gathered, refuse_sharded, refuse_zero3
 
 PASSES = 10
@@ -609,10 +608,10 @@ def _write(folder: Path, model: nn.Module, linears: list[_Linear], whole, report
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": _target_modules(model, [linear.name for linear in linears]),
-        "fan_in_fan_out": any(_is_conv1d(one.layer) for one in linears),
+        "fan_in_fan_out": any(is_conv1d(getattr(one.layer, "base_layer", one.layer)) for one in linears),
         "modules_to_save": modules or None,
     }
-    card = _card(about_base["base_model_name_or_path"], kind, report)
+    card = export_card(about_base["base_model_name_or_path"], kind, report.summary(), report.table())
     values = {files.PREFIX + name: tensor for name, tensor in gathered(tensors).items()}
     if folder.is_dir():  # it may be a mount, or the current folder: another cannot take its place
         files.write_folder(folder, values, config, card)
@@ -626,10 +625,6 @@ def _write(folder: Path, model: nn.Module, linears: list[_Linear], whole, report
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _is_conv1d(layer: nn.Module) -> bool:
-    return isinstance(layer, MoSConv1D) or isinstance(layer._modules.get("base_layer"), Conv1D)
-
-
 def _task_type(kind: type[nn.Module]) -> str | None:
     ends = {
         "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
@@ -637,34 +632,3 @@ def _task_type(kind: type[nn.Module]) -> str | None:
         "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     }  # fmt: skip
     return next((task for end, task in ends.items() if kind.__name__.endswith(end)), None)
-
-
-def _card(base: str | None, kind: type[nn.Module], report: ExportReport) -> str:
-    base_line = "" if base is None or os.path.exists(base) else f"base_model: {base}\n"
-    lost, table = "\n".join(f"- {line}" for line in report.summary()), "\n".join(report.table())
-    return f"""---
-{base_line}library_name: peft
-tags:
-- lora
-- mos-kernels
----
-
-# A LoRA exported from a Mixture-of-Space adapter
-
-A plain LoRA, fitted by mos_kernels {mos_kernels.__version__} to a Mixture-of-Space adapter on calibration data. It \
-loads, merges and serves without mos_kernels:
-
-```python
-from peft import PeftModel
-from transformers import {kind.__name__}
-
-model = PeftModel.from_pretrained({kind.__name__}.from_pretrained({base or "the base model"!r}), "this folder")
-model = model.merge_and_unload()
-```
-
-## What was lost
-
-{lost}
-
-{table}
-"""
