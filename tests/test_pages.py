@@ -68,7 +68,9 @@ def setting(page: str) -> dict:
     names = {"__name__": page}
     if page == "training.md":
         rows = [{"input_ids": [2, 5, 6, 7], "labels": [2, 5, 6, 7]}] * 8
-        return {**names, "model": base(), "data": rows, "conversations": load_dataset(DATA, split="train")}
+        batches = [{"input_ids": torch.tensor([[2, 5, 6, 7]]), "labels": torch.tensor([[2, 5, 6, 7]])}] * 4
+        conversations = load_dataset(DATA, split="train")
+        return {**names, "model": base(), "data": rows, "batches": batches, "conversations": conversations}
     if page == "scale.md":
         model = base()
         apply_mos(model, MoSConfig(r=4))
