@@ -74,7 +74,7 @@ def setting(page: str) -> dict:
     if page == "scale.md":
         model = base()
         apply_mos(model, MoSConfig(r=4))
-        return {**names, "model": model, "accumulation_steps": 4, "loaded": base(), "folder": "peft"}
+        return {**names, "model": model, "loaded": base(), "folder": "peft"}
     if page == "command-line.md":
         save_bert(Path("MODEL"))
         lines = [
