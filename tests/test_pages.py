@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- not run: .+ -->\n\n?)?```python\n(.*?)```", re.DOTALL)
 ROW = re.compile(r"^\| `(\w+)` \| `([^`]*)` \|", re.MULTILINE)
-LINK = re.compile(r"\]\(((?!https?:)[^)#\s]+)(?:#[^)]*)?\)")
+LINK = re.compile(r"\]\(((?!https?:)[^)#\s]*)(?:#([^)]*))?\)")
+HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 ELSEWHERE = {"peft.md": "tests/huggingface/test_peft_docs.py"}
 """Pages whose code another file runs."""
 APART = ("scale.md",)
@@ -114,10 +115,23 @@ def test_the_configuration_page_has_every_field_and_its_default():
         assert repr(getattr(MoSPeftConfig(), name)) == default
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "tests/README.md"))],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
 def test_links_lead_somewhere(page):
-    for target in LINK.findall(page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target, heading in LINK.findall(page.read_text(encoding="utf-8")):
+        file = page.parent / target if target else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if heading:
+            anchors = {anchor(found) for found in HEADING.findall(file.read_text(encoding="utf-8"))}
+            assert heading in anchors, f"{page.name} links to {target}#{heading}, and there is {sorted(anchors)}"
+
+
+def anchor(heading: str) -> str:
+    """The name of a heading in a link, as GitHub and mkdocs make it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def test_every_page_is_in_the_sites_navigation():
