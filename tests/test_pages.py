@@ -7,6 +7,7 @@ comment `<!-- not run: why -->` before a block leaves it out.
 from __future__ import annotations
 
 import dataclasses
+import pkgutil
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from finetune_setup import save_bert
 from pages import DATA, prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mos_kernels
 from mos_kernels import MoSConfig
 from mos_kernels.huggingface import apply_mos, save_adapter
 
@@ -137,6 +139,19 @@ def anchor(heading: str) -> str:
 def test_every_page_is_in_the_sites_navigation():
     named = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
     assert {path.name for path in (ROOT / "docs").glob("*.md")} == {name for name in named if "/" not in name}
+
+
+def test_the_api_page_names_what_exists_and_leaves_out_nothing_public():
+    named = set()
+    for block in re.split(r"^::: ", (ROOT / "docs/api.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        path, _, options = block.partition("\n")
+        owner = pkgutil.resolve_name(path)
+        listed = re.search(r"members:(?: \[(.*)\]|((?:\n +- \w+)+))", options)
+        members = re.findall(r"\w+", " ".join(filter(None, listed.groups()))) if listed else []
+        assert [name for name in members if not getattr(getattr(owner, name), "__doc__", None)] == []
+        named |= {*members, path.rpartition(".")[2]}
+    public = {*mos_kernels.__all__, *mos_kernels.huggingface.__all__} - {"__version__", "Idle", "MoSPeftModel"}
+    assert public <= named
 
 
 def test_the_readme_fits_a_page():
