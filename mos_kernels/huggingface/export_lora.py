@@ -140,14 +140,15 @@ def export_lora(
         rank: None: the rank at which the LoRA has as many parameters as the adapter.
         evaluation_batches: the data of the report. None: the calibration data, on which the losses are optimistic.
         at_once: how many linears are fitted in one pass over the data. A linear does not see the export of others in
-            the same pass. None: a tenth of them. 1: each is fitted on the output of all exported linears before it. The
-            memory is that of C and D, d_in·(d_in + d_out) float64 numbers for each of these linears; no token is kept.
-        ridge: λ, in units of the mean variance of the inputs: how much rare directions are drawn to the flat map M₀.
+            the same pass. None: a tenth of them. 1: each is fitted on the output of all exported linears before it.
+            Each of these linears takes memory for d_in·(d_in + d_out) float64 numbers; no token is kept.
+        ridge: how much directions that are rare in the data are drawn to the Euclidean map with the mean gates, in
+            units of the mean variance of the inputs.
 
-    Returns the report, which is also in the model card. After an error nothing is written. Raises ValueError for no
-    tokens, a linear that no token reached, values that are not finite, a rank below 1, no adapter or several active
-    ones, and a linear that the model holds in several places; FileExistsError if the folder is not empty,
-    NotADirectoryError if a parent of it is a file, OSError if nothing can be written there.
+    Returns the report, which is also in the model card. After an error nothing is written. Raises ValueError if there
+    are no tokens, if no token reached a linear, for values that are not finite, for a rank below 1, for a model without
+    an active adapter or with several, and for a linear that the model holds in several places. Raises FileExistsError
+    if the folder is not empty, NotADirectoryError if a parent of it is a file, and OSError if nothing can be written.
     """
     folder = Path(folder).resolve()  # a link stays one
     check_arguments(folder, rank, at_once, ridge)
