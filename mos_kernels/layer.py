@@ -326,15 +326,16 @@ class MoSLayer(MoSAdapter):
         return self._adapt(x, gates, backend, *self._base(x))
 
     def freeze_for_inference(self):
-        """Switch to eval mode, and cache what depends only on the parameters: κ, G, and factors in the base's dtype.
+        """Switch to eval mode, and cache what depends only on the parameters: κ, G = BᵀB, and A, B and router cast.
 
-        So an FFN block that is one operation caches its router, once all of its linears are frozen and it has run.
+        Only CUDA graphs need this call. Without it, the first call in eval mode without gradients caches the same. A
+        graph that is captured after this call uses the cache; capture it again after the parameters change. A graph
+        that is captured without it computes these tensors at each replay. An FFN block that runs as one operation
+        caches its router when it first runs after all of its linears were frozen.
 
-        The first call in eval mode without gradients does this by itself. The cache is valid as long as the parameters
-        do not change. A write through `.data` (`p.data.copy_(...)`) or through numpy cannot be noticed: call `eval()`
-        after it. Only CUDA graphs need this call. A graph that is captured after it uses the cache; capture it again
-        after the parameters change. A graph that is captured without it computes these tensors at each replay.
-        `train()` and `eval()` undo the call. Returns the layer.
+        The cache is valid as long as the parameters do not change. A write through `.data` (`p.data.copy_(...)`) or
+        through numpy cannot be noticed: call `eval()` after it. `train()` and `eval()` undo the call. Returns the
+        layer.
         """
         self.eval()
         self._freeze(*device_and_dtype(self))
@@ -346,20 +347,34 @@ class MoSLayer(MoSAdapter):
 
 
 class MoSLinear(MoSLayer, nn.Linear):
-    """A frozen `nn.Linear` with a Mixture-of-Space adapter (see `MoSLayer` for its parameters).
+    """A frozen `nn.Linear` with a Mixture-of-Space adapter.
 
-    weight (d_out, d_in) and bias are the base's own parameters, under the base's names. So a checkpoint of the whole
-    model loads into the model without adapters. With router_scope="linear" the layer has a router: `layer(x)`. With
-    "ffn" it needs the gates of a `MoSRouter`: `layer(x, gates)`.
+        layer = MoSLinear.from_linear(linear, MoSConfig(r=8, router_scope="linear"))
+        y = layer(x)  # (..., d_in) -> (..., d_out)
+
+    With router_scope="linear" the layer has a router of its own. With "ffn", the default, it needs the gates of a
+    `MoSRouter`: `layer(x, gates)`.
+
+    `MoSLayer` lists the parameters of the adapter. weight (d_out, d_in) and bias (d_out,) are the base's own
+    parameters, frozen, under the base's names. So a checkpoint of the whole model loads into the model without
+    adapters.
     """
 
     def __init__(self, in_features, out_features, bias=True, *, config: MoSConfig, device=None, dtype=None):
+        """A new linear, initialised as `nn.Linear`, with an adapter. device, dtype: of weight and bias.
+
+        Raises TypeError if config is no MoSConfig.
+        """
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
         self._add_adapter(config)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: MoSConfig) -> MoSLinear:
-        """Put an adapter on `linear`. The layer uses its weight and bias without copying them, and freezes them."""
+        """Put an adapter on `linear`. The layer uses its weight and bias without copying them, and freezes them.
+
+        Raises TypeError if linear is no nn.Linear, and ValueError if it has an adapter or is not dense (see
+        `MoSWrapped`).
+        """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
                 f"{type(linear).__name__} is no nn.Linear: MoSLinear adapts nn.Linear, MoSConv1D transformers' Conv1D"
@@ -477,6 +492,9 @@ class RoutesBlock(nn.Module):
 class MoSRouter(RoutesBlock, Float32State):
     """The router of an FFN block: x (..., d_in) -> gates (..., E), used by every adapted linear of the block.
 
+        gates = router(x)
+        y = down(act(gate(x, gates)) * up(x, gates), gates)
+
     weight (E, d_in) is initialised as normal(0, 0.02) in float32. Logits are computed in float32, or in float64 for
     float64 input. In training mode, backward adds the gradient of the load-balancing loss, times `mos_aux_weight`, to
     the gradient of the logits.
@@ -486,6 +504,7 @@ class MoSRouter(RoutesBlock, Float32State):
     token_mask: Any = None  # an object whose of(x) says which tokens are real, or None
 
     def __init__(self, in_features: int, config: MoSConfig, device=None, dtype=None):
+        """in_features: d_in, the width of the block's input. dtype: of the weight, by default float32."""
         super().__init__()
         self.in_features, self.config = in_features, config
         self.aux_coefficient = config.router_aux_loss_coef

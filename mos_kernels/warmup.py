@@ -16,7 +16,7 @@ from mos_kernels.layer import MoSAdapter, MoSLayer, MoSRouter, device_and_dtype
 
 
 def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Compile the kernels of `model` by running it on zeros, part by part.
+    """Compile the Triton kernels of `model` before they are needed, by running its parts on zeros.
 
     Each distinct adapted linear, router and FFN block that is one operation runs once for few tokens and once for many.
     After this, an input of any length compiles nothing.

@@ -43,17 +43,14 @@ def run(argv: Sequence[str]) -> int:
 
     Returns 0, 1 if the run failed, 2 for a mistake of the user, or 130 if it was interrupted.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # for class names that the terminal's encoding lacks
     try:
         with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
             if os.environ.get("RANK", "0") != "0":  # only the first of torchrun's processes prints
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             finetune(argv)
-    except (FinetuneError, FloatingPointError, OSError, SafetensorError, HTTPError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, FinetuneError) else 1
+    except (FinetuneError, FloatingPointError, ImportError, OSError, SafetensorError, HTTPError) as error:
+        print(f"error: {error}", file=sys.stderr)  # ImportError: an option needs a package that is not installed
+        return 2 if isinstance(error, (FinetuneError, ImportError)) else 1
     except KeyboardInterrupt:
         print("\ninterrupted: the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -252,6 +249,10 @@ def _trainer(options: Options, arguments, model, tokenizer, train, evaluation, s
         if not len(trainer.train_dataset) or not len(trainer.eval_dataset):
             raise FinetuneError("no row is left: raise --max-length")
         score = training.causal_scores
+    scores = training.SCORES[options.task]
+    known = [*scores, *(f"{file}/{name}" for file in evaluation for name in scores if len(evaluation) > 1)]
+    if (best := arguments.metric_for_best_model) and best.removeprefix("eval_") not in known:
+        raise FinetuneError(f"--metric_for_best_model {best} is none of {', '.join(known)}")
     rows = [ids for part in (trainer.train_dataset, trainer.eval_dataset) for ids in part["input_ids"]]
     full = sum(len(ids) >= length for ids in rows)
     if full and not getattr(arguments, "packing", False):

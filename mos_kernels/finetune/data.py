@@ -37,7 +37,10 @@ def read_data(options: Options) -> tuple[datasets.Dataset, dict[str, datasets.Da
     parts = {name: read_rows(path, options.column_names) for name, path in _names(options.eval_file or ()).items()}
     if options.eval_split:
         parts[options.eval_split] = _read_dataset(options, options.eval_split)
-    examples = (_labelled if options.task == "classification" else _examples)(options, rows)
+    if options.task == "classification":
+        examples = _labelled(options, rows, [row for part in parts.values() for row in part])
+    else:
+        examples = _examples(options, rows)
     train, evaluation = examples(rows), {name: examples(part) for name, part in parts.items()}
     if options.eval_size is not None:
         train, evaluation["held_out"] = _split(train, options)
@@ -153,10 +156,10 @@ def _names(paths: Sequence[str]) -> dict[str, str]:
 # examples
 
 
-def _labelled(options: Options, train: Rows) -> Callable[[Rows], datasets.Dataset]:
+def _labelled(options: Options, train: Rows, evaluation: Rows) -> Callable[[Rows], datasets.Dataset]:
     """A function that turns rows into texts with class numbers. The classes are those of the training rows."""
     column, renames = options.label_column, dict(text.partition("=")[::2] for text in options.rename_label or ())
-    found = sorted({str(column_of(*row, column)) for row in train})
+    found = sorted({str(column_of(*row, column)) for row in (*train, *evaluation)})
     for old, new in renames.items():
         if old not in found or not new:
             raise FinetuneError(f"--rename-label {old}={new} is not OLD=NEW with OLD one of {_some(found)}")
@@ -265,8 +268,11 @@ def _split(train: datasets.Dataset, options: Options) -> tuple[datasets.Dataset,
     try:
         parts = train.train_test_split(size, seed=options.split_seed or 0, keep_in_memory=True, **by)
     except ValueError as error:
-        hint = "merge rare classes with --rename-label OLD=NEW, or give --eval-file"
-        raise FinetuneError(f"--eval-size {options.eval_size:g} of {len(train)} rows: {error}; {hint}") from None
+        names = [train.features["labels"].names[label] for label in train["labels"]] if by else []
+        single = [name for name, count in Counter(names).items() if count == 1]
+        rare = f" (a single row has {_some(single)})" if single else ""
+        hint = f"{'merge rare classes with --rename-label OLD=NEW, or ' if by else ''}give --eval-file"
+        raise FinetuneError(f"--eval-size {options.eval_size:g} of {len(train)} rows: {error}{rare}; {hint}") from None
     return parts["train"], parts["test"]
 
 

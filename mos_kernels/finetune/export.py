@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, DataCollatorForTokenClassification, DataCollatorWithPadding
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+)
 
 from mos_kernels.finetune.data import Rows, class_order, column_of, read_rows, text_of
 from mos_kernels.finetune.options import FinetuneError
@@ -24,30 +30,30 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(
         prog="python -m mos_kernels export-lora",
-        description="Write the plain LoRA nearest to a Mixture-of-Space adapter on rows of a text file, and say what "
-        "it loses. The output is a peft LoRA folder, which can be merged and served anywhere.",
+        description="Write the plain LoRA that is nearest to a Mixture-of-Space adapter on rows of a text file, and "
+        "report what it loses. The output is a LoRA folder of peft, which can be merged, and served anywhere.",
     )
     made.add_argument("--adapter", required=True, help="a folder written by finetune, save_adapter or peft")
     made.add_argument("--model", help="the base model, a folder or a hub id (default: the one that the adapter names)")
     made.add_argument("--output", required=True, type=Path, help="folder for the LoRA; it must not exist")
-    made.add_argument("--rank", type=int, help="default: the rank with as many parameters as the adapter")
+    made.add_argument("--rank", type=int, help="of the LoRA (default: that with as many parameters as the adapter)")
     source = made.add_argument_group(
         "calibration data", "TSV (no quoting), CSV, JSONL, JSON or Parquet, as for finetune"
     )
-    source.add_argument("--data-file", nargs="+", required=True, help="rows like those of the task")
+    source.add_argument("--data-file", nargs="+", required=True, help="rows like those of the task, to fit the LoRA on")
     source.add_argument("--eval-file", nargs="+", help="rows for the report (default: the calibration data)")
-    source.add_argument("--rows", type=int, default=1024, help="at most, drawn at random (default 1024)")
-    source.add_argument("--column-names", help="A,B,...: for files without a header row")
+    source.add_argument("--rows", type=int, default=1024, help="the most rows to use, drawn at random (default 1024)")
+    source.add_argument("--column-names", help="A,B,...: the columns of TSV and CSV files without a header row")
     source.add_argument(
-        "--text-column", nargs="+", help="two columns are a classifier's pair (default: messages, prompt or text)"
+        "--text-column", nargs="+", help="column of the text; two are a pair (default: messages, prompt or text)"
     )
-    source.add_argument("--label-column", help="for a classifier: the report then has the accuracy")
-    source.add_argument("--target-column", help="for a decoder: the completion after the text")
-    source.add_argument("--separator", default="\n", help="between text and completion (default: a newline)")
-    source.add_argument("--max-length", type=int, default=512, help="in tokens (default 512)")
-    source.add_argument("--batch-size", type=int, default=16, help="default 16")
+    source.add_argument("--label-column", help="column of the class: the report then has the accuracy")
+    source.add_argument("--target-column", help="for a decoder: column of the completion after the text")
+    source.add_argument("--separator", help="between text and completion (default: a newline)")
+    source.add_argument("--max-length", type=int, default=512, help="of a row, in tokens (default 512)")
+    source.add_argument("--batch-size", type=int, default=16, help="in rows (default 16)")
     running = made.add_argument_group("running")
-    running.add_argument("--at-once", type=int, help="linears fitted in one pass over the data (default: a tenth)")
+    running.add_argument("--at-once", type=int, help="how many linears a pass over the data fits (default: a tenth)")
     running.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the base")
     running.add_argument("--device", help="cpu, cuda or mps (default: cuda if available, else cpu)")
     return made
@@ -71,26 +77,34 @@ def _export(options: argparse.Namespace) -> ExportReport:
     for name in ("rows", "batch_size", "max_length"):
         if getattr(options, name) < 1:
             raise FinetuneError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    if options.separator is not None and not options.target_column:
+        raise FinetuneError("--separator has no effect here: give --target-column")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise FinetuneError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
     calibration = _rows(options, options.data_file)
     evaluation = _rows(options, options.eval_file) if options.eval_file else None
     transformers.utils.logging.disable_progress_bar()
     model = load_base(options.adapter, options.model, dtype=getattr(torch, options.dtype)).eval()
     if not mos_modules(model):
         load_adapter(model, options.adapter)
-    model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device)
     source = options.model or model.config._name_or_path
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if is_classifier(model):
+        model.config.pad_token_id = tokenizer.pad_token_id  # as in training: it decides which token is the last
     positions = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
     options.max_length = min(options.max_length, positions or options.max_length, tokenizer.model_max_length)
-    encode, collate = _continued, DataCollatorForTokenClassification(tokenizer)
-    if is_classifier(model):
-        encode, collate = _classified, DataCollatorWithPadding(tokenizer)
-    other, asked = ("target", "label") if is_classifier(model) else ("label", "target")
-    if getattr(options, f"{other}_column"):
-        raise FinetuneError(f"--{other}-column does not go with a {type(model).__name__}: name --{asked}-column")
+    encode, collate, asked = _encoding(model, tokenizer)
+    for other in {"label", "target"} - {asked}:
+        if getattr(options, f"{other}_column"):
+            instead = f"name --{asked}-column" if asked else "drop it"
+            raise FinetuneError(f"--{other}-column does not go with a {type(model).__name__}: {instead}")
     found = {str(column_of(*row, options.label_column)) for row in calibration} if options.label_column else ()
     classes = sorted(found, key=class_order)
     if classes and len(classes) != model.config.num_labels:
@@ -108,6 +122,18 @@ def _export(options: argparse.Namespace) -> ExportReport:
         model, batches(calibration), options.output, options.rank, at_once=options.at_once,
         evaluation_batches=None if evaluation is None else batches(evaluation),
     )  # fmt: skip
+
+
+def _encoding(model, tokenizer) -> tuple[Callable, Callable, str | None]:
+    """(what encodes a row for the model, what makes a batch of rows, which column it can be given: label or target)."""
+    kind = type(model).__name__
+    if is_classifier(model):
+        return _classified, DataCollatorWithPadding(tokenizer), "label"
+    if model.config.is_encoder_decoder and model.can_generate():
+        return _translated, DataCollatorForSeq2Seq(tokenizer, model), "target"
+    if kind.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")):
+        return _continued, DataCollatorForTokenClassification(tokenizer), "target"
+    return _classified, DataCollatorWithPadding(tokenizer), None  # its labels, if it has any, are none of a row's
 
 
 def _rows(options: argparse.Namespace, paths: Sequence[str]) -> Rows:
@@ -136,17 +162,32 @@ def _classified(options: argparse.Namespace, tokenizer, row: tuple[str, dict], c
     return found
 
 
+def _translated(options: argparse.Namespace, tokenizer, row: tuple[str, dict], classes: list[str]) -> dict:
+    """Token ids of a row for an encoder and a decoder, as they are trained: without the separator between them."""
+    where, values = row
+    target = options.target_column or ("completion" if "completion" in values else None)
+    if target is None:
+        raise FinetuneError(f"{where}: an encoder-decoder writes a completion: name --target-column")
+    if options.separator is not None:
+        raise FinetuneError("--separator does not go with an encoder-decoder: drop it")
+    text, target = " ".join(_texts(options, *row)), text_of(where, values, target)
+    found = tokenizer(text, text_target=target, truncation=True, max_length=options.max_length)
+    return {name: found[name] for name in ("input_ids", "attention_mask", "labels")}
+
+
 def _continued(options: argparse.Namespace, tokenizer, row: tuple[str, dict], classes: list[str]) -> dict:
     """Token ids of a row. The labels are on its completion; without one, on the whole text or chat."""
     where, values = row
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if options.text_column is None and isinstance(values.get("messages"), list):
-        head, tail = tokenizer.apply_chat_template(values["messages"], tokenize=True, return_dict=False), None
+    columns = options.text_column or next(([n] for n in ("messages", "prompt", "text") if n in values), [])
+    column = options.target_column or ("completion" if not options.text_column and "completion" in values else None)
+    if len(columns) == 1 and isinstance(column_of(where, values, columns[0]), list):
+        head, tail = _chat(where, values, columns[0], column, tokenizer)
     else:
         text = " ".join(_texts(options, where, values))
-        column = options.target_column or ("completion" if not options.text_column and "completion" in values else None)
+        separator = "\n" if options.separator is None else options.separator
         target = None if column is None else text_of(where, values, column)
-        head = tokenizer(text if target is None else text + options.separator).input_ids
+        head = tokenizer(text if target is None else text + separator).input_ids
         head = head[:-1] if end and head[-1:] == end else head
         tail = None if target is None else tokenizer(target, add_special_tokens=False).input_ids
         head, tail = (head + end, None) if tail is None else (head, tail + end)
@@ -157,3 +198,23 @@ def _continued(options: argparse.Namespace, tokenizer, row: tuple[str, dict], cl
     )  # if it is too long, the beginning of the prompt is cut
     ids, labels = (part[start : start + options.max_length] for part in (ids, labels))
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def _chat(where: str, values: dict, column: str, answer: str | None, tokenizer) -> tuple[list[int], list[int] | None]:
+    """Token ids of the messages in a column, and of those in the column `answer`, which follow them."""
+    messages, more = values[column], [] if answer is None else column_of(where, values, answer)
+    if not isinstance(more, list):
+        raise FinetuneError(f"{where}: column {column!r} holds messages, and {answer!r} does not: make both the same")
+    try:
+        parts = [
+            tokenizer.apply_chat_template(part, tokenize=True, return_dict=False, add_generation_prompt=asks)
+            for part, asks in ((messages, bool(more)), (messages + more, False))
+        ]
+    except Exception as error:  # of many types: the template is a program of its own
+        raise FinetuneError(f"{where}: the messages do not go through the chat template: {error}") from error
+    start, whole = parts
+    if not more:
+        return whole, None
+    if whole[: len(start)] != start:
+        raise FinetuneError(f"{where}: with the chat template, {column!r} is not the beginning of both columns")
+    return start, whole[len(start) :]

@@ -147,6 +147,13 @@ def causal_scores(sums: np.ndarray, labels=None) -> dict[str, float]:
     return {"exact_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "exact_match": float(sums[:, 2].mean())}
 
 
+SCORES = {
+    "classification": ("loss", "accuracy", "matthews_correlation"),
+    "causal-lm": ("loss", "perplexity", "exact_match"),
+}
+"""The metrics of an evaluation, as a Trainer names them."""
+
+
 def scorer(score, files: list[str]):
     """compute_metrics for Trainer: `score` over all rows, and over the rows of each file as "name/metric"."""
 

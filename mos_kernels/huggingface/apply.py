@@ -58,13 +58,15 @@ class ParameterCount(NamedTuple):
 def apply_mos(model: nn.Module, config: MoSConfig) -> AppliedMoS:
     """Put an adapter on the linears that `config` names, in place, and freeze everything else.
 
+        apply_mos(model, MoSConfig(r=8, target_modules=ffn_target_modules(model)))
+
     With router_scope="ffn", each FFN block of a known form gets one router. A linear outside such a block gets its own
     router, and `report()` of the returned list says so. The load-balancing coefficient is divided by the number of
     routers. The model may be on the meta device, or wrapped by torch.compile. An error leaves the model unchanged.
 
     Returns the names of the adapted linears. Raises ValueError or TypeError if an entry of `config` matches nothing, or
-    matches 3-D expert parameters or a module that is not a linear; if the model has an adapter; and if it is wrapped in
-    DataParallel, DistributedDataParallel or a DeepSpeed engine (put the adapter on it before).
+    matches 3-D expert parameters or a module that is not a linear. Also if the model has an adapter, or is wrapped in
+    DataParallel, DistributedDataParallel or a DeepSpeed engine: put the adapter on it before.
     """
     refuse_parallel(model)
     model = unwrap(model)

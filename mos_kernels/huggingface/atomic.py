@@ -41,11 +41,14 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict, card: s
         _sync_folder(folder)
 
 
-def check_folder(folder: Path) -> None:
-    """FileExistsError or NotADirectoryError where something else than a folder is in its place, or in a parent's."""
+def check_folder(folder: Path) -> Path:
+    """The folder, or the nearest one around it that exists.
+
+    FileExistsError or NotADirectoryError where something else than a folder is in its place, or in a parent's.
+    """
     found = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if found.is_dir():
-        return
+        return found
     what = "is a file" if found.exists() else "is a link to nothing"
     if found == folder:
         raise FileExistsError(f"{folder} {what}: name a folder for the adapter")

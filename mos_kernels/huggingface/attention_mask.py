@@ -55,6 +55,19 @@ def _innermost(masks: dict[str, TokenMask], name: str) -> TokenMask | None:
     return masks.get(name)
 
 
+def of_tokens(mask: Tensor, x: Tensor) -> Tensor | None:
+    """The mask as bool (...) of x (..., d); None if it is of another shape.
+
+    Some models give their FFNs the tokens of all sequences in rows (batch·sequence, d).
+    """
+    if x.dim() == 2 == mask.dim() and mask.numel() == x.shape[0]:
+        mask = mask.reshape(-1)
+    if mask.shape != x.shape[:-1]:
+        return None
+    mask = mask.to(x.device, non_blocking=True)
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
 class TokenMask(PreHook):
     """The attention mask of the latest forward of `module`. This object is the forward pre-hook that stores it.
 
@@ -73,10 +86,7 @@ class TokenMask(PreHook):
     def of(self, x: Tensor) -> Tensor | None:
         """Which tokens of x (..., d) are not padding, bool (...); None without a mask, or with one of another shape."""
         mask = self._current(x.device)
-        if mask is None or mask.shape != x.shape[:-1]:
-            return None
-        mask = mask.to(x.device, non_blocking=True)
-        return mask if mask.dtype == torch.bool else mask != 0
+        return None if mask is None else of_tokens(mask, x)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not torch.is_grad_enabled():  # no backward follows; the backward of an earlier forward may need its mask

@@ -19,6 +19,8 @@ import contextlib
 import math
 import os
 import shutil
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ from torch.nn.functional import linear as product
 from mos_kernels.functional import mos_linear, mos_route
 from mos_kernels.huggingface import files
 from mos_kernels.huggingface.atomic import check_folder
+from mos_kernels.huggingface.attention_mask import of_tokens
 from mos_kernels.huggingface.card import export_card
 from mos_kernels.huggingface.modules import (
     active_names,
@@ -137,13 +140,15 @@ def export_lora(
         rank: None: the rank at which the LoRA has as many parameters as the adapter.
         evaluation_batches: the data of the report. None: the calibration data, on which the losses are optimistic.
         at_once: how many linears are fitted in one pass over the data. A linear does not see the export of others in
-            the same pass. None: a tenth of them. 1: each is fitted on the output of all exported linears before it. The
-            memory is that of C and D, d_in·(d_in + d_out) float64 numbers for each of these linears; no token is kept.
-        ridge: λ, in units of the mean variance of the inputs: how much rare directions are drawn to the flat map M₀.
+            the same pass. None: a tenth of them. 1: each is fitted on the output of all exported linears before it.
+            Each of these linears takes memory for d_in·(d_in + d_out) float64 numbers; no token is kept.
+        ridge: how much directions that are rare in the data are drawn to the Euclidean map with the mean gates, in
+            units of the mean variance of the inputs.
 
-    Returns the report, which is also in the model card. After an error nothing is written. Raises ValueError for no
-    tokens, a linear that no token reached, values that are not finite, a rank below 1, and no adapter or several active
-    ones; FileExistsError if the folder is not empty, NotADirectoryError if a parent of it is a file.
+    Returns the report, which is also in the model card. After an error nothing is written. Raises ValueError if there
+    are no tokens, if no token reached a linear, for values that are not finite, for a rank below 1, for a model without
+    an active adapter or with several, and for a linear that the model holds in several places. Raises FileExistsError
+    if the folder is not empty, NotADirectoryError if a parent of it is a file, and OSError if nothing can be written.
     """
     folder = Path(folder).resolve()  # a link stays one
     check_arguments(folder, rank, at_once, ridge)
@@ -164,7 +169,9 @@ def export_lora(
     with contextlib.ExitStack() as stack:
         for context in (evaluating(outer), torch.no_grad(), torch.compiler.set_stance("force_eager")):
             stack.enter_context(context)
+        read_masks = _mask_names(inner)
         for linear in linears:
+            linear.mask_names = read_masks(linear.layer)
             stack.enter_context(forward_through(linear.layer, linear.forward))
         order = _order(outer, linears, calibration_batches)
         step = max(math.ceil(len(order) / PASSES), 1) if at_once is None else at_once
@@ -192,9 +199,12 @@ def check_arguments(folder: Path, rank: int | None, at_once: int | None, ridge: 
         raise ValueError(f"ridge={ridge!r} must be a positive number")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already: name a folder that is not, or remove it")
-    if folder.resolve() == Path.cwd():
-        raise FileExistsError(f"{folder} is the current folder, which a new one cannot replace: name one inside it")
-    check_folder(folder.resolve())
+    try:
+        tempfile.TemporaryFile(dir=check_folder(folder.resolve())).close()
+    except (FileExistsError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({error}): name another folder") from None
 
 
 def _check_batches(name: str, batches) -> None:
@@ -217,6 +227,8 @@ class _Linear:
     mode: "adapter" runs the adapter; "collect" runs it and adds to the statistics; "lora" runs the export; "measure"
     runs it and adds its squared error, and the square of Δ, to `squares`.
     """
+
+    mask_names: tuple[str, ...] = ()  # the batch's entries that may be the mask of its input
 
     def __init__(self, name: str, layer: nn.Module, adapter: MoSAdapter, adapter_name: str | None) -> None:
         """adapter_name: the name of the adapter under peft. Gates are given by this name."""
@@ -349,6 +361,7 @@ def _linears(model: nn.Module) -> list[_Linear]:
     """The adapted linears of a model, with their active adapter. ValueError without one."""
     active = {id(adapter) for adapter in mos_adapters(model).values()}
     found, idle = [], set()
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for name, layer in model.named_modules():
         named = layer._modules.get("mos_adapter")
         if isinstance(layer, MoSLayer):
@@ -362,6 +375,11 @@ def _linears(model: nn.Module) -> list[_Linear]:
                 raise ValueError(f"the adapters of {name!r} are disabled: export outside of disable_adapter()")
         else:
             continue
+        if places[id(layer)] > 1:
+            raise ValueError(
+                f"{name!r} is one linear in {places[id(layer)]} places, and peft puts a LoRA on the first alone: its "
+                "adapter has no export"
+            )
         refuse_sharded(name, layer)
         refuse_offloaded(name, layer)
         for adapter_name, adapter in adapters.items():
@@ -387,25 +405,41 @@ def _run(model: nn.Module, batch: Mapping[str, Tensor] | Tensor):
         raise ValueError(f"a batch is a {type(batch).__name__}: make it a dictionary of tensors, or input_ids")
     values = [batch] if isinstance(batch, Tensor) else [v for v in batch.values() if isinstance(v, Tensor)]
     empty = next((tuple(value.shape) for value in values if value.numel() == 0), None)
-    if empty is not None or not values:
+    if empty is not None or not values and not batch:
         raise ValueError(
             f"a batch holds no tokens ({'no tensor' if empty is None else f'shape {empty}'}): leave it out"
         )
+    if not values:
+        kinds = ", ".join(f"{name}: {type(value).__name__}" for name, value in batch.items())
+        raise ValueError(f"a batch holds no tensor ({kinds}): pass tensors, as by tokenizer(…, return_tensors='pt')")
+    if not isinstance(batch, Tensor) and isinstance(ids := batch.get("input_ids"), Tensor) and ids.dim() < 2:
+        raise ValueError(f"input_ids of a batch have the shape {tuple(ids.shape)}: make it (batch, sequence)")
     if isinstance(batch, Tensor):
         return model(batch.to(device))
     return model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
 
 
-def _masks(batch: Mapping[str, Tensor] | Tensor) -> Callable[[Tensor], Tensor | None]:
-    """Which tokens of x (..., d) are not padding, bool (...), by the mask of this shape; None: all of them."""
-    names = ("attention_mask", "decoder_attention_mask") if isinstance(batch, Mapping) else ()
-    masks = [mask for name in names if isinstance(mask := batch.get(name), Tensor)]
+def _mask_names(model: nn.Module) -> Callable[[nn.Module], tuple[str, ...]]:
+    """A function from a module of the model to the batch's entries that may mark the padding of its input."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return lambda module: ("attention_mask",)
+    encoder = set(getattr(model, "get_encoder", lambda: model)().modules())
+    if model in encoder:
+        return lambda module: ("attention_mask", "decoder_attention_mask")
+    return lambda module: ("attention_mask" if module in encoder else "decoder_attention_mask",)
 
-    def of(x: Tensor) -> Tensor | None:
-        mask = next((mask for mask in masks if mask.shape == x.shape[:-1]), None)
-        return None if mask is None else mask.to(x.device) != 0
 
-    return of
+def _masks(batch: Mapping[str, Tensor] | Tensor, names: tuple[str, ...]) -> Callable[[Tensor], Tensor | None]:
+    """Which tokens of x (..., d) are not padding, bool (...), by the mask that fits x; None: all of them.
+
+    A decoder behind an encoder is seldom given a mask: its padding has no labels.
+    """
+    found = [batch.get(name) for name in names] if isinstance(batch, Mapping) else []
+    masks = [mask for mask in found if isinstance(mask, Tensor)]
+    if "decoder_attention_mask" in names and found[-1] is None and isinstance(batch, Mapping):
+        labels = batch.get("labels")
+        masks += [labels != IGNORED] if isinstance(labels, Tensor) and labels.dim() == 2 else []
+    return lambda x: next((fit for mask in masks if (fit := of_tokens(mask, x)) is not None), None)
 
 
 def _order(model: nn.Module, linears: list[_Linear], batches) -> list[_Linear]:
@@ -430,7 +464,7 @@ def _order(model: nn.Module, linears: list[_Linear], batches) -> list[_Linear]:
 def _collect(model: nn.Module, part: list[_Linear], batches) -> None:
     """Run the data up to the last of these linears, and add to their statistics."""
     usual = {linear: linear.calls for linear in part}  # of a forward; more than one where layers share a linear
-    calls = {}
+    calls: dict[_Linear, int] = {}
 
     def stop(linear: _Linear) -> None:
         calls[linear] += 1
@@ -440,11 +474,12 @@ def _collect(model: nn.Module, part: list[_Linear], batches) -> None:
     try:
         for batch in batches:
             calls = dict.fromkeys(part, 0)
-            of = _masks(batch)
             for linear in part:
-                linear.mode, linear.on_call, linear.mask_of = "collect", stop, of
+                linear.mode, linear.on_call, linear.mask_of = "collect", stop, _masks(batch, linear.mask_names)
             with contextlib.suppress(_Reached):
                 _run(model, batch)
+        if not calls:
+            raise ValueError("calibration_batches were empty when read again: pass a list of batches, or a DataLoader")
     finally:
         for linear in part:
             linear.mode, linear.on_call, linear.calls = "adapter", None, usual[linear]
@@ -455,21 +490,22 @@ def _compare(model: nn.Module, linears: list[_Linear], batches, report: ExportRe
     causal = getattr(model, "can_generate", lambda: False)() and not getattr(model.config, "is_encoder_decoder", False)
     sums = torch.zeros(4, dtype=torch.float64)  # KL, agreement, right with the mixture, right with the LoRA
     losses, weight, positions, classes = [0.0, 0.0], 0, 0, 0
+    mask_names = _mask_names(model)(model)
     for batch in batches:
         outputs = []
-        of = _masks(batch)
         for mode in ("adapter", "measure"):
             for linear in linears:
-                linear.mode, linear.mask_of = mode, of
+                linear.mode, linear.mask_of = mode, _masks(batch, linear.mask_names)
             outputs.append(_run(model, batch))
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         logits = [_logits(output) for output in outputs]
-        shown = None if logits[0] is None else _kept(logits[0], batch, labels, causal)
+        shown = None if logits[0] is None else _kept(logits[0], _masks(batch, mask_names), labels, causal)
         pair = [getattr(output, "loss", None) for output in outputs]
         if labels is not None and all(isinstance(loss, Tensor) for loss in pair):
             count = int(shown[0].sum()) if shown is not None else len(labels)
-            losses = [total + float(loss) * count for total, loss in zip(losses, pair, strict=True)]
-            weight += count
+            if count:  # of no labels but ignored ones the loss is NaN
+                losses = [total + float(loss) * count for total, loss in zip(losses, pair, strict=True)]
+                weight += count
         if shown is None:
             continue
         kept, targets = shown
@@ -501,7 +537,9 @@ def _logits(output) -> Tensor | None:
     return logits if isinstance(logits, Tensor) and logits.dim() >= 2 and logits.shape[-1] > 1 else None
 
 
-def _kept(logits: Tensor, batch, labels: Tensor | None, causal: bool) -> tuple[Tensor, Tensor | None] | None:
+def _kept(
+    logits: Tensor, mask_of: Callable, labels: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor | None] | None:
     """(which predictions count, their labels). Predictions with a label count, or those of tokens that are not padding.
 
     None without labels and mask. In a causal model the prediction at a token is for the next one, so the last is left
@@ -515,7 +553,7 @@ def _kept(logits: Tensor, batch, labels: Tensor | None, causal: bool) -> tuple[T
         labels = labels.to(logits.device)
         labels = labels[:, 1:] if shifts else labels
         return labels != IGNORED, labels
-    real = _masks(batch)(logits)
+    real = mask_of(logits)
     real = torch.ones(places, dtype=torch.bool, device=logits.device) if real is None else real
     return (real[:, :-1] & real[:, 1:] if shifts else real), None
 
@@ -531,10 +569,11 @@ def _modules_saved_whole(outer: nn.Module, inner: nn.Module) -> tuple[list[str],
     if hasattr(outer, "peft_config"):
         from peft import get_peft_model_state_dict
 
-        name = active_names(outer)[0]
-        found = get_peft_model_state_dict(outer, adapter_name=name)
-        tensors = {k.removeprefix(files.PREFIX): v for k, v in found.items() if not files.is_adapter(k)}
-        modules = list(outer.peft_config[name].modules_to_save or [])
+        modules, tensors = [], {}
+        for name in active_names(outer):  # of several, each on other linears
+            found = get_peft_model_state_dict(outer, adapter_name=name)
+            tensors |= {k.removeprefix(files.PREFIX): v for k, v in found.items() if not files.is_adapter(k)}
+            modules += outer.peft_config[name].modules_to_save or []
     else:
         state = adapter_state(inner)
         modules = [] if state is None else state.modules_to_save()
@@ -555,7 +594,7 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def _write(folder: Path, model: nn.Module, linears: list[_Linear], whole, report: ExportReport) -> None:
-    """Write the folder under another name, and rename it."""
+    """Write the folder under another name, and rename it; into a folder that is there, directly."""
     modules, module_tensors = whole
     tensors = dict(module_tensors)
     for linear in linears:
@@ -575,6 +614,9 @@ def _write(folder: Path, model: nn.Module, linears: list[_Linear], whole, report
     }
     card = export_card(about_base["base_model_name_or_path"], kind, report.summary(), report.table())
     values = {files.PREFIX + name: tensor for name, tensor in gathered(tensors).items()}
+    if folder.is_dir():  # it may be a mount, or the current folder: another cannot take its place
+        files.write_folder(folder, values, config, card)
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:

@@ -7,6 +7,7 @@ without calling the linear, or the model may not use a module. One training step
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,8 @@ from mos_kernels.huggingface.files import load_adapter
 from mos_kernels.huggingface.modules import adapter_parameters, mos_adapters, mos_modules, own_adapter_parameters
 from mos_kernels.layer import MoSRouter, evaluating
 
-TOKENS = (2, 16)
+LENGTH = 32
+"""Of the sequence that the command runs."""
 
 
 class Idle(NamedTuple):
@@ -34,7 +36,8 @@ def idle_tensors(model: nn.Module, **inputs) -> list[Idle]:
 
     The loss is that of the model if `inputs` have labels, else the mean square of its first output. If B = 0, as at the
     start of training, A, router and curvature have no gradient yet; then the linear is listed once. Parameters,
-    gradients and modes are unchanged afterwards. Raises ValueError if the model has no active adapter.
+    gradients and modes are unchanged afterwards. Raises ValueError if the model has no active adapter, or if the loss
+    is not finite.
     """
     modules = mos_modules(model)
     if not modules:
@@ -49,8 +52,13 @@ def idle_tensors(model: nn.Module, **inputs) -> list[Idle]:
             output = model(**inputs)
             loss = output.get("loss") if isinstance(output, dict) else None
             if not isinstance(loss, Tensor):
-                first = output if isinstance(output, Tensor) else next(iter(output.values()))
+                parts = output.values() if isinstance(output, dict) else output
+                first = output if isinstance(output, Tensor) else next(iter(parts))
                 loss = first.float().square().mean()
+            if not loss.isfinite().all():
+                raise ValueError(
+                    f"the loss is {float(loss.detach())}: give inputs with labels that are not all ignored"
+                )
             if loss.requires_grad:
                 loss.backward()
             gradients = {id(p): p.grad for p in adapter_parameters(model).values()}
@@ -70,7 +78,8 @@ def idle_tensors(model: nn.Module, **inputs) -> list[Idle]:
             expected = name in empty and parameter != "mos_lora_B"
             if isinstance(module, MoSRouter):
                 expected = empty == set(mos_adapters(model))
-            if module.config.num_experts == 1 and parameter in ("mos_router", "weight"):
+            used = module.config.num_experts_per_tok if module.config.norm_topk_prob else module.config.num_experts
+            if used == 1 and parameter in ("mos_router", "weight"):
                 continue  # the one gate is 1
             gradient = gradients[id(tensor)]
             if not expected and (gradient is None or not gradient.any()):
@@ -110,13 +119,12 @@ def run(folder: Path, base: str | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}")
         return 2
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, TOKENS, generator=generator)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    idle = idle_tensors(model, **inputs)
+    try:
+        idle = idle_tensors(model, **_tokens(model))
+    except Exception as error:  # of any type: a model may need other inputs than tokens
+        own = f"call mos_kernels.huggingface.idle_tensors(model, **batch) with a batch of a {type(model).__name__}"
+        print(f"error: a step on random tokens failed: {type(error).__name__}: {error}. Instead, {own}")
+        return 2
     tensors = len(adapter_parameters(model))
     if not idle:
         print(f"{folder}: all {tensors} tensors of the adapter, on {len(mos_adapters(model))} linears, take part")
@@ -125,3 +133,18 @@ def run(folder: Path, base: str | None = None) -> int:
     for name, why in idle:
         print(f"  {name}: {why}")
     return 1
+
+
+def _tokens(model: nn.Module) -> dict[str, Tensor]:
+    """Inputs of a language model or of a classifier of text: one sequence, with an end where the model knows one."""
+    config = model.config.get_text_config()
+    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+    ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    end = config.eos_token_id
+    end = end[0] if isinstance(end, (list, tuple)) else end
+    if end is not None:
+        ids[:, -1] = end
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        inputs["decoder_input_ids"] = ids
+    return inputs

@@ -102,8 +102,9 @@ class AdapterState(PreHook):
         self.trained = left | values.keys()
         if left:
             warnings.warn(
-                f"trained in place beside the adapter, and left as they are: {', '.join(sorted(left)[:4])} "
-                f"({len(left)} tensors). Their values before training were not kept: load the base anew to get them",
+                "tensors of the base were trained in place beside the adapter, and are left as they are: "
+                f"{', '.join(sorted(left)[:4])} ({len(left)} tensors). Their values before training were not kept: "
+                "load the base anew to get them",
                 stacklevel=3,
             )
 

@@ -156,7 +156,7 @@ CLASSES = ("--train-file", "f", "--text-column", "a", "--label-column", "y")
 
 
 def labelled(rows, *more, evaluation=None):
-    made = data._labelled(options(*CLASSES, *more), numbered(rows))
+    made = data._labelled(options(*CLASSES, *more), numbered(rows), numbered(evaluation or ()))
     return made(numbered(rows if evaluation is None else evaluation))
 
 
@@ -186,6 +186,15 @@ def test_labels_are_text_and_only_renamed_when_asked():
     for wrong in ("nope=no", "Divison", "Divison="):
         with pytest.raises(FinetuneError, match=f"--rename-label {wrong}.*OLD one of 3, Division, Divison"):
             labelled(rows, "--rename-label", wrong)
+
+
+def test_a_spelling_that_only_the_evaluation_has_is_renamed():
+    evaluation = [{"a": "x", "y": "Divison"}, {"a": "x", "y": "Division"}]
+    rows = [{"a": "x", "y": y} for y in ("Division", "Sum")]
+    with pytest.raises(FinetuneError, match="'Divison' does not occur .* --rename-label OLD=NEW"):
+        labelled(rows, evaluation=evaluation)
+    renamed = labelled(rows, "--rename-label", "Divison=Division", evaluation=evaluation)
+    assert renamed["labels"] == [0, 0] and renamed.features["labels"].names == ["Division", "Sum"]
 
 
 def test_the_order_of_classes_and_labels_that_only_the_evaluation_has():
@@ -265,6 +274,9 @@ def test_the_split_is_stratified_and_depends_on_its_seed_alone(strata, part, see
 
 def test_a_split_that_cannot_be_says_why():
     rows = [{"a": "x", "y": y} for y in "1112"]
-    for size, message in ((2, "The least populated class .* merge rare classes"), (4, "--eval-size 4 of 4 rows")):
+    for size, message in (
+        (2, r"The least populated class .* .a single row has 2.; merge rare classes"),
+        (4, "--eval-size 4 of 4 rows"),
+    ):
         with pytest.raises(FinetuneError, match=message):
             data._split(labelled(rows), options(*CLASSES, "--eval-size", size))

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import pytest
 from finetune_setup import save_llama
 
 from benchmarks.study.decoder.problems import solves
@@ -23,6 +24,15 @@ def test_every_problem_has_its_equation_and_another_text():
     assert all(problem.answer == int(problem.answer) > 0 for problem in problems)
     assert len({problem.text for problem in problems}) == 300 and problems == demo_lm.make(300, seed=0)
     assert not {p.text for p in problems} & {p.text for p in demo_lm.make(40, seed=1)}
+
+
+def test_a_folder_of_something_else_and_no_problems_are_refused(tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    for arguments, message in ((["--output", str(tmp_path)], "holds adapter, of no earlier demo: name another"),
+                               (["--problems", "0"], "--problems 0 must be at least 1")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            demo_lm.main(arguments)
+        assert message in capsys.readouterr().err and (tmp_path / "adapter").is_dir()
 
 
 def test_it_runs_through(tmp_path, capsys):

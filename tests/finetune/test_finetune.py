@@ -331,6 +331,20 @@ def test_what_needs_the_model_is_said_before_training(bert, files, tmp_path, cap
     assert "no causal language model" in capsys.readouterr().err
 
 
+def test_the_metric_of_the_best_model(bert, files, tmp_path, capsys):
+    best = ("--load_best_model_at_end", "--metric_for_best_model")
+    assert classify(bert, files, tmp_path / "a", *best, "f1") == 2
+    message = "--metric_for_best_model f1 is none of loss, accuracy, matthews_correlation, near/loss, near/accuracy"
+    assert message in capsys.readouterr().err and not (tmp_path / "a").exists()
+    assert classify(bert, files, tmp_path / "b", *best, "far/accuracy", "--max-steps", 1) == 0
+    common = ("--model", "m", "--output", "o", "--task", "causal-lm", "--train-file", "f", "--eval-size", 1)
+    for metric, greater in (("perplexity", False), ("eval_perplexity", False), ("loss", False), ("exact_match", True)):
+        _, arguments, _, _ = parse(strings(*common, *best, metric), {})
+        assert arguments.greater_is_better is greater
+    _, arguments, _, _ = parse(strings(*common, *best, "perplexity", "--greater_is_better", "true"), {})
+    assert arguments.greater_is_better is True
+
+
 def test_an_unreachable_hub_is_said_with_the_remedy(files, bert, tmp_path, capsys, monkeypatch):
     base = ("--text-column", "sentence", "--label-column", "label", "--output", tmp_path / "out")
     assert run("--model", "nobody/no-such-model", "--dataset", files / "train.tsv", "--eval-size", 0.2, *base) == 2
@@ -479,3 +493,12 @@ def test_classes_that_the_terminal_has_no_letters_for(bert, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "classes: \\u574f (4), \\u597d (4)" in done.stdout, done.stderr
     assert metrics_of(tmp_path / "out")["data"]["classes"] == ["坏", "好"]
+
+
+def test_an_option_whose_package_is_not_installed(bert, files, tmp_path, capsys, monkeypatch):
+    def missing(*args, **kwargs):
+        raise ImportError("liger-kernel is not available. Please install it")
+
+    monkeypatch.setattr("transformers.Trainer.train", missing)
+    assert classify(bert, files, tmp_path / "out") == 2
+    assert "error: liger-kernel is not available. Please install it" in capsys.readouterr().err

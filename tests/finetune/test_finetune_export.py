@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
-from finetune_setup import save_bert, save_llama, sentences, write_tsv
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from finetune_setup import save_bert, save_llama, save_tokenizer, sentences, write_tsv
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from mos_kernels import MoSConfig
 from mos_kernels.__main__ import main
@@ -20,11 +30,17 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     save_llama(folder / "llama")
     save_bert(folder / "bert")
-    for name, kind, options in (
-        ("llama", AutoModelForCausalLM, {}),
-        ("bert", AutoModelForSequenceClassification, {"num_labels": 2}),
+    options = {"vocab_size": save_tokenizer(folder / "t5"), "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1}
+    options |= {"num_heads": 2, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, "eos_token_id": 3}
+    T5ForConditionalGeneration(T5Config(**options)).save_pretrained(folder / "t5")
+    for base, name, kind, options in (
+        ("llama", "llama", AutoModelForCausalLM, {}),
+        ("bert", "bert", AutoModelForSequenceClassification, {"num_labels": 2}),
+        ("bert", "bert-tokens", AutoModelForTokenClassification, {"num_labels": 3}),
+        ("bert", "bert-plain", AutoModel, {}),
+        ("t5", "t5", T5ForConditionalGeneration, {}),
     ):
-        model = kind.from_pretrained(folder / name, **options)
+        model = kind.from_pretrained(folder / base, **options)
         torch.manual_seed(0)
         config = MoSConfig(r=2, init_lora_weights=False, target_modules=ffn_target_modules(model))
         apply_mos(model, config)
@@ -40,7 +56,8 @@ def command(place, name: str, output, **options) -> int:
         "model": place / name, "adapter": place / f"{name}-mos", "output": output, "data_file": place / "rows.tsv",
         "text_column": "sentence", "device": "cpu", **options,
     }  # fmt: skip
-    arguments = [part for option, value in given.items() for part in (f"--{option.replace('_', '-')}", str(value))]
+    given = {option.replace("_", "-"): str(value) for option, value in given.items() if value is not None}
+    arguments = [part for option, value in given.items() for part in (f"--{option}", value)]
     return main(["export-lora", *arguments])
 
 
@@ -51,6 +68,106 @@ def test_of_a_decoder(place, tmp_path, capsys):
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["task_type"], config["r"]) == ("LORA", "CAUSAL_LM", 2)
     assert config["base_model_name_or_path"] == str(place / "llama")
+
+
+def test_of_an_encoder_and_decoder(place, tmp_path, capsys):
+    """The encoder reads the text, and the decoder writes the completion; what pads that is no token."""
+    rows = [("the cat", "yes no"), ("a dog sat on the mat", "no")]
+    write_tsv(tmp_path / "rows.tsv", rows, "source\tanswer")
+    options = {"data_file": tmp_path / "rows.tsv", "text_column": "source"}
+    assert command(place, "t5", tmp_path / "lora", rank=2, target_column="answer", **options) == 0
+    printed = capsys.readouterr().out
+    assert "fitted on 12 tokens" in printed  # of the encoder's first linear: (2 + 6) and two marks a row
+    assert "over 7 predictions" in printed  # 2 + 1, and two marks each
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_2_SEQ_LM"
+    assert command(place, "t5", tmp_path / "none", **options) == 2
+    assert "an encoder-decoder writes a completion: name --target-column" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_of_a_classifier_whose_base_names_no_padding(place, tmp_path, capsys):
+    """finetune gives it the tokenizer's: so the report is of the same last tokens."""
+    config = AutoConfig.from_pretrained(place / "llama", pad_token_id=None, num_labels=2)
+    shutil.copytree(place / "llama", tmp_path / "base")
+    config.save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    apply_mos(model, MoSConfig(r=2, init_lora_weights=False))
+    model.score.requires_grad_(True)
+    save_adapter(model, place / "llama-classes-mos")
+    options = {"model": tmp_path / "base", "label_column": "label", "rank": 2}
+    assert command(place, "llama-classes", tmp_path / "lora", **options, batch_size=8) == 0
+    batched = capsys.readouterr().out
+    assert command(place, "llama-classes", tmp_path / "alone", **options, batch_size=1) == 0
+    alone = capsys.readouterr().out
+    line = next(line for line in batched.splitlines() if line.startswith("accuracy"))
+    assert line.split(",")[0] in alone
+
+
+@pytest.mark.parametrize("name", ["bert-tokens", "bert-plain"])
+def test_of_a_model_whose_labels_no_row_has(name, place, tmp_path, capsys):
+    options = {"model": place / "bert", "rank": 2}
+    assert command(place, name, tmp_path / "lora", **options) == 0
+    assert "no loss" in capsys.readouterr().out
+    assert command(place, name, tmp_path / "none", **options, label_column="label") == 2
+    assert "--label-column does not go with a Bert" in capsys.readouterr().err
+
+
+TEMPLATE = """{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}
+{{ ' ' + m.content }}{% endfor %}{% if add_generation_prompt %} and{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    "row, tokens, predictions",
+    [
+        ({"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]}, 3, 2),
+        ({"prompt": [{"role": "user", "content": "the cat"}], "completion": [{"role": "assistant", "content": "sat"}]},
+         None, None),
+        ({"prompt": "the cat", "completion": "sat"}, 5, 2),
+        ({"text": "the cat"}, 4, 3),
+    ],
+)  # fmt: skip
+def test_the_forms_of_data_for_a_decoder(row, tokens, predictions, place, tmp_path, capsys):
+    model = with_template(place, tmp_path, TEMPLATE)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    status = command(
+        place, "llama", tmp_path / "lora", model=model, data_file=tmp_path / "rows.jsonl", text_column=None
+    )
+    said = capsys.readouterr()
+    if tokens is None:  # the template writes "and" before an answer, and here it is not there
+        assert status == 2 and "is not the beginning of both columns" in said.err
+    else:
+        assert status == 0 and f"fitted on {tokens} tokens" in said.out and f"over {predictions} pred" in said.out
+
+
+def test_messages_that_follow_a_prompt_of_messages(place, tmp_path, capsys):
+    start = "{{ 'a ' if m.role == 'user' else 'the ' }}{{ m.content }} "
+    asks = "{% if add_generation_prompt %}the{% endif %}"
+    model = with_template(place, tmp_path, f"{{% for m in messages %}}{start}{{% endfor %}}{asks}")
+    row = {"ask": [{"role": "user", "content": "cat"}], "say": [{"role": "assistant", "content": "sat on"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    options = {"model": model, "data_file": tmp_path / "rows.jsonl", "text_column": "ask", "target_column": "say"}
+    assert command(place, "llama", tmp_path / "lora", **options) == 0
+    printed = capsys.readouterr().out
+    assert "fitted on 5 tokens" in printed and "over 2 predictions" in printed  # "a cat the" asks for "sat on"
+
+
+def test_a_template_that_refuses_says_so(place, tmp_path, capsys):
+    row = {"messages": [{"role": "system", "content": "the"}, {"role": "user", "content": "cat"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    options = {"model": with_template(place, tmp_path, TEMPLATE), "data_file": tmp_path / "rows.jsonl"}
+    assert command(place, "llama", tmp_path / "lora", **options, text_column=None) == 2
+    assert "line 1: the messages do not go through the chat template: no system" in capsys.readouterr().err
+
+
+def with_template(place, tmp_path, template: str):
+    """The folder of the Llama, its tokenizer with this chat template."""
+    model = tmp_path / "chat"
+    shutil.copytree(place / "llama", model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(model)
+    return model
 
 
 def test_of_a_classifier_with_its_head_and_fewer_rows(place, tmp_path, capsys):
@@ -71,6 +188,8 @@ def test_of_a_classifier_with_its_head_and_fewer_rows(place, tmp_path, capsys):
     [
         ("llama", {"rank": 0}, "rank=0"),
         ("llama", {"rows": 0}, "--rows 0 must be at least 1"),
+        ("llama", {"device": "gpu7"}, "--device gpu7 cannot be used: "),
+        ("llama", {"separator": " "}, "--separator has no effect here: give --target-column"),
         ("llama", {"adapter": "nowhere"}, "nowhere"),
         ("llama", {"data_file": "nowhere.tsv"}, "nowhere.tsv: no such file"),
         ("llama", {"text_column": "words"}, "there is no column 'words'"),

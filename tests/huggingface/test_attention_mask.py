@@ -13,7 +13,9 @@ from tiny_models import MATRIX, ids, mos, tiny
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
+from transformers import OPTConfig, OPTForCausalLM
 
+from mos_kernels import MoSConfig
 from mos_kernels.huggingface import apply_mos, load_adapter, remove_mos, routing_report
 from mos_kernels.huggingface.modules import adapter_parameters, router_owners
 from mos_kernels.routing import load_balancing_loss
@@ -178,6 +180,24 @@ def test_other_families(family, side, use_reentrant):
     tokens, mask = padded(side)
     found = gradients(checkpointed(adapted(family), use_reentrant), tokens, mask)
     assert_near(found, by_hand(family, "ffn", tokens, mask))
+
+
+def test_where_ffns_get_the_tokens_of_all_sequences_in_rows():
+    torch.manual_seed(0)
+    options = {"vocab_size": 48, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 1}
+    model = OPTForCausalLM(OPTConfig(**options, num_attention_heads=2, max_position_embeddings=32, dropout=0.0))
+    config = MoSConfig(target_modules=["fc1", "fc2"], router_aux_loss_coef=COEFFICIENT, router_scope="linear")
+    apply_mos(model.double().train(), config)
+    tokens, mask = padded("right")
+
+    def found(tokens, mask):  # B is 0, so the injected gradient is all that reaches the routers
+        model.zero_grad()
+        model(input_ids=tokens, attention_mask=mask).logits.sum().backward()
+        return router_gradients(model)
+
+    first = found(tokens, mask)
+    assert all(gradient.any() for gradient in first.values())
+    assert_near(found(tokens.masked_fill(mask == 0, 9), mask), first)
 
 
 def test_without_a_mask_for_each_token_all_are_counted():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -15,6 +16,7 @@ from peft_setup import peft_model
 from tiny_models import FAMILIES, MATRIX, ids, mos, snapshot, tiny
 from torch import nn
 from torch.nn.functional import kl_div
+from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
 from mos_kernels import MoSConfig, MoSLinear
 from mos_kernels.functional import mos_linear
@@ -235,6 +237,46 @@ def test_batches_of_any_size_and_padding_on_any_side(tmp_path):
         close(product(tmp_path / "padded")[name], wanted, 1e-7)
 
 
+def with_ffns(model, *names: str) -> nn.Module:
+    torch.manual_seed(1)
+    apply_mos(model, MoSConfig(r=2, init_lora_weights=False, target_modules=list(names)))
+    return model
+
+
+def test_an_encoder_and_a_decoder_have_padding_of_their_own(tmp_path):
+    """Also where both are padded to one length, so that either mask would fit."""
+    torch.manual_seed(0)
+    options = {"vocab_size": 48, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**options, dropout_rate=0.0, feed_forward_proj="gated-gelu"))
+    model = with_ffns(model.double().eval(), "wi_0", "wi_1", "wo")
+    source, target, parts, padded = ids(0, 2, 6), ids(1, 2, 6), [], {}
+    for name, tokens, lengths in (("", source, (4, 6)), ("decoder_", target, (6, 3))):
+        mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+        padded |= {f"{name}input_ids": tokens.masked_fill(~mask, 0), f"{name}attention_mask": mask.long()}
+        parts.append([row[None, :length] for row, length in zip(tokens, lengths, strict=True)])
+    alone = [{"input_ids": x, "decoder_input_ids": y} for x, y in zip(*parts, strict=True)]
+    for name, data in (("padded", [padded]), ("alone", alone)):
+        report = export_lora(model, data, tmp_path / name, rank=3)
+        assert report.tokens == 10 and report.positions == 9
+    for name, wanted in product(tmp_path / "alone").items():
+        close(product(tmp_path / "padded")[name], wanted, 1e-6)
+
+
+def test_padding_is_left_out_where_ffns_get_the_tokens_in_rows(tmp_path):
+    torch.manual_seed(0)
+    options = {"vocab_size": 48, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 1}
+    model = OPTForCausalLM(OPTConfig(**options, num_attention_heads=2, max_position_embeddings=32, dropout=0.0))
+    model = with_ffns(model.double().eval(), "fc1", "fc2")
+    lengths = torch.tensor([4, 6])
+    mask = torch.arange(6) < lengths[:, None]
+    alone = [{"input_ids": row[None, :length]} for row, length in zip(ids(0, 2, 6), lengths, strict=True)]
+    padded = [{"input_ids": ids(0, 2, 6), "attention_mask": mask.long()}]
+    for name, data in (("padded", padded), ("alone", alone)):
+        assert export_lora(model, data, tmp_path / name, rank=3).tokens == 10
+    for name, wanted in product(tmp_path / "alone").items():
+        close(product(tmp_path / "padded")[name], wanted, 1e-6)
+
+
 @pytest.mark.parametrize("family", MATRIX)
 def test_both_doors_give_the_same_and_leave_the_model_alone(family, tmp_path):
     model = adapted(family).train()
@@ -313,6 +355,15 @@ def test_the_report_is_what_the_two_models_show_and_the_card_has_it(tmp_path):
     assert all(line in card for line in report.summary() + report.table()) and "AutoModel" not in card
 
 
+def test_a_batch_without_a_label_that_counts_changes_no_loss(tmp_path):
+    model, data = adapted(), [{"input_ids": ids(9), "labels": ids(9)}]
+    report = export_lora(model, batches(), tmp_path / "lora", evaluation_batches=data)
+    ignored = {"input_ids": ids(8), "labels": torch.full_like(ids(8), -100)}
+    more = export_lora(model, batches(), tmp_path / "more", evaluation_batches=[ignored, *data])
+    assert (more.loss, more.kl, more.accuracy, more.positions) == (report.loss, report.kl, report.accuracy, 12)
+    assert export_lora(model, batches(), tmp_path / "none", evaluation_batches=[ignored]).loss is None
+
+
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_bfloat16_base(family, tmp_path):
     model = adapted(family, torch.bfloat16)
@@ -327,10 +378,14 @@ def test_a_bfloat16_base(family, tmp_path):
 # bad input
 
 
-def silent(model):
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model
+class ReadOnce:
+    """As a stream is: not an iterator itself, but of one."""
+
+    def __init__(self):
+        self.rest = iter([{"input_ids": ids()}])
+
+    def __iter__(self):
+        return self.rest
 
 
 @pytest.mark.parametrize(
@@ -351,6 +406,9 @@ def silent(model):
         ({"calibration_batches": [ids()[:, :0]]}, "a batch holds no tokens .shape .2, 0..: leave it out"),
         ({"calibration_batches": [*batches(1), ids()[:0]]}, "a batch holds no tokens .shape .0, 7."),
         ({"calibration_batches": [{}]}, "a batch holds no tokens .no tensor."),
+        ({"calibration_batches": [{"input_ids": [[3, 4]]}]}, "holds no tensor .input_ids: list.: pass tensors"),
+        ({"calibration_batches": [{"input_ids": ids()[0]}]}, "shape .7,.: make it .batch, sequence."),
+        ({"calibration_batches": ReadOnce()}, "were empty when read again"),
         ({"evaluation_batches": [ids()[:0]]}, "a batch holds no tokens"),
         ({"calibration_batches": [(ids(),)]}, "a batch is a tuple: make it a dictionary"),
         ({"evaluation_batches": iter([])}, "evaluation_batches is an iterator"),
@@ -379,15 +437,27 @@ def test_a_folder_with_files_is_refused_and_an_empty_one_taken(tmp_path):
     assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_link_to_an_empty_folder_stays_and_the_current_folder_is_refused(tmp_path, monkeypatch):
+def test_an_empty_folder_stays_the_same_one(tmp_path, monkeypatch):
+    """It may be a link, a mount or the current folder."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("folder")
-    monkeypatch.chdir(tmp_path / "folder")
-    with pytest.raises(FileExistsError, match="is the current folder"):
-        export_lora(adapted(), batches(1), ".", rank=1)
-    monkeypatch.chdir(tmp_path)
-    export_lora(adapted(), batches(1), "link", rank=1)
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "adapter_config.json").is_file()
+    number = (tmp_path / "folder").stat().st_ino
+    export_lora(adapted(), batches(1), tmp_path / "link", rank=1)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "folder").stat().st_ino == number
+    assert len(list((tmp_path / "folder").iterdir())) == 3
+    (tmp_path / "current").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
+    export_lora(adapted(), batches(1), ".", rank=1)
+    assert (tmp_path / "current" / "adapter_config.json").is_file()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_runs(tmp_path, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(OSError, match="lora cannot be written .*Permission denied.*: name another folder"):
+        export_lora(adapted(), [{"no": ids()}], tmp_path / "lora")
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path):
@@ -406,6 +476,15 @@ def test_a_part_that_the_data_does_not_use_is_refused(tmp_path):
         export_lora(model, batches(1), tmp_path / "lora")
 
 
+def test_a_linear_in_two_places_is_refused(tmp_path):
+    model = adapted()
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj = first.up_proj
+    with pytest.raises(ValueError, match="'model.layers.0.mlp.up_proj' is one linear in 2 places"):
+        export_lora(model, batches(1), tmp_path / "lora")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_of_pefts_adapters_the_active_one(tmp_path):
     model = peft_model()
     torch.manual_seed(5)
@@ -422,6 +501,20 @@ def test_of_pefts_adapters_the_active_one(tmp_path):
     model.set_adapter("default")
     with model.disable_adapter(), pytest.raises(ValueError, match="disabled"):
         export_lora(model, batches(2), tmp_path / "none")
+
+
+@pytest.mark.parametrize("order", [["default", "second"], ["second", "default"]])
+def test_two_adapters_on_different_linears_with_what_comes_with_either(order, tmp_path):
+    model = peft_model(target_modules=["up_proj"], modules_to_save=["lm_head"])
+    model.add_adapter("second", dataclasses.replace(model.peft_config["default"], target_modules=["down_proj"],
+                                                    modules_to_save=None))  # fmt: skip
+    model.base_model.set_adapter(order)
+    head = model.base_model.model.lm_head.modules_to_save["default"].weight
+    with torch.no_grad():
+        head.normal_()
+    assert len(export_lora(model, batches(1), tmp_path / "lora", rank=1).linears) == 4
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path / "lora")
+    assert torch.equal(loaded.base_model.model.lm_head.modules_to_save["default"].weight, head)
 
 
 def test_peft_says_where_to_go_when_it_cannot_merge():

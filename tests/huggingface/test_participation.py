@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from peft_setup import peft_model
 from tiny_models import MATRIX, batch, ids, mos, snapshot, tiny
 from torch.nn.functional import linear
@@ -36,7 +37,8 @@ def test_all_of_a_trained_adapter_takes_part(family, scope):
 
 @pytest.mark.parametrize(
     "options", [{"spaces": {"euclidean": 4}}, {"spaces": {"euclidean": 1}, "num_experts_per_tok": 1},
-                {"spaces": {"spherical": 1}, "num_experts_per_tok": 1}, {"share_a": False}]
+                {"spaces": {"spherical": 1}, "num_experts_per_tok": 1}, {"share_a": False},
+                {"num_experts_per_tok": 1}, {"num_experts_per_tok": 1, "router_scope": "linear"}]
 )  # fmt: skip
 def test_what_has_no_gradient_by_nature_is_not_listed(options):
     assert idle_tensors(adapted(**options), input_ids=ids(length=30)) == []
@@ -67,6 +69,55 @@ def test_a_tensor_without_gradient_is_named():
     assert found == {f"{name}.{p}": "got no gradient" for p in ("mos_lora_A", "mos_lora_B", "mos_curvature")}
 
 
+def test_outputs_in_a_tuple_and_a_loss_of_no_label():
+    model = adapted()
+    assert idle_tensors(model, input_ids=ids(length=30), return_dict=False) == []
+    before = snapshot(model.train())
+    with pytest.raises(ValueError, match="the loss is nan: give inputs with labels"):
+        idle_tensors(model, input_ids=ids(), labels=torch.full_like(ids(), -100))
+    assert snapshot(model) == before
+
+
+def test_a_router_that_weighs_a_single_expert_of_several_has_a_gradient():
+    assert idle_tensors(adapted(num_experts_per_tok=1, norm_topk_prob=False), input_ids=ids(length=30)) == []
+
+
+_SMALL = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+_BART = {"vocab_size": 48, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32,
+         "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, config, targets, status",
+    [
+        ("LlamaForSequenceClassification", "LlamaConfig", None, 0),  # without a token for padding
+        ("BertForSequenceClassification", "BertConfig", None, 0),
+        ("BartForSequenceClassification", "BartConfig", ["fc1", "fc2"], 0),  # asks for an end of the sequence
+        ("BartForConditionalGeneration", "BartConfig", ["fc1", "fc2"], 0),
+        ("BertForMultipleChoice", "BertConfig", None, 2),
+        ("ViTForImageClassification", "ViTConfig", "all-linear", 2),
+    ],
+)
+def test_the_command_for_other_kinds_of_model(kind, config, targets, status, tmp_path, capsys):
+    options = dict(_BART if config == "BartConfig" else _SMALL, pad_token_id=None if kind.startswith("Llama") else 1)
+    options |= {"max_position_embeddings": 8} if config == "BertConfig" else {}
+    options |= {"image_size": 8, "patch_size": 4} if config == "ViTConfig" else {}
+    torch.manual_seed(0)
+    getattr(transformers, kind)(getattr(transformers, config)(**options)).save_pretrained(tmp_path / "base")
+    model = getattr(transformers, kind).from_pretrained(tmp_path / "base")
+    apply_mos(model, mos(model, **({} if targets is None else {"target_modules": targets})))
+    save_adapter(model, tmp_path / "mos")
+    assert main(["doctor", "--model", str(tmp_path / "mos")]) == status
+    message = "take part" if status == 0 else f"idle_tensors(model, **batch) with a batch of a {kind}"
+    assert message in capsys.readouterr().out
+
+
 def test_without_an_adapter():
     with pytest.raises(ValueError, match="has no active MoS adapter"):
         idle_tensors(tiny(), input_ids=ids())
@@ -91,5 +142,8 @@ def test_the_command(tmp_path, capsys):
     assert "model.layers.0.mlp.up_proj: adds nothing" in capsys.readouterr().out
     assert main(["doctor", "--model", str(tmp_path / "mos"), "--base", str(tmp_path / "whole")]) == 2
     assert "holds an adapter itself" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["doctor", "--base", str(tmp_path / "base")])
+    assert "--base has no effect here: give --model" in capsys.readouterr().err
     assert main(["doctor", "--model", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().out

@@ -86,7 +86,8 @@ def mos(model: nn.Module, **options) -> MoSConfig:
     """A configuration for the model's FFN blocks, whose adapter has an effect from the start."""
     from mos_kernels.huggingface import ffn_target_modules
 
-    return MoSConfig(**{"r": 4, "init_lora_weights": False, "target_modules": ffn_target_modules(model), **options})
+    where = {} if "target_modules" in options else {"target_modules": ffn_target_modules(model)}
+    return MoSConfig(**{"r": 4, "init_lora_weights": False, **where, **options})
 
 
 def ids(seed: int = 0, batch: int = 2, length: int = 7) -> torch.Tensor:
