@@ -193,9 +193,8 @@ def _continued(options: argparse.Namespace, tokenizer, row: tuple[str, dict], cl
         head, tail = (head + end, None) if tail is None else (head, tail + end)
     ids, masked = (head, []) if tail is None else (head + tail, [IGNORED] * len(head))
     labels = masked + ids[len(masked) :]
-    start = (
-        0 if tail is None else max(len(ids) - options.max_length, 0)
-    )  # if it is too long, the beginning of the prompt is cut
+    # if it is too long, the beginning of the prompt is cut
+    start = 0 if tail is None else max(len(ids) - options.max_length, 0)
     ids, labels = (part[start : start + options.max_length] for part in (ids, labels))
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
