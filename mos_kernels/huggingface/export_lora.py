@@ -43,7 +43,7 @@ from mos_kernels.huggingface.modules import (
     unwrap,
 )
 from mos_kernels.huggingface.state import adapter_state, tensors_of
-from mos_kernels.huggingface.targets import classifier_heads, refuse_offloaded
+from mos_kernels.huggingface.targets import classifier_heads, refuse_offloaded, refuse_peft
 from mos_kernels.layer import MoSAdapter, MoSConv1D, MoSLayer, evaluating
 from mos_kernels.sharded import gathered, refuse_sharded, refuse_zero3
 
@@ -160,6 +160,8 @@ def export_lora(
     outer = unwrap(model)
     inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
     linears = _linears(inner)
+    if adapter_state(inner) is not None:
+        refuse_peft(inner)  # what that adds would be in no export
     whole = _modules_saved_whole(outer, inner)
     own = adapter_parameters(inner)
     wide = sum(linear.d_in + linear.d_out for linear in linears)
