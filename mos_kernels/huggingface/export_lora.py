@@ -35,6 +35,7 @@ from mos_kernels.functional import mos_linear, mos_route
 from mos_kernels.huggingface import files
 from mos_kernels.huggingface.atomic import check_folder
 from mos_kernels.huggingface.attention_mask import of_tokens
+from mos_kernels.huggingface.card import classes_to_load
 from mos_kernels.huggingface.modules import (
     active_names,
     adapter_parameters,
@@ -614,7 +615,7 @@ def _write(folder: Path, model: nn.Module, linears: list[_Linear], whole, report
         "fan_in_fan_out": any(_is_conv1d(one.layer) for one in linears),
         "modules_to_save": modules or None,
     }
-    card = _card(about_base["base_model_name_or_path"], kind, report)
+    card = _card(about_base["base_model_name_or_path"], kind, classes_to_load(model), report)
     values = {files.PREFIX + name: tensor for name, tensor in gathered(tensors).items()}
     if folder.is_dir():  # it may be a mount, or the current folder: another cannot take its place
         files.write_folder(folder, values, config, card)
@@ -641,7 +642,7 @@ def _task_type(kind: type[nn.Module]) -> str | None:
     return next((task for end, task in ends.items() if kind.__name__.endswith(end)), None)
 
 
-def _card(base: str | None, kind: type[nn.Module], report: ExportReport) -> str:
+def _card(base: str | None, kind: type[nn.Module], labels: str, report: ExportReport) -> str:
     base_line = "" if base is None or os.path.exists(base) else f"base_model: {base}\n"
     lost, table = "\n".join(f"- {line}" for line in report.summary()), "\n".join(report.table())
     return f"""---
@@ -660,7 +661,8 @@ loads, merges and serves without mos_kernels:
 from peft import PeftModel
 from transformers import {kind.__name__}
 
-model = PeftModel.from_pretrained({kind.__name__}.from_pretrained({base or "the base model"!r}), "this folder")
+base = {kind.__name__}.from_pretrained({base or "the base model"!r}{labels})
+model = PeftModel.from_pretrained(base, "this folder")
 model = model.merge_and_unload()
 ```
 
