@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks import maps
 from mos_kernels import MoSConfig, MoSLinear
 from mos_kernels.backends import has_triton, load_backend, why_not_triton
-from mos_kernels.backends.interface import ShrinkWeights
+from mos_kernels.backends.interface import BridgeInputs, ShrinkWeights
 from reference.baselines import hydralora_linear, mixture_of_lora_linear
 from reference.manifold import signed_inverse_projection, signed_lift, signed_projection, squared_norm
 from reference.per_expert import mos_linear_as_printed, mos_linear_per_expert, scale_back, scale_into
@@ -346,7 +346,7 @@ class OurBranch(torch.autograd.Function):
         steps = load_backend(backend)
         prepared = steps.prepare(B, x.dtype, config, weights=ShrinkWeights(A, None, x.dtype))
         p, n, _ = steps.shrink(x, A, None, None, True, prepared.stack)
-        z, _ = steps.bridge(p, n, gates, False, kappa, prepared, config)
+        z, _ = steps.bridge(BridgeInputs(p, n, gates, False, kappa, prepared), config)
         ctx.save_for_backward(x, A, B, kappa, gates, p, n, prepared.gram, z if steps.KEEPS_Z else None)
         ctx.options = config, backend
         return steps.expand(z, prepared, None, x.dtype)
@@ -357,11 +357,11 @@ class OurBranch(torch.autograd.Function):
         config, backend = ctx.options
         steps = load_backend(backend)
         prepared = steps.prepare(B, x.dtype, config, gram)
-        bridged = None
+        curved, bridged = BridgeInputs(p, n, gates, False, kappa, prepared), None
         if z is None:
-            z, bridged = steps.bridge(p, n, gates, False, kappa, prepared, config)
+            z, bridged = steps.bridge(curved, config)
         dz, dB = steps.expand_backward(dy, z, prepared, True)
-        d = steps.bridge_backward(dz, bridged, p, n, gates, False, kappa, prepared, None, None, config)
+        d = steps.bridge_backward(dz, bridged, curved, None, None, config)
         dB = steps.add_norm_gradient(dB, B, d.M)
         dx, dA, _ = steps.shrink_backward(x, A, None, d.p, d.n, None, None, (True, True, False))
         return dx, dA.to(A.dtype), dB.to(B.dtype), d.kappa, d.routed, None, None

@@ -37,12 +37,14 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    source = Path(page.file.abs_src_path)
-    if not source.is_relative_to(DOCS):
-        return markdown
+    source, up = Path(page.file.abs_src_path), "../" * page.file.src_uri.count("/")
 
     def rewritten(match: re.Match) -> str:
-        target = outside(source, match[1])
-        return f"]({'../' * page.file.src_uri.count('/')}{target.as_posix()}" if target else match[0]
+        if source.is_relative_to(DOCS):
+            target = outside(source, match[1])
+        else:  # a file that was copied into the site: its links into docs/ lead to the site's pages
+            target = (source.parent / match[1]).resolve()
+            target = target.relative_to(DOCS) if target.is_relative_to(DOCS) else None
+        return f"]({up}{target.as_posix()}" if target else match[0]
 
     return UPWARD.sub(rewritten, markdown)

@@ -1,4 +1,4 @@
-"""Commands: `python -m mos_kernels doctor | finetune | export-lora | report | kernels | tune`."""
+"""The commands of mos_kernels. `python -m mos_kernels COMMAND --help` lists the options of a command."""
 
 from __future__ import annotations
 
@@ -9,27 +9,40 @@ from pathlib import Path
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mos_kernels", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    doctor = commands.add_parser("doctor", help="say which backend would run here and why, and check it numerically")
-    doctor.add_argument("--model", type=Path, help="instead, check that all of the adapter in this folder takes part")
-    doctor.add_argument("--base", help="the base model of --model, where the adapter does not name it")
-    commands.add_parser("finetune", help="fine-tune a model with MoS, LoRA and others under equal settings")
-    commands.add_parser("export-lora", help="write the plain LoRA nearest to an adapter, which merges and serves")
-    report = commands.add_parser("report", help="draw a run: one HTML page with loss, curvature and routing")
-    report.add_argument("run", type=Path, help="the output folder of finetune, or a Trainer's output_dir")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+
+    doctor = command("doctor", "say which backend runs on this machine and why, and check its results")
+    doctor.add_argument("--model", type=Path, help="check this adapter's folder instead: name the parts without effect")
+    doctor.add_argument("--base", help="the base model of --model; needed if the adapter does not name it")
+    command("finetune", "train a classifier or a language model, with MoS or with a baseline such as a LoRA")
+    command("export-lora", "write the plain LoRA nearest to an adapter; it can be merged, and served anywhere")
+    report = command("report", "draw a run as one HTML page: loss, curvature and routing")
+    report.add_argument("run", type=Path, help="the output folder of finetune, a Trainer's output_dir, or a checkpoint")
     report.add_argument("--output", type=Path, help="where to write the page (default: report.html in that folder)")
-    kernels = commands.add_parser("kernels", help="compile the Triton kernels and list what they use; needs no GPU")
-    kernels.add_argument("architectures", nargs="*", help="such as sm_90 or gfx942; default: all that are supported")
+    kernels = command("kernels", "list the registers and shared memory of the compiled Triton kernels; needs no GPU")
+    kernels.add_argument("architectures", nargs="*", help="such as sm_90 or gfx942 (default: all that are supported)")
     kernels.add_argument(
         "--counts",
         action="store_true",
-        help="instead, execute them and list instructions, sectors and bank conflicts; NVIDIA, in a checkout, with g++",
+        help="execute them on the CPU instead, and count instructions, sectors and bank conflicts; for NVIDIA only, in "
+        "a clone of the repository, with g++",
     )
-    tune = commands.add_parser("tune", help="time the Triton kernels on this GPU and store their best launch settings")
-    tune.add_argument("kernels", nargs="*", help="such as shrink or expand; default: all")
-    tune.add_argument("--buckets", nargs="+", choices=("train", "decode"), default=[], help="of tokens; default: both")
-    tune.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    tune.add_argument("--dry-run", action="store_true", help="print the settings found and write nothing")
+    tune = command("tune", "time launch settings of the Triton kernels on this GPU, and store the best")
+    tune.add_argument("kernels", nargs="*", help="such as shrink or expand (default: all)")
+    tune.add_argument(
+        "--buckets",
+        nargs="+",
+        choices=("train", "decode"),
+        default=[],
+        help="decode: at most 64 tokens; train: more (default: both)",
+    )
+    tune.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of x (default: bfloat16)"
+    )
+    tune.add_argument("--dry-run", action="store_true", help="print the settings found, and write nothing")
 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -85,6 +85,31 @@ class FFNTensors(NamedTuple):
         down, *reads = (Adapted(*linears[i : i + width]) for i in range(0, len(linears), width))
         return cls(x, gates, router, aux_weight, token_mask, down, tuple(reads))
 
+    def gradients(
+        self, needs: FFNTensors, dx: Any, dgates: Any, drouter: Any, down: Sequence, reads: Sequence[Sequence]
+    ) -> FFNTensors:
+        """These gradients with the shapes and dtypes of the tensors, where `needs` asks for them; else None.
+
+        down, reads: of each linear dA, dB and dκ.
+        """
+        return FFNTensors(
+            x=_like(self.x, dx, needs.x),
+            gates=_like(self.gates, dgates, needs.gates),
+            router=_like(self.router, drouter, needs.router),
+            aux_weight=None, token_mask=None,
+            down=_adapted_gradients(self.down, needs.down, down),
+            reads=tuple(_adapted_gradients(*each) for each in zip(self.reads, needs.reads, reads, strict=True)),
+        )  # fmt: skip
+
+
+def _adapted_gradients(linear: Adapted, needs: Adapted, gradients: Sequence) -> Adapted:
+    found: list[Any] = [None, None, *map(_like, linear[2:], gradients, needs[2:])]  # none of weight and bias
+    return Adapted(*found)
+
+
+def _like(t: Any, gradient: Any, needed: Any) -> Any:
+    return gradient.view(t.shape).to(t.dtype) if needed else None
+
 
 class FFNPlan(NamedTuple):
     """How a call of an FFN block runs: y = down(φ(g) u), or down(φ(g)) if it is not gated."""
@@ -138,6 +163,19 @@ def _read(text: str) -> tuple[tuple[str, ...], Plan]:
     there, backend, differentiable, dropout_p, config = text.split(" ", 4)
     plan = Plan(MoSConfig.from_dict(json.loads(config)), backend, differentiable == "True", float(dropout_p))
     return tuple(there.split(",")), plan
+
+
+def flat(t: Tensor) -> Tensor:
+    """(..., width) as (T, width)."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def shaped(y: Tensor, x: Tensor) -> Tensor:
+    """y (T, ·) in x's shape. Not a view, since autograd would forbid to change that in place."""
+    return _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+
+_unsafe_view = torch.ops.aten._unsafe_view.default  # less to look up at each call
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -30,7 +30,7 @@ def listed(spaces: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True)
 class MoSConfig:
-    """Options of a Mixture-of-Space adapter (MoSELoRA, arXiv 2602.14490).
+    """Options of a Mixture-of-Space adapter (MoSELoRA, arXiv 2602.14490), such as MoSConfig(r=8).
 
     The names are those of peft's `LoraConfig` and of transformers' mixture-of-experts models. A bad value raises a
     `ValueError` that names the value and the remedy. Equation numbers are the paper's. Dictionaries are kept in a form
@@ -44,21 +44,24 @@ class MoSConfig:
         use_rslora: scale by `lora_alpha / sqrt(r)`.
         init_lora_weights: True: A kaiming-uniform, B zero. "gaussian": A normal(0, 1/r), B zero. False: A
             kaiming-uniform, B random, so that the adapter has an effect from the start (for tests).
-        spaces: number of experts by geometry, always ordered hyperbolic, spherical, euclidean. E is their sum, at most
-            4,096.
+        spaces: number of experts by geometry, such as {"hyperbolic": 2, "euclidean": 2}. E is their sum, at most 4,096.
+            The experts are always ordered hyperbolic, spherical, euclidean.
         num_experts_per_tok: k, the number of experts that a token uses.
         norm_topk_prob: renormalise the gates of the k experts to sum to 1.
         router_scope: "ffn": one router for each FFN block, reading the block's input. "linear": one for each linear.
-        router_aux_loss_coef: coefficient of the load-balancing loss E·Σ f_e P_e, averaged over the model's routers. The
-            loss is 1.0 at uniform routing (Mixtral's own form is k times larger).
-        curvature_init: |κ̂| at the start, dimensionless: κ = κ̂ / length_unit². Euclidean experts stay at 0.
+        router_aux_loss_coef: coefficient of the load-balancing loss E·Σ f_e P_e, averaged over the model's routers. f_e
+            is the share of the assignments that expert e got, P_e its mean probability. The loss is 1.0 at uniform
+            routing (Mixtral's own form is k times larger).
+        curvature_init: size of the dimensionless curvature κ̂ at the start; the curvature is κ = κ̂ / length_unit².
+            Hyperbolic experts start at -κ̂, spherical ones at κ̂. Euclidean experts stay at 0.
         length_unit: "sqrt_dim" (√d_in of each linear) or a positive number.
-        learn_curvature: train κ, whose sign may change.
-        curvature_lr_ratio: κ = (κ̂_init + curvature_lr_ratio·θ) / length_unit², with θ the trained parameter. Under Adam
-            it acts as a learning rate of its own.
+        learn_curvature: train the curvature, whose sign may change.
+        curvature_lr_ratio: how fast the curvature moves: κ̂ is its start plus curvature_lr_ratio·θ, with θ the trained
+            parameter. Under Adam the ratio acts as a learning rate of its own.
         curvature_max_grad_norm: bound on the norm of each layer's gradient of θ, per backward. None: exact gradients.
         share_a: True: one A for all experts, as in HydraLoRA. False: one A for each expert.
-        activation: φ between the low-rank product and the map out of the space: "identity", "tanh", "silu" or "gelu".
+        activation: nonlinearity of an expert, after B and before the map out of the space: "identity", "tanh", "silu"
+            or "gelu".
         mapping: "stereographic" (equations 5 to 8) or "exp_log" (exponential and logarithmic map at the origin).
         domain: for hyperbolic experts under the stereographic mapping. "ball": a token is projected into the ball where
             equation 5 is defined. "raw": equation 5 as printed.

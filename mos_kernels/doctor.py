@@ -48,7 +48,7 @@ def _report(device: torch.device) -> int:
         print(f"{device} ({name}): {error}")
         return 1
     print(f"{device} ({name}): backend {chosen} (requested: {selected_backend()}, {source})")
-    print("  FFN blocks: apply_mos(model, config).report() says which of a model's run as one operation")
+    print("  FFN blocks: apply_mos(model, config).report() says which blocks of a model run as one operation")
     print(f"  triton: {'can run here' if reason is None else 'cannot run here: ' + reason}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("  TRITON_INTERPRET=1: kernels run in Triton's interpreter, for tests, thousands of times slower")

@@ -32,9 +32,10 @@ from mos_kernels.layer import (
     MoSLayer,
     MoSLinear,
     MoSRouter,
-    injected_aux_weight,
+    balancing,
+    dense_weight,
+    is_conv1d,
     is_dense,
-    known_mask,
     parameter_of,
 )
 from mos_kernels.sharded import is_dtensor
@@ -91,20 +92,13 @@ class _Part(NamedTuple):
         if not isinstance(adapters, nn.ModuleDict) or linear.disable_adapters or not is_dense(linear.base_layer):
             return None
         active = [name for name in linear.active_adapters if name in adapters]
-        if len(active) != 1 or not (type(linear.base_layer) is nn.Linear or _is_conv1d(linear.base_layer)):
+        if len(active) != 1 or not (type(linear.base_layer) is nn.Linear or is_conv1d(linear.base_layer)):
             return None
         return cls(adapters[active[0]], linear.base_layer)
 
-    @property
-    def weight(self) -> Tensor:
-        """(d_out, d_in)."""
-        return self.base.weight.t() if _is_conv1d(self.base) else self.base.weight
-
     def adapted(self, dtype: torch.dtype, factors: Factors) -> tuple[Adapted, Prepared | None]:
         """(its tensors with the base in dtype, as under autocast; the prepared B)."""
-        weight, bias = parameter_of(self.base, "weight"), parameter_of(self.base, "bias")
-        if _is_conv1d(self.base):
-            weight = weight.t()
+        weight, bias = dense_weight(self.base), parameter_of(self.base, "bias")
         if weight.dtype != dtype or bias is not None and bias.dtype != dtype:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         return Adapted(
@@ -186,7 +180,8 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") ->
         return again
     if x.dim() == 0 or x.is_meta:
         return None
-    _standing.pop(block, None)  # it holds parameters, and copies of them
+    if getattr(block._modules.get("mos_router"), "_standing", None) is not None:
+        block.mos_router._standing = None  # it holds parameters, and copies of them
     parts = _parts(block, form)
     if isinstance(parts, str) or is_transformed():
         return None
@@ -195,7 +190,7 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") ->
     if any(part.adapter.training and part.adapter.config.lora_dropout > 0 for part in parts.all):
         return None
     dtype = autocast_dtype(x)
-    if not _fits_again(block, x, parts, form):
+    if not _fits(x, parts, form):
         return None
     backend = resolve_backend(backend, x)
     down, *reads = (part.adapted(dtype, factors) for part, factors in zip(*_factors(parts, x, backend), strict=True))
@@ -205,8 +200,7 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") ->
     if dtype == x.dtype and all(is_called_plainly(router, observed) for router, observed in routers.items()):
         for observer in observers:
             observer.observe(x)
-        aux_weight = injected_aux_weight(parts.router)
-        mask = None if aux_weight is None else known_mask(parts.router, x)
+        aux_weight, mask = balancing(parts.router, x)
         if mask is not None and mask.shape != x.shape[:-1]:
             return None
     else:  # a hook wants to see it, or autocast casts x, but not what the router reads
@@ -230,8 +224,8 @@ def as_one(block: nn.Module, form: FFNForm, x: Tensor, backend: str = "auto") ->
 class _Standing(NamedTuple):
     """What a block was found to be in eval mode without gradients, and is as long as nothing of it changes.
 
-    No module and no weight of a base is kept alive, nor is the block by what belongs to it. A weight of a base has no
-    weak reference either: `torch.utils.swap_tensors` refuses a tensor that has one.
+    The block's router holds it (`RoutesBlock`). No module and no weight of a base is kept alive. A weight of a base has
+    no weak reference either: `torch.utils.swap_tensors` refuses a tensor that has one.
     """
 
     use: tuple  # the dtype, device and width of x
@@ -239,14 +233,11 @@ class _Standing(NamedTuple):
     hooks: int  # the number of the next hook of the process: a new one may be on one of the modules
     children: tuple[tuple[str, weakref.ref, type], ...]  # the block's, whose calls one operation replaces
     inner: tuple[weakref.ref, ...]  # of the peft method: the router, and adapter and base of each linear
-    linears: tuple[tuple, ...]  # of each: adapter, base; how its weight and bias look; what is kept; is it a Conv1D
+    linears: tuple[tuple, ...]  # of each: adapter, base; how its weight and bias look; what is kept; is it transposed
     routing: MoSConfig  # the router's
     seen: Seen  # the router's weight, and of each linear what is kept from
     plan: FFNPlan
     frozen: bool  # all linears, by freeze_for_inference: a CUDA graph may capture what is kept
-
-
-_standing: weakref.WeakKeyDictionary[nn.Module, _Standing] = weakref.WeakKeyDictionary()
 
 
 def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FFNTensors, FFNPlan] | None:
@@ -254,9 +245,11 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
 
     A token of a small model waits for this: as little is looked at as will do.
     """
-    before = None if torch.is_grad_enabled() or is_transformed() else _standing.get(block)
+    before = getattr(block._modules.get("mos_router"), "_standing", None)
     if (
         before is None
+        or torch.is_grad_enabled()
+        or is_transformed()
         or before.hooks != RemovableHandle.next_id
         or before.use != (x.dtype, x.device, x.shape[-1:])
         or before.plan.backend != resolve_backend(backend, x)
@@ -280,16 +273,16 @@ def _again(block: nn.Module, form: FFNForm, x: Tensor, backend: str) -> tuple[FF
         return None
     weight = router._parameters.get("weight")
     tensors, adapted = [weight], []
-    for adapter, base, look_w, look_b, kept, is_conv1d in before.linears:
+    for adapter, base, look_w, look_b, kept, transposed in before.linears:
         adapter, own = adapter(), base()._parameters
         w, b, config = own.get("weight"), own.get("bias"), kept.use.config
-        if adapter.training or adapter._frozen is not kept or adapter.config is not config:
+        if adapter.training or adapter._kept is not kept or adapter.config is not config:
             return None
         if _look(w) != look_w or (b is not None or look_b is not None) and _look(b) != look_b:
             return None
         tensors += adapter._kept_from()  # B is the last, since the router is the block's
         kappa, A, _ = kept.factors
-        adapted.append(Adapted(w.t() if is_conv1d else w, b, A, tensors[-1], kappa))
+        adapted.append(Adapted(w.t() if transposed else w, b, A, tensors[-1], kappa))
     if not before.seen.are(tensors):
         return None
     return FFNTensors(x, None, weight, None, None, adapted[-1], tuple(adapted[:-1])), plan
@@ -315,7 +308,7 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
     Only where nothing but the parameters decides, and every change of them is seen. A graph that is being captured
     computes its own, which a call before it may have made.
     """
-    x, weight, adapters = tensors.x, parts.router.weight, [part.adapter._frozen for part in parts.all]
+    x, weight, adapters = tensors.x, parts.router.weight, [part.adapter._kept for part in parts.all]
     called, hooks = _called(block, form, parts), RemovableHandle.next_id
     bases = [(part.base._parameters.get("weight"), part.base._parameters.get("bias")) for part in parts.all]
     if (
@@ -336,12 +329,12 @@ def _remembered(block: nn.Module, form: FFNForm, parts: _Parts, tensors: FFNTens
     plan = plan._replace(constants=_constants(adapters[0], seen, tensors, plan))
     inside = () if parts.router is called["mos_router"] else (parts.router, *(m for part in parts.all for m in part))
     ref = weakref.ref
-    _standing[block] = _Standing(
+    block.mos_router._standing = _Standing(
         (x.dtype, x.device, x.shape[-1:]), x.device.type, hooks,
         tuple((name, ref(child), type(child)) for name, child in called.items() if name in block._modules),
         tuple(map(ref, inside)),
         tuple(
-            (ref(part.adapter), ref(part.base), _look(w), _look(b), kept, _is_conv1d(part.base))
+            (ref(part.adapter), ref(part.base), _look(w), _look(b), kept, is_conv1d(part.base))
             for part, (w, b), kept in zip(parts.all, bases, adapters, strict=True)
         ),
         parts.router.config, seen, plan, all(kept.frozen for kept in adapters),
@@ -400,22 +393,6 @@ class _Curvatures(torch.autograd.Function):
         return None, *(t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True)), *[None] * len(found)
 
 
-_fitted: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
-"""What the latest call of a block was found to fit: a token costs less where it is the same again."""
-
-
-def _fits_again(block: nn.Module, x: Tensor, parts: _Parts, form: FFNForm) -> bool:
-    """`_fits`, looked up where tensors that look alike, with the same configurations, were found to fit."""
-    configs = (part.adapter.config for part in parts.all)
-    key = x.dtype, x.device, x.shape[-1], is_autocast(x), *map(_look, parts.tensors()), parts.router.config, *configs
-    if _fitted.get(block) == key:
-        return True
-    if not _fits(x, parts, form):
-        return False
-    _fitted[block] = key
-    return True
-
-
 _FACTS = operator.attrgetter("__class__", "shape", "dtype", "device")
 
 
@@ -430,14 +407,13 @@ def _fits(x: Tensor, parts: _Parts, form: FFNForm) -> bool:
         return False
     if not x.is_floating_point() or parts.router.weight.shape != (parts.router.config.num_experts, x.shape[-1]):
         return False
-    hidden = {part.weight.shape[0] for part in parts.reads}
-    if len(hidden) != 1 or {part.weight.shape[1] for part in parts.reads} != {x.shape[-1]}:
+    *reads, down = weights = [dense_weight(part.base) for part in parts.all]
+    hidden, casts = down.shape[1] * (2 if form.fused else 1), is_autocast(x)
+    if any(weight.shape != (hidden, x.shape[-1]) for weight in reads):
         return False
-    if parts.down.weight.shape[1] * (2 if form.fused else 1) != hidden.pop():
-        return False
-    for part in parts.all:
-        adapter, weight, config = part.adapter, part.weight, part.adapter.config
-        if not (weight.dtype == x.dtype or is_autocast(x) and weight.is_floating_point()):
+    for part, weight in zip(parts.all, weights, strict=True):
+        adapter, config = part.adapter, part.adapter.config
+        if not (weight.dtype == x.dtype or casts and weight.is_floating_point()):
             return False
         (d_out, d_in), E, r = weight.shape, config.num_experts, config.r
         if part.base.bias is not None and part.base.bias.shape != (d_out,):
@@ -492,11 +468,6 @@ def _phi_of(block: nn.Module, form: FFNForm) -> str | None:
     if getattr(module, "act", None) not in (None, F.gelu) and not isinstance(module.act, functools.partial):
         return None
     return _PHI.get(kind.__name__)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether the weight is (d_in, d_out), as transformers' Conv1D has it."""
-    return type(module) is MoSConv1D or type(module).__name__ == "Conv1D" and hasattr(module, "nx")
 
 
 def _calls_its_own(module: nn.Module) -> bool:

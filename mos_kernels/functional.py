@@ -39,13 +39,15 @@ def mos_linear(
 
     Args:
         x: (..., d_in), in the weight's dtype, or any float dtype under autocast.
-        weight, bias: the base, (d_out, d_in) and (d_out,), with any strides. They get gradients if they are trainable.
+        weight: (d_out, d_in), of the base, with any strides. It gets a gradient if it is trainable, as does the bias.
+        bias: (d_out,), of the base.
         base_output: (..., d_out), for a base that is not a dense product (quantised, wrapped, another adapter): its
             output on x. Then weight and bias are None, and y = base_output + (α/r) Σ_e g_e o_e in base_output's dtype.
-        A, B: (r, d_in) or (E, r, d_in), and (d_out, E, r); any float dtype, rounded to x's for the wide products.
-        kappa: (E,) curvature.
-        gates: (..., E), given gates; or
-        router: (E, d_in), this linear's own router.
+        A: (r, d_in) or (E, r, d_in), in any float dtype. The wide products round it to x's, and B too.
+        B: (d_out, E, r), in any float dtype.
+        kappa: (E,), the curvatures in 1/length².
+        gates: (..., E), if a router was called before. Pass either gates or a router.
+        router: (E, d_in), the linear's own router.
         aux_weight: (1,), the factor on the gradient of the own router's load-balancing loss, which is added during
             backward. None: no such gradient.
         token_mask: (...,), False for tokens that load balancing leaves out (padding).
@@ -126,9 +128,11 @@ UNSUPPORTED = (
 
 
 def refuse_transforms(*tensors: Tensor | None) -> None:
-    """Raise NotImplementedError under torch.jit.trace, transforms of torch.func, and forward-mode differentiation."""
+    """Raise NotImplementedError under a trace of torch.jit or torch.fx, transforms of torch.func, and forward mode."""
     if torch.compiler.is_compiling():
         return
+    if isinstance(tensors[0], torch.fx.Proxy):
+        raise NotImplementedError(UNSUPPORTED.format("torch.fx.symbolic_trace"))
     if torch.jit.is_tracing():
         raise NotImplementedError(UNSUPPORTED.format("torch.jit.trace"))
     if torch._C._are_functorch_transforms_active():

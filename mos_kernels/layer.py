@@ -102,11 +102,11 @@ class MoSAdapter(Float32State):
     mos_aux_weight: Tensor
     _float32_state = ("mos_curvature", "mos_curvature_map", "mos_aux_weight")
     token_mask: Any = None  # an object whose of(x) says which tokens are real, or None
+    _kept: Kept | None = None
 
     def _add_constants(self, config: MoSConfig) -> None:
         self.config = config
         self.aux_coefficient = config.router_aux_loss_coef
-        self._frozen: Kept | None = None
         # κ = offset + gain·θ, a row each; the gain of a Euclidean expert is 0
         self.register_buffer("mos_curvature_map", None, persistent=False)
         self.register_buffer("mos_aux_weight", None, persistent=False)
@@ -181,29 +181,28 @@ class MoSAdapter(Float32State):
             )  # fmt: skip
         kappa, A, prepared = self._factors(x, base_output, backend)
         router = self.mos_router if gates is None else None
-        aux_weight = None if router is None else injected_aux_weight(self)
+        aux_weight, token_mask = (None, None) if router is None else balancing(self, x)
         return mos_linear(
             x, weight, bias, A, B, kappa,
             config=self.config, base_output=base_output, gates=gates, router=router, aux_weight=aux_weight,
-            token_mask=None if aux_weight is None else known_mask(self, x),
-            dropout_p=dropout_p, inference=not self.training,
+            token_mask=token_mask, dropout_p=dropout_p, inference=not self.training,
             prepared=prepared, backend=backend,
         )  # fmt: skip
 
     def _factors(self, x: Tensor, base_output: Tensor | None, backend: str) -> Factors:
         """κ, A and the prepared B. In eval mode without gradients they are cached (see `mos_kernels.kept`)."""
         if self.training or torch.is_grad_enabled():
-            if self._frozen is not None:
-                self._frozen = None
+            if self._kept is not None:
+                self._kept = None
         elif is_plain(x) and x.device == self.mos_lora_B.device:
             x_dtype = autocast_dtype(x)
             y_dtype = x_dtype if base_output is None else base_output.dtype
-            kept = self._kept(x_dtype, y_dtype, resolve_backend(backend, x), is_capturing(x))
+            kept = self._keep(x_dtype, y_dtype, resolve_backend(backend, x), is_capturing(x))
             if kept is not None:
                 return kept.factors
         return Factors(self.curvature, self.mos_lora_A, None)
 
-    def _kept(
+    def _keep(
         self, x_dtype: torch.dtype, y_dtype: torch.dtype, backend: str, capturing: bool = False, frozen: bool = False
     ) -> Kept | None:
         """The cached tensors for this use, computed again if they are not valid. None if they cannot be cached now.
@@ -214,12 +213,10 @@ class MoSAdapter(Float32State):
         if getattr(self, "_is_fsdp_managed_module", False):  # it refills one tensor without a new version
             return None
         tensors = self._kept_from()
-        use, kept = Use(backend, x_dtype, y_dtype, self.config), self._frozen
+        use, kept = Use(backend, x_dtype, y_dtype, self.config), self._kept
         if kept is not None and kept.is_valid(tensors, use) and not frozen:
             return kept if kept.frozen or not capturing else None
-        if (
-            capturing or eager.is_observed()
-        ):  # under a dispatch mode its tensors may be none of numbers, as FakeTensorMode's
+        if capturing or eager.is_observed():  # a dispatch mode's tensors may hold no numbers, as FakeTensorMode's
             return None
 
         def form() -> Factors:
@@ -230,8 +227,8 @@ class MoSAdapter(Float32State):
                 weights = ShrinkWeights(A, router[0] if router else None, x_dtype)
                 return Factors(self.curvature, A, steps.prepare(B, y_dtype, self.config, weights=weights))
 
-        self._frozen = Kept.make(tensors, use, form, frozen)
-        return self._frozen
+        self._kept = Kept.make(tensors, use, form, frozen)
+        return self._kept
 
     def _kept_from(self) -> tuple[Tensor, ...]:
         """The tensors from which the cached ones are computed: θ, its map, A, B, and a router of its own."""
@@ -247,7 +244,7 @@ class MoSAdapter(Float32State):
 
     def _is_kept(self, kept: Kept) -> bool:
         """Whether `kept` is the current cache, and valid for the use that it was made for."""
-        return self._frozen is kept and self.config is kept.use.config and kept.is_valid(self._kept_from(), kept.use)
+        return self._kept is kept and self.config is kept.use.config and kept.is_valid(self._kept_from(), kept.use)
 
     def routing_logits(self, x: Tensor) -> Tensor:
         """The logits (..., E) of the layer's own router on x (..., d_in), detached from the graph."""
@@ -262,10 +259,10 @@ class MoSAdapter(Float32State):
         if self.config.is_lora:
             return
         backend = resolve_backend("auto", torch.empty(0, device=device, dtype=dtype))
-        self._kept(dtype, dtype, backend, frozen=True)
+        self._keep(dtype, dtype, backend, frozen=True)
 
     def train(self, mode: bool = True):
-        self._frozen = None
+        self._kept = None
         theta = self.mos_curvature
         if mode and theta is not None and theta.dtype in (torch.bfloat16, torch.float16):  # cast through .data, by TRL
             theta.data = theta.data.float()
@@ -278,7 +275,7 @@ class MoSAdapter(Float32State):
         refuse_scripting()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_frozen": None}  # copies and pickles have other tensors
+        return {**self.__dict__, "_kept": None}  # copies and pickles have other tensors
 
 
 class MoSLayer(MoSAdapter):
@@ -302,29 +299,15 @@ class MoSLayer(MoSAdapter):
         if not isinstance(config, MoSConfig):
             raise TypeError(f"config is a {type(config).__name__}: pass a mos_kernels.MoSConfig")
         self._add_constants(config)
-        parameters = adapter_tensors(config, self.in_features, self.out_features, *self._base_device_and_dtype())
+        parameters = adapter_tensors(config, self.in_features, self.out_features, *device_and_dtype(self))
+        self.requires_grad_(False)  # so far it has the base's parameters alone
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
         self.reset_adapter_parameters()
-        self._freeze_base()
-
-    def _base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """The device of the base, and the dtype of its input (a guess if the base is quantised)."""
-        return self.weight.device, self.weight.dtype
-
-    def _freeze_base(self) -> None:
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-
-    @property
-    def _dense_weight(self) -> Tensor:
-        """The base's weight as (d_out, d_in)."""
-        return parameter_of(self, "weight")
 
     def _base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Weight and bias of a dense base, and None; or (None, None, its output on x) of any other base."""
-        return self._dense_weight, parameter_of(self, "bias"), None
+        return dense_weight(self), parameter_of(self, "bias"), None
 
     def forward(self, x: Tensor, gates: Tensor | None = None, backend: str = "auto") -> Tensor:
         """y = base(x) + adapter(x), the paper's equations 5 to 8.
@@ -340,18 +323,19 @@ class MoSLayer(MoSAdapter):
         return self._adapt(x, gates, backend, *self._base(x))
 
     def freeze_for_inference(self):
-        """Switch to eval mode, and cache what depends only on the parameters: κ, G, and factors in the base's dtype.
+        """Switch to eval mode, and cache what depends only on the parameters: κ, G = BᵀB, and A, B and router cast.
 
-        So an FFN block that is one operation caches its router, once all of its linears are frozen and it has run.
+        Only CUDA graphs need this call. Without it, the first call in eval mode without gradients caches the same. A
+        graph that is captured after this call uses the cache; capture it again after the parameters change. A graph
+        that is captured without it computes these tensors at each replay. An FFN block that runs as one operation
+        caches its router when it first runs after all of its linears were frozen.
 
-        The first call in eval mode without gradients does this by itself. The cache is valid as long as the parameters
-        do not change. A write through `.data` (`p.data.copy_(...)`) or through numpy cannot be noticed: call `eval()`
-        after it. Only CUDA graphs need this call. A graph that is captured after it uses the cache; capture it again
-        after the parameters change. A graph that is captured without it computes these tensors at each replay.
-        `train()` and `eval()` undo the call. Returns the layer.
+        The cache is valid as long as the parameters do not change. A write through `.data` (`p.data.copy_(...)`) or
+        through numpy cannot be noticed: call `eval()` after it. `train()` and `eval()` undo the call. Returns the
+        layer.
         """
         self.eval()
-        self._freeze(*self._base_device_and_dtype())
+        self._freeze(*device_and_dtype(self))
         return self
 
     def extra_repr(self) -> str:
@@ -360,20 +344,34 @@ class MoSLayer(MoSAdapter):
 
 
 class MoSLinear(MoSLayer, nn.Linear):
-    """A frozen `nn.Linear` with a Mixture-of-Space adapter (see `MoSLayer` for its parameters).
+    """A frozen `nn.Linear` with a Mixture-of-Space adapter.
 
-    weight (d_out, d_in) and bias are the base's own parameters, under the base's names. So a checkpoint of the whole
-    model loads into the model without adapters. With router_scope="linear" the layer has a router: `layer(x)`. With
-    "ffn" it needs the gates of a `MoSRouter`: `layer(x, gates)`.
+        layer = MoSLinear.from_linear(linear, MoSConfig(r=8, router_scope="linear"))
+        y = layer(x)  # (..., d_in) -> (..., d_out)
+
+    With router_scope="linear" the layer has a router of its own. With "ffn", the default, it needs the gates of a
+    `MoSRouter`: `layer(x, gates)`.
+
+    `MoSLayer` lists the parameters of the adapter. weight (d_out, d_in) and bias (d_out,) are the base's own
+    parameters, frozen, under the base's names. So a checkpoint of the whole model loads into the model without
+    adapters.
     """
 
     def __init__(self, in_features, out_features, bias=True, *, config: MoSConfig, device=None, dtype=None):
+        """A new linear, initialised as `nn.Linear`, with an adapter. device, dtype: of weight and bias.
+
+        Raises TypeError if config is no MoSConfig.
+        """
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
         self._add_adapter(config)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: MoSConfig) -> MoSLinear:
-        """Put an adapter on `linear`. The layer uses its weight and bias without copying them, and freezes them."""
+        """Put an adapter on `linear`. The layer uses its weight and bias without copying them, and freezes them.
+
+        Raises TypeError if linear is no nn.Linear, and ValueError if it has an adapter or is not dense (see
+        `MoSWrapped`).
+        """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
                 f"{type(linear).__name__} is no nn.Linear: MoSLinear adapts nn.Linear, MoSConv1D transformers' Conv1D"
@@ -405,7 +403,7 @@ class MoSConv1D(MoSLayer):
     @classmethod
     def from_linear(cls, conv1d: Any, config: MoSConfig) -> MoSConv1D:
         """Put an adapter on a Conv1D. The layer uses its weight and bias without copying them, and freezes them."""
-        if type(conv1d).__name__ != "Conv1D" or not hasattr(conv1d, "nx"):
+        if not is_conv1d(conv1d) or isinstance(conv1d, MoSConv1D):
             raise TypeError(f"{type(conv1d).__name__} is not transformers' Conv1D: MoSLinear adapts nn.Linear")
         _require_dense(conv1d)
         nx, nf = conv1d.nx, conv1d.nf
@@ -413,10 +411,6 @@ class MoSConv1D(MoSLayer):
         layer.nf, layer.nx = nf, nx
         layer._add_adapter(config)
         return layer.train(conv1d.training)
-
-    @property
-    def _dense_weight(self) -> Tensor:
-        return self.weight.t()
 
 
 class MoSWrapped(MoSLayer):
@@ -432,7 +426,7 @@ class MoSWrapped(MoSLayer):
         super().__init__()
         if isinstance(base_layer, MoSLayer):
             raise ValueError("this linear has a MoS adapter already: start from its base")
-        names = ("nx", "nf") if type(base_layer).__name__ == "Conv1D" else ("in_features", "out_features")
+        names = ("nx", "nf") if is_conv1d(base_layer) else ("in_features", "out_features")
         widths: list[Any] = [getattr(base_layer, name, None) for name in names]
         if not all(isinstance(width, int) for width in widths):
             raise TypeError(
@@ -466,13 +460,6 @@ class MoSWrapped(MoSLayer):
     def _base(self, x: Tensor) -> tuple[None, None, Tensor]:
         return None, None, self.base_layer(x)
 
-    def _base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        return device_and_dtype(self.base_layer)
-
-    def _freeze_base(self) -> None:
-        for parameter in self.base_layer.parameters():
-            parameter.requires_grad_(False)
-
 
 def _without_base_layer(layer: MoSWrapped, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
     inner = f"{prefix}base_layer."
@@ -486,8 +473,24 @@ def _with_base_layer(layer: MoSWrapped, state_dict: dict[str, Tensor], prefix: s
         state_dict[f"{prefix}base_layer.{name.removeprefix(prefix)}"] = state_dict.pop(name)
 
 
-class MoSRouter(Float32State):
+class RoutesBlock(nn.Module):
+    """What an FFN block has as its router. It holds what the block keeps in eval mode, until `train()` or `eval()`."""
+
+    _standing: Any = None  # see `mos_kernels.ffn_node`
+
+    def train(self, mode: bool = True):
+        self._standing = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_standing": None}  # copies and pickles have other tensors
+
+
+class MoSRouter(RoutesBlock, Float32State):
     """The router of an FFN block: x (..., d_in) -> gates (..., E), used by every adapted linear of the block.
+
+        gates = router(x)
+        y = down(act(gate(x, gates)) * up(x, gates), gates)
 
     weight (E, d_in) is initialised as normal(0, 0.02) in float32. Logits are computed in float32, or in float64 for
     float64 input. In training mode, backward adds the gradient of the load-balancing loss, times `mos_aux_weight`, to
@@ -498,6 +501,7 @@ class MoSRouter(Float32State):
     token_mask: Any = None  # an object whose of(x) says which tokens are real, or None
 
     def __init__(self, in_features: int, config: MoSConfig, device=None, dtype=None):
+        """in_features: d_in, the width of the block's input. dtype: of the weight, by default float32."""
         super().__init__()
         self.in_features, self.config = in_features, config
         self.aux_coefficient = config.router_aux_loss_coef
@@ -527,9 +531,8 @@ class MoSRouter(Float32State):
 
         Returns (..., E), with zeros for the experts that a token does not use.
         """
-        aux_weight = injected_aux_weight(self)
-        if token_mask is None and aux_weight is not None:
-            token_mask = known_mask(self, x)
+        aux_weight, known = balancing(self, x)
+        token_mask = known if token_mask is None else token_mask
         return mos_route(
             x, self.weight, config=self.config, aux_weight=aux_weight, token_mask=token_mask,
             inference=not self.training, backend=backend,
@@ -576,9 +579,11 @@ def parameter_of(module: nn.Module, name: str) -> Any:
     return found[name] if name in found else getattr(module, name)
 
 
-def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """The device of any linear, and the dtype of its input (a guess if it is quantised)."""
-    tensors, offloads = [*base.parameters(), *base.buffers()], offload_hook(base)
+def device_and_dtype(linear: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """The device of any linear, adapted or not, and the dtype of its input (a guess if it is quantised)."""
+    base = getattr(linear, "base_layer", linear)
+    offloads, tensors = offload_hook(base), [getattr(base, "weight", None), *base.parameters(), *base.buffers()]
+    tensors = [t for t in tensors if isinstance(t, Tensor)]
     floats = [t.dtype for t in tensors if t.dtype in _DENSE_DTYPES]
     dtype = getattr(base, "compute_dtype", None)
     if not isinstance(dtype, torch.dtype):
@@ -607,6 +612,17 @@ def offload_hook(module: nn.Module):
     return next((part for part in getattr(hook, "hooks", [hook]) if getattr(part, "offload", False)), None)
 
 
+def is_conv1d(linear: nn.Module) -> bool:
+    """Whether the weight is (d_in, d_out), as in transformers' Conv1D, which is known by name: it need not be there."""
+    return type(linear) is MoSConv1D or type(linear).__name__ == "Conv1D" and hasattr(linear, "nx")
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The weight of a dense linear as (d_out, d_in)."""
+    weight = parameter_of(linear, "weight")
+    return weight.t() if is_conv1d(linear) else weight
+
+
 def is_dense(linear: nn.Module) -> bool:
     """Whether the weight is an ordinary parameter: not computed, quantised or packed."""
     weight = linear._parameters.get("weight")
@@ -627,13 +643,11 @@ def _require_dense(linear: nn.Module) -> None:
         )
 
 
-def injected_aux_weight(owner: MoSAdapter | MoSRouter) -> Tensor | None:
-    injects = owner.training and torch.is_grad_enabled() and owner.config.router_aux_loss_coef > 0
-    return owner.mos_aux_weight if injects else None
-
-
-def known_mask(owner: MoSAdapter | MoSRouter, x: Tensor) -> Tensor | None:
-    return None if owner.token_mask is None else owner.token_mask.of(x)
+def balancing(owner: MoSAdapter | MoSRouter, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The weight of the load-balancing gradient, and the mask of the model around the router; (None, None) without."""
+    if not (owner.training and torch.is_grad_enabled() and owner.config.router_aux_loss_coef > 0):
+        return None, None
+    return owner.mos_aux_weight, None if owner.token_mask is None else owner.token_mask.of(x)
 
 
 @torch.no_grad()

@@ -13,28 +13,26 @@ import torch
 from torch import Tensor
 
 from mos_kernels.backends import load_backend
-from mos_kernels.backends.interface import Backend, Dropout, Prepared, Saved, ShrinkWeights
-from mos_kernels.call import LinearTensors, Plan, RouteTensors
+from mos_kernels.backends.interface import Backend, BridgeInputs, Dropout, Prepared, Saved, ShrinkWeights
+from mos_kernels.call import LinearTensors, Plan, RouteTensors, flat, shaped
 
 
 def linear_forward(t: LinearTensors, plan: Plan) -> tuple[Tensor, Saved]:
     """y, and what backward needs besides the tensors."""
     steps = load_backend(plan.backend)
-    x, dtype = _flat(t.x), _output_dtype(t)
+    x, dtype = flat(t.x), _output_dtype(t)
     dropout, prepared = _dropout(t, plan), _prepared(t, plan, steps)
     p, n, logits = steps.shrink(x, t.A, t.router, dropout, plan.differentiable, prepared.stack)
-    routed, own_router = _routed(t, logits, steps)
-    added = t.added if t.weight is not None else _flat(t.added)
-    curved = p, n, routed, own_router, _curvature(t, steps), prepared
-    z = None
+    added = t.added if t.weight is not None else flat(t.added)
+    curved, z = _bridge_inputs(t, p, n, logits, prepared, steps), None
     if plan.differentiable and keeps_z(plan):
-        z, _ = steps.bridge(*curved, plan.config)
+        z, _ = steps.bridge(curved, plan.config)
         y = steps.expand(z, prepared, added, dtype)
     else:
-        y = steps.bridge_expand(*curved, added, dtype, plan.config)
+        y = steps.bridge_expand(curved, added, dtype, plan.config)
     if t.weight is not None:
         y.addmm_(x, t.weight.t())
-    return _shaped(y, t.x), Saved(p, n, logits, prepared.gram, z)
+    return shaped(y, t.x), Saved(p, n, logits, prepared.gram, z)
 
 
 def keeps_z(plan: Plan) -> bool:
@@ -49,26 +47,26 @@ def linear_backward(dy: Tensor, t: LinearTensors, saved: Saved, plan: Plan, need
     """
     steps, config = load_backend(plan.backend), plan.config
     compute, dropout = steps.compute_dtype(t.x.dtype), _dropout(t, plan)
-    x, upstream, dy = _flat(t.x), dy, _flat(dy)
+    x, upstream, dy = flat(t.x), dy, flat(dy)
     p, n, logits, gram, z = saved
-    routed, own_router = _routed(t, logits, steps)
     aux_weight = t.aux_weight if needs.router else None
     mask = None if t.token_mask is None or aux_weight is None else t.token_mask.reshape(-1)
 
     # B is cast again: kept, it would be d_out·E·r numbers a linear, to spare a copy of as many
-    curvature, prepared = _curvature(t, steps), steps.prepare(t.B, dy.dtype, config, gram)
+    prepared = steps.prepare(t.B, dy.dtype, config, gram)
+    curved = _bridge_inputs(t, p, n, logits, prepared, steps)
     if config.activation == "identity":
         bridged = None
         if z is None:
-            z, bridged = steps.bridge(p, n, routed, own_router, curvature, prepared, config)
+            z, bridged = steps.bridge(curved, config)
         dz, dB = steps.expand_backward(dy, z, prepared, needs.B)
-        d = steps.bridge_backward(dz, bridged, p, n, routed, own_router, curvature, prepared, aux_weight, mask, config)
+        d = steps.bridge_backward(dz, bridged, curved, aux_weight, mask, config)
         del z, dz, bridged  # before dx is allocated
         dB = steps.add_norm_gradient(dB, t.B, d.M) if needs.B else None
     else:
-        d = steps.bridge_expand_backward(dy, p, n, routed, own_router, curvature, prepared, aux_weight, mask, config)
+        d = steps.bridge_expand_backward(dy, curved, aux_weight, mask, config)
         dB = d.B
-    dlogits = d.routed if own_router else None
+    dlogits = d.routed if curved.own_router else None
     dx, dA, drouter = steps.shrink_backward(
         x, t.A, t.router, d.p, d.n, dlogits, dropout, (needs.x, needs.A, needs.router)
     )
@@ -92,8 +90,8 @@ def linear_backward(dy: Tensor, t: LinearTensors, saved: Saved, plan: Plan, need
 def route_forward(t: RouteTensors, plan: Plan) -> tuple[Tensor, Tensor]:
     """The gates of a router, and its logits."""
     steps = load_backend(plan.backend)
-    logits = steps.routing_logits(_flat(t.x), t.router, plan.differentiable)
-    return _shaped(steps.route(logits, plan.config), t.x), logits
+    logits = steps.routing_logits(flat(t.x), t.router, plan.differentiable)
+    return shaped(steps.route(logits, plan.config), t.x), logits
 
 
 def route_backward(dgates: Tensor, t: RouteTensors, logits: Tensor, plan: Plan, needs: RouteTensors) -> RouteTensors:
@@ -101,29 +99,15 @@ def route_backward(dgates: Tensor, t: RouteTensors, logits: Tensor, plan: Plan, 
     steps = load_backend(plan.backend)
     mask = None if t.token_mask is None else t.token_mask.reshape(-1)
     aux_weight = t.aux_weight if needs.router else None
-    dlogits = steps.route_backward(_flat(dgates), logits, aux_weight, mask, plan.config)
-    dx, drouter = steps.routing_logits_backward(_flat(t.x), t.router, dlogits, (needs.x, needs.router))
+    dlogits = steps.route_backward(flat(dgates), logits, aux_weight, mask, plan.config)
+    dx, drouter = steps.routing_logits_backward(flat(t.x), t.router, dlogits, (needs.x, needs.router))
     return RouteTensors(
         x=dx.view(t.x.shape) if needs.x else None, router=drouter.to(t.router.dtype) if needs.router else None
     )
 
 
-def _flat(t: Tensor) -> Tensor:
-    """(..., width) as (T, width)."""
-    return t.reshape(-1, t.shape[-1])
-
-
-def _shaped(y: Tensor, x: Tensor) -> Tensor:
-    """y (T, ·) in x's shape. Not a view, since autograd would forbid to change that in place."""
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
-
-
 def _output_dtype(t: LinearTensors) -> torch.dtype:
     return t.x.dtype if t.weight is not None else t.added.dtype
-
-
-def _curvature(t: LinearTensors, steps: Backend) -> Tensor:
-    return t.kappa.to(steps.compute_dtype(t.x.dtype))
 
 
 def _dropout(t: LinearTensors, plan: Plan) -> Dropout | None:
@@ -137,8 +121,9 @@ def _prepared(t: LinearTensors, plan: Plan, steps: Backend) -> Prepared:
     return steps.prepare(t.B, _output_dtype(t), plan.config, weights=weights)
 
 
-def _routed(t: LinearTensors, logits: Tensor | None, steps: Backend) -> tuple[Tensor, bool]:
-    """What the bridge routes by, (T, E): gates, or logits; and whether they are logits."""
-    if t.gates is None:
-        return logits, True
-    return _flat(t.gates).to(steps.compute_dtype(t.x.dtype)), False
+def _bridge_inputs(
+    t: LinearTensors, p: Tensor, n: Tensor, logits: Tensor | None, prepared: Prepared, steps: Backend
+) -> BridgeInputs:
+    compute = steps.compute_dtype(t.x.dtype)
+    routed = logits if t.gates is None else flat(t.gates).to(compute)
+    return BridgeInputs(p, n, routed, t.gates is None, t.kappa.to(compute), prepared)

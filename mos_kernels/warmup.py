@@ -17,29 +17,33 @@ from mos_kernels.layer import MoSAdapter, MoSLayer, MoSRouter, device_and_dtype
 
 
 def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Compile the kernels of `model` by running it on zeros, part by part.
+    """Compile the Triton kernels of `model` before they are needed, by running its parts on zeros.
 
     Each distinct adapted linear, router and FFN block that is one operation runs once for few tokens and once for many.
     After this, an input of any length compiles nothing.
 
-    dtype: of the inputs, if it differs from that of the weights (autocast). Parameters, gradients, buffers and random
-    state stay as they are. Returns the number of distinct linears and routers; 0 if the backend compiles nothing.
+    dtype: of the inputs, if it differs from that of the weights (autocast). Without it, routers run in the dtype of
+    every adapted linear. Parameters, gradients, buffers and random state stay as they are. Returns the number of
+    distinct linears and routers; 0 if the backend compiles nothing.
     """
-    seen = set()
-    for module, base in _adapted(model):
+    seen, adapted = set(), list(_adapted(model))
+    linears_read = {device_and_dtype(base)[1] for module, base in adapted if isinstance(module, MoSAdapter)}
+    for module, base in adapted:
         if isinstance(module, MoSAdapter):
-            device, x_dtype = device_and_dtype(base)
+            device, base_dtype = device_and_dtype(base)
+            x_dtypes = {base_dtype}
             shape, bias = tuple(module.mos_lora_B.shape), getattr(base, "bias", None) is not None
         else:
-            device, x_dtype, shape, bias = module.weight.device, torch.get_default_dtype(), module.weight.shape, False
-        x_dtype = dtype or x_dtype
-        if resolve_backend("auto", torch.empty(0, dtype=x_dtype, device=device)) != "triton":
-            continue
-        key = type(base), module.config.json, shape, module.in_features, x_dtype, device, bias, module.training
-        if key not in seen:
+            device, shape, bias = module.weight.device, module.weight.shape, False
+            x_dtypes = linears_read or {torch.get_default_dtype()}
+        x_dtypes = x_dtypes if dtype is None else {dtype}
+        warm = [d for d in x_dtypes if resolve_backend("auto", torch.empty(0, dtype=d, device=device)) == "triton"]
+        key = type(base), module.config.json, shape, module.in_features, *warm, device, bias, module.training
+        if warm and key not in seen:
             seen.add(key)
-            output = functools.partial(_output, base=base)
-            _run(module, output, module.in_features, x_dtype, device, x_dtype)
+            for x_dtype in warm:
+                output = functools.partial(_output, base=base)
+                _run(module, output, module.in_features, x_dtype, device, x_dtype)
     if seen:
         _run_blocks(model, dtype)
     return len(seen)
@@ -52,27 +56,22 @@ def _run_blocks(model: nn.Module, dtype: torch.dtype | None) -> None:
         form = bound_form(block)
         if form is None or why_not_one(block, form) is not None:
             continue
-        kinds = (form, block.training, *map(repr, block.children()), *map(_kind, block.parameters()))
+        tensors = ((tuple(p.shape), p.dtype, p.device) for p in block.parameters())
+        kinds = (form, block.training, *map(repr, block.children()), *tensors)
         if kinds in seen:
             continue
         seen.add(kinds)
         reads = getattr(block, form.inputs[0])
-        base = getattr(reads, "base_layer", reads)
-        device, base_dtype = device_and_dtype(base)
-        width = base.nx if hasattr(base, "nx") else base.in_features
+        device, base_dtype = device_and_dtype(reads)
 
         def run(twin: nn.Module, x: Tensor, form=form) -> Tensor | None:
             one = as_one(twin, form, x)
             return None if one is None else ops.ffn(*one)
 
         for x_dtype in {base_dtype, dtype or base_dtype}:
-            _run(block, run, width, x_dtype, device, dtype or base_dtype)
+            _run(block, run, reads.in_features, x_dtype, device, dtype or base_dtype)
         if dtype in (None, base_dtype):  # what a block keeps is not used under autocast
-            _run(block, run, width, base_dtype, device, None)
-
-
-def _kind(t: Tensor) -> tuple:
-    return tuple(t.shape), t.dtype, t.device
+            _run(block, run, reads.in_features, base_dtype, device, None)
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mos_kernels import MoSConfig
 from mos_kernels.backends import eager, eager_few
+from mos_kernels.backends.interface import BridgeInputs
 from mos_kernels.routing import route
 
 
@@ -59,7 +60,8 @@ def test_z_is_as_right_as_the_eager_bridge(seed, domain, shared, eps, size, kapp
         for i in range(m):
             made = eager.prepare(factors[i].to(dtype), dtype, config)
             part = p[:, i].squeeze(1) if shared else p[:, i]
-            z, _ = eager.bridge(part.to(dtype), n.to(dtype), gates.to(dtype), False, kappas[i].to(dtype), made, config)
+            routed = part.to(dtype), n.to(dtype), gates.to(dtype), False, kappas[i].to(dtype)
+            z, _ = eager.bridge(BridgeInputs(*routed, made), config)
             yield z
 
     found = few(p, n, gates, factors, kappas, config)
@@ -83,7 +85,8 @@ def test_huge_values_of_both_signs_stay_finite():
     config = MoSConfig(r=2, spaces={"euclidean": 2}, num_experts_per_tok=1)
     factor = torch.tensor([[1.0, 0.9], [0.9, 1.0]]).unsqueeze(1).expand(-1, 2, -1).contiguous()
     p, n, gates, kappa = torch.tensor([[1e25, -0.9e25]]), torch.tensor([1e30]), torch.ones(1, 2), torch.zeros(2)
-    z, _ = eager.bridge(p, n, gates, False, kappa, eager.prepare(factor, torch.float32, config), config)
+    made = eager.prepare(factor, torch.float32, config)
+    z, _ = eager.bridge(BridgeInputs(p, n, gates, False, kappa, made), config)
     found = few(p.view(1, 1, 1, 2), n, gates, [factor], [kappa], config)
     assert z.isfinite().all()
     torch.testing.assert_close(found[0].float(), z)

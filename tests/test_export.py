@@ -64,6 +64,7 @@ def forward_mode(module, x):
 REFUSED = {
     "torch.jit.trace": lambda module, x: torch.jit.trace(module, (x,)),
     "torch.jit.script": lambda module, x: torch.jit.script(nn.Sequential(module)),
+    "torch.fx.symbolic_trace": lambda module, x: torch.fx.symbolic_trace(module),
     "vmap": lambda module, x: torch.vmap(module)(x),
     "grad": lambda module, x: torch.func.grad(lambda x: module(x).sum())(x),
     "vjp": lambda module, x: torch.func.vjp(module, x),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -221,7 +221,7 @@ def test_computed_parameters_are_used_and_not_kept(recwarn):
     computed = {name: parameter * 2 for name, parameter in layer.named_parameters()}
     with torch.no_grad():
         now = torch.func.functional_call(layer, computed, (x_of(),))
-    assert layer._frozen is None and not recwarn.list
+    assert layer._kept is None and not recwarn.list
     assert torch.equal(now, torch.func.functional_call(layer, computed, (x_of().requires_grad_(),)).detach())
 
 
@@ -259,7 +259,7 @@ def test_a_router_that_is_taken_off_and_put_back_is_noticed():
 def test_a_copy_has_its_own(make):
     layer = layer_of().freeze_for_inference()
     other = make(layer)
-    assert other._frozen is None and layer._frozen is not None
+    assert other._kept is None and layer._kept is not None
     with torch.no_grad():
         assert torch.equal(other(x_of()), layer(x_of()))
         other.mos_lora_B.neg_()
@@ -276,23 +276,23 @@ def test_nothing_is_kept_where_a_change_would_not_be_seen():
         layer(x_of())
     with torch.inference_mode():
         tensors(x_of())
-    assert layer._frozen is None and tensors._frozen is None
+    assert layer._kept is None and tensors._kept is None
     managed = layer_of()
     managed._is_fsdp_managed_module = True  # FSDP fills one tensor again and again, at one version
     with torch.no_grad():
         assert torch.equal(managed(x_of()), layer_of()(x_of()))
-    assert managed._frozen is None
-    assert managed.freeze_for_inference()._frozen is None
+    assert managed._kept is None
+    assert managed.freeze_for_inference()._kept is None
 
 
 @pytest.mark.parametrize("what", ["gradients", "training"])
 def test_nothing_is_held_in_training(what):
     layer = layer_of().freeze_for_inference()
-    assert layer._frozen is not None
+    assert layer._kept is not None
     if what == "training":
         layer.train()
     layer(x_of())
-    assert layer._frozen is None
+    assert layer._kept is None
 
 
 def test_a_graph_being_captured_computes_from_the_parameters_unless_frozen(monkeypatch):
@@ -301,13 +301,13 @@ def test_a_graph_being_captured_computes_from_the_parameters_unless_frozen(monke
         layer(x_of())
         monkeypatch.setattr("mos_kernels.layer.is_capturing", lambda x: True)
         factors = layer._factors(x_of(), None, "auto")
-        assert factors.prepared is None and factors.A is layer.mos_lora_A and not layer._frozen.frozen
-        layer._frozen = None
-        assert layer._factors(x_of(), None, "auto").prepared is None and layer._frozen is None
+        assert factors.prepared is None and factors.A is layer.mos_lora_A and not layer._kept.frozen
+        layer._kept = None
+        assert layer._factors(x_of(), None, "auto").prepared is None and layer._kept is None
         monkeypatch.undo()
         layer.freeze_for_inference()
         monkeypatch.setattr("mos_kernels.layer.is_capturing", lambda x: True)
-        assert layer._factors(x_of(), None, "auto") is layer._frozen.factors
+        assert layer._factors(x_of(), None, "auto") is layer._kept.factors
         layer.mos_lora_B.neg_()
         assert layer._factors(x_of(), None, "auto").prepared is None
 
@@ -316,11 +316,11 @@ def test_a_router_of_its_own_is_among_what_is_kept():
     layer = layer_of()
     with torch.no_grad():
         layer(x_of())
-        before = layer._frozen
+        before = layer._kept
         layer(x_of())
-        assert layer._frozen is before
+        assert layer._kept is before
         layer.mos_router.neg_()
-        assert torch.equal(layer(x_of()), fresh(layer, x_of())) and layer._frozen is not before
+        assert torch.equal(layer(x_of()), fresh(layer, x_of())) and layer._kept is not before
 
 
 def test_a_compiled_layer_computes_from_the_parameters():
@@ -335,22 +335,17 @@ def test_a_compiled_layer_computes_from_the_parameters():
 
 
 def test_threads():
-    layer, failed = layer_of(), []
+    layer = layer_of()
     expected = fresh(layer, x_of())
 
-    def run():
-        with torch.no_grad():
-            for _ in range(20):
-                layer._frozen = None
-                if not torch.equal(layer(x_of()), expected):
-                    failed.append(1)
+    @torch.no_grad()
+    def run(_):
+        for _ in range(20):
+            layer._kept = None
+            assert torch.equal(layer(x_of()), expected)
 
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(run, range(4)))
 
 
 def test_a_change_while_it_is_made_ends_it():
@@ -372,9 +367,9 @@ def test_the_peft_door_keeps_and_forgets_too():
     layer = model.base_model.model[0]
     with torch.no_grad():
         before = model(x_of())
-        first = layer.mos_adapter["default"]._frozen
+        first = layer.mos_adapter["default"]._kept
         model(x_of())
-        assert first is not None and layer.mos_adapter["default"]._frozen is first
+        assert first is not None and layer.mos_adapter["default"]._kept is first
         layer.mos_lora_B["default"].mul_(2)
         doubled = model(x_of())
         layer.mos_adapter["default"].mos_lora_B = nn.Parameter(layer.mos_lora_B["default"] / 2)

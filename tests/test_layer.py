@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import io
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -545,19 +545,14 @@ def test_two_threads_at_once():
     layer = layer_of(router_aux_loss_coef=0.5)
     inputs = [tokens(seed=seed, shape=(64,)) for seed in range(4)]
     expected = [torch.autograd.grad(layer(x).square().sum(), list(_trainable(layer))) for x in inputs]
-    found: list = [None] * 4
 
-    def work(i):
+    def work(x, truth):
         for _ in range(20):
-            found[i] = torch.autograd.grad(layer(inputs[i]).square().sum(), list(_trainable(layer)))
+            found = torch.autograd.grad(layer(x).square().sum(), list(_trainable(layer)))
+            assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for mine, truth in zip(found, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(mine, truth, strict=True))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(work, inputs, expected))
 
 
 def _trainable(module):

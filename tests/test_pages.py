@@ -7,6 +7,7 @@ comment `<!-- not run: why -->` before a block leaves it out.
 from __future__ import annotations
 
 import dataclasses
+import pkgutil
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from finetune_setup import save_bert
 from pages import DATA, prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mos_kernels
 from mos_kernels import MoSConfig
 from mos_kernels.huggingface import apply_mos, save_adapter
 
@@ -26,7 +28,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- not run: .+ -->\n\n?)?```python\n(.*?)```", re.DOTALL)
 ROW = re.compile(r"^\| `(\w+)` \| `([^`]*)` \|", re.MULTILINE)
-LINK = re.compile(r"\]\(((?!https?:)[^)#\s]+)(?:#[^)]*)?\)")
+LINK = re.compile(r"\]\(((?!https?:)[^)#\s]*)(?:#([^)]*))?\)")
+HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 ELSEWHERE = {"peft.md": "tests/huggingface/test_peft_docs.py"}
 """Pages whose code another file runs."""
 APART = ("scale.md",)
@@ -68,11 +71,13 @@ def setting(page: str) -> dict:
     names = {"__name__": page}
     if page == "training.md":
         rows = [{"input_ids": [2, 5, 6, 7], "labels": [2, 5, 6, 7]}] * 8
-        return {**names, "model": base(), "data": rows, "conversations": load_dataset(DATA, split="train")}
+        batches = [{"input_ids": torch.tensor([[2, 5, 6, 7]]), "labels": torch.tensor([[2, 5, 6, 7]])}] * 4
+        conversations = load_dataset(DATA, split="train")
+        return {**names, "model": base(), "data": rows, "batches": batches, "conversations": conversations}
     if page == "scale.md":
         model = base()
         apply_mos(model, MoSConfig(r=4))
-        return {**names, "model": model, "accumulation_steps": 4, "loaded": base(), "folder": "peft"}
+        return {**names, "model": model, "loaded": base(), "folder": "peft"}
     if page == "command-line.md":
         save_bert(Path("MODEL"))
         lines = [
@@ -112,15 +117,41 @@ def test_the_configuration_page_has_every_field_and_its_default():
         assert repr(getattr(MoSPeftConfig(), name)) == default
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "tests/README.md"))],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
 def test_links_lead_somewhere(page):
-    for target in LINK.findall(page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target, heading in LINK.findall(page.read_text(encoding="utf-8")):
+        file = page.parent / target if target else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if heading:
+            anchors = {anchor(found) for found in HEADING.findall(file.read_text(encoding="utf-8"))}
+            assert heading in anchors, f"{page.name} links to {target}#{heading}, and there is {sorted(anchors)}"
+
+
+def anchor(heading: str) -> str:
+    """The name of a heading in a link, as GitHub and mkdocs make it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def test_every_page_is_in_the_sites_navigation():
     named = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
     assert {path.name for path in (ROOT / "docs").glob("*.md")} == {name for name in named if "/" not in name}
+
+
+def test_the_api_page_names_what_exists_and_leaves_out_nothing_public():
+    named = set()
+    for block in re.split(r"^::: ", (ROOT / "docs/api.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        path, _, options = block.partition("\n")
+        owner = pkgutil.resolve_name(path)
+        listed = re.search(r"members:(?: \[(.*)\]|((?:\n +- \w+)+))", options)
+        members = re.findall(r"\w+", " ".join(filter(None, listed.groups()))) if listed else []
+        assert [name for name in members if not getattr(getattr(owner, name), "__doc__", None)] == []
+        named |= {*members, path.rpartition(".")[2]}
+    public = {*mos_kernels.__all__, *mos_kernels.huggingface.__all__} - {"__version__", "Idle", "MoSPeftModel"}
+    assert public <= named
 
 
 def test_the_readme_fits_a_page():

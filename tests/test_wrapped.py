@@ -171,7 +171,7 @@ def test_frozen_for_inference():
     with torch.no_grad():
         expected = wrapped(x)
         wrapped.freeze_for_inference()
-        assert wrapped._frozen is not None and torch.equal(wrapped(x), expected)
+        assert wrapped._kept is not None and torch.equal(wrapped(x), expected)
 
 
 def test_what_is_no_linear_is_refused():

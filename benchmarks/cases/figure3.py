@@ -14,7 +14,7 @@ from benchmarks.measure import rotated, rotation
 from benchmarks.providers import Ours, Setting
 from benchmarks.suite import Context, Group, Made, Shared, Variant
 from mos_kernels.backends import load_backend
-from mos_kernels.backends.interface import ShrinkWeights
+from mos_kernels.backends.interface import BridgeInputs, ShrinkWeights
 
 CONVERSIONS = {  # provider -> (mapping, compiled)
     "stereographic, eager": ("stereographic", False),
@@ -65,7 +65,7 @@ class Conversion:
 
         def convert(x: Tensor) -> tuple[Tensor, ...]:
             p, n, _ = run.shrink(x, self.A, None, None, True, prepared.stack)
-            return (run.bridge(p, n, self.gates, False, self.kappa, prepared, config)[0],)
+            return (run.bridge(BridgeInputs(p, n, self.gates, False, self.kappa, prepared), config)[0],)
 
         return convert
 

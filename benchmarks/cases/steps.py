@@ -14,7 +14,7 @@ from benchmarks.cases.linear import FORWARD, Inputs, checks_of, frozen_work, set
 from benchmarks.providers import Ours, Setting
 from benchmarks.suite import Check, Context, Group, Made, Shared, Variant
 from mos_kernels.backends import load_backend
-from mos_kernels.backends.interface import ShrinkWeights
+from mos_kernels.backends.interface import BridgeInputs, ShrinkWeights
 
 
 class Steps:
@@ -32,16 +32,14 @@ class Steps:
             self.prepared = run.prepare(self.B, setting.dtype, config, weights=self.weights)
             self.p, self.n, _ = run.shrink(self.inputs.x(), self.A, None, None, True, self.prepared.stack)
             self.logits = run.routing_logits(self.inputs.x(), self.router)
-            self.z, self.bridged = run.bridge(self.p, self.n, self.gates, False, self.kappa, self.prepared, config)
+            self.curved = BridgeInputs(self.p, self.n, self.gates, False, self.kappa, self.prepared)
+            self.z, self.bridged = run.bridge(self.curved, config)
             self.dz, self.dB = run.expand_backward(self.inputs.dy(), self.z, self.prepared, True)
-            self.d = run.bridge_backward(
-                self.dz, self.bridged, self.p, self.n, self.gates, False, self.kappa, self.prepared, None, None, config
-            )
+            self.d = run.bridge_backward(self.dz, self.bridged, self.curved, None, None, config)
 
     def calls(self) -> dict[str, Callable[[], object]]:
         run, config, x, dy = self.run, self.config, self.inputs.x, self.inputs.dy
         dtype, weight, bias = self.inputs.setting.dtype, self.weight, self.bias
-        routed = (self.p, self.n, self.gates, False, self.kappa, self.prepared)
         planes = None if self.dB is None else self.dB.clone()
         return {
             "base forward": lambda: F.linear(x(), weight, bias),
@@ -50,13 +48,11 @@ class Steps:
             "shrink with router": lambda: run.shrink(x(), self.A, self.router, None, True, self.prepared.stack),
             "route": lambda: run.route(run.routing_logits(x(), self.router), config),
             "prepare": lambda: run.prepare(self.B, dtype, config, weights=self.weights),
-            "bridge": lambda: run.bridge(*routed, config),
+            "bridge": lambda: run.bridge(self.curved, config),
             "expand": lambda: run.expand(self.z, self.prepared, bias, dtype),
             "expand by addmm": lambda: torch.addmm(bias, self.z.to(dtype), self.prepared.B.flatten(1).t()),
             "expand backward": lambda: run.expand_backward(dy(), self.z, self.prepared, True),
-            "bridge backward": lambda: run.bridge_backward(
-                self.dz, self.bridged, *routed[:3], False, self.kappa, self.prepared, None, None, config
-            ),
+            "bridge backward": lambda: run.bridge_backward(self.dz, self.bridged, self.curved, None, None, config),
             "norm gradient": lambda: run.add_norm_gradient(planes, self.B, self.d.M),
             "shrink backward": lambda: run.shrink_backward(
                 x(), self.A, None, self.d.p, self.d.n, None, None, (True, True, False)
@@ -168,7 +164,7 @@ def order(context: Context, d_in: int, d_out: int, tokens: int) -> Group:
 
     def adapter(s: Steps, x: Tensor) -> Tensor:
         p, n, _ = s.run.shrink(x, s.A, None, None, True, s.prepared.stack)
-        return s.run.bridge(p, n, s.gates, False, s.kappa, s.prepared, s.config)[0]
+        return s.run.bridge(BridgeInputs(p, n, s.gates, False, s.kappa, s.prepared), s.config)[0]
 
     def frozen(s: Steps) -> Tensor:
         return F.linear(s.inputs.x(), s.weight, s.bias)

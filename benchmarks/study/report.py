@@ -35,18 +35,22 @@ def page(rows: compare.Rows, output: Path | None = None) -> str:
     """tables.md. The plots are drawn into `output`, where given."""
     seeds = _seeds(rows)
     planned = {cell.key for cell in cells(seeds=SEEDS)}
+    done = sum(key in planned for key in rows)
     commits = sorted({row["commit"][:12] for row in rows.values()})
     parts = [
         "# The study: tables",
-        f"Made by `python -m benchmarks.study report` from {len(rows)} rows, of {len(planned)} planned runs. Commits: "
-        f"{', '.join(commits)}. What was found is told in [study.md](../study.md).",
-        "Accuracy is the mean ± standard deviation over seeds, with their number in brackets where it is not "
-        f"{len(SEEDS)}. A difference is to {LORA.name} at the same seeds; the 95% half widths behind it are over "
-        "seeds (Student's t: another seed) and, for accuracy, over evaluation rows (other data), and it is marked * "
-        "where it exceeds them. "
-        "A learning rate xN is N·3e-4. “Best” is the best of x1, x3 and x10 that were run, by accuracy on svamp "
-        "and Matthews correlation on cola, picked on the evaluation data itself: optimistic, for every method alike. "
-        "An empty cell is not planned.",
+        "[The study](../study.md) says what was found, and what the names of the settings mean. `python -m "
+        f"benchmarks.study report` makes this page from {len(rows)} rows: {done} of the {len(planned)} planned runs, "
+        f"with {len(SEEDS)} seeds, and {len(rows) - done} runs with further seeds. Commits: {', '.join(commits)}.",
+        "- **Accuracy** is the mean ± standard deviation over seeds. Their number is in brackets where it is not "
+        f"{len(SEEDS)}.\n"
+        f"- **A difference** is to {LORA.name} at the same seeds. In brackets are 95% half widths: over seeds "
+        "(Student's t), for another seed; then, for accuracy, over evaluation rows, for other data. A * marks a "
+        "difference that exceeds both.\n"
+        "- **A learning rate** xN is N·3e-4.\n"
+        "- **Best** is the best of x1, x3 and x10 that were run, by accuracy on svamp and by Matthews correlation on "
+        "cola. It is picked on the evaluation data itself, which is optimistic, for every method alike.\n"
+        "- **An empty cell** is not planned.",
     ]
     for dataset in DATASETS:
         parts += _dataset(rows, dataset, seeds, output)
@@ -107,7 +111,8 @@ def _dataset(rows, dataset: str, seeds: Sequence[int], output: Path | None) -> l
         parts += ["Evaluation loss in nats, and minus that of LoRA:", _losses(rows, dataset, listed, seeds)]
     parts += [
         "### Settings against each other",
-        "Paired by setting, rate and seed, each seed's pairs averaged first; the number of seeds is in the brackets.",
+        "Runs are paired by setting, rate and seed. The pairs of a seed are averaged first. The number of seeds is in "
+        "the brackets.",
         _pooled(rows, dataset, seeds),
     ]
     parts += [f"### {TITLES['stability']}: largest norm of the gradient", _stability(rows, dataset, seeds)]

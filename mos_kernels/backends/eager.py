@@ -19,6 +19,7 @@ from mos_kernels.backends import constant_under_compile
 from mos_kernels.backends.interface import (
     BridgeExpandGradients,
     BridgeGradients,
+    BridgeInputs,
     Dropout,
     Prepared,
     Shape,
@@ -240,7 +241,7 @@ def _route_backward(
     return dlogits
 
 
-# bridge: p, n, routed, κ, G -> z, where `routed` is the gates, or the logits of the linear's own router
+# bridge: p, n, gates or logits, κ, G -> z
 
 
 class Curved(NamedTuple):
@@ -281,9 +282,13 @@ def _gram(B: Tensor) -> Tensor:
     return exact_matmul(flat.t(), flat).view(E, r, E, r).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
-def _into_space(p: Tensor, n: Tensor, kappa: Tensor, config: MoSConfig) -> Curved:
-    scale, scale_dn, scale_dkappa = geometry.inverse_projection_scale(n, kappa, config)
-    p = p.unsqueeze(1) if p.dim() == 2 else p
+def _gates(t: BridgeInputs, config: MoSConfig) -> Tensor:
+    return route(t.routed, config) if t.own_router else t.routed
+
+
+def _into_space(t: BridgeInputs, config: MoSConfig) -> Curved:
+    scale, scale_dn, scale_dkappa = geometry.inverse_projection_scale(t.n, t.kappa, config)
+    p = t.p.unsqueeze(1) if t.p.dim() == 2 else t.p
     return Curved(scale, scale_dn, scale_dkappa, p, scale.unsqueeze(-1) * p)
 
 
@@ -314,17 +319,14 @@ class Bridged(NamedTuple):
     weight: Tensor  # (α/r) g e (T, E, 1)
 
 
-def bridge(
-    p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor, prepared: Prepared, config: MoSConfig
-) -> tuple[Tensor, Bridged]:
+def bridge(t: BridgeInputs, config: MoSConfig) -> tuple[Tensor, Bridged]:
     """z = (α/r) g e(q; κ) h with h = λ(n; κ) p and q = hᵀGh, (T, E·r) in the compute dtype, and what it was made from.
 
-    routed (T, E): logits with own_router, else gates.
+    p (T, r) or (T, E, r), n (T,), gates or logits (T, E).
     """
-    gates = route(routed, config) if own_router else routed
-    curved = _into_space(p, n, kappa, config)
-    q, unit_gh = _squared_output_norm(curved.h, prepared)
-    e, e_dq, e_dkappa = geometry.projection_scale(q, kappa, config)
+    gates, curved = _gates(t, config), _into_space(t, config)
+    q, unit_gh = _squared_output_norm(curved.h, t.prepared)
+    e, e_dq, e_dkappa = geometry.projection_scale(q, t.kappa, config)
     weight = (config.scaling * gates * e).unsqueeze(-1)
     return (weight * curved.h).flatten(1), Bridged(curved, gates, unit_gh, e, e_dq, e_dkappa, weight)
 
@@ -332,12 +334,7 @@ def bridge(
 def bridge_backward(
     dz: Tensor,
     bridged: Bridged,
-    p: Tensor,
-    n: Tensor,
-    routed: Tensor,
-    own_router: bool,
-    kappa: Tensor,
-    prepared: Prepared,
+    t: BridgeInputs,
     aux_weight: Tensor | None,
     token_mask: Tensor | None,
     config: MoSConfig,
@@ -352,12 +349,12 @@ def bridge_backward(
     dz_h = (dz * h).sum(-1)
     de = config.scaling * gates * dz_h
     dq = de * e_dq
-    dh = weight * dz + (2 * dq * prepared.trace).unsqueeze(-1) * unit_gh
-    dkappa, dn, dp = _into_space_backward(dh, curved, p.dim() == 2)
+    dh = weight * dz + (2 * dq * t.prepared.trace).unsqueeze(-1) * unit_gh
+    dkappa, dn, dp = _into_space_backward(dh, curved, t.p.dim() == 2)
     M = exact_matmul((dq.unsqueeze(-1) * h).transpose(0, 1).mT, h.transpose(0, 1))
     drouted = config.scaling * e * dz_h
-    if own_router:
-        drouted = _route_backward(drouted, gates, routed, aux_weight, token_mask, config)
+    if t.own_router:
+        drouted = _route_backward(drouted, gates, t.routed, aux_weight, token_mask, config)
     return BridgeGradients(drouted, dkappa + _bounded(de * e_dkappa).sum(0), dn, dp, M)
 
 
@@ -431,23 +428,12 @@ def _chunks(tokens: int, width: int, numbers: int) -> list[slice]:
     return [slice(start, min(start + step, tokens)) for start in range(0, max(tokens, 1), step)]
 
 
-def bridge_expand(
-    p: Tensor,
-    n: Tensor,
-    routed: Tensor,
-    own_router: bool,
-    kappa: Tensor,
-    prepared: Prepared,
-    added: Tensor | None,
-    dtype: torch.dtype,
-    config: MoSConfig,
-) -> Tensor:
+def bridge_expand(t: BridgeInputs, added: Tensor | None, dtype: torch.dtype, config: MoSConfig) -> Tensor:
     """y₀ = added + (α/r) Σ_e g_e e_e φ(B_e h_e) (T, d_out) in `dtype`; added as in `expand`."""
     if config.activation == "identity":
-        z, _ = bridge(p, n, routed, own_router, kappa, prepared, config)
-        return expand(z, prepared, added, dtype)
-    B, gates = prepared.B, route(routed, config) if own_router else routed
-    h = _into_space(p, n, kappa, config).h
+        z, _ = bridge(t, config)
+        return expand(z, t.prepared, added, dtype)
+    B, gates, h = t.prepared.B, _gates(t, config), _into_space(t, config).h
     y0 = torch.empty(h.shape[0], B.shape[0], dtype=dtype, device=h.device)
     for chunk in _chunks(*y0.shape, CHUNK):
         total = torch.zeros(y0[chunk].shape, dtype=h.dtype, device=h.device)
@@ -457,29 +443,19 @@ def bridge_expand(
             h_tile = operand(h[chunk, expert], dtype)
             u = _activation(narrow_matmul(h_tile, B[:, expert].t(), dtype), config.activation)
             q = squared_norm(u)
-            e, _, _ = geometry.projection_scale(q, kappa[expert], config)
+            e, _, _ = geometry.projection_scale(q, t.kappa[expert], config)
             total.addcmul_(u, (config.scaling * gates[chunk, expert] * e).unsqueeze(-1))
         y0[chunk] = operand(total, dtype)
     return y0
 
 
 def bridge_expand_backward(
-    dy: Tensor,
-    p: Tensor,
-    n: Tensor,
-    routed: Tensor,
-    own_router: bool,
-    kappa: Tensor,
-    prepared: Prepared,
-    aux_weight: Tensor | None,
-    token_mask: Tensor | None,
-    config: MoSConfig,
+    dy: Tensor, t: BridgeInputs, aux_weight: Tensor | None, token_mask: Tensor | None, config: MoSConfig
 ) -> BridgeExpandGradients:
     """Gradients of `bridge_expand` with an activation; dy (T, d_out) is read, and u formed again, a chunk at a time."""
-    B, gates = prepared.B, route(routed, config) if own_router else routed
-    curved = _into_space(p, n, kappa, config)
+    B, gates, curved = t.prepared.B, _gates(t, config), _into_space(t, config)
     h, dh = curved.h, torch.empty_like(curved.h)
-    dgates, e_dkappa = torch.empty_like(curved.scale), torch.zeros_like(kappa, dtype=h.dtype)
+    dgates, e_dkappa = torch.empty_like(curved.scale), torch.zeros_like(t.kappa, dtype=h.dtype)
     dB = torch.zeros(B.shape, dtype=h.dtype, device=B.device)
     for chunk in _chunks(h.shape[0], B.shape[0], CHUNK):
         upstream = dy[chunk].to(h.dtype)
@@ -488,17 +464,17 @@ def bridge_expand_backward(
             v = narrow_matmul(h_tile, B[:, expert].t(), dy.dtype)
             u = _activation(v, config.activation)
             q = squared_norm(u)
-            e, e_dq, de_dkappa = geometry.projection_scale(q, kappa[expert], config)
+            e, e_dq, de_dkappa = geometry.projection_scale(q, t.kappa[expert], config)
             scaled_gates = config.scaling * gates[chunk, expert]
-            t = (upstream * u).sum(-1)
-            dgates[chunk, expert] = config.scaling * e * t
-            e_dkappa[expert] += _bounded(scaled_gates * t * de_dkappa).sum()
+            dy_u = (upstream * u).sum(-1)
+            dgates[chunk, expert] = config.scaling * e * dy_u
+            e_dkappa[expert] += _bounded(scaled_gates * dy_u * de_dkappa).sum()
             du = upstream * (scaled_gates * e).unsqueeze(-1)
-            du.addcmul_(u, (2 * scaled_gates * t * e_dq).unsqueeze(-1))
+            du.addcmul_(u, (2 * scaled_gates * dy_u * e_dq).unsqueeze(-1))
             dv = du.mul_(_activation_slope(v, config.activation))
             dB[:, expert] += narrow_matmul(dv.t(), h_tile, dy.dtype)
             dh[chunk, expert] = narrow_matmul(dv, B[:, expert], dy.dtype)
-    dkappa, dn, dp = _into_space_backward(dh, curved, p.dim() == 2)
-    if own_router:
-        dgates = _route_backward(dgates, gates, routed, aux_weight, token_mask, config)
+    dkappa, dn, dp = _into_space_backward(dh, curved, t.p.dim() == 2)
+    if t.own_router:
+        dgates = _route_backward(dgates, gates, t.routed, aux_weight, token_mask, config)
     return BridgeExpandGradients(dgates, dkappa + e_dkappa, dn, dp, dB)

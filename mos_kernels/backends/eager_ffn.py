@@ -18,15 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mos_kernels.backends import eager, eager_few
-from mos_kernels.backends.interface import Prepared
-from mos_kernels.call import Adapted, FFNPlan, FFNTensors
+from mos_kernels.backends.interface import BridgeInputs, Prepared
+from mos_kernels.call import Adapted, FFNPlan, FFNTensors, flat, shaped
 from mos_kernels.config import MoSConfig
 
 CACHED = 1 << 17
 """Numbers of one wide tensor that are worked on at a time."""
 
 aten = torch.ops.aten
-unsafe_view = aten._unsafe_view.default  # less to look up at each call
 
 
 class FFNSaved(NamedTuple):
@@ -49,25 +48,14 @@ class FFNSaved(NamedTuple):
         return cls(*flat[:5], tuple(flat[5 : 6 + reads]), tuple(flat[6 + reads :]))
 
 
-class _Joined(NamedTuple):
-    """The m linears that read x, as one linear with m·E experts."""
-
-    z: Tensor  # (T, m·E·r)
-    bridged: eager.Bridged
-    p: Tensor
-    gates: Tensor
-    kappa: Tensor
-    prepared: Prepared
-
-
 def ffn_forward(t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]:
     """y (..., d_out), and what backward needs."""
-    x, config, dtype = _flat(t.x), plan.config, t.x.dtype
+    x, config, dtype = flat(t.x), plan.config, t.x.dtype
     kept_down, *kept = plan.prepared
     prepared = [_prepared(linear, dtype, config, made) for linear, made in zip(t.reads, kept, strict=True)]
     p, n, logits = _shrink(x, t.reads, t.router)
     gates = _gates(t, logits, config)
-    z = _join(p, n, gates, t.reads, prepared, config).z
+    z, _ = eager.bridge(_join(p, n, gates, t.reads, prepared, config), config)
     outputs = []
     for linear, made, part in zip(t.reads, prepared, z.chunk(len(t.reads), 1), strict=True):
         outputs.append(eager.expand(part, made, linear.bias, dtype).addmm_(x, linear.weight.t()))
@@ -75,11 +63,10 @@ def ffn_forward(t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]:
     down, config = t.down, plan.down_config
     made = _prepared(down, dtype, config, kept_down)
     h, p_h, n_h = _activate(outputs, down.A, plan)
-    z, _ = eager.bridge(p_h, n_h, gates, False, _curvature(down, dtype), made, config)
+    z, _ = eager.bridge(BridgeInputs(p_h, n_h, gates, False, _curvature(down, dtype), made), config)
     y = eager.expand(z, made, down.bias, dtype).addmm_(h, down.weight.t())
-    y = unsafe_view(y, (*t.x.shape[:-1], y.shape[-1]))
     grams = (made.gram, *(made.gram for made in prepared))
-    return y, FFNSaved(p, n, logits, p_h, n_h, grams, tuple(outputs))
+    return shaped(y, t.x), FFNSaved(p, n, logits, p_h, n_h, grams, tuple(outputs))
 
 
 class FewTokens(NamedTuple):
@@ -106,7 +93,7 @@ def constants(t: FFNTensors, plan: FFNPlan) -> FewTokens | None:
 
 def ffn_inference(t: FFNTensors, plan: FFNPlan) -> Tensor:
     """y (..., d_out) if no backward follows. Few tokens take a bridge of fewer calls."""
-    x = t.x if t.x.dim() == 2 else _flat(t.x)
+    x = t.x if t.x.dim() == 2 else flat(t.x)
     made = plan.constants
     if not eager_few.are_few(x.shape[0]) or made is None and (made := constants(t, plan)) is None:
         return ffn_forward(t, plan)[0]
@@ -136,34 +123,33 @@ def _few_expanded(x: Tensor, linear: Adapted, z: np.ndarray, B: Tensor) -> Tenso
 
 def ffn_backward(dy: Tensor, t: FFNTensors, saved: FFNSaved, plan: FFNPlan, needs: FFNTensors) -> FFNTensors:
     """The gradients of the tensors, each in its tensor's dtype, where `needs` asks for them; else None."""
-    x, dtype, config = _flat(t.x), t.x.dtype, plan.down_config
-    dy, down, m = _flat(dy), t.down, len(t.reads)
+    x, dtype, config = flat(t.x), t.x.dtype, plan.down_config
+    dy, down, m = flat(dy), t.down, len(t.reads)
     gates = _gates(t, saved.logits, plan.config)
 
     made = eager.prepare(down.B, dtype, config, saved.grams[0])
-    kappa = _curvature(down, dtype)
-    z, bridged = eager.bridge(saved.p_h, saved.n_h, gates, False, kappa, made, config)
+    curved = BridgeInputs(saved.p_h, saved.n_h, gates, False, _curvature(down, dtype), made)
+    z, bridged = eager.bridge(curved, config)
     dz, dB = eager.expand_backward(dy, z, made, needs.down.B)
-    d = eager.bridge_backward(dz, bridged, saved.p_h, saved.n_h, gates, False, kappa, made, None, None, config)
+    d = eager.bridge_backward(dz, bridged, curved, None, None, config)
     dB = eager.add_norm_gradient(dB, down.B, d.M) if needs.down.B else None
     d_outputs, dA = _activate_backward(dy @ down.weight, saved.outputs, down.A, d.p, d.n, plan, needs.down.A)
-    d_down = _gradients(down, needs.down, dA, dB, d.kappa)
+    d_down = dA, dB, d.kappa
 
     config = plan.config
     prepared = [
         eager.prepare(linear.B, dtype, config, gram) for linear, gram in zip(t.reads, saved.grams[1:], strict=True)
     ]
-    joined = _join(saved.p, saved.n, gates, t.reads, prepared, config)
+    curved = _join(saved.p, saved.n, gates, t.reads, prepared, config)
+    z, bridged = eager.bridge(curved, config)
     dz, dBs = [], []
-    for i, part in enumerate(joined.z.chunk(m, 1)):
+    for i, part in enumerate(z.chunk(m, 1)):
         one, dB = eager.expand_backward(d_outputs[i], part, prepared[i], needs.reads[i].B)
         dz.append(one)
         dBs.append(dB)
     dz = dz[0] if m == 1 else torch.cat(dz, 1)
     dgates = d.routed
-    d = eager.bridge_backward(
-        dz, joined.bridged, joined.p, saved.n, joined.gates, False, joined.kappa, joined.prepared, None, None, config
-    )
+    d = eager.bridge_backward(dz, bridged, curved, None, None, config)
     dgates = dgates + d.routed.unflatten(1, (m, -1)).sum(1)
     dlogits = None
     if t.gates is None:
@@ -179,30 +165,11 @@ def ffn_backward(dy: Tensor, t: FFNTensors, saved: FFNSaved, plan: FFNPlan, need
     if needs.x:
         for linear, d_output in zip(t.reads, d_outputs, strict=True):
             dx.addmm_(d_output, linear.weight)
-        dx = dx.view(t.x.shape)
     d_reads = []
     for i, (linear, M, dkappa) in enumerate(zip(t.reads, d.M.chunk(m), d.kappa.chunk(m), strict=True)):
         dB = eager.add_norm_gradient(dBs[i], linear.B, M) if needs.reads[i].B else None
-        d_reads.append(_gradients(linear, needs.reads[i], dAs[i], dB, dkappa))
-    return FFNTensors(
-        x=dx,
-        gates=dgates.view(t.gates.shape).to(t.gates.dtype) if needs.gates else None,
-        router=drouter.to(t.router.dtype) if needs.router else None,
-        aux_weight=None, token_mask=None, down=d_down, reads=tuple(d_reads),
-    )  # fmt: skip
-
-
-def _gradients(linear: Adapted, needs: Adapted, dA: Tensor | None, dB: Tensor | None, dkappa: Tensor) -> Adapted:
-    return Adapted(
-        None, None,
-        dA.to(linear.A.dtype) if needs.A else None,
-        dB.to(linear.B.dtype) if needs.B else None,
-        dkappa.to(linear.kappa.dtype) if needs.kappa else None,
-    )  # fmt: skip
-
-
-def _flat(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
+        d_reads.append((dAs[i], dB, dkappa))
+    return t.gradients(needs, dx, dgates, drouter, d_down, d_reads)
 
 
 def _curvature(linear: Adapted, dtype: torch.dtype) -> Tensor:
@@ -221,7 +188,7 @@ def _stack(linears: Sequence[Adapted]) -> Tensor:
 def _gates(t: FFNTensors, logits: Tensor | None, config: MoSConfig) -> Tensor:
     if t.gates is None:
         return eager.route(logits, config)
-    return _flat(t.gates).to(eager.compute_dtype(t.x.dtype))
+    return flat(t.gates).to(eager.compute_dtype(t.x.dtype))
 
 
 def _shrink(x: Tensor, linears: Sequence[Adapted], router: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -237,7 +204,8 @@ def _shrink(x: Tensor, linears: Sequence[Adapted], router: Tensor | None) -> tup
 
 def _join(
     p: Tensor, n: Tensor, gates: Tensor, linears: Sequence[Adapted], prepared: Sequence[Prepared], config: MoSConfig
-) -> _Joined:
+) -> BridgeInputs:
+    """Of the m linears that read x, as one linear with m·E experts."""
     m = len(linears)
     made, kappa = prepared[0], linears[0].kappa
     if m > 1:
@@ -246,9 +214,7 @@ def _join(
         gates = gates.repeat(1, m)
         kappa = torch.cat([linear.kappa for linear in linears])
         made = Prepared(made.B, *(torch.cat([each[i] for each in prepared]) for i in range(1, 4)))
-    kappa = kappa.to(n.dtype)
-    z, bridged = eager.bridge(p, n, gates, False, kappa, made, config)
-    return _Joined(z, bridged, p, gates, kappa, made)
+    return BridgeInputs(p, n, gates, False, kappa.to(n.dtype), made)
 
 
 def _tokens_at_a_time(outputs: Sequence[Tensor]) -> Iterator[slice]:

@@ -60,6 +60,17 @@ class Saved(NamedTuple):
     z: Tensor | None  # (T, E·r) in y's dtype, of a backend with KEEPS_Z and no activation
 
 
+class BridgeInputs(NamedTuple):
+    """What the bridge reads of a linear: what `shrink` made of x, what routes it, and what its parameters make."""
+
+    p: Tensor
+    n: Tensor
+    routed: Tensor  # the gates (T, E), or with own_router the logits of a router in the backend's shape
+    own_router: bool
+    kappa: Tensor  # (E,)
+    prepared: Prepared
+
+
 class BridgeGradients(NamedTuple):
     routed: Tensor  # dlogits or dgates (T, E)
     kappa: Tensor  # (E,)
@@ -77,7 +88,7 @@ class BridgeExpandGradients(NamedTuple):
 
 
 class Backend(Protocol):
-    """The steps. `routed` is the gates (T, E), or with own_router the logits of a router in the backend's shape.
+    """The steps.
 
     KEEPS_Z: whether a forward's z is saved. `bridge_backward` then does not need what `bridge` returns beside z.
     """
@@ -122,14 +133,11 @@ class Backend(Protocol):
         weights: ShrinkWeights | None = None,
     ) -> Prepared: ...  # fmt: skip
 
-    def bridge(
-        self, p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor, prepared: Prepared,
-        config: MoSConfig,
-    ) -> tuple[Tensor, Any]: ...  # fmt: skip
+    def bridge(self, t: BridgeInputs, config: MoSConfig) -> tuple[Tensor, Any]: ...
 
     def bridge_backward(
-        self, dz: Tensor, bridged: Any, p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor,
-        prepared: Prepared, aux_weight: Tensor | None, token_mask: Tensor | None, config: MoSConfig,
+        self, dz: Tensor, bridged: Any, t: BridgeInputs, aux_weight: Tensor | None, token_mask: Tensor | None,
+        config: MoSConfig,
     ) -> BridgeGradients: ...  # fmt: skip
 
     def expand(self, z: Tensor, prepared: Prepared, added: Tensor | None, dtype: torch.dtype) -> Tensor: ...
@@ -140,15 +148,11 @@ class Backend(Protocol):
 
     def add_norm_gradient(self, dB: Tensor, B: Tensor, M: Tensor) -> Tensor: ...
 
-    def bridge_expand(
-        self, p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor, prepared: Prepared,
-        added: Tensor | None, dtype: torch.dtype, config: MoSConfig,
-    ) -> Tensor: ...  # fmt: skip
+    def bridge_expand(self, t: BridgeInputs, added: Tensor | None, dtype: torch.dtype, config: MoSConfig) -> Tensor: ...
 
     def bridge_expand_backward(
-        self, dy: Tensor, p: Tensor, n: Tensor, routed: Tensor, own_router: bool, kappa: Tensor, prepared: Prepared,
-        aux_weight: Tensor | None, token_mask: Tensor | None, config: MoSConfig,
-    ) -> BridgeExpandGradients: ...  # fmt: skip
+        self, dy: Tensor, t: BridgeInputs, aux_weight: Tensor | None, token_mask: Tensor | None, config: MoSConfig
+    ) -> BridgeExpandGradients: ...
 
 
 class FFNBackend(Protocol):
@@ -166,6 +170,4 @@ class FFNBackend(Protocol):
 
     def ffn_inference(self, t: FFNTensors, plan: FFNPlan) -> Tensor: ...
 
-    def ffn_backward(
-        self, dy: Tensor, t: FFNTensors, saved: Any, plan: FFNPlan, needs: FFNTensors
-    ) -> FFNTensors: ...  # fmt: skip
+    def ffn_backward(self, dy: Tensor, t: FFNTensors, saved: Any, plan: FFNPlan, needs: FFNTensors) -> FFNTensors: ...

@@ -30,30 +30,30 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(
         prog="python -m mos_kernels export-lora",
-        description="Write the plain LoRA nearest to a Mixture-of-Space adapter on rows of a text file, and say what "
-        "it loses. The output is a peft LoRA folder, which can be merged and served anywhere.",
+        description="Write the plain LoRA that is nearest to a Mixture-of-Space adapter on rows of a text file, and "
+        "report what it loses. The output is a LoRA folder of peft, which can be merged, and served anywhere.",
     )
     made.add_argument("--adapter", required=True, help="a folder written by finetune, save_adapter or peft")
     made.add_argument("--model", help="the base model, a folder or a hub id (default: the one that the adapter names)")
     made.add_argument("--output", required=True, type=Path, help="folder for the LoRA; it must not exist")
-    made.add_argument("--rank", type=int, help="default: the rank with as many parameters as the adapter")
+    made.add_argument("--rank", type=int, help="of the LoRA (default: that with as many parameters as the adapter)")
     source = made.add_argument_group(
         "calibration data", "TSV (no quoting), CSV, JSONL, JSON or Parquet, as for finetune"
     )
-    source.add_argument("--data-file", nargs="+", required=True, help="rows like those of the task")
+    source.add_argument("--data-file", nargs="+", required=True, help="rows like those of the task, to fit the LoRA on")
     source.add_argument("--eval-file", nargs="+", help="rows for the report (default: the calibration data)")
-    source.add_argument("--rows", type=int, default=1024, help="at most, drawn at random (default 1024)")
-    source.add_argument("--column-names", help="A,B,...: for files without a header row")
+    source.add_argument("--rows", type=int, default=1024, help="the most rows to use, drawn at random (default 1024)")
+    source.add_argument("--column-names", help="A,B,...: the columns of TSV and CSV files without a header row")
     source.add_argument(
-        "--text-column", nargs="+", help="two columns are a classifier's pair (default: messages, prompt or text)"
+        "--text-column", nargs="+", help="column of the text; two are a pair (default: messages, prompt or text)"
     )
-    source.add_argument("--label-column", help="for a classifier: the report then has the accuracy")
-    source.add_argument("--target-column", help="for a language model: the completion of the text")
+    source.add_argument("--label-column", help="column of the class: the report then has the accuracy")
+    source.add_argument("--target-column", help="for a decoder: column of the completion after the text")
     source.add_argument("--separator", help="between text and completion (default: a newline)")
-    source.add_argument("--max-length", type=int, default=512, help="in tokens (default 512)")
-    source.add_argument("--batch-size", type=int, default=16, help="default 16")
+    source.add_argument("--max-length", type=int, default=512, help="of a row, in tokens (default 512)")
+    source.add_argument("--batch-size", type=int, default=16, help="in rows (default 16)")
     running = made.add_argument_group("running")
-    running.add_argument("--at-once", type=int, help="linears fitted in one pass over the data (default: a tenth)")
+    running.add_argument("--at-once", type=int, help="how many linears a pass over the data fits (default: a tenth)")
     running.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the base")
     running.add_argument("--device", help="cpu, cuda or mps (default: cuda if available, else cpu)")
     return made

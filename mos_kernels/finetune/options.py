@@ -78,32 +78,37 @@ class Options:
     """The command's own options."""
 
     model: str = dataclasses.field(metadata={"help": "a local folder, or a model id on the Hugging Face hub"})
-    task: Literal["classification", "causal-lm"] = _option("causal-lm takes TRL's SFT options too", "classification")
+    task: Literal["classification", "causal-lm"] = _option("causal-lm has TRL's SFT options too", "classification")
     dataset: str | None = _option("a file, a folder, or a dataset id on the Hugging Face hub")
     dataset_config: str | None = _option("configuration of the hub dataset")
     train_split: str | None = _option("split of the folder or hub dataset to train on (train if not given)")
     eval_split: str | None = _option("split of the folder or hub dataset to evaluate on")
     train_file: list[str] | None = _option("TSV (no quoting), CSV, JSON, JSONL or Parquet", action="extend")
-    eval_file: list[str] | None = _option("evaluated one by one, and pooled", action="extend")
-    eval_size: float | None = _option("without evaluation data: share (0.3) or rows (300) to set aside")
-    split_seed: int | None = _option("seed of that split alone (0 if not given)")
+    eval_file: list[str] | None = _option("metrics for each of these files, and for all together", action="extend")
+    eval_size: float | None = _option("without evaluation data: share (0.3) or number (300) of rows to set aside")
+    split_seed: int | None = _option("seed of the split of --eval-size (0 if not given)")
     column_names: str | None = _option("columns of TSV and CSV files without a header row", metavar="A,B,...")
-    text_column: list[str] | None = _option("two are a pair, for classification; causal-lm finds its own")
-    label_column: str | None = _option("the class, for classification")
-    target_column: str | None = _option("the completion to learn, for causal-lm; --text-column is the prompt")
+    text_column: list[str] | None = _option("column of the text; two are a pair (causal-lm: found if not given)")
+    label_column: str | None = _option("column of the class, for classification")
+    target_column: str | None = _option("column of the completion, for causal-lm; --text-column is the prompt")
     separator: str | None = _option("between prompt and completion (a newline if not given)")
     rename_label: list[str] | None = _option("count the label OLD as NEW", metavar="OLD=NEW", action="extend")
-    max_length: int | None = _option("in tokens (the model's, at most 512, if not given)")
-    max_new_tokens: int = _option("causal-lm: length of the answers generated for predictions.jsonl; 0: none", 64)
-    dtype: Literal["float32", "bfloat16", "float16"] = _option("of the base; 16 bits train by autocast", "float32")
-    resume: bool = _option("go on from the last complete checkpoint in --output", False)
+    max_length: int | None = _option("of a row, in tokens (the model's, at most 512, if not given)")
+    max_new_tokens: int = _option("causal-lm: most tokens of a generated answer; 0: no answers", 64)
+    dtype: Literal["float32", "bfloat16", "float16"] = _option("of the base; 16 bits train under autocast", "float32")
+    resume: bool = _option("continue from the last complete checkpoint in --output", False)
     overwrite: bool = _option("replace an earlier run in --output", False)
-    no_plots: bool = _option("write no report page; `python -m mos_kernels report` makes it later", False)
-    method: str = _option("mos, hydralora, mixture_of_lora, lora, dora; frozen trains the head, full everything", "mos")
-    preset: Literal["paper"] | None = _option("the settings as printed, for --method mos")
-    num_experts: int | None = _option("experts of hydralora and mixture_of_lora (8 if not given)")
+    no_plots: bool = _option("write no report page; `python -m mos_kernels report` writes it later", False)
+    method: str = _option("mos, hydralora, mixture_of_lora, lora, dora; frozen: the head only; full: all", "mos")
+    preset: Literal["paper"] | None = _option("paper: the settings printed in the paper, for --method mos")
+    num_experts: int | None = _option("number of experts of hydralora and mixture_of_lora (8 if not given)")
 
     _argument_group_name = "model, data and run"
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)  # None tells nothing
 
 
 class _Parser(HfArgumentParser):
@@ -125,12 +130,14 @@ def parse(argv: Sequence[str], methods: Mapping[str, Method]) -> tuple[Options, 
     parser = _Parser(
         (Options, arguments_of), prog="python -m mos_kernels finetune", allow_abbrev=False, conflict_handler="resolve",
         description="Fine-tune a transformers model on text, with a Mixture-of-Space adapter or a baseline.",
+        formatter_class=_Help,
     )  # fmt: skip
     parser.set_defaults(**DEFAULTS)
     for flag, (name, kind) in ALIASES.items():
-        parser.add_argument(flag, dest=name, type=kind, help=f"--{name}", **flags)
+        parser.add_argument(flag, dest=name, type=kind, help=f"the same as --{name}", **flags)
     for flag, (name, value) in FLAGS.items():
-        parser.add_argument(flag, dest=name, action="store_const", const=value, help=f"--{name} {value}", **flags)
+        text = f"the same as --{name} {value}"
+        parser.add_argument(flag, dest=name, action="store_const", const=value, help=text, **flags)
     _add_adapter_arguments(parser)
     found = vars(parser.parse_args(argv))
     given = {f.name: _value(f.name, found.pop(f.name)) for f in dataclasses.fields(MoSConfig) if f.name in found}
@@ -239,7 +246,7 @@ def _refuse(names, why: str) -> None:
 
 
 def _add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("MoSConfig", "for lora and dora, the options that peft's LoraConfig has too")
+    group = parser.add_argument_group("MoSConfig", "lora and dora take those that peft's LoraConfig has too")
     helps = re.findall(r"^ {8}(\w+): ((?:.+\n?)(?: {12}.+\n?)*)", MoSConfig.__doc__, re.MULTILINE)
     defaults = MoSConfig().to_dict() | {"target_modules": "the FFN linears of the model"}
     texts = {

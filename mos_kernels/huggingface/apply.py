@@ -22,7 +22,7 @@ from mos_kernels.huggingface.modules import (
     unwrap,
 )
 from mos_kernels.huggingface.plan import Plan, make_plan
-from mos_kernels.huggingface.state import AdapterState, adapter_state
+from mos_kernels.huggingface.state import AdapterState, adapter_states
 from mos_kernels.huggingface.targets import frozen_heads, refuse_offloaded
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSRouter, MoSWrapped, offload_hook
 from mos_kernels.sharded import refuse_sharded, refuse_zero3
@@ -58,13 +58,15 @@ class ParameterCount(NamedTuple):
 def apply_mos(model: nn.Module, config: MoSConfig) -> AppliedMoS:
     """Put an adapter on the linears that `config` names, in place, and freeze everything else.
 
+        apply_mos(model, MoSConfig(r=8, target_modules=ffn_target_modules(model)))
+
     With router_scope="ffn", each FFN block of a known form gets one router. A linear outside such a block gets its own
     router, and `report()` of the returned list says so. The load-balancing coefficient is divided by the number of
     routers. The model may be on the meta device, or wrapped by torch.compile. An error leaves the model unchanged.
 
     Returns the names of the adapted linears. Raises ValueError or TypeError if an entry of `config` matches nothing, or
-    matches 3-D expert parameters or a module that is not a linear; if the model has an adapter; and if it is wrapped in
-    DataParallel, DistributedDataParallel or a DeepSpeed engine (put the adapter on it before).
+    matches 3-D expert parameters or a module that is not a linear. Also if the model has an adapter, or is wrapped in
+    DataParallel, DistributedDataParallel or a DeepSpeed engine: put the adapter on it before.
     """
     refuse_parallel(model)
     model = unwrap(model)
@@ -136,10 +138,8 @@ def remove_mos(model: nn.Module) -> list[str]:
     for block in blocks:
         remove_router(block)
     forget_attention_mask(model)
-    for module in model.modules():  # the adapter may have been applied to a part of the model
-        state = adapter_state(module)
-        if state is not None:
-            state.remove()
+    for state in adapter_states(model):
+        state.remove()
     return [names[0] for names in places.values()]
 
 

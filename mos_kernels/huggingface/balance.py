@@ -32,6 +32,6 @@ def warn_without_factor(model: nn.Module) -> None:
         warnings.warn(
             f"accelerate {why}, but the load-balancing gradient, which is added during backward, does not get that "
             "factor: in a Trainer use MoSCallback.add_to(trainer); in a loop of your own fill mos_aux_weight, as "
-            "docs/scale.md shows",
+            "docs/training.md shows",
             stacklevel=2,
         )

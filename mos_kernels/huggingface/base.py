@@ -9,9 +9,8 @@ import transformers
 from torch import nn
 
 from mos_kernels.huggingface.atomic import CONFIG_NAME, WEIGHTS_NAME
-from mos_kernels.huggingface.files import read_json, read_tensors, refuse_damaged
+from mos_kernels.huggingface.files import HEAD_WEIGHTS, read_json, read_tensors, refuse_damaged
 
-HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 _BY_TASK = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",

@@ -62,21 +62,20 @@ def _replicate(block: nn.Module, form: FFNForm) -> nn.Module:
 # recognition: the block's own forward, traced on a symbol
 
 
-def recognise(block: nn.Module, routed: tuple[str, ...] = ()) -> FFNForm | None:
-    """The form of the block, or None if its forward has none of the forms. Runs no tensor operation.
+def recognise(block: nn.Module) -> FFNForm | None:
+    """The form of the block, with no linear routed; None if its forward has none of the forms. No tensor is computed.
 
     If the forward was replaced already, the form is the one that was recognised then.
     """
     bound = bound_form(block)
     if bound is not None:
-        return replace(bound, routed=routed)
+        return replace(bound, routed=())
     if not _has_class_forward(block):
         return None
     expression = _trace(block, training=True)
     if expression is None or expression != _trace(block, training=False):
         return None
-    form = _parse(block, expression)
-    return replace(form, routed=routed) if form else None
+    return _parse(block, expression)
 
 
 def _has_class_forward(block: nn.Module) -> bool:

@@ -101,6 +101,9 @@ class MoSCallback(TrainerCallback):
         self._file = HistoryFile()
         self._is_measured_step = False
         self._measuring: contextlib.ExitStack | None = None
+        self._begin()
+
+    def _begin(self) -> None:
         self._statistics: dict | None = None
         self._step_in_epoch: int | None = None
         self._next_measured = 0
@@ -131,10 +134,7 @@ class MoSCallback(TrainerCallback):
             )
         note_trained(model)
         self._stop_measuring()
-        self._statistics = None
-        self._step_in_epoch = None
-        self._next_measured = 0
-        self._has_stepped = False
+        self._begin()
         resumed = self._file.open(self.history_file, args, state, model)
         self.history = self.history if resumed is None else resumed
 

@@ -1,11 +1,14 @@
-"""The model card of an adapter: what it is, how to load it, and what servers would do to it."""
+"""The model cards of an adapter and of its export: what it is, how to load it, and what servers would do to it."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
+from huggingface_hub import ModelCardData
 from torch import nn
 
+import mos_kernels
 from mos_kernels.config import MoSConfig, listed
 
 _NO_MERGE = """It cannot be merged into the base model, since what it adds depends on the token.
@@ -51,8 +54,7 @@ model = {auto}.from_pretrained("this folder"{labels}
 
 
 def adapter_card(base: str | None, kind: type[nn.Module], config: MoSConfig, labels: str = "") -> str:
-    """The card of save_adapter. kind: the model's class. labels: what `classes_to_load` gives."""
-    is_hub_id = base is not None and not os.path.exists(base)
+    """kind: the model's class. labels: what `classes_to_load` gives."""
     elsewhere = "".join(
         f"Linears that match `{k}` have {listed(v)}.\n" for k, v in (config.spaces_pattern or {}).items()
     )
@@ -71,13 +73,7 @@ from peft import AutoPeftModel
 model = AutoPeftModel.from_pretrained("this folder"{labels})
 ```
 """
-    base_line = f"base_model: {base}\n" if is_hub_id else ""
-    return f"""---
-{base_line}tags:
-- mos-kernels
-- lora
----
-
+    return f"""{_metadata(base)}
 # A Mixture-of-Space adapter
 
 Rank {config.r}, {config.num_experts} experts ({listed(config.spaces)}), {config.num_experts_per_tok} used by a token.
@@ -92,3 +88,35 @@ from mos_kernels.huggingface import load_adapter
 load_adapter(model, "this folder")
 ```
 {by_peft if base and is_transformers else ""}"""
+
+
+def export_card(base: str | None, kind: type[nn.Module], labels: str, lost: Sequence[str], table: Sequence[str]) -> str:
+    """kind, labels: as above. lost: what was lost, in lines of text. table: the same of each linear, in Markdown."""
+    return f"""{_metadata(base, library_name="peft")}
+# A LoRA exported from a Mixture-of-Space adapter
+
+A plain LoRA, fitted by mos_kernels {mos_kernels.__version__} to a Mixture-of-Space adapter on calibration data. It \
+loads, merges and serves without mos_kernels:
+
+```python
+from peft import PeftModel
+from transformers import {kind.__name__}
+
+base = {kind.__name__}.from_pretrained({base or "the base model"!r}{labels})
+model = PeftModel.from_pretrained(base, "this folder")
+model = model.merge_and_unload()
+```
+
+## What was lost
+
+{chr(10).join(f"- {line}" for line in lost)}
+
+{chr(10).join(table)}
+"""
+
+
+def _metadata(base: str | None, **entries: str) -> str:
+    """The head of a card. A base that is a folder of this machine is not named."""
+    named = None if base is None or os.path.exists(base) else base
+    data = ModelCardData(base_model=named, tags=["lora", "mos-kernels"], **entries)
+    return f"---\n{data.to_yaml()}\n---\n"

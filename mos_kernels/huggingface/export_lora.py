@@ -28,14 +28,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as product
-from transformers.pytorch_utils import Conv1D
 
-import mos_kernels
 from mos_kernels.functional import mos_linear, mos_route
 from mos_kernels.huggingface import files
 from mos_kernels.huggingface.atomic import check_folder
 from mos_kernels.huggingface.attention_mask import of_tokens
-from mos_kernels.huggingface.card import classes_to_load
+from mos_kernels.huggingface.card import classes_to_load, export_card
 from mos_kernels.huggingface.modules import (
     active_names,
     adapter_parameters,
@@ -45,7 +43,7 @@ from mos_kernels.huggingface.modules import (
 )
 from mos_kernels.huggingface.state import adapter_state, tensors_of
 from mos_kernels.huggingface.targets import classifier_heads, refuse_offloaded, refuse_peft
-from mos_kernels.layer import MoSAdapter, MoSConv1D, MoSLayer, evaluating
+from mos_kernels.layer import MoSAdapter, MoSLayer, evaluating, is_conv1d
 from mos_kernels.sharded import gathered, refuse_sharded, refuse_zero3
 
 PASSES = 10
@@ -142,14 +140,15 @@ def export_lora(
         rank: None: the rank at which the LoRA has as many parameters as the adapter.
         evaluation_batches: the data of the report. None: the calibration data, on which the losses are optimistic.
         at_once: how many linears are fitted in one pass over the data. A linear does not see the export of others in
-            the same pass. None: a tenth of them. 1: each is fitted on the output of all exported linears before it. The
-            memory is that of C and D, d_in·(d_in + d_out) float64 numbers for each of these linears; no token is kept.
-        ridge: λ, in units of the mean variance of the inputs: how much rare directions are drawn to the flat map M₀.
+            the same pass. None: a tenth of them. 1: each is fitted on the output of all exported linears before it.
+            Each of these linears takes memory for d_in·(d_in + d_out) float64 numbers; no token is kept.
+        ridge: how much directions that are rare in the data are drawn to the Euclidean map with the mean gates, in
+            units of the mean variance of the inputs.
 
-    Returns the report, which is also in the model card. After an error nothing is written. Raises ValueError for no
-    tokens, a linear that no token reached, values that are not finite, a rank below 1, no adapter or several active
-    ones, and a linear that the model holds in several places; FileExistsError if the folder is not empty,
-    NotADirectoryError if a parent of it is a file, OSError if nothing can be written there.
+    Returns the report, which is also in the model card. After an error nothing is written. Raises ValueError if there
+    are no tokens, if no token reached a linear, for values that are not finite, for a rank below 1, for a model without
+    an active adapter or with several, and for a linear that the model holds in several places. Raises FileExistsError
+    if the folder is not empty, NotADirectoryError if a parent of it is a file, and OSError if nothing can be written.
     """
     folder = Path(folder).resolve()  # a link stays one
     check_arguments(folder, rank, at_once, ridge)
@@ -612,10 +611,11 @@ def _write(folder: Path, model: nn.Module, linears: list[_Linear], whole, report
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": _target_modules(model, [linear.name for linear in linears]),
-        "fan_in_fan_out": any(_is_conv1d(one.layer) for one in linears),
+        "fan_in_fan_out": any(is_conv1d(getattr(one.layer, "base_layer", one.layer)) for one in linears),
         "modules_to_save": modules or None,
     }
-    card = _card(about_base["base_model_name_or_path"], kind, classes_to_load(model), report)
+    base, classes = about_base["base_model_name_or_path"], classes_to_load(model)
+    card = export_card(base, kind, classes, report.summary(), report.table())
     values = {files.PREFIX + name: tensor for name, tensor in gathered(tensors).items()}
     if folder.is_dir():  # it may be a mount, or the current folder: another cannot take its place
         files.write_folder(folder, values, config, card)
@@ -629,10 +629,6 @@ def _write(folder: Path, model: nn.Module, linears: list[_Linear], whole, report
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _is_conv1d(layer: nn.Module) -> bool:
-    return isinstance(layer, MoSConv1D) or isinstance(layer._modules.get("base_layer"), Conv1D)
-
-
 def _task_type(kind: type[nn.Module]) -> str | None:
     ends = {
         "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
@@ -640,35 +636,3 @@ def _task_type(kind: type[nn.Module]) -> str | None:
         "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     }  # fmt: skip
     return next((task for end, task in ends.items() if kind.__name__.endswith(end)), None)
-
-
-def _card(base: str | None, kind: type[nn.Module], labels: str, report: ExportReport) -> str:
-    base_line = "" if base is None or os.path.exists(base) else f"base_model: {base}\n"
-    lost, table = "\n".join(f"- {line}" for line in report.summary()), "\n".join(report.table())
-    return f"""---
-{base_line}library_name: peft
-tags:
-- lora
-- mos-kernels
----
-
-# A LoRA exported from a Mixture-of-Space adapter
-
-A plain LoRA, fitted by mos_kernels {mos_kernels.__version__} to a Mixture-of-Space adapter on calibration data. It \
-loads, merges and serves without mos_kernels:
-
-```python
-from peft import PeftModel
-from transformers import {kind.__name__}
-
-base = {kind.__name__}.from_pretrained({base or "the base model"!r}{labels})
-model = PeftModel.from_pretrained(base, "this folder")
-model = model.merge_and_unload()
-```
-
-## What was lost
-
-{lost}
-
-{table}
-"""

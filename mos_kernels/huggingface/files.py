@@ -31,6 +31,8 @@ from mos_kernels.sharded import gathered, refuse_zero3, spread_like, whole_shape
 PICKLE_NAME = "adapter_model.bin"
 PEFT_TYPE = "MOSELORA"
 PREFIX = "base_model.model."
+HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+"""How the name of a classifier's weight (classes, width) ends."""
 
 _MOS_FIELDS = frozenset(field.name for field in dataclasses.fields(MoSConfig))
 _WHERE_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -280,10 +282,9 @@ def require_shapes(where, tensors: dict[str, Tensor], shapes: dict[str, tuple[in
     """ValueError unless the tensors have exactly these names and shapes."""
     missing = [name for name in shapes if name not in tensors]
     unexpected = [name for name in tensors if name not in shapes]
+    found = {name: tuple(tensors[name].shape) for name in shapes if name in tensors}
     reshaped = [
-        f"{name} {tuple(tensors[name].shape)}, the model asks for {shape}"
-        for name, shape in shapes.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
+        f"{name} {shape}, the model asks for {shapes[name]}" for name, shape in found.items() if shape != shapes[name]
     ]
     problems = [
         f"{len(names)} {what} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
@@ -291,9 +292,13 @@ def require_shapes(where, tensors: dict[str, Tensor], shapes: dict[str, tuple[in
         if names
     ]
     if problems:
+        remedy = "Load the base model that it was trained on"
+        for name, shape in found.items():
+            if name.endswith(HEAD_WEIGHTS) and shape != shapes[name]:
+                remedy = f"Load the base model that it was trained on, with num_labels={shape[0]}"
         raise ValueError(
             f"{where} holds an adapter of another architecture than this model's; tensors: {'; '.join(problems)}. "
-            "Load the base model that it was trained on"
+            f"{remedy}"
         )
 
 

@@ -11,7 +11,7 @@ from transformers import TrainerState, TrainingArguments
 
 from mos_kernels.config import SPACES, MoSConfig
 from mos_kernels.huggingface.modules import active_names, mos_adapters
-from mos_kernels.huggingface.state import adapter_state
+from mos_kernels.huggingface.state import adapter_states
 from mos_kernels.run_report.log import append_line, complete_lines, write_lines
 
 _SETTINGS = (
@@ -63,7 +63,7 @@ class HistoryFile:
 
 def _adapter_config(model: nn.Module) -> MoSConfig | None:
     """The configuration of the whole adapter. The one of a single linear may be changed by the patterns."""
-    states = [state for module in model.modules() if (state := adapter_state(module)) is not None]
+    states = adapter_states(model)
     peft = [config for name, config in getattr(model, "peft_config", {}).items() if name in active_names(model)]
     if states or not peft:
         return states[0].config if states else next((x.config for x in mos_adapters(model).values()), None)

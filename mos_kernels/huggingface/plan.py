@@ -112,14 +112,9 @@ def make_plan(model: nn.Module, config: MoSConfig, modules: list[tuple[str, nn.M
             form = recognise(parent)
             routed, shared = _routed_together(form, {child: own[target.name] for child, target in children.items()})
             if len(routed) > 1:
-                shared = (
-                    config
-                    if shared.spaces == config.spaces
-                    else dataclasses.replace(
-                        config, spaces=shared.spaces, num_experts_per_tok=shared.num_experts_per_tok
-                    )
-                )
-                blocks.append(PlannedBlock(parent_name, parent, dataclasses.replace(form, routed=routed), shared))
+                experts = {"spaces": shared.spaces, "num_experts_per_tok": shared.num_experts_per_tok}
+                its = dataclasses.replace(config, **experts)
+                blocks.append(PlannedBlock(parent_name, parent, dataclasses.replace(form, routed=routed), its))
             for child, target in children.items():
                 if form is None:
                     why_own[target.name] = f"{type(parent).__name__} is no FFN block of a known form"

@@ -102,8 +102,9 @@ class AdapterState(PreHook):
         self.trained = left | values.keys()
         if left:
             warnings.warn(
-                f"trained in place beside the adapter, and left as they are: {', '.join(sorted(left)[:4])} "
-                f"({len(left)} tensors). Their values before training were not kept: load the base anew to get them",
+                "tensors of the base were trained in place beside the adapter, and are left as they are: "
+                f"{', '.join(sorted(left)[:4])} ({len(left)} tensors). Their values before training were not kept: "
+                "load the base anew to get them",
                 stacklevel=3,
             )
 
@@ -135,12 +136,15 @@ def adapter_state(model: nn.Module) -> AdapterState | None:
     return getattr(model, _STATE, None)
 
 
+def adapter_states(model: nn.Module) -> list[AdapterState]:
+    """The states on `model` and on its parts, since apply_mos may have been given a part; each one once."""
+    return [vars(module)[_STATE] for module in model.modules() if _STATE in vars(module)]
+
+
 def note_trained(model: nn.Module) -> None:
     """Note what is trainable now, for every adapter on `model`. Forwards of a compiled model do not do so."""
-    for module in model.modules():
-        state = adapter_state(module)
-        if state is not None:
-            state.note()
+    for state in adapter_states(model):
+        state.note()
 
 
 def tensors_of(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:

@@ -82,13 +82,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 def in_features(linear: nn.Module) -> int:
     """The width of a linear's input."""
-    linear = base_of(linear)
     return linear.nx if isinstance(linear, Conv1D) else linear.in_features
 
 
 def out_features(linear: nn.Module) -> int:
     """The width of a linear's output."""
-    linear = base_of(linear)
     return linear.nf if isinstance(linear, Conv1D) else linear.out_features
 
 

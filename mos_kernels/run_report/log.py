@@ -70,7 +70,8 @@ def read_run(folder: Path) -> Run:
         adapter = settings.pop("adapter", None)
         return Run(name, complete_lines(folder / FINETUNE_LOG), _config(adapter), {**settings, **_flat(adapter)})
     checkpoint = checkpoint_step(folder)
-    history = next((f / HISTORY for f in _places(folder, checkpoint) if (f / HISTORY).is_file()), None)
+    places = [folder] if checkpoint is None else [folder, folder.resolve().parent]
+    history = next((place / HISTORY for place in places if (place / HISTORY).is_file()), None)
     if history is not None:
         lines = complete_lines(history)
         if lines:
@@ -158,10 +159,6 @@ def _trainer_state(folder: Path) -> dict | None:
     last = last_complete_checkpoint(folder)
     states = [state for place in (folder, last) if place is not None and (state := checkpoint_state(place))]
     return max(states, key=lambda state: state.get("global_step", 0), default=None)
-
-
-def _places(folder: Path, checkpoint: int | None) -> list[Path]:
-    return [folder] if checkpoint is None else [folder, folder.resolve().parent]
 
 
 def _json(path: Path) -> dict:

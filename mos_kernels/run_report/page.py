@@ -109,9 +109,8 @@ def _training(run: Run) -> str:
     for key, name in small:
         points = run.curve(key)
         if points:
-            drawn = chart([Line(points, "ink", title=name, dots=key in found.values())], width=560, height=250,
-                          name=f"{name} over the steps", margins=(10, 16, 24, 60))  # fmt: skip
-            figures.append(_figure(name, drawn))
+            line = Line(points, "ink", title=name, dots=key in found.values())
+            figures.append(_plot(name, [line], margins=(10, 16, 24, 60)))
     return _section("Training", "", f'<div class="pair">{"".join(figures)}</div>') if figures else ""
 
 
@@ -126,9 +125,7 @@ def _curvature(run: Run) -> str:
             lines.append(Line(mean, f"{space} s1", _SPELLED[space], f"{space}: mean over experts and linears"))
     if lines:
         caption = "κ̂: mean of each space, and the range over all experts and linears"
-        overall.append(
-            _figure(caption, chart(lines, width=1140, height=250, bands=bands, rules=[Rule(0.0)], name=caption))
-        )
+        overall.append(_plot(caption, lines, width=1140, bands=bands, rules=[Rule(0.0)]))
     rows, x, y = _panels(run)
     if rows:
         across = f"steps {number(x[0])} to {number(x[1])} across, κ̂ from {y[0]:.2f} to {y[1]:.2f} upwards"
@@ -187,8 +184,7 @@ def _routing(run: Run) -> str:
         if (points := run.curve(f"mos/share/{space}")) and any(v for _, v in points)
     ]
     if by_space:
-        caption = "share of the assignments, by space (mean over routers)"
-        figures.append(_figure(caption, chart(by_space, width=560, height=250, name=caption)))
+        figures.append(_plot("share of the assignments, by space (mean over routers)", by_space))
     entropy = run.curve("mos/entropy")
     if entropy:
         each = [
@@ -204,22 +200,17 @@ def _routing(run: Run) -> str:
         rules = [Rule(math.log(k), f"ln {k}: all {k} experts used evenly")] if k > 1 else []
         caption = "entropy of a token's gates (nats): the mean" + (", and each router" if each else "")
         lines = [*each, Line(entropy, "ink", "mean", "mean over routers")]
-        figures.append(_figure(caption, chart(lines, width=560, height=250, rules=rules, name=caption)))
+        figures.append(_plot(caption, lines, rules=rules))
     imbalance, largest = run.curve("mos/aux_loss"), run.curve("mos/share/max")
     if imbalance:
         caption = "load-balancing loss E·Σ f·P (mean over routers)"
-        lines = [Line(imbalance, "ink", title=caption)]
-        drawn = chart(
-            lines, width=560, height=250, rules=[Rule(1.0, "1: even")], name=caption, margins=(10, 16, 24, 52)
-        )
-        figures.append(_figure(caption, drawn))
+        line = Line(imbalance, "ink", title=caption)
+        figures.append(_plot(caption, [line], rules=[Rule(1.0, "1: even")], margins=(10, 16, 24, 52)))
     if largest:
         caption = "largest share of any expert in any router"
         rules = [Rule(1 / len(spaces), f"1/{len(spaces)}: even")] if spaces else []
-        lines = [Line(largest, "ink", title=caption)]
-        figures.append(
-            _figure(caption, chart(lines, width=560, height=250, rules=rules, name=caption, margins=(10, 16, 24, 52)))
-        )
+        line = Line(largest, "ink", title=caption)
+        figures.append(_plot(caption, [line], rules=rules, margins=(10, 16, 24, 52)))
     shown = f'<div class="pair">{"".join(figures)}</div>' if figures else ""
     if drawn := _share_map(run):
         step = next(e["step"] for e in reversed(run.entries) if isinstance(e.get("share"), dict) and e["share"])
@@ -285,6 +276,11 @@ def _section(title: str, text: str, content: str) -> str:
 
 def _figure(caption: str, content: str, css: str = "") -> str:
     return f'<figure class="{css}"><figcaption>{escape(caption)}</figcaption>{content}</figure>'
+
+
+def _plot(caption: str, lines: Sequence[Line], width: int = 560, **options) -> str:
+    """A figure of curves. options: of `chart`."""
+    return _figure(caption, chart(lines, width=width, height=250, name=caption, **options))
 
 
 def _style() -> str:

@@ -342,9 +342,8 @@ def test_comparisons_are_taken_together_pair_by_pair():
     ]
     theirs = [{seed: made_up(LORA, rate, seed, 60) for seed in (0, 1)} for rate in (3, 10)]
     both = compare.pooled(zip(ours, theirs, strict=True))
-    assert both.n == 2 and both.mean == pytest.approx(
-        (0.05 + 0.06) / 2
-    )  # of seed 0: 0 and 0.1; of seed 1: 0.01 and 0.11
+    # of seed 0: 0 and 0.1; of seed 1: 0.01 and 0.11
+    assert both.n == 2 and both.mean == pytest.approx((0.05 + 0.06) / 2)
     assert both.seeds == pytest.approx(12.706 * 0.005, rel=1e-4)
     by_row = torch.zeros(100)
     by_row[60:70], by_row[60], by_row[70] = 0.5, 0.75, 0.25

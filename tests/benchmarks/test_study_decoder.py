@@ -86,11 +86,12 @@ def test_the_rows_that_decide_come_first():
     cells = plan.cells()
     assert len({cell.key for cell in cells}) == len({cell.folder for cell in cells}) == len(cells)
     deciding = {LORA, LORA_MATCHED, EUCLIDEAN, MOS}
-    assert {(c.entry, c.rate, c.seed) for c in cells[:8]} == {(e, rate, 0) for e in deciding for rate in (1, 3)}
+    assert {(c.entry, c.rate, c.seed) for c in cells[:8]} == {(e, rate, 0) for e in deciding for rate in plan.BEST}
     assert {c.entry for c in cells[:24]} == deciding and {c.seed for c in cells[:24]} == {0, 1, 2}
     assert {c.dataset for c in cells[: len(cells) // 2]} == {"mawps"}
     assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
-    assert plan.cells(["svamp"], [1], [10], ["MoS"]) == [Cell("svamp", MOS, 10, 1)]
+    assert {c.seed for c in cells if c.rate not in plan.BEST} == {0}  # and what is asked for is what is run
+    assert plan.cells(["svamp"], [1], [1], ["MoS"]) == [Cell("svamp", MOS, 1, 1)]
     assert {cell.rate for cell in plan.cells(names=["HMoRA"])} == set(plan.BEST)
 
 
@@ -240,7 +241,7 @@ def test_runs_are_done_in_their_order_and_once(place, tmp_path, capsys, monkeypa
     runner.run_all(planned, place, path, None, work)
     assert done == [c for c in planned if c.rate == 1]
     assert command.main(["plan", "--rows", str(path), "--dataset", "mawps", "--seeds", "0", "--entries", "MoS"]) == 0
-    assert "1 of 3 runs are done" in capsys.readouterr().out
+    assert "1 of 4 runs are done" in capsys.readouterr().out
 
 
 def test_an_adapter_is_exported_and_scored(row, place, tmp_path, capsys):

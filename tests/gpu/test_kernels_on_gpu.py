@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -227,22 +227,16 @@ def test_other_streams_and_threads(device):
     x, dy = (torch.randn(512, d, device=device, dtype=torch.bfloat16) for d in (1536, 2048))
     expected = gradients(made, x, dy)
     torch.cuda.synchronize()
-    found: dict[int, list] = {}
 
-    def work(index: int) -> None:
+    def work(_: int) -> None:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            found[index] = gradients(made, x, dy)
+            found = gradients(made, x, dy)
         stream.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for results in found.values():
-        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
-    assert len(found) == 2
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(work, range(2)))
 
 
 @pytest.mark.needs_cuda

@@ -269,6 +269,15 @@ def test_another_architecture(tmp_path):
     assert "10 missing (model.layers.2.mlp" in refused(deeper, tmp_path)
 
 
+def test_another_number_of_classes(tmp_path):
+    model = tiny("bert")
+    apply_mos(model, mos(model))
+    model.classifier.requires_grad_(True)
+    save_adapter(model, tmp_path)
+    other = type(model)(type(model.config)(**{**model.config.to_dict(), "num_labels": model.config.num_labels + 1}))
+    assert f"trained on, with num_labels={model.config.num_labels}" in refused(other, tmp_path)
+
+
 def test_one_euclidean_expert_of_a_file_with_its_router_and_curvature(tmp_path):
     model = saved(tmp_path, spaces={"euclidean": 1}, num_experts_per_tok=1)
 

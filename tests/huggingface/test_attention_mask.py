@@ -5,6 +5,7 @@ import gc
 import io
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -243,12 +244,10 @@ def test_two_forwards_before_their_backward(use_reentrant):
     assert_close(router_gradients(model), {n: expected[0][n] + expected[1][n] for n in expected[0]}, rtol=1e-9, atol=0)
 
 
-def in_threads(run):
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+def in_threads(run, *arguments):
+    """What run returns, in a thread for each of its arguments; an error in one of them is raised here."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(run, *arguments))
 
 
 @pytest.mark.parametrize("use_reentrant", CHECKPOINTING)
@@ -259,19 +258,18 @@ def test_threads_with_different_masks_at_once(use_reentrant):
     expected = [gradients(model, *batch) for batch in batches]
     masks = {owner.token_mask for owner in router_owners(model).values()}
     replicas = [copy.deepcopy(model, {id(m): m for m in masks}) for _ in batches]
-    together, found = threading.Barrier(2, timeout=60), [None, None]
+    together = threading.Barrier(2, timeout=60)
 
-    def run(i):
+    def run(replica, batch):
         def call(**inputs):
             together.wait()
-            output = replicas[i](**inputs)
+            output = replica(**inputs)
             together.wait()
             return output
 
-        found[i] = gradients(replicas[i], *batches[i], call)
+        return gradients(replica, *batch, call)
 
-    in_threads(run)
-    assert_close(found, expected, rtol=1e-12, atol=0)
+    assert_close(in_threads(run, replicas, batches), expected, rtol=1e-12, atol=0)
 
 
 def replica(model):
@@ -289,14 +287,12 @@ def test_replicas_of_data_parallel():
     expected = [gradients(model, *batch) for batch in batches]
     model.zero_grad()
     replicas = [replica(model) for _ in batches]
-    losses = [None, None]
 
-    def run(i):
-        tokens, mask = batches[i]
-        losses[i] = real_loss(replicas[i](tokens, attention_mask=mask).logits, mask)
+    def run(replica, batch):
+        tokens, mask = batch
+        return real_loss(replica(tokens, attention_mask=mask).logits, mask)
 
-    in_threads(run)
-    sum(losses).backward()
+    sum(in_threads(run, replicas, batches)).backward()
     assert_close(router_gradients(model), {n: expected[0][n] + expected[1][n] for n in expected[0]}, rtol=1e-9, atol=0)
 
 

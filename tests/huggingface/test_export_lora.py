@@ -299,7 +299,7 @@ def test_a_model_that_was_frozen_for_inference_stays_so(tmp_path):
     for layer in mos_adapters(model).values():
         layer.freeze_for_inference()
     export_lora(model, batches(2), tmp_path / "lora")
-    assert all(layer._frozen is not None for layer in mos_adapters(model).values())
+    assert all(layer._kept is not None for layer in mos_adapters(model).values())
 
 
 # the folder

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks import machine
 from benchmarks.study import rows
 from benchmarks.study.decoder import export, report, runner
-from benchmarks.study.decoder.plan import ENTRIES, RATES, SEEDS
+from benchmarks.study.decoder.plan import BEST, ENTRIES, RATES
 from benchmarks.study.decoder.problems import DATASETS
 
 
@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         names = [entry.name for entry in ENTRIES]
         command.add_argument("--entries", nargs="+", choices=names, metavar="NAME", help="methods; default: all")
         command.add_argument("--rates", nargs="+", type=int, choices=RATES, default=RATES, help="default: all")
-        command.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="default 0 1 2")
+        best = " and ".join(f"x{rate}" for rate in BEST)
+        command.add_argument("--seeds", nargs="+", type=int, help=f"default: 0 1 2 at {best}, 0 at the other rates")
         if name == "export":
             for field, text in (
                 ("rank", "of the LoRA"), ("problems", "to fit on"), ("draw", "the seed of the draw of these problems"),

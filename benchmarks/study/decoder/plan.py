@@ -10,10 +10,10 @@ from benchmarks.study import plan
 from benchmarks.study.decoder.problems import DATASETS
 
 SEEDS = (0, 1, 2)
-RATES = (1, 3, 10)
-"""Multiples of the paper's learning rate."""
-BEST = (3, 1)
-"""The two at which settings are compared: the first of which runs are known, at x3 more is solved than at x1."""
+RATES = (1, 3, 10, 30)
+"""Multiples of the paper's learning rate. x30 is for the methods that decide: is x10 the best, or the edge?"""
+BEST = (10, 3)
+"""The two at which most is solved by the runs that decide: there every seed is run, elsewhere the first alone."""
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,22 @@ class Entry:
     importance: int
     settings: str = "{}"
     """JSON, its keys sorted."""
-    rates: tuple[int, ...] = RATES
+    rates: tuple[int, ...] = RATES[:3]
 
     @property
     def options(self) -> dict:
         return json.loads(self.settings)
 
 
-def _entry(name: str, method: str, importance: int, rates: tuple[int, ...] = RATES, **options) -> Entry:
+def _entry(name: str, method: str, importance: int, rates: tuple[int, ...] = RATES[:3], **options) -> Entry:
     return Entry(name, method, importance, json.dumps(options, sort_keys=True), rates)
 
 
-LORA = _entry("LoRA r=8", "LoraConfig", 0, r=8, lora_alpha=16)
+LORA = _entry("LoRA r=8", "LoraConfig", 0, RATES, r=8, lora_alpha=16)
 # r=41 trains 7,793,280 parameters on SmolLM2, MoS 7,788,240; alpha keeps the scaling alpha/r of r=8
-LORA_MATCHED = _entry("LoRA r=41 (matched)", "LoraConfig", 0, r=41, lora_alpha=82)
-EUCLIDEAN = _entry("MoS, 8 euclidean", "MoS", 0, spaces={"euclidean": 8})
-MOS = _entry("MoS", "MoS", 0)
+LORA_MATCHED = _entry("LoRA r=41 (matched)", "LoraConfig", 0, RATES, r=41, lora_alpha=82)
+EUCLIDEAN = _entry("MoS, 8 euclidean", "MoS", 0, RATES, spaces={"euclidean": 8})
+MOS = _entry("MoS", "MoS", 0, RATES)
 ON_ATTENTION = {"q_proj|k_proj|v_proj|o_proj": {"euclidean": 1}}
 ENTRIES = (
     LORA,
@@ -76,22 +76,25 @@ class Cell(plan.Cell):
 
 def cells(
     datasets: Iterable[str] = DATASETS,
-    seeds: Iterable[int] = SEEDS,
+    seeds: Iterable[int] | None = None,
     rates: Iterable[int] = RATES,
     names: Iterable[str] | None = None,
 ) -> list[Cell]:
-    """Every run once. First the entries that decide, at x3 and x1: the first seed of all of them before the second."""
-    datasets, seeds = list(datasets), list(seeds)
-    order = {3: 0, 1: 1, 10: 2}
+    """Every run once. First the entries that decide, at the best rates: their first seed before the second.
+
+    seeds: by default `SEEDS` at the best rates and the first of them at the others.
+    """
+    datasets, named = list(datasets), SEEDS if seeds is None else tuple(seeds)
+    order = (*BEST, *(rate for rate in RATES if rate not in BEST))
     found = [
         (
-            (datasets.index(dataset), max(entry.importance, rate == 10), seeds.index(seed), order[rate], rank),
+            (datasets.index(dataset), max(entry.importance, rate not in BEST), named.index(seed), order.index(rate), i),
             Cell(dataset, entry, rate, seed),
         )
         for dataset in datasets
-        for rank, entry in enumerate(ENTRIES)
+        for i, entry in enumerate(ENTRIES)
         for rate in rates
-        for seed in seeds
+        for seed in (named if seeds is not None or rate in BEST else named[:1])
         if rate in entry.rates and (names is None or entry.name in names)
     ]
     return [cell for _, cell in sorted(found, key=lambda pair: pair[0])]

@@ -37,8 +37,9 @@ def tables(found: Rows, exports: Rows = ()) -> str:
     """All tables, data set by data set."""
     planned = {cell.key for cell in cells()}
     done = sum(row["key"] in planned for row in found)
+    more = f", and {len(found) - done} more" if done < len(found) else ""
     commits = ", ".join(sorted({row["commit"][:12] for row in found}))
-    parts = [f"{done} of {len(planned)} planned runs are done. Commits: {commits}."]
+    parts = [f"{done} of {len(planned)} planned runs are done{more}. Commits: {commits}."]
     for dataset in dict.fromkeys(row["dataset"] for row in found):
         here = [row for row in found if row["dataset"] == dataset]
         parts += [f"### {dataset}", _solved(here), "Against LoRA r=8 on the same problems, at the same seeds:"]

@@ -15,6 +15,7 @@ from mos_kernels.backends.eager import operand
 from mos_kernels.backends.interface import (
     BridgeExpandGradients,
     BridgeGradients,
+    BridgeInputs,
     Dropout,
     Prepared,
     Shape,
@@ -26,34 +27,6 @@ from mos_kernels.backends.triton import expand as _expand
 from mos_kernels.backends.triton import route as _route
 from mos_kernels.backends.triton import shrink as _shrink
 from mos_kernels.config import MoSConfig
-
-__all__ = [
-    "BridgeExpandGradients",
-    "BridgeGradients",
-    "Dropout",
-    "KEEPS_Z",
-    "Prepared",
-    "add_norm_gradient",
-    "bridge",
-    "bridge_backward",
-    "bridge_expand",
-    "bridge_expand_backward",
-    "compute_dtype",
-    "draw_dropout",
-    "expand",
-    "expand_backward",
-    "operand",
-    "prepare",
-    "route",
-    "route_backward",
-    "routing_logits",
-    "routing_logits_backward",
-    "saved_shapes",
-    "shares_launches",
-    "shrink",
-    "shrink_backward",
-]
-
 
 MAX_RANK = 128
 """The kernels hold r × r numbers of an expert in one tile."""
@@ -84,6 +57,13 @@ def draw_dropout(x: Tensor, p: float) -> Dropout:
 def rows(t: Tensor) -> Tensor:
     """t with dense rows (autograd can hand over expanded gradients, whose strides are 0)."""
     return t if t.stride(1) == 1 or t.shape[1] == 1 and t.stride(0) > 0 else t.contiguous()
+
+
+def factor(B: Tensor) -> Tensor:
+    """B (d_out, E, r), contiguous. Raises ValueError for a rank beyond one tile."""
+    if B.shape[2] > MAX_RANK:
+        raise ValueError(f"r={B.shape[2]} exceeds {MAX_RANK}, the largest rank of the kernels: use backend='eager'")
+    return B.contiguous()
 
 
 def _stack(A: Tensor) -> Tensor:
@@ -145,9 +125,7 @@ def prepare(
     gram: that of an earlier call with the same B, which spares its kernel. The stack costs no launch: there is none
     where G is not computed, unless A is the stack as it is.
     """
-    if B.shape[2] > MAX_RANK:
-        raise ValueError(f"r={B.shape[2]} exceeds {MAX_RANK}, the largest rank of the kernels: use backend='eager'")
-    B, stack, sources = B.contiguous(), None, ()
+    B, stack, sources = factor(B), None, ()
     if weights is not None:
         A, router = _stack(weights.A), None if weights.router is None else weights.router.contiguous()
         if router is None and A.dtype == weights.dtype:
@@ -160,20 +138,20 @@ def prepare(
     return Prepared(wide, gram, stack=made if stack is None else stack)
 
 
-def bridge(p, n, routed, own_router: bool, kappa, prepared: Prepared, config: MoSConfig):
+def _curved(t: BridgeInputs) -> tuple:
+    """All but `prepared`, dense as the kernels read it; logits are the kernels' own, and so are p and n."""
+    return t.p, t.n, t.routed if t.own_router else t.routed.contiguous(), t.own_router, t.kappa
+
+
+def bridge(t: BridgeInputs, config: MoSConfig):
     """z (T, E·r) in the dtype of the wide products, and None: `bridge_backward` needs nothing more."""
-    routed = routed if own_router else routed.contiguous()
-    return _bridge.bridge_launch(p, n, routed, own_router, kappa, prepared.gram, prepared.B.dtype, config), None
+    return _bridge.bridge_launch(*_curved(t), t.prepared.gram, t.prepared.B.dtype, config), None
 
 
-def bridge_backward(
-    dz, bridged, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, token_mask, config: MoSConfig
-):
+def bridge_backward(dz, bridged, t: BridgeInputs, aux_weight, token_mask, config: MoSConfig):
     """Gradients of `bridge`; dz in planes (S, T, E·r)."""
-    routed, mask = routed if own_router else routed.contiguous(), route_bytes(token_mask)
-    return BridgeGradients(
-        *_bridge.bridge_backward_launch(dz, p, n, routed, own_router, kappa, prepared.gram, aux_weight, mask, config)
-    )
+    mask = route_bytes(token_mask)
+    return BridgeGradients(*_bridge.bridge_backward_launch(dz, *_curved(t), t.prepared.gram, aux_weight, mask, config))
 
 
 def expand(z, prepared: Prepared, added, dtype: torch.dtype):
@@ -191,19 +169,16 @@ def add_norm_gradient(dB, B, M):
     return _expand.norm_gradient_launch(dB, B.contiguous(), M)
 
 
-def bridge_expand(
-    p, n, routed, own_router: bool, kappa, prepared: Prepared, added, dtype: torch.dtype, config: MoSConfig
-):
+def bridge_expand(t: BridgeInputs, added, dtype: torch.dtype, config: MoSConfig):
     """y₀ (T, d_out), z or u never stored where there are few tokens or an activation; added as in `expand`."""
-    few = shares_launches(n.shape[1], config)
+    few = shares_launches(t.n.shape[1], config)
     if config.activation == "identity" and not few:
-        z, _ = bridge(p, n, routed, own_router, kappa, prepared, config)
-        return expand(z, prepared, added, dtype)
-    routed = routed if own_router else routed.contiguous()
+        z, _ = bridge(t, config)
+        return expand(z, t.prepared, added, dtype)
     added = None if added is None else added.contiguous()
     if few:
-        return decode.bridge_expand_launch(p, n, routed, own_router, kappa, prepared.gram, prepared.B, added, config)
-    return activated.activated_launch(p, n, routed, own_router, kappa, prepared.B, added, config)
+        return decode.bridge_expand_launch(*_curved(t), t.prepared.gram, t.prepared.B, added, config)
+    return activated.activated_launch(*_curved(t), t.prepared.B, added, config)
 
 
 def shares_launches(T: int, config: MoSConfig) -> bool:
@@ -211,13 +186,9 @@ def shares_launches(T: int, config: MoSConfig) -> bool:
     return config.activation == "identity" and decode.is_few(T, config)
 
 
-def bridge_expand_backward(
-    dy, p, n, routed, own_router: bool, kappa, prepared: Prepared, aux_weight, token_mask, config: MoSConfig
-):
+def bridge_expand_backward(dy, t: BridgeInputs, aux_weight, token_mask, config: MoSConfig):
     """Gradients of `bridge_expand` with an activation."""
-    routed, mask = routed if own_router else routed.contiguous(), route_bytes(token_mask)
+    mask = route_bytes(token_mask)
     return BridgeExpandGradients(
-        *activated.activated_backward_launch(
-            rows(dy), p, n, routed, own_router, kappa, prepared.B, aux_weight, mask, config
-        )
+        *activated.activated_backward_launch(rows(dy), *_curved(t), t.prepared.B, aux_weight, mask, config)
     )

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from mos_kernels.backends.interface import Prepared
-from mos_kernels.backends.triton import MAX_RANK, route_bytes, rows, shares_launches
+from mos_kernels.backends.triton import factor, route_bytes, rows, shares_launches
 from mos_kernels.backends.triton.activate import activate_backward_launch, activate_launch
 from mos_kernels.backends.triton.bridge import (
     bridge_backward_parts_launch,
@@ -34,7 +33,7 @@ from mos_kernels.backends.triton.expand import (
     norm_gradients_launch,
 )
 from mos_kernels.backends.triton.shrink import shrink_backward_launch, shrink_launch, stacked
-from mos_kernels.call import Adapted, FFNPlan, FFNTensors
+from mos_kernels.call import Adapted, FFNPlan, FFNTensors, flat, shaped
 
 
 class FFNSaved(NamedTuple):
@@ -66,7 +65,7 @@ def constants(t: FFNTensors, plan: FFNPlan) -> Tensor:
 
 def ffn_forward(t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]:
     """y (..., d_out), and what backward wants."""
-    x, dtype, config, down = rows(_flat(t.x)), t.x.dtype, plan.config, t.down
+    x, dtype, config, down = rows(flat(t.x)), t.x.dtype, plan.config, t.down
     (*made, made_h), stack = _prepared(t, plan)
     p, n, logits = _shrink_reads(x, t, stack, splits_allowed=False)
     routed, own_router = _routed(t, logits)
@@ -81,17 +80,15 @@ def ffn_forward(t: FFNTensors, plan: FFNPlan) -> tuple[Tensor, FFNSaved]:
 
     h, p_h, n_h = activate_launch(outputs, down.A, plan)
     (kappa,) = _kappas([down])
-    z_h, p_h, n_h = bridge_sums_launch(
-        p_h, n_h, routed, own_router, kappa, made_h.gram, dtype, plan.down_config
-    )  # fmt: skip
+    z_h, p_h, n_h = bridge_sums_launch(p_h, n_h, routed, own_router, kappa, made_h.gram, dtype, plan.down_config)
     y = expand_launch(z_h, made_h.B, _dense(down.bias)).addmm_(h, down.weight.t())
     saved = FFNSaved(p, n, logits, p_h, n_h, z, z_h, (*grams, made_h.gram), tuple(outputs))
-    return _shaped(y, t.x), saved
+    return shaped(y, t.x), saved
 
 
 def ffn_inference(t: FFNTensors, plan: FFNPlan) -> Tensor:
     """y (..., d_out) where no backward follows; few tokens in few launches."""
-    x, config, down = rows(_flat(t.x)), plan.config, t.down
+    x, config, down = rows(flat(t.x)), plan.config, t.down
     if not all(shares_launches(x.shape[0], options) for options in (config, plan.down_config)) or not _are_alike(
         [linear.bias for linear in t.reads]
     ):
@@ -111,15 +108,13 @@ def ffn_inference(t: FFNTensors, plan: FFNPlan) -> Tensor:
         y.addmm_(x, linear.weight.t())
     h, p, n = activate_launch(outputs, down.A, plan)
     (kappa,), bias = _kappas([down]), _dense(down.bias)
-    y = bridge_expand_launch(
-        p, n, routed, own_router, kappa, made_h.gram, made_h.B, bias, plan.down_config
-    ).addmm_(h, down.weight.t())  # fmt: skip
-    return _shaped(y, t.x)
+    y = bridge_expand_launch(p, n, routed, own_router, kappa, made_h.gram, made_h.B, bias, plan.down_config)
+    return shaped(y.addmm_(h, down.weight.t()), t.x)
 
 
 def ffn_backward(dy: Tensor, t: FFNTensors, saved: FFNSaved, plan: FFNPlan, needs: FFNTensors) -> FFNTensors:
     """The gradients of the tensors, each in its tensor's dtype, where `needs` asks for them; else None."""
-    x, dy, config, down, m = rows(_flat(t.x)), rows(_flat(dy)), plan.config, t.down, len(t.reads)
+    x, dy, config, down, m = rows(flat(t.x)), rows(flat(dy)), plan.config, t.down, len(t.reads)
     routed, own_router = _routed(t, saved.logits)
     wide, _, _ = gram_launch(_Bs(t), x.dtype, needs_gram=False)
     *grams, gram_h = saved.grams
@@ -156,30 +151,11 @@ def ffn_backward(dy: Tensor, t: FFNTensors, saved: FFNSaved, plan: FFNPlan, need
     if needs.x:
         for d_output, linear in zip(d_outputs, t.reads, strict=True):
             dx.addmm_(d_output, linear.weight)
-        dx = dx.view(t.x.shape)
     dAs, drouter = [None] * m, None
     if dw is not None:
         *dAs, drouter = dw.split([*(A.shape[0] for A in As), dw.shape[0] - sum(A.shape[0] for A in As)])
-    reads = [
-        _gradients(*each)
-        for each in zip(t.reads, needs.reads, dAs, d_Bs[:-1], dkappas, strict=True)
-    ]  # fmt: skip
-    return FFNTensors(
-        x=dx,
-        gates=drouted.view(t.gates.shape).to(t.gates.dtype) if needs.gates else None,
-        router=drouter.to(t.router.dtype) if needs.router else None,
-        aux_weight=None, token_mask=None, down=_gradients(down, needs.down, dA_h, d_Bs[-1], dkappa_h),
-        reads=tuple(reads),
-    )  # fmt: skip
-
-
-def _gradients(linear: Adapted, needs: Adapted, dA: Tensor | None, dB: Tensor | None, dkappa: Tensor) -> Adapted:
-    return Adapted(
-        None, None,
-        dA.view(linear.A.shape).to(linear.A.dtype) if needs.A else None,
-        dB.to(linear.B.dtype) if needs.B else None,
-        dkappa.to(linear.kappa.dtype) if needs.kappa else None,
-    )  # fmt: skip
+    reads = list(zip(dAs, d_Bs[:-1], dkappas, strict=True))
+    return t.gradients(needs, dx, drouted, drouter, (dA_h, d_Bs[-1], dkappa_h), reads)
 
 
 def _norm_gradients(planes: list, Bs: list[Tensor], Ms: list[Tensor], needs: FFNTensors) -> list[Tensor | None]:
@@ -187,10 +163,7 @@ def _norm_gradients(planes: list, Bs: list[Tensor], Ms: list[Tensor], needs: FFN
     wanted = [linear.B for linear in (*needs.reads, needs.down)]
     if all(wanted):
         return norm_gradients_launch(planes, Bs, Ms)
-    return [
-        norm_gradient_launch(*each) if want else None
-        for want, *each in zip(wanted, planes, Bs, Ms, strict=True)
-    ]  # fmt: skip
+    return [norm_gradient_launch(*each) if want else None for want, *each in zip(wanted, planes, Bs, Ms, strict=True)]
 
 
 def _prepared(t: FFNTensors, plan: FFNPlan) -> tuple[list[Prepared], Tensor | None]:
@@ -198,16 +171,12 @@ def _prepared(t: FFNTensors, plan: FFNPlan) -> tuple[list[Prepared], Tensor | No
     kept_h, *kept = plan.prepared or (None,) * (1 + len(t.reads))
     if None not in (kept_h, *kept):
         return [*kept, kept_h], plan.constants
-    Bs = _Bs(t)
-    for B in Bs:
-        if B.shape[2] > MAX_RANK:
-            raise ValueError(f"r={B.shape[2]} exceeds {MAX_RANK}, the largest rank of the kernels: use backend='eager'")
-    wide, grams, stack = gram_launch(Bs, t.x.dtype, True, _stacks(t.reads), _dense(t.router), t.x.dtype)
+    wide, grams, stack = gram_launch(_Bs(t), t.x.dtype, True, _stacks(t.reads), _dense(t.router), t.x.dtype)
     return [Prepared(*each) for each in zip(wide, grams, strict=True)], stack
 
 
 def _Bs(t: FFNTensors) -> list[Tensor]:
-    return [linear.B.contiguous() for linear in (*t.reads, t.down)]
+    return [factor(linear.B) for linear in (*t.reads, t.down)]
 
 
 def _stacks(linears: Sequence[Adapted]) -> list[Tensor]:
@@ -244,7 +213,7 @@ def _are_alike(biases: Sequence[Tensor | None]) -> bool:
 
 def _routed(t: FFNTensors, logits: Tensor | None) -> tuple[Tensor, bool]:
     """What the bridge routes by, and whether that is the router's logits."""
-    return (logits, True) if t.gates is None else (_flat(t.gates).float().contiguous(), False)
+    return (logits, True) if t.gates is None else (flat(t.gates).float().contiguous(), False)
 
 
 def _kappas(linears: Sequence[Adapted]) -> list[Tensor]:
@@ -253,11 +222,3 @@ def _kappas(linears: Sequence[Adapted]) -> list[Tensor]:
 
 def _dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
-
-
-def _flat(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
-
-
-def _shaped(y: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))

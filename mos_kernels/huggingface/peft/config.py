@@ -37,11 +37,18 @@ MOSELORA = _add_peft_type(PEFT_TYPE)
 
 @dataclass
 class MoSPeftConfig(PeftConfig):
-    """The configuration of a Mixture-of-Space adapter for peft's `get_peft_model`.
+    """The configuration of a Mixture-of-Space adapter for peft, in place of a LoraConfig.
 
-    It has the options of `MoSConfig` (see there), with the same defaults and checks, and those of peft. target_modules:
-    by default the FFN linears of the model, chosen by its type. modules_to_save: modules that are trained and saved
-    whole, as in peft. Bad values and unknown options raise ValueError.
+        model = get_peft_model(model, MoSPeftConfig(r=8, task_type="CAUSAL_LM"))
+
+    It has the options of `MoSConfig` (see there), with the same defaults and checks, and those of peft.
+
+    Attributes:
+        target_modules: as in MoSConfig. None: the FFN linears of the model, chosen by its type.
+        modules_to_save: modules that are trained and saved whole, as in peft.
+        bias: only "none".
+
+    Bad values and unknown options raise ValueError.
     """
 
     r: int = 8

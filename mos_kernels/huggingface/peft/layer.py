@@ -12,11 +12,18 @@ from collections.abc import Iterator
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.targets import has_hooks, in_features, layer_kind, out_features
-from mos_kernels.layer import MoSAdapter, MoSRouter, MoSWrapped, adapter_tensors, device_and_dtype
+from mos_kernels.layer import (
+    MoSAdapter,
+    MoSRouter,
+    MoSWrapped,
+    RoutesBlock,
+    adapter_tensors,
+    dense_weight,
+    device_and_dtype,
+)
 
 WHY_NO_MERGE = (
     "a Mixture-of-Space adapter cannot be merged into the base weights: what it adds depends on the token (top-k "
@@ -36,7 +43,7 @@ class MoSPeftAdapter(MoSAdapter):
         super().__init__()
         self.in_features = layer.in_features
         self._add_constants(config)
-        device, dtype = device_and_dtype(layer.get_base_layer())
+        device, dtype = device_and_dtype(layer)
         tensors = adapter_tensors(config, layer.in_features, layer.out_features, device, dtype)
         for name, tensor in tensors.items():
             if tensor is not None and name not in self._float32_state:
@@ -104,6 +111,12 @@ class MoSTunerLayer(BaseTunerLayer):
     def unmerge(self) -> None:
         raise NotImplementedError(WHY_NO_MERGE)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As in peft, except that loaded values are not rounded to the base's dtype."""
+        adapters = getattr(self, self.adapter_layer_names[0])
+        if adapter_name in adapters and not any(p.is_meta for p in adapters[adapter_name].parameters()):
+            adapters[adapter_name].to(device or device_and_dtype(self.get_base_layer())[0])
+
 
 class MoSPeftLayer(nn.Module, MoSTunerLayer):
     """A linear, `base_layer`, with Mixture-of-Space adapters by name. The outputs of the active ones are added.
@@ -123,7 +136,6 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features(base_layer), out_features(base_layer)
         self.mos_adapter = nn.ModuleDict()
-        self._disable_adapters, self.merged_adapters = False, []
         self._active_adapter = adapter_name
         base_layer.requires_grad_(False)
         self.update_layer(adapter_name, config)
@@ -135,11 +147,6 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
         """Add a new adapter. config: with this linear's rank, alpha and router_scope."""
         self.mos_adapter[adapter_name] = MoSPeftAdapter(self, config).train(self.training)
         self._freeze_non_trainable_peft_weights()
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As in peft, except that loaded values are not rounded to the base's dtype."""
-        if adapter_name in self.mos_adapter and not self.mos_lora_A[adapter_name].is_meta:
-            self.mos_adapter[adapter_name].to(device or device_and_dtype(self.get_base_layer())[0])
 
     def _freeze_non_trainable_peft_weights(self, adapter_names=None) -> None:
         for adapter in self.mos_adapter.values():
@@ -166,13 +173,13 @@ class MoSPeftLayer(nn.Module, MoSTunerLayer):
         linear = self.base_layer
         if layer_kind(linear) is MoSWrapped or has_hooks(linear) or "forward" in vars(linear):  # accelerate's hook
             return None, None, linear(x)
-        return (linear.weight.t() if isinstance(linear, Conv1D) else linear.weight), linear.bias, None
+        return dense_weight(linear), linear.bias, None
 
     def freeze_for_inference(self) -> MoSPeftLayer:
         """As in MoSLayer, for every adapter."""
         self.eval()
         for adapter in self.mos_adapter.values():
-            adapter._freeze(*device_and_dtype(self.get_base_layer()))
+            adapter._freeze(*device_and_dtype(self))
         return self
 
     def _names(self, prefix: str) -> dict[str, str]:
@@ -199,7 +206,7 @@ def _name_adapter_last(layer: MoSPeftLayer, state_dict: dict, prefix: str, local
         state_dict[name] = state_dict.pop(own)
 
 
-class MoSPeftRouter(nn.ModuleDict, MoSTunerLayer):
+class MoSPeftRouter(RoutesBlock, nn.ModuleDict, MoSTunerLayer):
     """The routers of an FFN block, one for each adapter. The output goes to the block's `MoSPeftLayer`s."""
 
     adapter_layer_names = ("routers",)
@@ -208,7 +215,6 @@ class MoSPeftRouter(nn.ModuleDict, MoSTunerLayer):
     def __init__(self, reads: nn.Module):
         super().__init__()
         self._reads = (reads,)  # the linear whose device the routers follow; not a submodule
-        self._disable_adapters, self.merged_adapters = False, []
 
     @property
     def routers(self) -> MoSPeftRouter:
@@ -222,10 +228,6 @@ class MoSPeftRouter(nn.ModuleDict, MoSTunerLayer):
         self[adapter_name] = router.to(device_and_dtype(self._reads[0])[1])
         router.requires_grad_(adapter_name in active_adapters and not inference_mode)
         self._active_adapter = active_adapters
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if adapter_name in self and not self[adapter_name].weight.is_meta:
-            self[adapter_name].to(device or device_and_dtype(self._reads[0])[0])
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """The gates (..., E) of the active adapters, by name."""

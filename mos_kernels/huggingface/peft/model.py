@@ -43,9 +43,8 @@ class MoSPeftModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def __init__(self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], *args, **kwargs) -> None:
-        self._in_peft_model = isinstance(
-            peft_config, dict
-        )  # else transformers' own, or a caller that injects in the same way
+        # else it is transformers' own, or that of a caller that injects in the same way
+        self._in_peft_model = isinstance(peft_config, dict)
         super().__init__(model, peft_config, *args, **kwargs)
 
     def inject_adapter(
@@ -67,7 +66,7 @@ class MoSPeftModel(BaseTuner):
         try:
             plan = _plan(model, config, adapter_name, state_dict)
         except BaseException:
-            if not _has_adapter(model, adapter_name):  # peft has already listed the adapter
+            if not any(adapter_name in layer.mos_adapter for _, layer in _named_layers(model)):  # peft has listed it
                 del self.peft_config[adapter_name]
             raise
         self._planned = {_uncompiled(name): linear for linear in plan.linears for name in linear.target.names}
@@ -78,7 +77,8 @@ class MoSPeftModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             for block in plan.blocks:
                 self._add_router(block, adapter_name, config, low_cpu_mem_usage)
-            _share_balance(model, adapter_name, plan)
+            owners = router_owners(model, inactive=True).items()
+            plan.share_balance(owner for name, owner in owners if name.endswith(f".{adapter_name}"))
             follow_attention_mask(model)
         except BaseException:
             _withdraw(model, adapter_name, self.active_adapters)
@@ -303,12 +303,6 @@ def _chooses(config: MoSPeftConfig, entry: str, modules: list[tuple[str, nn.Modu
     return any(is_target(own, name) for name, _ in modules)
 
 
-def _share_balance(model: nn.Module, adapter_name: str, plan: Plan) -> None:
-    """Give each router of the adapter its part of the load-balancing coefficient."""
-    owners = router_owners(model, inactive=True).items()
-    plan.share_balance(owner for name, owner in owners if name.endswith(f".{adapter_name}"))
-
-
 def _named_layers(model: nn.Module) -> list[tuple[str, MoSPeftLayer]]:
     modules = model.named_modules(remove_duplicate=False)
     return [(name, module) for name, module in modules if isinstance(module, MoSPeftLayer)]
@@ -322,10 +316,6 @@ def _bind(block: nn.Module, form: FFNForm, routers: MoSPeftRouter) -> None:
     """Pass the gates of all adapters to every adapted linear of the block. Each adapter uses its own."""
     routed = tuple(name for name in form.linears if isinstance(getattr(block, name), MoSPeftLayer))
     add_router(block, dataclasses.replace(form, routed=routed), routers)
-
-
-def _has_adapter(model: nn.Module, adapter_name: str) -> bool:
-    return any(adapter_name in layer.mos_adapter for _, layer in _named_layers(model))
 
 
 def _put_back(model: nn.Module, but: tuple[str, ...] = ()) -> None:

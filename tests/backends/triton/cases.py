@@ -33,8 +33,17 @@ NEAR_TIE = 1e-4
 """Relative distance of two logits within which precisions may select different experts: such tokens become zero."""
 
 
+class Drawn:
+    """A dataclass of a comparison: its config, and fields with defaults."""
+
+    def __str__(self) -> str:
+        """The fields that differ from their defaults, as Python."""
+        shown = [f"config=MoSConfig({_differences(self.config, MoSConfig())})"]
+        return f"{type(self).__name__}({', '.join([*shown, _differences(self, type(self)(self.config))])})"
+
+
 @dataclass(frozen=True)
-class Trial:
+class Trial(Drawn):
     """Everything about one comparison; `Trial(**fields)` or `Trial.drawn(seed)`."""
 
     config: MoSConfig
@@ -104,11 +113,6 @@ class Trial:
         if drawn["base_dtype"] is not None and config.num_experts_per_tok == experts:
             drawn["aux_weight"] = None  # a gradient that cancels to zero, and no dy·W to measure its rounding against
         return cls(**{**drawn, **fixed})
-
-    def __str__(self) -> str:
-        """The fields that differ from their defaults, as Python."""
-        shown = [f"config=MoSConfig({_differences(self.config, MoSConfig())})"]
-        return f"Trial({', '.join([*shown, _differences(self, Trial(self.config))])})"
 
     def case(self) -> Case:
         """The call's arguments in the trial's dtype, layouts and device."""
@@ -318,7 +322,7 @@ def _reordered(case: Case, dy: Tensor, attempt: int, *, keep: Tensor | None, **o
 
 
 @dataclass(frozen=True)
-class RouterTrial:
+class RouterTrial(Drawn):
     """A comparison of a router of its own: gates and the gradients of x and router."""
 
     config: MoSConfig
@@ -352,10 +356,6 @@ class RouterTrial:
         }  # fmt: skip
         return cls(**{**drawn, **fixed})
 
-    def __str__(self) -> str:
-        shown = f"config=MoSConfig({_differences(self.config, MoSConfig())})"
-        return f"RouterTrial({shown}, {_differences(self, RouterTrial(self.config))})"
-
     def failures(self) -> list[str]:
         """As `Trial.failures`."""
         E = self.config.num_experts
@@ -387,7 +387,7 @@ class RouterTrial:
 
 
 @dataclass(frozen=True)
-class FFNTrial:
+class FFNTrial(Drawn):
     """A comparison of an FFN as one operation: its output, and all gradients where a backward may follow."""
 
     config: MoSConfig  # of the linears that read x
@@ -451,10 +451,6 @@ class FFNTrial:
             "frozen": frozenset(n for n in names if rng.random() < rng.choice([0.0, 0.0, 0.4])),
         }  # fmt: skip
         return cls(**{**drawn, **fixed})
-
-    def __str__(self) -> str:
-        shown = f"config=MoSConfig({_differences(self.config, MoSConfig())})"
-        return f"FFNTrial({shown}, {_differences(self, FFNTrial(self.config))})"
 
     def failures(self) -> list[str]:
         """As `Trial.failures`, where need be over the root mean square of the errors on up to 24 inputs.
@@ -577,7 +573,7 @@ class FFNTrial:
 # which of the drawn trials run every day
 
 
-def kinds(trial: Trial | RouterTrial | FFNTrial) -> set[tuple]:
+def kinds(trial: Drawn) -> set[tuple]:
     """What a trial is one of: each of its fields' values, and those pairs of values that have code of their own."""
     config, found = trial.config, {**vars(trial.config), **vars(trial)}
     E, k = config.num_experts, config.num_experts_per_tok
@@ -607,7 +603,7 @@ def _kind_of_curvature(kappa: float) -> str | float:
     return kappa if abs(kappa) < 1e-6 else math.copysign(1, kappa)
 
 
-def cost(trial: Trial | RouterTrial | FFNTrial) -> float:
+def cost(trial: Drawn) -> float:
     """Roughly what it takes in the interpreter."""
     columns = trial.config.num_experts * trial.config.r
     return 1 + columns / (64 if trial.config.share_a else 16)

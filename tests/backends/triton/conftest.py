@@ -59,3 +59,18 @@ def launched(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(launch, "launch", counted)
     return names
+
+
+@pytest.fixture
+def described(monkeypatch) -> set[tuple]:
+    """The kernels that are launched, with the types of their arguments. They do not run."""
+    from mos_kernels.backends.triton import launch
+
+    seen = set()
+
+    def describe(kernel, grid, tensor, arguments, **constants):
+        kinds = [str(getattr(argument, "dtype", type(argument).__name__)) for argument in arguments]
+        seen.add((kernel.fn.__name__, *kinds, *sorted(constants.items())))
+
+    monkeypatch.setattr(launch, "launch", describe)
+    return seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -139,19 +140,14 @@ def test_two_threads_do_not_meet(monkeypatch):
     monkeypatch.setattr(launch, "launch", one_at_a_time)
     cases = [linear_case(activation, tokens=(20,)) for activation in ("identity", "tanh")]
     expected = [results(case, case.upstream(torch.float32), "triton") for case in cases]
-    found = [[], []]
 
-    def work(i):
+    def work(case, truth):
         for _ in range(3):
-            found[i].append(results(cases[i], cases[i].upstream(torch.float32), "triton"))
+            found = results(case, case.upstream(torch.float32), "triton")
+            assert all(torch.equal(found[name], truth[name]) for name in truth)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for runs, truth in zip(found, expected, strict=True):
-        assert len(runs) == 3 and all(torch.equal(run[name], truth[name]) for run in runs for name in truth)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(work, cases, expected))
 
 
 def test_autocast_runs_in_its_dtype():

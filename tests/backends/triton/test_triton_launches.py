@@ -155,7 +155,7 @@ def test_a_change_of_what_is_kept_is_seen(name):
         before = layer(x, backend="triton")
         getattr(layer, name).neg_()
         after = layer(x, backend="triton")
-        layer._frozen = None
+        layer._kept = None
         assert torch.equal(after, layer(x, backend="triton")) and not torch.equal(after, before)
         layer.freeze_for_inference()
         gates = normal(1, T, E).softmax(-1).float()
