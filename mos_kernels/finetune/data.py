@@ -165,10 +165,8 @@ def _labelled(options: Options, train: Rows, evaluation: Rows) -> Callable[[Rows
             raise FinetuneError(f"--rename-label {old}={new} is not OLD=NEW with OLD one of {_some(found)}")
 
     def label(where: str, row: dict) -> str:
-        value = column_of(where, row, column)
-        if value is None or value == "" or isinstance(value, (list, dict, float)):
-            raise FinetuneError(f"{where}: column {column!r} holds {_short(value)}, which is no class label")
-        return renames.get(str(value), str(value))
+        value = label_of(where, row, column)
+        return renames.get(value, value)
 
     names = sorted({label(*row) for row in train}, key=class_order)
     if len(names) < 2:
@@ -252,6 +250,13 @@ def column_of(where: str, row: Mapping, column: str):
         hint = "for a file without a header row, name them with --column-names"
         raise FinetuneError(f"{where}: there is no column {column!r}; the columns are: {_some(row)}; {hint}")
     return row[column]
+
+
+def label_of(where: str, row: Mapping, column: str) -> str:
+    value = column_of(where, row, column)
+    if value is None or value == "" or isinstance(value, (list, dict, float)):
+        raise FinetuneError(f"{where}: column {column!r} holds {_short(value)}, which is no class label")
+    return str(value)
 
 
 def text_of(where: str, row: Mapping, column: str) -> str:

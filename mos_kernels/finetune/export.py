@@ -18,7 +18,7 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
-from mos_kernels.finetune.data import Rows, class_order, column_of, read_rows, text_of
+from mos_kernels.finetune.data import Rows, class_order, column_of, label_of, read_rows, text_of
 from mos_kernels.finetune.options import FinetuneError
 from mos_kernels.huggingface.base import is_classifier, load_base
 from mos_kernels.huggingface.export_lora import IGNORED, ExportReport, check_arguments, export_lora
@@ -105,7 +105,7 @@ def _export(options: argparse.Namespace) -> ExportReport:
         if getattr(options, f"{other}_column"):
             instead = f"name --{asked}-column" if asked else "drop it"
             raise FinetuneError(f"--{other}-column does not go with a {type(model).__name__}: {instead}")
-    found = {str(column_of(*row, options.label_column)) for row in calibration} if options.label_column else ()
+    found = {label_of(*row, options.label_column) for row in calibration} if options.label_column else ()
     classes = sorted(found, key=class_order)
     if classes and len(classes) != model.config.num_labels:
         raise FinetuneError(
@@ -153,7 +153,7 @@ def _classified(options: argparse.Namespace, tokenizer, row: tuple[str, dict], c
     texts = texts if len(texts) == 2 else [" ".join(texts)]
     found = dict(tokenizer(*texts, truncation=True, max_length=options.max_length))
     if classes:
-        label = str(column_of(*row, options.label_column))
+        label = label_of(*row, options.label_column)
         if label not in classes:
             raise FinetuneError(
                 f"{row[0]}: the label {label!r} is none of the calibration data's: {', '.join(classes)}"
@@ -181,7 +181,10 @@ def _continued(options: argparse.Namespace, tokenizer, row: tuple[str, dict], cl
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     columns = options.text_column or next(([n] for n in ("messages", "prompt", "text") if n in values), [])
     column = options.target_column or ("completion" if not options.text_column and "completion" in values else None)
-    if len(columns) == 1 and isinstance(column_of(where, values, columns[0]), list):
+    chat = len(columns) == 1 and column_of(where, values, columns[0])
+    if columns == ["messages"] and not options.text_column and not (isinstance(chat, list) and chat):
+        raise FinetuneError(f"{where}: column 'messages' holds no list of messages: name --text-column")
+    if isinstance(chat, list):
         head, tail = _chat(where, values, columns[0], column, tokenizer)
     else:
         text = " ".join(_texts(options, where, values))

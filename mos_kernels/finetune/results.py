@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mos_kernels import run_report
@@ -81,7 +82,29 @@ def check_output(options: Options, arguments, settings: Mapping) -> Path | None:
     if changed and options.resume:
         differ = "; ".join(f"{name} was {earlier.get(name)!r}, is {settings.get(name)!r}" for name in changed)
         raise FinetuneError(f"--resume: the settings differ: {differ}. Give the earlier ones, or use --overwrite")
-    return Path(named) if named else logs.last_complete_checkpoint(folder) if options.resume else None
+    checkpoint = Path(named) if named else logs.last_complete_checkpoint(folder) if options.resume else None
+    if checkpoint is not None:
+        _require_whole(checkpoint)
+    return checkpoint
+
+
+def _require_whole(checkpoint: Path) -> None:
+    """FinetuneError for weights that are cut off, or without the optimizer's state, which Trainer goes on without."""
+    state = logs.checkpoint_state(checkpoint)
+    try:
+        for path in checkpoint.glob("*.safetensors"):
+            safe_open(path, framework="pt").__exit__(None, None, None)
+    except (SafetensorError, OSError) as error:
+        why = f"{path.name}: {error}"
+    else:
+        if state["global_step"] >= state.get("max_steps", 0) or any(
+            path
+            for name in ("optimizer*", "global_step*")
+            for path in checkpoint.glob(name)  # the latter: DeepSpeed
+        ):
+            return
+        why = "it has no optimizer's state, as with --save_only_model"
+    raise FinetuneError(f"--resume: {checkpoint} is no checkpoint to go on from ({why}): remove it, or use --overwrite")
 
 
 def open_output(options: Options, arguments, settings: Mapping, checkpoint: Path | None) -> None:

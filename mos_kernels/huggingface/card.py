@@ -16,8 +16,24 @@ _NO_MERGE = """It cannot be merged into the base model, since what it adds depen
 llama.cpp, serve that LoRA: they refuse this adapter or leave it out, in some cases without an error."""
 
 
-def with_import_note(card: str) -> str:
-    """The model card, with a note on what to import before loading the adapter."""
+_AUTO = {
+    "CAUSAL_LM": "ForCausalLM", "SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering", "SEQ_2_SEQ_LM": "ForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "ForFeatureExtraction",
+}  # fmt: skip
+
+
+def classes_to_load(model: nn.Module) -> str:
+    """What from_pretrained needs besides the base's name: for a classifier, another number of classes than 2."""
+    labels = getattr(getattr(model, "config", None), "num_labels", 2)
+    classifies = any(kind.__name__.endswith("Classification") for kind in type(model).__mro__)
+    return f", num_labels={labels}" if classifies and labels != 2 else ""
+
+
+def with_import_note(card: str, task_type: str | None = None) -> str:
+    """The model card, with a note on what to import before loading the adapter. task_type: of peft."""
+    auto = f"AutoPeftModel{_AUTO.get(task_type or '', '')}"
+    labels = ", num_labels=...)  # the number of classes" if task_type in ("SEQ_CLS", "TOKEN_CLS") else ")"
     if "mos_kernels.huggingface" in card:
         return card
     note = f"""## Loading
@@ -27,9 +43,9 @@ imported first:
 
 ```python
 import mos_kernels.huggingface  # first
-from peft import AutoPeftModelForCausalLM  # or PeftModel.from_pretrained(base, ...)
+from peft import {auto}  # or PeftModel.from_pretrained(base, ...)
 
-model = AutoPeftModelForCausalLM.from_pretrained("this folder")
+model = {auto}.from_pretrained("this folder"{labels}
 ```
 
 {_NO_MERGE}
@@ -37,7 +53,8 @@ model = AutoPeftModelForCausalLM.from_pretrained("this folder")
     return f"{card.rstrip()}\n\n{note}".lstrip()
 
 
-def adapter_card(base: str | None, kind: type[nn.Module], config: MoSConfig) -> str:
+def adapter_card(base: str | None, kind: type[nn.Module], config: MoSConfig, labels: str = "") -> str:
+    """kind: the model's class. labels: what `classes_to_load` gives."""
     elsewhere = "".join(
         f"Linears that match `{k}` have {listed(v)}.\n" for k, v in (config.spaces_pattern or {}).items()
     )
@@ -45,15 +62,15 @@ def adapter_card(base: str | None, kind: type[nn.Module], config: MoSConfig) -> 
     own = f"\nmodel = ...  # the {kind.__name__} that the adapter was trained on"
     if is_transformers:
         own = f"from transformers import {kind.__name__}\n\n"
-        own += f"model = {kind.__name__}.from_pretrained({base or 'the base model'!r})"
-    by_peft = """
+        own += f"model = {kind.__name__}.from_pretrained({base or 'the base model'!r}{labels})"
+    by_peft = f"""
 Or, where peft is installed:
 
 ```python
 import mos_kernels.huggingface  # first
 from peft import AutoPeftModel
 
-model = AutoPeftModel.from_pretrained("this folder")
+model = AutoPeftModel.from_pretrained("this folder"{labels})
 ```
 """
     return f"""{_metadata(base)}
@@ -73,8 +90,8 @@ load_adapter(model, "this folder")
 {by_peft if base and is_transformers else ""}"""
 
 
-def export_card(base: str | None, kind: type[nn.Module], lost: Sequence[str], table: Sequence[str]) -> str:
-    """lost: what was lost, in lines of text. table: the same of each linear, in lines of Markdown."""
+def export_card(base: str | None, kind: type[nn.Module], labels: str, lost: Sequence[str], table: Sequence[str]) -> str:
+    """kind, labels: as above. lost: what was lost, in lines of text. table: the same of each linear, in Markdown."""
     return f"""{_metadata(base, library_name="peft")}
 # A LoRA exported from a Mixture-of-Space adapter
 
@@ -85,7 +102,8 @@ loads, merges and serves without mos_kernels:
 from peft import PeftModel
 from transformers import {kind.__name__}
 
-model = PeftModel.from_pretrained({kind.__name__}.from_pretrained({base or "the base model"!r}), "this folder")
+base = {kind.__name__}.from_pretrained({base or "the base model"!r}{labels})
+model = PeftModel.from_pretrained(base, "this folder")
 model = model.merge_and_unload()
 ```
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mos_kernels.huggingface import files
 from mos_kernels.huggingface.atomic import check_folder
 from mos_kernels.huggingface.attention_mask import of_tokens
-from mos_kernels.huggingface.card import export_card
+from mos_kernels.huggingface.card import classes_to_load, export_card
 from mos_kernels.huggingface.lora_fit import LinearFit
 from mos_kernels.huggingface.modules import (
     active_names,
@@ -32,7 +32,7 @@ from mos_kernels.huggingface.modules import (
     unwrap,
 )
 from mos_kernels.huggingface.state import adapter_state, tensors_of
-from mos_kernels.huggingface.targets import classifier_heads, refuse_offloaded
+from mos_kernels.huggingface.targets import classifier_heads, refuse_offloaded, refuse_peft
 from mos_kernels.layer import MoSLayer, evaluating, is_conv1d
 from mos_kernels.sharded import gathered, refuse_sharded, refuse_zero3
 
@@ -150,6 +150,8 @@ def export_lora(
     outer = unwrap(model)
     inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
     linears = _linears(inner)
+    if adapter_state(inner) is not None:
+        refuse_peft(inner)  # what that adds would be in no export
     whole = _modules_saved_whole(outer, inner)
     own = adapter_parameters(inner)
     wide = sum(linear.d_in + linear.d_out for linear in linears)
@@ -466,7 +468,8 @@ def _write(folder: Path, model: nn.Module, linears: list[LinearFit], whole, repo
         "fan_in_fan_out": any(is_conv1d(getattr(one.layer, "base_layer", one.layer)) for one in linears),
         "modules_to_save": modules or None,
     }
-    card = export_card(about_base["base_model_name_or_path"], kind, report.summary(), report.table())
+    base, classes = about_base["base_model_name_or_path"], classes_to_load(model)
+    card = export_card(base, kind, classes, report.summary(), report.table())
     values = {files.PREFIX + name: tensor for name, tensor in gathered(tensors).items()}
     if folder.is_dir():  # it may be a mount, or the current folder: another cannot take its place
         files.write_folder(folder, values, config, card)

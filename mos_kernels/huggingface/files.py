@@ -20,7 +20,7 @@ import mos_kernels
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.apply import install, remove_mos
 from mos_kernels.huggingface.atomic import CONFIG_NAME, WEIGHTS_NAME, write_folder
-from mos_kernels.huggingface.card import adapter_card
+from mos_kernels.huggingface.card import adapter_card, classes_to_load
 from mos_kernels.huggingface.modules import adapter_parameters, refuse_parallel, unwrap
 from mos_kernels.huggingface.plan import PlannedLinear, adapter_shapes, make_plan
 from mos_kernels.huggingface.state import adapter_state, tensors_of
@@ -69,7 +69,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
 
     own = {"peft_type": PEFT_TYPE, "task_type": None, "mos_kernels_version": mos_kernels.__version__}
     config = {**state.config.to_dict(), **own, **about_base(model), "modules_to_save": modules or None}
-    card = adapter_card(config["base_model_name_or_path"], class_of(model), state.config)
+    card = adapter_card(config["base_model_name_or_path"], class_of(model), state.config, classes_to_load(model))
     write_once(parameters.values(), lambda: write_folder(Path(folder), tensors, config, card))
 
 

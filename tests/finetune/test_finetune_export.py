@@ -160,6 +160,20 @@ def test_a_template_that_refuses_says_so(place, tmp_path, capsys):
     assert "line 1: the messages do not go through the chat template: no system" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("messages", [[], "hello", None])
+def test_messages_that_are_none_say_so(messages, place, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    assert command(place, "llama", tmp_path / "lora", data_file=tmp_path / "rows.jsonl", text_column=None) == 2
+    assert "line 1: column 'messages' holds no list of messages" in capsys.readouterr().err
+
+
+def test_a_label_that_is_none_is_said_as_in_finetune(place, tmp_path, capsys):
+    write_tsv(tmp_path / "rows.tsv", [("yes", "the cat"), ("", "a dog")])
+    options = {"data_file": tmp_path / "rows.tsv", "label_column": "label"}
+    assert command(place, "bert", tmp_path / "lora", **options) == 2
+    assert "line 3: column 'label' holds '', which is no class label" in capsys.readouterr().err
+
+
 def with_template(place, tmp_path, template: str):
     """The folder of the Llama, its tokenizer with this chat template."""
     model = tmp_path / "chat"

@@ -125,6 +125,24 @@ def test_a_state_file_that_was_cut_off_is_no_checkpoint(base, uninterrupted, tmp
     assert_same_run(tmp_path / "out", uninterrupted["mos"])
 
 
+@pytest.mark.parametrize("damage, message", [("adapter_model.safetensors", "header"), ("optimizer.pt", "no optimizer")])
+@pytest.mark.budget(10)
+def test_a_checkpoint_that_is_damaged_is_said(damage, message, base, tmp_path, monkeypatch, capsys):
+    arguments = (*base, "--output", tmp_path / "out")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        kill_at_call(patched, Trainer, "_save_checkpoint", 1, False)
+        run(*arguments)
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    if damage == "optimizer.pt":
+        (checkpoint / damage).unlink()
+    else:
+        (checkpoint / damage).write_bytes((checkpoint / damage).read_bytes()[:50])
+    assert run(*arguments, "--resume") == 2
+    said = capsys.readouterr().err
+    assert f"--resume: {checkpoint} is no checkpoint to go on from" in said and message in said
+    assert checkpoint.is_dir() and not (tmp_path / "out" / "metrics.json").exists()
+
+
 def test_resume_without_a_run_starts_one(base, uninterrupted, tmp_path):
     assert run(*base, "--output", tmp_path / "out", "--resume") == 0
     assert_same_run(tmp_path / "out", uninterrupted["mos"])

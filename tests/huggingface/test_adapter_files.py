@@ -13,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, ids, mos, snapshot, tiny
 from torch.testing import assert_close
+from transformers import BertForSequenceClassification
 
 from mos_kernels import MoSConfig
+from mos_kernels.huggingface import MoSPeftConfig, apply_mos, export_lora, files, load_adapter, remove_mos, save_adapter
 from mos_kernels.huggingface import apply as apply_module
-from mos_kernels.huggingface import apply_mos, files, load_adapter, remove_mos, save_adapter
 
 CONFIG, WEIGHTS = files.CONFIG_NAME, files.WEIGHTS_NAME
 
@@ -417,3 +418,26 @@ def test_sizes_that_nothing_has_are_refused_before_anything_is_built(tmp_path, c
     saved(tmp_path)
     reconfigure(tmp_path, **changes)
     assert str(tmp_path) in refused(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize("how, count", [("own", 2), ("export", 1), ("peft", 1)])
+def test_the_code_of_a_classifiers_card_loads_it(how, count, tmp_path):
+    """With more classes than the two that a base starts with."""
+    tiny("bert", torch.float32).bert.save_pretrained(tmp_path / "base")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
+    folder = tmp_path / "adapter"
+    if how == "peft":
+        targets = mos(model).target_modules
+        model = get_peft_model(model, MoSPeftConfig(r=2, task_type="SEQ_CLS", target_modules=targets))
+        model.save_pretrained(folder)
+    else:
+        apply_mos(model, mos(model))
+        model.classifier.requires_grad_(True)
+        export_lora(model, [ids()], folder) if how == "export" else save_adapter(model, folder)
+    blocks = [b for b in (folder / "README.md").read_text().split("```")[1::2] if "this folder" in b]
+    assert len(blocks) == count
+    for block in blocks:
+        names = {}
+        code = block.removeprefix("python").replace("this folder", str(folder)).replace("=...", "=5")
+        exec(code, names)
+        assert names["model"](ids()).logits.shape == (2, 5)

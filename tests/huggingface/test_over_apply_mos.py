@@ -9,7 +9,7 @@ import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_models import ids, logits, mos, tiny
 
-from mos_kernels.huggingface import apply_mos, load_adapter, save_adapter
+from mos_kernels.huggingface import apply_mos, export_lora, load_adapter, save_adapter
 
 LORA = {"r": 2, "task_type": "CAUSAL_LM"}
 ON_Q = LoraConfig(**LORA, target_modules=["q_proj"])
@@ -48,6 +48,8 @@ def test_another_method_over_it_is_refused_in_training_and_in_saving(over, loade
     for one in (model, base):
         with pytest.raises(ValueError, match="peft adapter.*unload it first"):
             save_adapter(one, tmp_path / "after")
+        with pytest.raises(ValueError, match="peft adapter.*unload it first"):
+            export_lora(one, [ids()], tmp_path / "after")
     assert not (tmp_path / "after").exists()
     torch.testing.assert_close(logits(model.eval()), expected)  # both start by changing nothing, or as they were
     if "transformers" not in over:
