@@ -322,6 +322,15 @@ def test_a_trained_head_goes_with_it(tmp_path):
     assert torch.equal(again.base_model.model.classifier.modules_to_save["default"].weight, own)
 
 
+def test_the_card_of_a_model_of_ones_own(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 6))
+    apply_mos(model, MoSConfig(r=2, init_lora_weights=False, target_modules=["0"]))
+    assert export_lora(model, [torch.randn(9, 4)], tmp_path / "lora").tokens == 9
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert "base = ...  # the Sequential that the adapter was trained on" in card
+    assert "from transformers" not in card
+
+
 def test_only_some_linears_are_named_in_full(tmp_path):
     model = tiny()
     apply_mos(model, MoSConfig(r=2, init_lora_weights=False, target_modules=["layers.1.mlp.up_proj"]))
