@@ -88,6 +88,11 @@ def _export(options: argparse.Namespace) -> ExportReport:
     evaluation = _rows(options, options.eval_file) if options.eval_file else None
     transformers.utils.logging.disable_progress_bar()
     model = load_base(options.adapter, options.model, dtype=getattr(torch, options.dtype)).eval()
+    if model.main_input_name != "input_ids":
+        raise FinetuneError(
+            f"a {type(model).__name__} reads {model.main_input_name}, and the rows are text: call "
+            "mos_kernels.huggingface.export_lora(model, batches, folder) with batches of its own"
+        )
     if not mos_modules(model):
         load_adapter(model, options.adapter)
     model.to(device)

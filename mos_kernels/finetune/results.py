@@ -7,7 +7,6 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-import resource
 import shutil
 import sys
 import tempfile
@@ -17,6 +16,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from mos_kernels import run_report
 from mos_kernels.config import MoSConfig
@@ -208,8 +212,10 @@ def write_results(options: Options, trainer, config, names, head, settings, summ
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     half.rename(folder / "adapter")
     logs.write_text(folder / "predictions.jsonl", _predictions(trainer, trainer.processing_class, classes, answers))
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    memory = {"peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)}
+    memory = {}
+    if resource is not None:
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        memory["peak_rss_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
     if device.type == "cuda":
         memory["peak_cuda_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     versions = {"python": platform.python_version()}

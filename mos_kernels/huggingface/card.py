@@ -58,11 +58,6 @@ def adapter_card(base: str | None, kind: type[nn.Module], config: MoSConfig, lab
     elsewhere = "".join(
         f"Linears that match `{k}` have {listed(v)}.\n" for k, v in (config.spaces_pattern or {}).items()
     )
-    is_transformers = kind.__module__.startswith("transformers.")
-    own = f"\nmodel = ...  # the {kind.__name__} that the adapter was trained on"
-    if is_transformers:
-        own = f"from transformers import {kind.__name__}\n\n"
-        own += f"model = {kind.__name__}.from_pretrained({base or 'the base model'!r}{labels})"
     by_peft = f"""
 Or, where peft is installed:
 
@@ -84,10 +79,10 @@ A process that loads it must import `mos_kernels.huggingface` first:
 ```python
 import mos_kernels.huggingface  # first
 from mos_kernels.huggingface import load_adapter
-{own}
+{_loading(base, kind, labels, "model")}
 load_adapter(model, "this folder")
 ```
-{by_peft if base and is_transformers else ""}"""
+{by_peft if base and _is_transformers(kind) else ""}"""
 
 
 def export_card(base: str | None, kind: type[nn.Module], labels: str, lost: Sequence[str], table: Sequence[str]) -> str:
@@ -100,9 +95,7 @@ loads, merges and serves without mos_kernels:
 
 ```python
 from peft import PeftModel
-from transformers import {kind.__name__}
-
-base = {kind.__name__}.from_pretrained({base or "the base model"!r}{labels})
+{_loading(base, kind, labels, "base")}
 model = PeftModel.from_pretrained(base, "this folder")
 model = model.merge_and_unload()
 ```
@@ -113,6 +106,18 @@ model = model.merge_and_unload()
 
 {chr(10).join(table)}
 """
+
+
+def _loading(base: str | None, kind: type[nn.Module], labels: str, name: str) -> str:
+    """Lines of Python that assign the base model to `name`."""
+    if not _is_transformers(kind):
+        return f"\n{name} = ...  # the {kind.__name__} that the adapter was trained on"
+    loaded = f"{kind.__name__}.from_pretrained({base or 'the base model'!r}{labels})"
+    return f"from transformers import {kind.__name__}\n\n{name} = {loaded}"
+
+
+def _is_transformers(kind: type[nn.Module]) -> bool:
+    return kind.__module__.startswith("transformers.")
 
 
 def _metadata(base: str | None, **entries: str) -> str:

@@ -434,7 +434,7 @@ def _modules_saved_whole(outer: nn.Module, inner: nn.Module) -> tuple[list[str],
         state = adapter_state(inner)
         modules = [] if state is None else state.modules_to_save()
         tensors = tensors_of(inner, [*modules, *files.named_by_ending(inner, modules)])
-    for head in classifier_heads(inner) if _task_type(files.class_of(inner)) in WITH_HEAD else ():
+    for head in classifier_heads(inner) if _task_type(inner) in WITH_HEAD else ():
         if not any(name.startswith(f"{head}.") for name in tensors):
             modules.append(head)
             tensors |= tensors_of(inner, [head])
@@ -459,7 +459,7 @@ def _write(folder: Path, model: nn.Module, linears: list[LinearFit], whole, repo
     config = {
         **about_base,
         "peft_type": "LORA",
-        "task_type": _task_type(kind),
+        "task_type": _task_type(model),
         "r": report.rank,
         "lora_alpha": report.rank,
         "lora_dropout": 0.0,
@@ -483,10 +483,15 @@ def _write(folder: Path, model: nn.Module, linears: list[LinearFit], whole, repo
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _task_type(kind: type[nn.Module]) -> str | None:
+def _task_type(model: nn.Module) -> str | None:
+    """peft's task. None where its class for the task would not pass the model's inputs on, such as sounds or images."""
+    kind = files.class_of(model)
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
     ends = {
         "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
         "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     }  # fmt: skip
+    if kind.__name__.endswith("ForConditionalGeneration"):
+        return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else None
     return next((task for end, task in ends.items() if kind.__name__.endswith(end)), None)

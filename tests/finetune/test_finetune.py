@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from mos_kernels.config import MoSConfig
-from mos_kernels.finetune import FinetuneError
+from mos_kernels.finetune import FinetuneError, results
 from mos_kernels.finetune.options import FLAGS, parse
 from mos_kernels.finetune.training import classification_scores
 from mos_kernels.huggingface import load_adapter
@@ -502,3 +503,15 @@ def test_an_option_whose_package_is_not_installed(bert, files, tmp_path, capsys,
     monkeypatch.setattr("transformers.Trainer.train", missing)
     assert classify(bert, files, tmp_path / "out") == 2
     assert "error: liger-kernel is not available. Please install it" in capsys.readouterr().err
+
+
+def test_a_system_that_does_not_tell_the_memory(bert, files, tmp_path, monkeypatch):
+    """Windows has no module `resource`."""
+    with monkeypatch.context() as hidden:
+        hidden.setitem(sys.modules, "resource", None)
+        spec = importlib.util.spec_from_file_location("without_resource", results.__file__)
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+    monkeypatch.setattr(results, "resource", loaded.resource)
+    assert classify(bert, files, tmp_path / "out", "--max-steps", 1) == 0
+    assert loaded.resource is None and metrics_of(tmp_path / "out")["memory"] == {}

@@ -17,6 +17,8 @@ from transformers import (
     AutoTokenizer,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from mos_kernels import MoSConfig
@@ -102,6 +104,17 @@ def test_of_a_classifier_whose_base_names_no_padding(place, tmp_path, capsys):
     alone = capsys.readouterr().out
     line = next(line for line in batched.splitlines() if line.startswith("accuracy"))
     assert line.split(",")[0] in alone
+
+
+def test_of_a_model_that_reads_no_text(place, tmp_path, capsys):
+    options = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTForImageClassification(ViTConfig(**options, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
+    model = ViTForImageClassification.from_pretrained(tmp_path / "vit")
+    apply_mos(model, MoSConfig(r=2, target_modules="all-linear"))
+    save_adapter(model, place / "vit-mos")
+    assert command(place, "vit", tmp_path / "lora", model=tmp_path / "vit") == 2
+    said = capsys.readouterr().err
+    assert "a ViTForImageClassification reads pixel_values, and the rows are text: call mos_kernels.h" in said
 
 
 @pytest.mark.parametrize("name", ["bert-tokens", "bert-plain"])

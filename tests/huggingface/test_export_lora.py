@@ -16,7 +16,14 @@ from peft_setup import peft_model
 from tiny_models import FAMILIES, MATRIX, ids, mos, snapshot, tiny
 from torch import nn
 from torch.nn.functional import kl_div
-from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from mos_kernels import MoSConfig, MoSLinear
 from mos_kernels.functional import mos_linear
@@ -320,6 +327,33 @@ def test_a_trained_head_goes_with_it(tmp_path):
     again = PeftModel.from_pretrained(tiny("bert"), tmp_path / "second")
     own = by_peft.base_model.model.classifier.modules_to_save["default"].weight
     assert torch.equal(again.base_model.model.classifier.modules_to_save["default"].weight, own)
+
+
+def test_the_card_of_a_model_of_ones_own(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 6))
+    apply_mos(model, MoSConfig(r=2, init_lora_weights=False, target_modules=["0"]))
+    assert export_lora(model, [torch.randn(9, 4)], tmp_path / "lora").tokens == 9
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert "base = ...  # the Sequential that the adapter was trained on" in card
+    assert "from transformers" not in card
+
+
+def test_a_model_of_other_inputs_than_tokens_gets_no_task_and_runs(tmp_path):
+    """peft's class for encoder-decoders would pass input_ids on."""
+    torch.manual_seed(0)
+    options = {"vocab_size": 48, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32,
+               "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_mel_bins": 4,
+               "max_source_positions": 10, "max_target_positions": 20, "pad_token_id": 1, "bos_token_id": 0,
+               "eos_token_id": 2, "decoder_start_token_id": 2}  # fmt: skip
+    model = WhisperForConditionalGeneration(WhisperConfig(**options)).eval()
+    base = copy.deepcopy(model)
+    labels = torch.tensor([[5, 6, 7, 2, -100], [5, 6, 2, -100, -100]])
+    data = {"input_features": torch.randn(2, 4, 20), "labels": labels}
+    report = export_lora(with_ffns(model, "fc1", "fc2"), [data], tmp_path / "lora", rank=2)
+    assert report.tokens == 20 and report.positions == 7
+    loaded = PeftModel.from_pretrained(base, tmp_path / "lora")
+    with torch.no_grad():
+        assert math.isclose(loaded(**data).loss, report.loss[1], rel_tol=1e-5)
 
 
 def test_only_some_linears_are_named_in_full(tmp_path):
