@@ -308,4 +308,4 @@ def test_the_page_says_what_the_defaults_keep(monkeypatch):
     layer = MoSLinear(D_IN, D_OUT, config=MoSConfig(router_scope="linear"), dtype=torch.bfloat16)
     a_token, _ = bytes_a_token(lambda x: layer(x, backend="triton"), torch.bfloat16, layer)
     page = (Path(__file__).parents[3] / "docs" / "mathematics.md").read_text()
-    assert f"That is {a_token} bytes a token at the defaults in bfloat16." in " ".join(page.split())
+    assert f"Together that is {a_token} bytes a token at the defaults in bfloat16." in " ".join(page.split())
