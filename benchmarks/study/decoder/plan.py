@@ -59,6 +59,8 @@ ENTRIES = (
     _entry("HMoRA", "HMoRA", 2, BEST, token=47),  # "?"
     _entry("MoS, a router a linear", "MoS", 2, BEST, router_scope="linear"),
     _entry("MoS, curvature rate x1", "MoS", 2, BEST, curvature_lr_ratio=1.0),  # the default is x30
+    # the curvatures' gradient alone can be past the norm at which all gradients are clipped
+    _entry("MoS, curvature's gradient bounded", "MoS", 2, BEST, curvature_max_grad_norm=0.01),
 )
 
 
