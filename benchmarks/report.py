@@ -1,7 +1,7 @@
 """`python -m benchmarks report`: tables and plots, from the stored rows alone.
 
 results/<machine>/report.md and plots/*.png hold everything of a machine. Between two markers, docs/performance.md holds
-the targets and the most telling table of each machine, and README.md a summary of one.
+the targets and the most telling table of each machine. Between two others, it and README.md hold a summary of one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from benchmarks import plots, providers, store, tables
 from benchmarks.machine import RESULTS, ROOT
 from mos_kernels.run_report.log import write_text
 
-BEGIN, END = "<!-- performance: written by python -m benchmarks report -->", "<!-- end of performance -->"
+SUMMARY, SECTION = (
+    (f"<!-- {name}: written by python -m benchmarks report -->", f"<!-- end of {name} -->")
+    for name in ("summary", "performance")
+)
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 CPU_NOTE = "Numbers are ratios within one run. Absolute times of a CPU depend on what else it does, and are not given."
 NOT_ON_THE_PAGE = (providers.PEFT_64, providers.PEFT_64_AS_BASE, providers.TIDIED, providers.GEOOPT)
@@ -45,10 +48,14 @@ def write_all(results: Path = RESULTS, page: Path | None = None, readme: Path | 
         report = results / name / "report.md"
         write_text(report, machine_report(name, rows, [p.relative_to(results / name) for p in pictures]))
         written += [*pictures, report]
-    for file, text in ((page, lambda: section(found, results, page.parent)), (readme, lambda: summary(found))):
-        if file is not None and tables.write_between(file, BEGIN, END, text):
+    for file, marks, text in (
+        (page, SUMMARY, lambda: summary(found)),
+        (page, SECTION, lambda: section(found, results, page.parent)),
+        (readme, SUMMARY, lambda: summary(found)),
+    ):
+        if file is not None and tables.write_between(file, *marks, text):
             written.append(file)
-    return written
+    return list(dict.fromkeys(written))
 
 
 def machine_report(name: str, rows: list[dict], pictures: list[Path]) -> str:
@@ -187,5 +194,4 @@ def _shape(group: dict[str, dict]) -> str:
 
 
 def _tokens(group: dict[str, dict]) -> str:
-    count = tables.first(group)["tokens"]
-    return f"{count} token{'' if count == 1 else 's'}"
+    return tables.counted(tables.first(group)["tokens"], "token")

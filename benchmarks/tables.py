@@ -29,6 +29,10 @@ def write_between(page: Path, begin: str, end: str, text: Callable[[], str]) -> 
     return True
 
 
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def is_gpu(rows: list[dict]) -> bool:
     return any("gpu" in row for row in rows)
 
@@ -40,7 +44,7 @@ def duration(seconds: float) -> str:
 def made_with(rows: list[dict]) -> str:
     """The machine, versions, commits and dates of the rows, in a line."""
     last = max(rows, key=lambda row: row["run"])
-    machines = [row.get("gpu") or f"{row['cpu']}, {row['threads']} threads" for row in store.measured(rows)]
+    machines = [row.get("gpu") or f"{row['cpu']}, {counted(row['threads'], 'thread')}" for row in store.measured(rows)]
     where = " and ".join(dict.fromkeys(machines))
     packages = ", ".join(f"{name} {last[name]}" for name in ("torch", "triton", "peft", "geoopt") if last.get(name))
     commits = ", ".join(

@@ -85,7 +85,7 @@ def _kernels(architectures: list[str]) -> int:
 
     unknown = sorted(set(architectures) - set(compiled.TARGETS))
     if unknown:
-        print(f"unknown architectures {unknown}: choose from {sorted(compiled.TARGETS)}", file=sys.stderr)
+        print(f"error: unknown architectures {unknown}: choose from {sorted(compiled.TARGETS)}", file=sys.stderr)
         return 2
     print(compiled.table(architectures or compiled.TARGETS))
     return 0

@@ -38,7 +38,7 @@ def _devices() -> list[torch.device]:
 
 
 def _report(device: torch.device) -> int:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"threads: {torch.get_num_threads()}"
     probe = torch.empty(1, device=device)
     reason = why_not_triton(probe)
     try:

@@ -93,6 +93,8 @@ def finetune(argv: Sequence[str], methods: Mapping[str, Method] | None = None, c
         if isinstance(error, _HUB_ERRORS) and arguments.push_to_hub:
             remedy = "log in by `hf auth login`, check --hub_model_id and the network, or drop the option"
             raise FinetuneError(f"--push_to_hub: {str(error).strip()}: {remedy}") from error
+        if isinstance(error, RuntimeError) and "to be installed" in str(error):  # transformers', for --report_to
+            raise FinetuneError(f"--report_to: {error}") from error
         if isinstance(error, (ValueError, TypeError)) and not isinstance(error, FinetuneError):
             raise FinetuneError(error) from error  # options that peft or the Trainer does not accept
         raise

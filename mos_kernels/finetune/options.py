@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -129,8 +130,10 @@ def parse(argv: Sequence[str], methods: Mapping[str, Method]) -> tuple[Options, 
         from trl import SFTConfig as arguments_of
     parser = _Parser(
         (Options, arguments_of), prog="python -m mos_kernels finetune", allow_abbrev=False, conflict_handler="resolve",
-        description="Fine-tune a transformers model on text, with a Mixture-of-Space adapter or a baseline.",
-        formatter_class=_Help,
+        usage="%(prog)s --model MODEL --output FOLDER --train-file FILE --eval-file FILE [options]",
+        description="Fine-tune a transformers model on text, with a Mixture-of-Space adapter or a baseline. First come "
+        f"the options of {arguments_of.__name__}; this command's own are at the end, under 'model, data and run' and "
+        "'MoSConfig'.", formatter_class=_Help,
     )  # fmt: skip
     parser.set_defaults(**DEFAULTS)
     for flag, (name, kind) in ALIASES.items():
@@ -146,9 +149,15 @@ def parse(argv: Sequence[str], methods: Mapping[str, Method]) -> tuple[Options, 
     try:
         config = _adapter_config(options, given, {**LORA, **methods})
         values = {f.name: found[f.name] for f in dataclasses.fields(arguments_of) if f.init and f.name in found}
-        return options, arguments_of(**_completed(options, values)), config, "target_modules" in given
+        arguments = arguments_of(**_completed(options, values))
     except (ValueError, TypeError) as error:
         raise FinetuneError(error) from None
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1 and arguments.world_size == 1:  # transformers looks for a GPU, and finds none
+        raise FinetuneError(
+            f"each of the {processes} processes would train on all rows by itself: on CPUs give --use_cpu"
+        )
+    return options, arguments, config, "target_modules" in given
 
 
 def _completed(options: Options, values: dict) -> dict:

@@ -80,16 +80,23 @@ def check_output(options: Options, arguments, settings: Mapping) -> Path | None:
         earlier = json.loads((folder / logs.FINETUNE_SETTINGS).read_text(encoding="utf-8"))
     if not isinstance(earlier, dict):
         raise FinetuneError(f"{folder} holds no run of this command ({logs.FINETUNE_SETTINGS}): name another folder")
-    changed = [
-        n for n in sorted(earlier.keys() | settings) if earlier.get(n) != settings.get(n) and n not in NOT_RESUMED
-    ]
-    if changed and options.resume:
-        differ = "; ".join(f"{name} was {earlier.get(name)!r}, is {settings.get(name)!r}" for name in changed)
+    if options.resume and (differ := _differences(earlier, settings)):
         raise FinetuneError(f"--resume: the settings differ: {differ}. Give the earlier ones, or use --overwrite")
     checkpoint = Path(named) if named else logs.last_complete_checkpoint(folder) if options.resume else None
     if checkpoint is not None:
         _require_whole(checkpoint)
     return checkpoint
+
+
+def _differences(earlier: Mapping, settings: Mapping) -> str:
+    """Each setting that differs. Those of the adapter count one by one, unless the adapter is another method's."""
+    if earlier.get("method") != settings["method"]:
+        earlier = {**earlier, "adapter": settings["adapter"]}
+    elif isinstance(earlier.get("adapter"), dict):
+        earlier, settings = ({**found, **found["adapter"], "adapter": None} for found in (earlier, settings))
+    names = sorted((earlier.keys() | settings) - NOT_RESUMED)
+    changed = [name for name in names if earlier.get(name) != settings.get(name)]
+    return "; ".join(f"{name} was {earlier.get(name)!r}, is {settings.get(name)!r}" for name in changed)
 
 
 def _require_whole(checkpoint: Path) -> None:

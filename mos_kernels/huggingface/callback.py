@@ -114,8 +114,10 @@ class MoSCallback(TrainerCallback):
         """Put `callback` before all other callbacks of the trainer, and return it.
 
         callback: by default the MoSCallback that the trainer has, or a new one. Raises ValueError if the trainer's
-        model has no adapter.
+        model has no adapter, and TypeError for what is no trainer, such as a model.
         """
+        if not hasattr(trainer, "callback_handler"):
+            raise TypeError(f"{type(trainer).__name__} is no Trainer: pass one of transformers or of TRL")
         if trainer.model is not None:
             _require_adapter(trainer.model)
         there = next((c for c in trainer.callback_handler.callbacks if isinstance(c, cls)), None)

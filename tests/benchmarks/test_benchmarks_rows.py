@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from benchmarks import providers, regression, report, store, tables, targets
@@ -156,14 +154,17 @@ def test_the_report_is_made_from_rows_alone(tmp_path):
         results / "cpu-2core", [cpu(providers.FROZEN, 1.0), cpu(providers.EAGER, 1.1), cpu(providers.PEFT_8, 1.0)]
     )
     command = ["report", "--results", str(results), "--page", str(page), "--readme", str(readme)]
-    for file in (page, readme):
-        file.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    places = {page: (report.SUMMARY, report.SECTION), readme: (report.SUMMARY,)}
+    for file, marks in places.items():
+        between = "\nmiddle\n".join(f"{begin}\nold\n{end}" for begin, end in marks)
+        file.write_text(f"before\n{between}\nafter\n")
     assert main(command) == 0
     texts = [file.read_text() for file in (page, readme)]
     for text in texts:
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
-    assert "**GPU** (Made Up GPU" in texts[0] and "**CPU** (CPU" in texts[0]
-    assert "Made Up GPU" in texts[1] and "| 1.40× | 1.10× |" in texts[1]
+    assert "**GPU** (Made Up GPU" in texts[0] and "**CPU** (CPU" in texts[0] and "\nmiddle\n" in texts[0]
+    for text in texts:
+        assert "Measured on Made Up GPU" in text and "| 1.40× | 1.10× |" in text
     made = (results / "made-up-gpu" / "report.md").read_text()
     assert "KeyError: bfloat16" in made and "not measured" in made
     on_cpu = (results / "cpu-2core" / "report.md").read_text()
@@ -180,7 +181,16 @@ def test_without_a_gpu_the_page_says_what_is_not_measured(tmp_path):
     assert "Nothing is measured" in report.summary({})
 
 
-def test_stored_rows_can_be_reported():
-    for name, rows in report.machines().items():
-        assert all(json.dumps(r) for r in rows)
-        assert report.machine_report(name, rows, [])
+def test_the_pages_hold_what_the_stored_rows_say():
+    found = report.machines()
+    for name, rows in found.items():
+        folder = report.RESULTS / name
+        pictures = [path.relative_to(folder) for path in (folder / "plots").glob("*.png")]
+        assert (folder / "report.md").read_text() == report.machine_report(name, rows, pictures)
+    summary, section = report.summary(found), report.section(found, report.RESULTS, report.PAGE.parent)
+    for page, marks, text in (
+        (report.PAGE, report.SUMMARY, summary),
+        (report.PAGE, report.SECTION, section),
+        (report.README, report.SUMMARY, summary),
+    ):
+        assert f"\n{text}\n".join(marks) in page.read_text(), "run `python -m benchmarks report`"

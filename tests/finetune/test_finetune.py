@@ -315,12 +315,23 @@ def test_bad_input_is_said_before_a_model_is_loaded(options, message, bert, file
     assert not (tmp_path / "out").exists()
 
 
-def test_help_shows_one_value_where_one_is_taken(capsys):
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+def test_help_shows_one_value_where_one_is_taken(task, capsys):
     with pytest.raises(SystemExit):
-        run("--help")
-    usage = " ".join(capsys.readouterr().out.partition("\n\n")[0].split())
-    assert "[--r R]" in usage and "[--length_unit LENGTH_UNIT]" in usage
-    assert "[--layers_to_transform LAYERS_TO_TRANSFORM [LAYERS_TO_TRANSFORM ...]]" in usage
+        run("--task", task, "--help")
+    usage, _, options = capsys.readouterr().out.partition("\n\n")
+    options = " ".join(options.split())
+    assert "--model MODEL --output FOLDER" in usage and len(usage) < 300
+    assert f"the options of {'SFTConfig' if task == 'causal-lm' else 'TrainingArguments'};" in options
+    assert " --r R " in options and " --length_unit LENGTH_UNIT, --length-unit LENGTH_UNIT " in options
+    assert " --layers_to_transform LAYERS_TO_TRANSFORM [LAYERS_TO_TRANSFORM ...]" in options
+
+
+def test_a_report_that_needs_another_package(bert, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    assert classify(bert, files, tmp_path / "out", "--report_to", "wandb") == 2
+    assert "error: --report_to: WandbCallback requires wandb to be installed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_needs_the_model_is_said_before_training(bert, files, tmp_path, capsys):

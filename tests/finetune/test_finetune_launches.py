@@ -43,6 +43,14 @@ def test_two_processes_share_the_batches_and_one_speaks_and_writes(options, tmp_
     assert (tmp_path / "two" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_processes_that_would_each_train_alone_are_refused(options, tmp_path):
+    alone = [option for option in options if option != "--use_cpu"]
+    done = launched(*TORCHRUN, *alone, "--output", tmp_path / "out", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1 and "written" not in done.stdout, done.stdout  # torchrun's own code
+    assert "error: each of the 2 processes would train on all rows by itself: on CPUs give --use_cpu" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_tensorboard_gets_the_adapters_numbers(options, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     more = ("--report_to", "tensorboard", "--logging-steps", 2, "--output", tmp_path / "out")

@@ -159,7 +159,9 @@ def test_resume_with_other_settings_is_refused(base, uninterrupted, tmp_path, ca
     out = uninterrupted["mos"]
     assert run(*base, "--output", out, "--resume", "--learning-rate", 1e-3, "--r", 4) == 2
     error = capsys.readouterr().err
-    assert "learning_rate was 0.01, is 0.001" in error and "adapter was" in error and "seed" not in error
+    assert "the settings differ: learning_rate was 0.01, is 0.001; r was 2, is 4. Give" in error
+    assert run(*base, "--output", out, "--resume", "--method", "lora") == 2
+    assert "differ: method was 'mos', is 'lora'. Give" in capsys.readouterr().err
     assert run(*base, "--output", out, "--resume", "--overwrite") == 2
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")

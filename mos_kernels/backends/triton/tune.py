@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -321,7 +322,7 @@ def graph_time(call: Step) -> float:
 def run(kernels: list[str], buckets: list[str], dtype: torch.dtype, dry_run: bool) -> int:
     """Tune on the current CUDA or ROCm device, print each result, and write the table unless dry_run."""
     if not torch.cuda.is_available():
-        print("tune times kernels on a CUDA or ROCm device, and torch sees none here")
+        print("error: tune times kernels on a CUDA or ROCm device, and torch sees none here", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     architecture = launch.architecture(device)
