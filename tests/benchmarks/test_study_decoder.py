@@ -280,7 +280,13 @@ def test_the_report_is_made_from_the_rows(row, tmp_path, capsys):
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     assert "| LoRA r=8 |  |  | 50.0% ± 23.6 (2) |" in text and "| MoS |  |  | 83.3% ± 23.6 (2) |" in text
-    assert "| MoS | x3 | 2 | 3 | 1 | +33.3 ± 40.8 | +0.000 |" in text and "8 euclidean" not in text
+    assert "| MoS | x3 | 2 | 3 | 1 | +33.3 ± 44.1 | +0.000 ± 0.000 |" in text and "8 euclidean" not in text
+    assert "### Against MoS" not in text
+    for one in (like(LORA, "110"), like(MOS, "010") | {"nll": [nats + 3 for nats in row["nll"]]}):
+        rows.append(tmp_path / "rows.jsonl", one | {"dataset": "svamp", "key": f"svamp {one['key']}"})
+    report.run(tmp_path / "rows.jsonl", tmp_path / "none.jsonl", page)
+    # of the six problems LoRA solves 0.5, -0.5, -1, 1, 0 and 0 more than MoS, each the mean over its seeds
+    assert "| LoRA r=8 | x3 | 2 + 1 | 2 | 3 | +0.0 ± 28.9 | -1.500 ± 0.671 |" in page.read_text()
     exported = {
         "of": found[2]["key"], "rank": 4, "problems": 20, "error": 0.1, "kl": 0.01, "agreement": 0.9, "cpu_seconds": 1,
         **{name: found[1][name] for name in ("right", "solved", "nll_per_token")},
@@ -293,11 +299,11 @@ def test_the_report_is_made_from_the_rows(row, tmp_path, capsys):
         rows.append(tmp_path / "exports.jsonl", row)
     report.run(tmp_path / "rows.jsonl", tmp_path / "exports.jsonl", page)
     nll = f"{row['nll_per_token']:.3f}"
-    start = "| MoS, x3, seed 0 | 4 | 20 | 0 |"
-    of_run = f"{start} 0.100 | 0.0100 | 90.0% | 2 → 2 | 1, 1 | +0.0 ± 47.1 | {nll} → {nll} |  | 1 |"
+    start = "| mawps, MoS, x3, seed 0 | 4 | 20 | 0 |"
+    of_run = f"{start} 0.100 | 0.0100 | 90.0% | 2 → 2 | 1, 1 | +0.0 ± 57.7 | {nll} → {nll} |  | 1 |"
     of_its_own = "| 1 → 2 | 0, 1 | +33.3 ± 33.3 |"
     of_its_own = f"{start} 0.100 | 0.0100 | 90.0% {of_its_own} {nll} → {nll} | 2, 1 | 1 |"
-    together = "| 4 | 1 | 1 | 0 | 1 | +33.3 ± 33.3 | +0.0000 | 2 | 1 | -33.3 ± 57.7 |"
+    together = "| mawps | 4 | 1 | 1 | 0 | 1 | +33.3 ± 33.3 | +0.0000 | 2 | 1 | -33.3 ± 66.7 |"
     assert all(line in page.read_text() for line in (of_run, of_its_own, together))
     assert report.run(tmp_path / "nowhere.jsonl", tmp_path / "none.jsonl", page) == 2
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 
 from benchmarks.study import rows
-from benchmarks.study.decoder.plan import ENTRIES, LORA, RATES, cells
+from benchmarks.study.decoder.plan import BEST, ENTRIES, LORA, MOS, RATES, cells
 from benchmarks.tables import table, write_between
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "study-decoder.md"
@@ -40,10 +41,13 @@ def tables(found: Rows, exports: Rows = ()) -> str:
     more = f", and {len(found) - done} more" if done < len(found) else ""
     commits = ", ".join(sorted({row["commit"][:12] for row in found}))
     parts = [f"{done} of {len(planned)} planned runs are done{more}. Commits: {commits}."]
-    for dataset in dict.fromkeys(row["dataset"] for row in found):
-        here = [row for row in found if row["dataset"] == dataset]
+    datasets = {name: [row for row in found if row["dataset"] == name] for name in {row["dataset"]: 0 for row in found}}
+    for dataset, here in datasets.items():
         parts += [f"### {dataset}", _solved(here), "Against LoRA r=8 on the same problems, at the same seeds:"]
-        parts += [_paired(here), "Cost, the mean of a method's runs:", _cost(here)]
+        parts += [_paired([here], LORA, RATES), "Cost, the mean of a method's runs:", _cost(here)]
+    if len(datasets) > 1:
+        parts += ["### Against MoS", "On the problems of all data sets, at the same seeds:"]
+        parts += [_paired(list(datasets.values()), MOS, sorted(BEST))]
     if exports:
         parts += ["### What export_lora loses", _exported(exports, {row["key"]: row for row in found})]
     return "\n\n".join(parts)
@@ -65,7 +69,7 @@ def _solved(found: Rows) -> str:
                 line += ["", ""]
                 continue
             rates, nll = [row["solve_rate"] for row in here], [row["nll_per_token"] for row in here]
-            line += [f"{100 * _mean(rates):.1f}%{_spread(rates, 100)} ({len(here)})", f"{_mean(nll):.3f}"]
+            line += [f"{100 * fmean(rates):.1f}%{_spread(rates, 100)} ({len(here)})", f"{fmean(nll):.3f}"]
         if any(line[1:]):
             lines.append(line)
     heads = ["method"]
@@ -74,23 +78,34 @@ def _solved(found: Rows) -> str:
     return table(heads, lines)
 
 
-def _paired(found: Rows) -> str:
-    """Problems that only the method solves, and only LoRA; the difference, and its standard error over problems."""
+def _paired(datasets: Sequence[Rows], reference, rates: Sequence[int]) -> str:
+    """Problems that only the method solves, and only the reference; the differences and their standard errors.
+
+    A method's lines are of the data sets on which both were run.
+    """
     lines = []
     for entry in ENTRIES:
-        for rate in RATES:
-            reference = {row["seed"]: row for row in _of(found, LORA, rate)}
-            pairs = [(row, reference[row["seed"]]) for row in _of(found, entry, rate) if row["seed"] in reference]
-            if entry == LORA or not pairs:
+        for rate in rates:
+            groups = [group for found in datasets if (group := _pairs(found, entry, reference, rate))]
+            if entry == reference or not groups:
                 continue
-            each = [_differences(*pair) for pair in pairs]
-            less, more, difference = _changed(each)
-            nll = _mean([row["nll_per_token"] - other["nll_per_token"] for row, other in pairs])
-            lines.append([
-                entry.name, f"x{rate}", str(len(pairs)), str(more), str(less), difference, f"{nll:+.3f}",
-            ])  # fmt: skip
-    heads = ("method", "rate", "seeds", "only it", "only LoRA", "difference in points", "in nats a token")
+            less, more, difference = _changed([[_differences(*pair) for pair in pairs] for pairs in groups])
+            nats = [[[a - b for a, b in zip(row["nll"], other["nll"], strict=True)] for row, other in pairs]
+                    for pairs in groups]  # fmt: skip
+            count = " + ".join(str(len(pairs)) for pairs in groups)
+            value, error = _estimate(nats)
+            lines.append(
+                [entry.name, f"x{rate}", count, str(more), str(less), difference, f"{value:+.3f} ± {error:.3f}"]
+            )
+    only = reference.name.removesuffix(" r=8")
+    heads = ("method", "rate", "seeds", "only it", f"only {only}", "difference in points", "in nats a problem")
     return table(heads, lines) if lines else "not run yet"
+
+
+def _pairs(found: Rows, entry, reference, rate: int) -> list[tuple[dict, dict]]:
+    """The runs of a method, each with that of the reference at its seed."""
+    others = {row["seed"]: row for row in _of(found, reference, rate)}
+    return [(row, others[row["seed"]]) for row in _of(found, entry, rate) if row["seed"] in others]
 
 
 def _differences(row: dict, other: dict) -> list[int]:
@@ -105,8 +120,8 @@ def _cost(found: Rows) -> str:
         if not here:
             continue
         timed = [row["seconds"] for row in here if not row["commit"].startswith(UNTIMED)]
-        seconds = [f"{_mean([of[name] for of in timed]):.0f}" if timed else "" for name in SECONDS]
-        memory, norm = _mean([r["peak_memory_bytes"]["train"] for r in here]), max(r["largest_grad_norm"] for r in here)
+        seconds = [f"{fmean([of[name] for of in timed]):.0f}" if timed else "" for name in SECONDS]
+        memory, norm = fmean([r["peak_memory_bytes"]["train"] for r in here]), max(r["largest_grad_norm"] for r in here)
         lines.append([entry.name, f"{here[0]['parameters']:,}", *seconds, f"{memory / GIB:.2f}", f"{norm:.3g}"])
     heads = ("method", "trained parameters", "training, s of processor", "by the clock", "scoring, s of processor",
              "peak memory, GiB", "largest gradient norm")  # fmt: skip
@@ -121,10 +136,11 @@ def _exported(exports: Rows, runs: dict[str, dict]) -> str:
         if run is None:
             continue
         before = row.get("mixture", run)
-        lost, gained, difference = _changed([_differences(row, before)])
-        again = "{}, {}".format(*_changed([_differences(before, run)])) if "mixture" in row else ""
+        lost, gained, difference = _changed([[_differences(row, before)]])
+        again = "{}, {}".format(*_changed([[_differences(before, run)]])) if "mixture" in row else ""
         lines.append([
-            f"{run['entry']}, x{run['rate']}, seed {run['seed']}", str(row["rank"]), str(row["problems"]),
+            f"{run['dataset']}, {run['entry']}, x{run['rate']}, seed {run['seed']}", str(row["rank"]),
+            str(row["problems"]),
             str(row.get("draw", 0)), f"{row['error']:.3f}", f"{row['kl']:.4f}",
             f"{100 * row['agreement']:.1f}%", f"{before['solved']} → {row['solved']}", f"{lost}, {gained}", difference,
             f"{before['nll_per_token']:.3f} → {row['nll_per_token']:.3f}", again,
@@ -138,38 +154,39 @@ def _exported(exports: Rows, runs: dict[str, dict]) -> str:
 
 def _pooled(exports: Rows, runs: dict[str, dict]) -> str:
     """The exports of one rank taken together, those whose rows have the mixture's scores."""
-    found: dict[int, list[dict]] = {}
+    found: dict[tuple[str, int], list[dict]] = {}
     for row in exports:
         if "mixture" in row and row["of"] in runs:
-            found.setdefault(row["rank"], []).append(row)
+            found.setdefault((runs[row["of"]]["dataset"], row["rank"]), []).append(row)
     lines = []
-    for rank, here in found.items():
-        lora = _changed([_differences(row, row["mixture"]) for row in here])
-        nll = _mean([row["nll_per_token"] - row["mixture"]["nll_per_token"] for row in here])
+    for (dataset, rank), here in found.items():
+        lora = _changed([[_differences(row, row["mixture"]) for row in here]])
+        nll = fmean([row["nll_per_token"] - row["mixture"]["nll_per_token"] for row in here])
         once = {row["of"]: row["mixture"] for row in here}
-        again = _changed([_differences(mixture, runs[of]) for of, mixture in once.items()])
-        lines.append([str(rank), str(len(here)), str(len(once)), *map(str, lora), f"{nll:+.4f}", *map(str, again)])
-    heads = ("rank", "exports", "of mixtures", "lost", "gained", "in points", "nats a token",
-             "lost by the mixture again", "gained", "in points")  # fmt: skip
+        again = _changed([[_differences(mixture, runs[of]) for of, mixture in once.items()]])
+        counts = [dataset, str(rank), str(len(here)), str(len(once))]
+        lines.append([*counts, *map(str, lora), f"{nll:+.4f}", *map(str, again)])
+    heads = ("data set", "rank", "exports", "of mixtures", "lost", "gained", "in points",
+             "nats a token", "lost by the mixture again", "gained", "in points")  # fmt: skip
     return f"Taken together:\n\n{table(heads, lines)}" if lines else ""
 
 
-def _changed(each: Sequence[Sequence[int]]) -> tuple[int, int, str]:
-    """(problems lost, problems gained, the difference in points and its standard error over problems); each: by run."""
-    lost, gained = (sum(d == sign for differences in each for d in differences) for sign in (-1, 1))
-    size = sum(map(len, each))
-    of_problems = [sum(runs) for runs in zip(*each, strict=True)]  # one problem is no two, whatever the runs
-    difference, error = 100 * (gained - lost) / size, 100 * math.hypot(*of_problems) / size
-    return lost, gained, f"{difference:+.1f} ± {error:.1f}"
+def _changed(groups: Sequence[Sequence[Sequence[int]]]) -> tuple[int, int, str]:
+    """(problems lost, problems gained, the difference in points and its standard error); groups: see `_estimate`."""
+    lost, gained = (sum(d == sign for runs in groups for run in runs for d in run) for sign in (-1, 1))
+    difference, error = _estimate(groups)
+    return lost, gained, f"{100 * difference:+.1f} ± {100 * error:.1f}"
 
 
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
+def _estimate(groups: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float]:
+    """A mean over problems and its standard error. groups: of each data set the runs, of each run its problems."""
+    problems = [
+        fmean(runs) for group in groups for runs in zip(*group, strict=True)
+    ]  # one is no two, whatever the runs
+    return fmean(problems), stdev(problems) / math.sqrt(len(problems))
 
 
 def _spread(values: Sequence[float], scale: float) -> str:
     if len(values) < 2:
         return ""
-    mean = _mean(values)
-    return f" ± {scale * math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)):.1f}"
+    return f" ± {scale * stdev(values):.1f}"
