@@ -123,6 +123,17 @@ def test_without_an_adapter():
         idle_tensors(tiny(), input_ids=ids())
 
 
+def test_under_inference_mode():
+    model = adapted()
+    before = snapshot(model)
+    with torch.inference_mode():
+        assert idle_tensors(model, **batch("llama", length=12)) == []  # the batch is made here too
+        of_inference = adapted()
+    assert snapshot(model) == before
+    with pytest.raises(ValueError, match="was made under torch.inference_mode.* load the model and its adapter"):
+        idle_tensors(of_inference, input_ids=ids())
+
+
 def test_the_command(tmp_path, capsys):
     base = tiny(dtype=torch.float32)
     base.save_pretrained(tmp_path / "base")
