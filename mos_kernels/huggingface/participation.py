@@ -105,9 +105,9 @@ def _one_step(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         for parameter in adapter:
             parameter.requires_grad_(True)
-        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
-            with torch.compiler.set_stance("force_eager"):
-                yield
+        eager = torch.compiler.set_stance("force_eager")
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad(), eager:
+            yield
     finally:
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
