@@ -41,6 +41,8 @@ CURVATURE_STEP = 0.1
 """Experts of one space in one group differ by this part of curvature_init, or they would stay copies of each other."""
 
 _KEEPS_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+_MORE_THAN_B_A = """use_dora bias lora_bias use_qalora alora_invocation_tokens layer_replication kasa_config
+arrow_config""".split()
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ def _scaling(config: dict, where: str):
     """A function (name, rank) -> s of a linear, as in peft. ValueError if the LoRA computes more than B A x."""
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{where} has peft_type {config.get('peft_type')!r}: only a LoRA becomes Euclidean experts")
-    for name in ("use_dora", "bias", "lora_bias", "use_qalora", "alora_invocation_tokens"):
+    for name in _MORE_THAN_B_A:
         if config.get(name) not in (None, False, [], "none"):
             raise ValueError(f"{where} has {name}={config[name]!r}: what it computes is more than B A x")
     init = config.get("init_lora_weights", True)

@@ -182,6 +182,7 @@ def test_what_would_not_be_the_same_is_refused(config, message):
         ({"bias": "all"}, "bias"),
         ({"init_lora_weights": "pissa"}, "changed the base"),
         ({"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
+        ({"layer_replication": [(1, 2), (0, 1)]}, "layer_replication"),
     ],
 )
 def test_loras_that_are_more_than_b_a_are_refused(options, message, tmp_path):
