@@ -188,7 +188,7 @@ def _plan(model: nn.Module, config: MoSPeftConfig, adapter_name: str, state_dict
             f"adapter_name {adapter_name!r} is part of a tensor's name in this model, and peft tells the tensors of "
             "adapters apart by it: choose another name"
         )
-    if not adapter_name or "." in adapter_name or hasattr(MoSPeftRouter(model), adapter_name):
+    if "." in adapter_name or hasattr(MoSPeftRouter(model), adapter_name):
         raise ValueError(f"adapter_name {adapter_name!r} cannot be the name of a torch module: choose another name")
     if config.target_modules is None:
         with contextlib.nullcontext() if state_dict is None else contextlib.suppress(ValueError):
