@@ -41,8 +41,10 @@ CURVATURE_STEP = 0.1
 """Experts of one space in one group differ by this part of curvature_init, or they would stay copies of each other."""
 
 _KEEPS_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
-_MORE_THAN_B_A = """use_dora bias lora_bias use_qalora alora_invocation_tokens layer_replication kasa_config
-arrow_config""".split()
+_MORE_THAN_B_A = (
+    "use_dora", "bias", "lora_bias", "use_qalora", "alora_invocation_tokens", "layer_replication", "kasa_config",
+    "arrow_config",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
