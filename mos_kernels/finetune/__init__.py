@@ -86,7 +86,10 @@ def finetune(argv: Sequence[str], methods: Mapping[str, Method] | None = None, c
         model, names = _add_adapter(model, options.method, config, head, arguments.seed, methods or {}, steps)
         counts, where = results.parameter_counts(model, head), f" on {len(names)} linears" if names else ""
         print(f"model: {options.method}{where} trains {counts['trained']:,} parameters of {counts['total']:,}")
-        trainer = _trainer(options, arguments, model, tokenizer, train, evaluation, summary, list(callbacks))
+        try:
+            trainer = _trainer(options, arguments, model, tokenizer, train, evaluation, summary, list(callbacks))
+        except RuntimeError as error:  # a reporter that is not installed
+            raise FinetuneError(error) from error
     except BaseException as error:
         with contextlib.suppress(OSError):
             Path(arguments.output_dir).rmdir()  # if it is empty
@@ -230,6 +233,8 @@ def _trainer(options: Options, arguments, model, tokenizer, train, evaluation, s
             return tokenizer(*columns, truncation=True, max_length=length)
 
         train, held_out = (part.map(encode, batched=True, keep_in_memory=True) for part in (train, held_out))
+        if empty := [row["text"] for part in (train, held_out) for row in part if not row["input_ids"]]:
+            raise FinetuneError(f"{len(empty):,} rows have no tokens: their text is {empty[0]!r}: remove them")
         trainer = training.ClassifierTrainer(
             **common, train_dataset=train, eval_dataset=held_out,
             data_collator=transformers.DataCollatorWithPadding(tokenizer),
@@ -242,6 +247,10 @@ def _trainer(options: Options, arguments, model, tokenizer, train, evaluation, s
             trainer = training.causal_trainer()(**common, train_dataset=train, eval_dataset=held_out)
         except Exception as error:  # of many types: from jinja (templates), TRL (loss masks, packing), the tokenizer
             raise FinetuneError(f"the data cannot be prepared: {type(error).__name__}: {error}") from error
+        for name in ("train_dataset", "eval_dataset"):  # TRL leaves out rows without labels; the first has no loss
+            part = getattr(trainer, name)
+            if any(len(row) < 2 for row in part["input_ids"]):
+                setattr(trainer, name, part.filter(lambda row: len(row["input_ids"]) > 1, keep_in_memory=True))
         lost = 0 if arguments.packing else before[0] - len(trainer.train_dataset)
         lost += before[1] - len(trainer.eval_dataset)
         if lost:

@@ -99,7 +99,8 @@ def _table_rows(path: str, text: str, column_names: str | None) -> Iterator[tupl
                 raise FinetuneError(f"{path}, line {reader.line_num}: {count} fields, and the columns are {names}")
             yield f"{path}, line {reader.line_num}", row
     except csv.Error as error:
-        raise FinetuneError(f"{path}, line {reader.reader.line_num}: not readable as CSV: {error}") from None
+        reason = "a carriage return that ends no line" if "new-line character" in str(error) else error
+        raise FinetuneError(f"{path}, line {reader.reader.line_num}: not readable as CSV: {reason}") from None
 
 
 def _json_rows(path: str, text: str) -> Iterator[tuple[str, dict]]:

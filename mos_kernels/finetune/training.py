@@ -56,6 +56,13 @@ class FinetuneTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset):
         return SequentialSampler(eval_dataset)  # predictions.jsonl and the metrics of each file need the data's order
 
+    def get_eval_dataloader(self, *args, **kwargs):
+        before, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # only of the training data
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = before
+
     def evaluation_loop(self, *args, **kwargs):
         with measured_routing(self.model) if mos_adapters(self.model) else contextlib.nullcontext({}) as statistics:
             output = super().evaluation_loop(*args, **kwargs)

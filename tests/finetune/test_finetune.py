@@ -99,6 +99,28 @@ def test_mos_writes_adapter_metrics_log_and_report(mos_run):
     assert names < {path.name for path in mos_run.iterdir()}
 
 
+def test_rows_that_training_drops_are_evaluated(bert, files, tmp_path):
+    options = ("--dataloader_drop_last", "true", "--eval-batch-size", 4, "--max-steps", 1, "--r", 2)
+    assert classify(bert, files, tmp_path / "out", *options) == 0
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 9 + 14
+
+
+def test_rows_without_tokens_are_said(files, tmp_path, capsys):
+    """A tokenizer that adds no tokens of its own makes none of a blank."""
+    llama = save_llama(tmp_path / "llama")
+    settings = json.loads((llama / "tokenizer.json").read_text())
+    (llama / "tokenizer.json").write_text(json.dumps({**settings, "post_processor": None}))
+    write_tsv(tmp_path / "blank.tsv", [("no", " "), ("yes", "the cat"), ("no", " ")])
+    rows = ("--train-file", files / "train.tsv", "--eval-file", tmp_path / "blank.tsv", "--text-column", "sentence")
+    assert run("--model", llama, *rows, "--label-column", "label", "--output", tmp_path / "out") == 2
+    assert "error: 2 rows have no tokens: their text is ' ': remove them" in capsys.readouterr().err
+    rows = ("--task", "causal-lm", *rows, *FAST)
+    assert run("--model", llama, *rows, "--output", tmp_path / "lm") == 0
+    assert "note: 2 rows have nothing to learn" in capsys.readouterr().out
+    assert run("--model", llama, *rows, "--output", tmp_path / "short", "--max-length", 1) == 2
+    assert "error: no row is left: raise --max-length" in capsys.readouterr().err
+
+
 def test_pooled_metrics_are_over_all_rows(mos_run):
     metrics = metrics_of(mos_run)
     near, far, final = metrics["final"]["files"]["near"], metrics["final"]["files"]["far"], metrics["final"]
@@ -256,6 +278,7 @@ ERRORS = [
     (("--eval-file", "{}/half.jsonl"), "half.jsonl, line 1: not text"),
     (("--eval-file", "{}/empty.tsv"), "there are no rows"),
     (("--eval-file", "{}/near.tsv"), "names the same file twice"),
+    (("--eval-file", "{}/return.tsv"), "return.tsv, line 2: not readable as CSV: a carriage return that ends no line"),
     (("--eval-size", 0.3), "--eval-file, --eval-size exclude each other"),
     (("--dataset", "glue"), "either --dataset or --train-file"),
     (("--split-seed", 1), "--split-seed has no effect here: give --eval-size"),
@@ -269,6 +292,7 @@ ERRORS = [
     (("--learning-rate", "inf"), "--learning-rate inf must be a finite number"),
     (("--epochs", "inf"), "--num-train-epochs inf must be a finite number"),
     (("--eval-size", "nan"), "--eval-size nan must be a finite number"),
+    (("--eval-size", 3.5), "--eval-size 3.5 is neither a share below 1 nor a whole number"),
     (("--seed", 2**32), "--seed 4294967296 must be in [0, 2^32)"),
     (("--data-seed", -1), "--data-seed -1 must be in [0, 2^32)"),
     (("--split-seed", -1), "--split-seed -1 must be in [0, 2^32)"),
@@ -277,6 +301,11 @@ ERRORS = [
     (("--optim", "adamv"), "adamv"),
     (("--packing", "true"), "unrecognized arguments: --packing"),
     (("--do-predict",), "--do-predict: the command trains"),
+    (("--bf16_full_eval", "true"), "--bf16-full-eval: the command trains, and evaluates each row by itself, with the"),
+    (("--remove_unused_columns", "false"), "--remove-unused-columns: the command trains"),
+    (("--eval_do_concat_batches", "false"), "--eval-do-concat-batches: the command trains"),
+    (("--label_names", "label"), "--label-names: the command trains"),
+    (("--adam_beta2", 1), "--adam-beta2 1 must be from 0 to below 1"),
     (("--model", "{}/nowhere"), "no such folder"),
     (("--model", "{}"), "holds no config.json"),
     (("--max-length", 1000), "--max-length 1000 exceeds the 64 tokens"),
@@ -301,6 +330,7 @@ def test_bad_input_is_said_before_a_model_is_loaded(options, message, bert, file
     write_tsv(files / "unseen.tsv", [("maybe", "a cat")])
     write_tsv(files / "empty.tsv", [])
     (files / "broken.jsonl").write_text('{"label": "no", "sentence": "a"}\n{"label"\n')
+    (files / "return.tsv").write_bytes(b"label\tsentence\nno\ta\rb\n")
     (files / "half.jsonl").write_text('{"label": "no", "sentence": "a \\ud83d"}\n')
     monkeypatch.setattr("mos_kernels.finetune._load_model", lambda *a: pytest.fail("a model was loaded"))
     options = [str(option).format(files) if "{}" in str(option) else option for option in options]
@@ -500,6 +530,9 @@ def test_an_option_whose_package_is_not_installed(bert, files, tmp_path, capsys,
     def missing(*args, **kwargs):
         raise ImportError("liger-kernel is not available. Please install it")
 
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    assert classify(bert, files, tmp_path / "out", "--report_to", "wandb") == 2
+    assert "error: WandbCallback requires wandb to be installed" in capsys.readouterr().err
     monkeypatch.setattr("transformers.Trainer.train", missing)
     assert classify(bert, files, tmp_path / "out") == 2
     assert "error: liger-kernel is not available. Please install it" in capsys.readouterr().err
