@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mos_kernels.huggingface.base import load_base
-from mos_kernels.huggingface.files import load_adapter
+from mos_kernels.huggingface.files import load_adapter, refuse_meta
 from mos_kernels.huggingface.modules import adapter_parameters, mos_adapters, mos_modules, own_adapter_parameters
 from mos_kernels.layer import MoSRouter, evaluating
 
@@ -38,12 +38,13 @@ def idle_tensors(model: nn.Module, **inputs) -> list[Idle]:
     The loss is that of the model if `inputs` have labels, else the mean square of its first output. If B = 0, as at the
     start of training, A, router and curvature have no gradient yet; then the linear is listed once. Parameters,
     gradients and modes are unchanged afterwards. Raises ValueError if the model has no active adapter, if its weights
-    were made under torch.inference_mode, or if the loss is not finite.
+    were made under torch.inference_mode, if those of the adapter are on the meta device, or if the loss is not finite.
     """
     modules = mos_modules(model)
     if not modules:
         raise ValueError(f"{type(model).__name__} has no active MoS adapter: load one first")
     frozen = next((name for name, tensor in model.named_parameters() if tensor.is_inference()), None)
+    refuse_meta([], adapter_parameters(model))
     if frozen is not None:
         raise ValueError(
             f"{frozen!r} was made under torch.inference_mode, and can have no gradient: load the model and its adapter "

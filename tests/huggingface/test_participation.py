@@ -134,6 +134,13 @@ def test_under_inference_mode():
         idle_tensors(of_inference, input_ids=ids())
 
 
+def test_on_the_meta_device():
+    with torch.device("meta"):
+        model = adapted()
+    with pytest.raises(ValueError, match="is on the meta device: load the base"):
+        idle_tensors(model, input_ids=ids().to("meta"))
+
+
 def test_the_command(tmp_path, capsys):
     base = tiny(dtype=torch.float32)
     base.save_pretrained(tmp_path / "base")
