@@ -26,7 +26,7 @@ from mos_kernels.huggingface.plan import PlannedLinear, adapter_shapes, make_pla
 from mos_kernels.huggingface.state import adapter_state, tensors_of
 from mos_kernels.huggingface.targets import refuse_peft
 from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, offload_hook, parameter_shapes
-from mos_kernels.sharded import gathered, refuse_zero3, spread_like, whole_shape, write_once
+from mos_kernels.sharded import gathered, refuse_zero3, spread_like, whole, whole_shape, write_once
 
 PICKLE_NAME = "adapter_model.bin"
 PEFT_TYPE = "MOSELORA"
@@ -60,8 +60,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         raise ValueError(f"{type(model).__name__} has no MoS adapter: call apply_mos(model, config) first")
     refuse_peft(model)  # its parameters would be saved as modules of the base
     modules = state.modules_to_save()
-    whole = tensors_of(model, [*modules, *named_by_ending(model, modules)])
-    parameters = {**adapter_parameters(model), **whole}
+    saved = tensors_of(model, [*modules, *named_by_ending(model, modules)])
+    parameters = {**adapter_parameters(model), **saved}
     offloaded = [name for name, tensor in parameters.items() if tensor.is_meta]
     if offloaded:
         raise ValueError(f"{offloaded[0]!r} is on the meta device (offloaded?): bring its values back before saving")
@@ -108,6 +108,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
     else:
         _require_equal(applied.config, config)
         shapes, linears = {name: whole_shape(p) for name, p in adapter_parameters(model).items()}, []
+    tensors = without_base(folder, tensors, model)
     endings = named_by_ending(model, modules)
     modules += [name for name in endings if any(tensor.startswith(f"{name}.") for tensor in tensors)]
     extra = tensors_of(model, modules)
@@ -262,6 +263,28 @@ def without_idle(tensors: dict[str, Tensor], config: MoSConfig) -> dict[str, Ten
         return tensors
     idle = (".mos_curvature", ".mos_router", ".mos_router.weight")
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(idle)}
+
+
+def without_base(where, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a file without the weights of adapted linears, which peft saves if a head is one of them.
+
+    ValueError if they are not those of the model, up to the precision of either.
+    """
+    ours = {name: name.replace(".base_layer.", ".") for name in tensors if ".base_layer." in name}
+    own = model.state_dict(keep_vars=True) if ours else {}
+    for name, plain in ours.items():
+        value, found = tensors[name], own.get(plain)
+        if found is None or whole_shape(found) != tuple(value.shape):
+            continue  # as any other tensor that the model does not have
+        if not found.is_meta:
+            found = whole(found.detach()).cpu()
+            if not (torch.equal(found.to(value.dtype), value) or torch.equal(found, value.to(found.dtype))):
+                raise ValueError(
+                    f"{where} holds {name!r}, the weights of the base that it was trained on, and this model has "
+                    "others: load that base, or the adapter by PeftModel.from_pretrained, which replaces them"
+                )
+        tensors = {other: tensor for other, tensor in tensors.items() if other != name}
+    return tensors
 
 
 def _require_equal(applied: MoSConfig, loaded: MoSConfig) -> None:

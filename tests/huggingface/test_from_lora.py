@@ -193,6 +193,21 @@ def test_loras_that_are_more_than_b_a_are_refused(options, message, tmp_path):
             start_from_lora(tiny(), source)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_lora_on_a_head_starts_where_the_head_is_the_same(tmp_path):
+    """peft saves the head's own weights with it."""
+    lora = lora_model(target_modules=["lm_head", "down_proj"])
+    lora.save_pretrained(tmp_path)
+    for source in (lora, tmp_path):
+        model = tiny()
+        start_from_lora(model, source)
+        torch.testing.assert_close(logits(model), logits(lora), rtol=1e-12, atol=1e-12)
+        other = tiny()
+        other.lm_head.weight.data.mul_(2)
+        with pytest.raises(ValueError, match="weights of the base that it was trained on, and this model has others"):
+            start_from_lora(other, source)
+
+
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     lora_model().save_pretrained(tmp_path)
     model = tiny()
