@@ -159,7 +159,10 @@ def _names(paths: Sequence[str]) -> dict[str, str]:
 
 def _labelled(options: Options, train: Rows, evaluation: Rows) -> Callable[[Rows], datasets.Dataset]:
     """A function that turns rows into texts with class numbers. The classes are those of the training rows."""
-    column, renames = options.label_column, dict(text.partition("=")[::2] for text in options.rename_label or ())
+    column, given = options.label_column, [text.partition("=")[::2] for text in options.rename_label or ()]
+    renames = dict(given)
+    if twice := [old for old, count in Counter(old for old, _ in given).items() if count > 1]:
+        raise FinetuneError(f"--rename-label names {twice[0]} more than once: give each label one new name")
     found = sorted({str(column_of(*row, column)) for row in (*train, *evaluation)})
     for old, new in renames.items():
         if old not in found or not new:

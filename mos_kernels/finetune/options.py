@@ -29,8 +29,15 @@ DEFAULTS = {
 }  # fmt: skip
 """Defaults that differ from the Trainer's: the paper's values, and a checkpoint at every evaluation."""
 
+
+def ratio(text: str) -> float:
+    if not 0 <= (value := float(text)) < 1:
+        raise ValueError  # from 1 on, warmup_steps is a number of steps
+    return value
+
+
 ALIASES = {
-    "--output": ("output_dir", str), "--epochs": ("num_train_epochs", float), "--warmup-ratio": ("warmup_steps", float),
+    "--output": ("output_dir", str), "--epochs": ("num_train_epochs", float), "--warmup-ratio": ("warmup_steps", ratio),
     "--batch-size": ("per_device_train_batch_size", int), "--eval-batch-size": ("per_device_eval_batch_size", int),
     "--gradient-accumulation": ("gradient_accumulation_steps", int), "--lr-scheduler": ("lr_scheduler_type", str),
 }  # fmt: skip
@@ -196,6 +203,11 @@ def _check(options: Options, found: Mapping) -> None:
             need(0 <= value < 2**32, f"{_flag(name)} {value} must be in [0, 2^32)")
     for name in ("weight_decay", "max_grad_norm", "warmup_steps", "max_new_tokens"):
         need(found[name] >= 0, f"{_flag(name)} {found[name]:g} must be 0 or positive")
+    need(found["max_steps"] == -1 or found["max_steps"] > 0, f"--max-steps {found['max_steps']} must be positive")
+    for name in ("eval", "save"):
+        steps, strategy = found[f"{name}_steps"], found[f"{name}_strategy"]
+        remedy = f"--{name}-steps has no effect with --{name}-strategy {strategy}: drop one of them"
+        need(steps is None or strategy in (None, "steps"), remedy)
     for name in ("adam_beta1", "adam_beta2"):
         need(0 <= found[name] < 1, f"{_flag(name)} {found[name]:g} must be from 0 to below 1")
     for name, asked in _FIXED.items():
