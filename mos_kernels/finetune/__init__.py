@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.finetune import results, training
-from mos_kernels.finetune.data import read_data
+from mos_kernels.finetune.data import most_tokens, read_data
 from mos_kernels.finetune.options import FinetuneError, Method, Options, parse
 from mos_kernels.huggingface import MoSCallback, MoSPeftConfig, ffn_target_modules
 from mos_kernels.run_report.log import FINETUNE_LOG, TRAINER_STATE, checkpoint_step
@@ -139,10 +139,7 @@ def _load_tokenizer(options: Options):
     if tokenizer.eos_token is None and (options.task == "causal-lm" or tokenizer.pad_token is None):
         raise FinetuneError(f"--model {options.model}: the tokenizer has no end-of-sequence token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**30
-    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # their positions start after the padding index
-        positions -= (config.pad_token_id or 0) + 1
-    longest = min(positions, tokenizer.model_max_length)
+    longest = most_tokens(config, tokenizer)
     if (options.max_length or 0) > longest:
         raise FinetuneError(
             f"--max-length {options.max_length} exceeds the {longest} tokens that {options.model} takes"

@@ -31,7 +31,13 @@ def read_data(options: Options) -> tuple[datasets.Dataset, dict[str, datasets.Da
     For classification the columns are "text" (a string, or a list of two for a pair) and "labels", a ClassLabel; for
     causal-lm those of one of `FORMS`.
     """
-    train_files = options.train_file or [options.dataset] * _is_file(options.dataset)
+    is_file = _is_file(options.dataset)
+    for name in ("dataset_config", "train_split", "eval_split") if is_file else ():
+        if getattr(options, name) is not None:
+            raise FinetuneError(f"--{name.replace('_', '-')} has no effect here: --dataset {options.dataset} is a file")
+    train_files = options.train_file or [options.dataset] * is_file
+    if options.column_names and not (train_files or options.eval_file):
+        raise FinetuneError("--column-names has no effect here: it is for TSV and CSV files")
     rows = [row for path in train_files for row in read_rows(path, options.column_names)]
     rows = rows or _read_dataset(options, options.train_split or "train")
     parts = {name: read_rows(path, options.column_names) for name, path in _names(options.eval_file or ()).items()}
@@ -261,6 +267,14 @@ def label_of(where: str, row: Mapping, column: str) -> str:
     if value is None or value == "" or isinstance(value, (list, dict, float)):
         raise FinetuneError(f"{where}: column {column!r} holds {_short(value)}, which is no class label")
     return str(value)
+
+
+def most_tokens(config, tokenizer) -> int:
+    """The length of the longest row that a model takes."""
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**30
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # their positions start after the padding index
+        positions -= (config.pad_token_id or 0) + 1
+    return min(positions, tokenizer.model_max_length)
 
 
 def text_of(where: str, row: Mapping, column: str) -> str:

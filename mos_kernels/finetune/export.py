@@ -21,7 +21,7 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
-from mos_kernels.finetune.data import Rows, class_order, column_of, label_of, read_rows, text_of
+from mos_kernels.finetune.data import Rows, class_order, column_of, label_of, most_tokens, read_rows, text_of
 from mos_kernels.finetune.options import FinetuneError
 from mos_kernels.huggingface.base import is_classifier, load_base
 from mos_kernels.huggingface.export_lora import IGNORED, ExportReport, check_arguments, export_lora
@@ -114,8 +114,7 @@ def _export(options: argparse.Namespace) -> ExportReport:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if is_classifier(model):
         model.config.pad_token_id = tokenizer.pad_token_id  # as in training: it decides which token is the last
-    positions = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
-    options.max_length = min(options.max_length, positions or options.max_length, tokenizer.model_max_length)
+    options.max_length = min(options.max_length, most_tokens(AutoConfig.from_pretrained(source), tokenizer))
     encode, collate, asked = _encoding(model, tokenizer)
     for other in {"label", "target"} - {asked}:
         if getattr(options, f"{other}_column"):

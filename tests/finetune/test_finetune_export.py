@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -106,6 +108,20 @@ def test_of_a_classifier_whose_base_names_no_padding(place, tmp_path, capsys):
     alone = capsys.readouterr().out
     line = next(line for line in batched.splitlines() if line.startswith("accuracy"))
     assert line.split(",")[0] in alone
+
+
+def test_rows_are_cut_at_the_positions_that_a_roberta_has(place, tmp_path):
+    """Its positions start after the padding index."""
+    vocab_size = save_tokenizer(tmp_path / "roberta")
+    options = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = RobertaConfig(vocab_size=vocab_size, max_position_embeddings=20, pad_token_id=1, **options)
+    model = RobertaForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "roberta")
+    apply_mos(model, MoSConfig(r=2, init_lora_weights=False, target_modules=ffn_target_modules(model)))
+    save_adapter(model, place / "roberta-mos")
+    write_tsv(tmp_path / "long.tsv", [("no", "the cat " * 30)])
+    options = {"model": tmp_path / "roberta", "data_file": tmp_path / "long.tsv", "rank": 1}
+    assert command(place, "roberta", tmp_path / "lora", **options) == 0
 
 
 def test_of_a_model_that_reads_no_text(place, tmp_path, capsys):
