@@ -21,10 +21,10 @@ from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.apply import install, remove_mos
 from mos_kernels.huggingface.atomic import CONFIG_NAME, WEIGHTS_NAME, write_folder
 from mos_kernels.huggingface.card import adapter_card, classes_to_load
-from mos_kernels.huggingface.modules import adapter_parameters, refuse_parallel, unwrap
+from mos_kernels.huggingface.modules import adapter_parameters, own_adapter_parameters, refuse_parallel, unwrap
 from mos_kernels.huggingface.plan import PlannedLinear, adapter_shapes, make_plan
 from mos_kernels.huggingface.state import adapter_state, tensors_of
-from mos_kernels.huggingface.targets import refuse_peft
+from mos_kernels.huggingface.targets import is_linear, is_target, refuse_peft
 from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, offload_hook, parameter_shapes
 from mos_kernels.sharded import gathered, refuse_zero3, spread_like, whole, whole_shape, write_once
 
@@ -50,7 +50,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     Files are replaced whole, the configuration last. An interrupted save leaves the old files, or a folder without
     adapter_config.json. If parameters are sharded (FSDP2, ZeRO-3), every process must call this: it gathers them, the
     first process writes, and all processes return after that. Raises ValueError without an adapter, with an adapter of
-    peft, or with weights on the meta device.
+    peft, with weights on the meta device, or if the file could not be loaded: a linear has lost its adapter, or a
+    parameter is pruned or parametrised.
     """
     model = unwrap(model)
     state = adapter_state(model)
@@ -59,6 +60,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     if state is None:
         raise ValueError(f"{type(model).__name__} has no MoS adapter: call apply_mos(model, config) first")
     refuse_peft(model)  # its parameters would be saved as modules of the base
+    _require_complete(model, state.config)
     modules = state.modules_to_save()
     saved = tensors_of(model, [*modules, *named_by_ending(model, modules)])
     parameters = {**adapter_parameters(model), **saved}
@@ -71,6 +73,25 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     config = {**state.config.to_dict(), **own, **about_base(model), "modules_to_save": modules or None}
     card = adapter_card(config["base_model_name_or_path"], class_of(model), state.config, classes_to_load(model))
     write_once(parameters.values(), lambda: write_folder(Path(folder), tensors, config, card))
+
+
+def _require_complete(model: nn.Module, config: MoSConfig) -> None:
+    """ValueError if a tensor is missing without which the adapter could not be loaded."""
+    wrapped: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, MoSLayer):
+            wrapped += (f"{name}.",)
+            for parameter in own_adapter_parameters(module):
+                if parameter not in module._parameters:
+                    raise ValueError(
+                        f"'{name}.{parameter}' is no parameter now: if it is pruned or parametrised, call "
+                        "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations before"
+                    )
+        elif is_linear(module) and is_target(config, name) and not name.startswith(wrapped):
+            raise ValueError(
+                f"{name!r} has no adapter, and target_modules names it: something has replaced it since apply_mos, "
+                "such as resize_token_embeddings. Do that before apply_mos or load_adapter"
+            )
 
 
 def about_base(model: nn.Module) -> dict:

@@ -105,6 +105,7 @@ def test_rows_that_training_drops_are_evaluated(bert, files, tmp_path):
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 9 + 14
 
 
+@pytest.mark.budget(6)
 def test_rows_without_tokens_are_said(files, tmp_path, capsys):
     """A tokenizer that adds no tokens of its own makes none of a blank."""
     llama = save_llama(tmp_path / "llama")
