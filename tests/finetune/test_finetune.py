@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ from mos_kernels.config import MoSConfig
 from mos_kernels.finetune import FinetuneError, results
 from mos_kernels.finetune.options import FLAGS, parse
 from mos_kernels.finetune.training import classification_scores
-from mos_kernels.huggingface import load_adapter
+from mos_kernels.huggingface import apply_mos, load_adapter, save_adapter
 
 FAST = ("--batch-size", 10, "--epochs", 2, "--learning-rate", 1e-2, "--logging-steps", 1)
 
@@ -369,6 +370,17 @@ def test_what_needs_the_model_is_said_before_training(bert, files, tmp_path, cap
     base = ("--task", "causal-lm", "--dataset", files / "train.tsv", "--eval-size", 4, "--text-column", "sentence")
     assert run("--model", bert, *base, "--output", tmp_path / "b") == 2
     assert "no causal language model" in capsys.readouterr().err
+
+
+def test_a_model_with_an_adapter_in_its_folder_is_refused(llama, files, tmp_path, capsys):
+    """transformers loads both, and the new adapter would take the place of the one that is there."""
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    shutil.copytree(llama, tmp_path / "both")
+    apply_mos(model, MoSConfig(r=2))
+    save_adapter(model, tmp_path / "both")
+    base = ("--task", "causal-lm", "--train-file", files / "train.tsv", "--eval-size", 4, "--text-column", "sentence")
+    assert run("--model", tmp_path / "both", *base, "--output", tmp_path / "out") == 2
+    assert "both holds an adapter too (adapter_config.json), which the new one would" in capsys.readouterr().err
 
 
 def test_the_metric_of_the_best_model(bert, files, tmp_path, capsys):
