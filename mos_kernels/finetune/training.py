@@ -222,6 +222,14 @@ class RunLog(TrainerCallback):
         """Seconds of the run so far, without the time between an interruption and its resumption."""
         return time.perf_counter() - self._started
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Drop the entries of an attempt that ran out of memory (auto_find_batch_size)."""
+        kept = [entry for entry in self.entries if entry["step"] <= state.global_step]
+        if len(kept) < len(self.entries):
+            self.entries, self._shown = kept, 0
+            if self.path:
+                write_lines(self.path, kept)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "train_runtime" in logs:  # Trainer's summary knows nothing of the parts before an interruption
             return

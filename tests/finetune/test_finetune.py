@@ -15,10 +15,10 @@ import pytest
 import torch
 from finetune_setup import run, save_bert, save_llama, sentences, strings, write_tsv
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from mos_kernels.config import MoSConfig
-from mos_kernels.finetune import FinetuneError, results
+from mos_kernels.finetune import FinetuneError, finetune, results
 from mos_kernels.finetune.options import FLAGS, parse
 from mos_kernels.finetune.training import classification_scores
 from mos_kernels.huggingface import apply_mos, load_adapter, save_adapter
@@ -405,6 +405,23 @@ def test_an_unreachable_hub_is_said_with_the_remedy(files, bert, tmp_path, capsy
         assert run("--model", bert, "--dataset", name, "--eval-split", "test", *base) == 2
         error = capsys.readouterr().err
         assert f"--dataset {name}, split train cannot be read" in error and "give --train-file" in error
+
+
+def test_a_batch_size_that_is_found_is_in_the_results_and_the_log_is_of_its_run_alone(bert, files, tmp_path):
+    class OutOfMemory(TrainerCallback):
+        happened = False
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2 and not self.happened:
+                self.happened = True
+                raise RuntimeError("CUDA out of memory.")
+
+    options = ("--model", bert, "--train-file", files / "train.tsv", "--eval-file", files / "near.tsv", *FAST)
+    options += ("--text-column", "sentence", "--label-column", "label", "--output", tmp_path / "out", "--r", 2)
+    finetune(strings(*options, "--auto_find_batch_size", "true", "--max-steps", 3), callbacks=[OutOfMemory()])
+    metrics, log = metrics_of(tmp_path / "out"), (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    assert metrics["settings"]["per_device_train_batch_size"] < 10
+    assert [json.loads(line)["step"] for line in log] == [0, 1, 2, 3, 3]
 
 
 # output folder
