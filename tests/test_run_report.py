@@ -127,6 +127,17 @@ def test_a_killed_run_and_numbers_that_are_none(run_folder):
     assert len([e for e in drawn(run_folder).iter("svg") if e.get("class") == "panel"]) == 9
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_run_that_went_astray_says_so_and_its_lowest_loss_is_a_number(bad, run_folder):
+    history = [{"step": 0}, {"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": bad}, {"step": 2, "eval_loss": 0.5}]
+    write_lines(run_folder / HISTORY, [*history, {"step": 3, "loss": bad, "grad_norm": bad}])
+    assert main(["report", str(run_folder)]) == 0
+    facts = dict(re.findall("<div><b>(.*?)</b><span>(.*?)</span>", (run_folder / "report.html").read_text()))
+    assert {text: value for value, text in facts.items()} == {
+        "steps": "3", "training loss at the end": str(bad), "lowest evaluation loss, at step 2": "0.5"
+    }  # fmt: skip
+
+
 def test_a_checkpoint_shows_the_run_up_to_its_step(run_folder):
     checkpoint = run_folder / "checkpoint-10"
     checkpoint.mkdir()

@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.finetune import results, training
-from mos_kernels.finetune.data import read_data
+from mos_kernels.finetune.data import most_tokens, read_data
 from mos_kernels.finetune.options import FinetuneError, Method, Options, parse
 from mos_kernels.huggingface import MoSCallback, MoSPeftConfig, ffn_target_modules
 from mos_kernels.run_report.log import FINETUNE_LOG, TRAINER_STATE, checkpoint_step
@@ -86,7 +86,10 @@ def finetune(argv: Sequence[str], methods: Mapping[str, Method] | None = None, c
         model, names = _add_adapter(model, options.method, config, head, arguments.seed, methods or {}, steps)
         counts, where = results.parameter_counts(model, head), f" on {len(names)} linears" if names else ""
         print(f"model: {options.method}{where} trains {counts['trained']:,} parameters of {counts['total']:,}")
-        trainer = _trainer(options, arguments, model, tokenizer, train, evaluation, summary, list(callbacks))
+        try:
+            trainer = _trainer(options, arguments, model, tokenizer, train, evaluation, summary, list(callbacks))
+        except RuntimeError as error:  # a reporter that is not installed
+            raise FinetuneError(error) from error
     except BaseException as error:
         with contextlib.suppress(OSError):
             Path(arguments.output_dir).rmdir()  # if it is empty
@@ -138,10 +141,7 @@ def _load_tokenizer(options: Options):
     if tokenizer.eos_token is None and (options.task == "causal-lm" or tokenizer.pad_token is None):
         raise FinetuneError(f"--model {options.model}: the tokenizer has no end-of-sequence token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**30
-    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # their positions start after the padding index
-        positions -= (config.pad_token_id or 0) + 1
-    longest = min(positions, tokenizer.model_max_length)
+    longest = most_tokens(config, tokenizer)
     if (options.max_length or 0) > longest:
         raise FinetuneError(
             f"--max-length {options.max_length} exceeds the {longest} tokens that {options.model} takes"
@@ -183,7 +183,15 @@ def _load(source: str, load, **settings):
     logging, before = transformers.utils.logging, transformers.utils.logging.get_verbosity()
     logging.set_verbosity_error()  # no warning about the new head, which is expected
     try:
-        return load(source, **settings)
+        found = load(source, **settings)
+        if getattr(found[0] if isinstance(found, tuple) else found, "peft_config", None):
+            raise FinetuneError(
+                f"--model {source} holds an adapter too (adapter_config.json), which the new one would replace: give "
+                "the base model without it"
+            )
+        return found
+    except FinetuneError:
+        raise
     except (OSError, ValueError) as error:
         message = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         advice = "" if Path(source).is_dir() else "; without the Hugging Face hub, give --model a local folder"
@@ -232,6 +240,8 @@ def _trainer(options: Options, arguments, model, tokenizer, train, evaluation, s
             return tokenizer(*columns, truncation=True, max_length=length)
 
         train, held_out = (part.map(encode, batched=True, keep_in_memory=True) for part in (train, held_out))
+        if empty := [row["text"] for part in (train, held_out) for row in part if not row["input_ids"]]:
+            raise FinetuneError(f"{len(empty):,} rows have no tokens: their text is {empty[0]!r}: remove them")
         trainer = training.ClassifierTrainer(
             **common, train_dataset=train, eval_dataset=held_out,
             data_collator=transformers.DataCollatorWithPadding(tokenizer),
@@ -244,6 +254,10 @@ def _trainer(options: Options, arguments, model, tokenizer, train, evaluation, s
             trainer = training.causal_trainer()(**common, train_dataset=train, eval_dataset=held_out)
         except Exception as error:  # of many types: from jinja (templates), TRL (loss masks, packing), the tokenizer
             raise FinetuneError(f"the data cannot be prepared: {type(error).__name__}: {error}") from error
+        for name in ("train_dataset", "eval_dataset"):  # TRL leaves out rows without labels; the first has no loss
+            part = getattr(trainer, name)
+            if any(len(row) < 2 for row in part["input_ids"]):
+                setattr(trainer, name, part.filter(lambda row: len(row["input_ids"]) > 1, keep_in_memory=True))
         lost = 0 if arguments.packing else before[0] - len(trainer.train_dataset)
         lost += before[1] - len(trainer.eval_dataset)
         if lost:

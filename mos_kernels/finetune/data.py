@@ -31,7 +31,13 @@ def read_data(options: Options) -> tuple[datasets.Dataset, dict[str, datasets.Da
     For classification the columns are "text" (a string, or a list of two for a pair) and "labels", a ClassLabel; for
     causal-lm those of one of `FORMS`.
     """
-    train_files = options.train_file or [options.dataset] * _is_file(options.dataset)
+    is_file = _is_file(options.dataset)
+    for name in ("dataset_config", "train_split", "eval_split") if is_file else ():
+        if getattr(options, name) is not None:
+            raise FinetuneError(f"--{name.replace('_', '-')} has no effect here: --dataset {options.dataset} is a file")
+    train_files = options.train_file or [options.dataset] * is_file
+    if options.column_names and not (train_files or options.eval_file):
+        raise FinetuneError("--column-names has no effect here: it is for TSV and CSV files")
     rows = [row for path in train_files for row in read_rows(path, options.column_names)]
     rows = rows or _read_dataset(options, options.train_split or "train")
     parts = {name: read_rows(path, options.column_names) for name, path in _names(options.eval_file or ()).items()}
@@ -99,7 +105,8 @@ def _table_rows(path: str, text: str, column_names: str | None) -> Iterator[tupl
                 raise FinetuneError(f"{path}, line {reader.line_num}: {count} fields, and the columns are {names}")
             yield f"{path}, line {reader.line_num}", row
     except csv.Error as error:
-        raise FinetuneError(f"{path}, line {reader.reader.line_num}: not readable as CSV: {error}") from None
+        reason = "a carriage return that ends no line" if "new-line character" in str(error) else error
+        raise FinetuneError(f"{path}, line {reader.reader.line_num}: not readable as CSV: {reason}") from None
 
 
 def _json_rows(path: str, text: str) -> Iterator[tuple[str, dict]]:
@@ -158,7 +165,10 @@ def _names(paths: Sequence[str]) -> dict[str, str]:
 
 def _labelled(options: Options, train: Rows, evaluation: Rows) -> Callable[[Rows], datasets.Dataset]:
     """A function that turns rows into texts with class numbers. The classes are those of the training rows."""
-    column, renames = options.label_column, dict(text.partition("=")[::2] for text in options.rename_label or ())
+    column, given = options.label_column, [text.partition("=")[::2] for text in options.rename_label or ()]
+    renames = dict(given)
+    if twice := [old for old, count in Counter(old for old, _ in given).items() if count > 1]:
+        raise FinetuneError(f"--rename-label names {twice[0]} more than once: give each label one new name")
     found = sorted({str(column_of(*row, column)) for row in (*train, *evaluation)})
     for old, new in renames.items():
         if old not in found or not new:
@@ -257,6 +267,14 @@ def label_of(where: str, row: Mapping, column: str) -> str:
     if value is None or value == "" or isinstance(value, (list, dict, float)):
         raise FinetuneError(f"{where}: column {column!r} holds {_short(value)}, which is no class label")
     return str(value)
+
+
+def most_tokens(config, tokenizer) -> int:
+    """The length of the longest row that a model takes."""
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**30
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # their positions start after the padding index
+        positions -= (config.pad_token_id or 0) + 1
+    return min(positions, tokenizer.model_max_length)
 
 
 def text_of(where: str, row: Mapping, column: str) -> str:

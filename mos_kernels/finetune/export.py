@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import random
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +21,7 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
-from mos_kernels.finetune.data import Rows, class_order, column_of, label_of, read_rows, text_of
+from mos_kernels.finetune.data import Rows, class_order, column_of, label_of, most_tokens, read_rows, text_of
 from mos_kernels.finetune.options import FinetuneError
 from mos_kernels.huggingface.base import is_classifier, load_base
 from mos_kernels.huggingface.export_lora import IGNORED, ExportReport, check_arguments, export_lora
@@ -48,6 +51,12 @@ def parser() -> argparse.ArgumentParser:
         "--text-column", nargs="+", help="column of the text; two are a pair (default: messages, prompt or text)"
     )
     source.add_argument("--label-column", help="column of the class: the report then has the accuracy")
+    source.add_argument(
+        "--classes",
+        nargs="+",
+        help="the classes in the order of the model's logits (default: that of the metrics.json which finetune wrote "
+        "beside the adapter; labels from 0 to n-1 are taken as they are)",
+    )
     source.add_argument("--target-column", help="for a decoder: column of the completion after the text")
     source.add_argument("--separator", help="between text and completion (default: a newline)")
     source.add_argument("--max-length", type=int, default=512, help="of a row, in tokens (default 512)")
@@ -77,6 +86,8 @@ def _export(options: argparse.Namespace) -> ExportReport:
     for name in ("rows", "batch_size", "max_length"):
         if getattr(options, name) < 1:
             raise FinetuneError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    if options.classes is not None and not options.label_column:
+        raise FinetuneError("--classes has no effect here: give --label-column")
     if options.separator is not None and not options.target_column:
         raise FinetuneError("--separator has no effect here: give --target-column")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -103,20 +114,15 @@ def _export(options: argparse.Namespace) -> ExportReport:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if is_classifier(model):
         model.config.pad_token_id = tokenizer.pad_token_id  # as in training: it decides which token is the last
-    positions = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
-    options.max_length = min(options.max_length, positions or options.max_length, tokenizer.model_max_length)
+    options.max_length = min(options.max_length, most_tokens(AutoConfig.from_pretrained(source), tokenizer))
     encode, collate, asked = _encoding(model, tokenizer)
     for other in {"label", "target"} - {asked}:
         if getattr(options, f"{other}_column"):
             instead = f"name --{asked}-column" if asked else "drop it"
             raise FinetuneError(f"--{other}-column does not go with a {type(model).__name__}: {instead}")
-    found = {label_of(*row, options.label_column) for row in calibration} if options.label_column else ()
-    classes = sorted(found, key=class_order)
-    if classes and len(classes) != model.config.num_labels:
-        raise FinetuneError(
-            f"the adapter is for {model.config.num_labels} classes, and --label-column {options.label_column} of the "
-            f"calibration data has {len(classes)}: {', '.join(classes[:8])}"
-        )
+    classes = _classes(options, model.config.num_labels, calibration) if options.label_column else []
+    if classes:
+        print(f"classes, in the order of the model's logits: {', '.join(classes)}")
 
     def batches(rows: Rows) -> list[dict]:
         examples = sorted((encode(options, tokenizer, row, classes) for row in rows), key=lambda e: len(e["input_ids"]))
@@ -127,6 +133,28 @@ def _export(options: argparse.Namespace) -> ExportReport:
         model, batches(calibration), options.output, options.rank, at_once=options.at_once,
         evaluation_batches=None if evaluation is None else batches(evaluation),
     )  # fmt: skip
+
+
+def _classes(options: argparse.Namespace, count: int, rows: Rows) -> list[str]:
+    """The classes in the order of the model's logits. The adapter's own files do not say it."""
+    labels = sorted({label_of(*row, options.label_column) for row in rows}, key=class_order)
+    numbers, metrics = (
+        [str(number) for number in range(count)],
+        Path(options.adapter).absolute().parent / "metrics.json",
+    )
+    found = options.classes
+    if found is None and metrics.is_file():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(metrics.read_text(encoding="utf-8"))["data"]["classes"]
+    if found is None and set(labels) <= set(numbers):
+        found = numbers
+    if found is None or len(found) != count or len(set(found)) != count:
+        known = "" if found is None else f", and {len(found)} are known ({', '.join(found[:8])})"
+        raise FinetuneError(
+            f"the adapter is for {count} classes{known}. For the accuracy, name them in the order of the model's "
+            f"logits: --classes A B …, where the labels are {shlex.join(labels[:8])}; or drop --label-column"
+        )
+    return found
 
 
 def _encoding(model, tokenizer) -> tuple[Callable, Callable, str | None]:
@@ -160,9 +188,7 @@ def _classified(options: argparse.Namespace, tokenizer, row: tuple[str, dict], c
     if classes:
         label = label_of(*row, options.label_column)
         if label not in classes:
-            raise FinetuneError(
-                f"{row[0]}: the label {label!r} is none of the calibration data's: {', '.join(classes)}"
-            )
+            raise FinetuneError(f"{row[0]}: the label {label!r} is none of the adapter's: {', '.join(classes)}")
         found["labels"] = classes.index(label)
     return found
 

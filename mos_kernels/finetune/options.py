@@ -30,8 +30,15 @@ DEFAULTS = {
 }  # fmt: skip
 """Defaults that differ from the Trainer's: the paper's values, and a checkpoint at every evaluation."""
 
+
+def ratio(text: str) -> float:
+    if not 0 <= (value := float(text)) < 1:
+        raise ValueError  # from 1 on, warmup_steps is a number of steps
+    return value
+
+
 ALIASES = {
-    "--output": ("output_dir", str), "--epochs": ("num_train_epochs", float), "--warmup-ratio": ("warmup_steps", float),
+    "--output": ("output_dir", str), "--epochs": ("num_train_epochs", float), "--warmup-ratio": ("warmup_steps", ratio),
     "--batch-size": ("per_device_train_batch_size", int), "--eval-batch-size": ("per_device_eval_batch_size", int),
     "--gradient-accumulation": ("gradient_accumulation_steps", int), "--lr-scheduler": ("lr_scheduler_type", str),
 }  # fmt: skip
@@ -48,6 +55,14 @@ _POSITIVE = (
     "num_train_epochs", "learning_rate", "logging_steps", "eval_steps", "save_steps", "max_length", "eval_size",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit",
 )  # fmt: skip
+
+
+_FIXED = {
+    "do_train": False, "do_eval": False, "do_predict": False, "eval_packing": False, "batch_eval_metrics": False,
+    "prediction_loss_only": False, "fp16_full_eval": False, "bf16_full_eval": False, "eval_do_concat_batches": True,
+    "remove_unused_columns": True, "label_names": ["labels"],
+}  # fmt: skip
+"""Arguments of the Trainer, of which the command needs this value. The full evals would cast what is saved."""
 
 
 class FinetuneError(ValueError):
@@ -197,8 +212,21 @@ def _check(options: Options, found: Mapping) -> None:
             need(0 <= value < 2**32, f"{_flag(name)} {value} must be in [0, 2^32)")
     for name in ("weight_decay", "max_grad_norm", "warmup_steps", "max_new_tokens"):
         need(found[name] >= 0, f"{_flag(name)} {found[name]:g} must be 0 or positive")
-    for name in ("do_train", "do_eval", "do_predict", "eval_packing", "batch_eval_metrics", "prediction_loss_only"):
-        need(not found.get(name), f"{_flag(name)}: the command trains, and evaluates each row by itself: drop it")
+    need(found["max_steps"] == -1 or found["max_steps"] > 0, f"--max-steps {found['max_steps']} must be positive")
+    for name in ("eval", "save"):
+        steps, strategy = found[f"{name}_steps"], found[f"{name}_strategy"]
+        remedy = f"--{name}-steps has no effect with --{name}-strategy {strategy}: drop one of them"
+        need(steps is None or strategy in (None, "steps"), remedy)
+    for name in ("adam_beta1", "adam_beta2"):
+        need(0 <= found[name] < 1, f"{_flag(name)} {found[name]:g} must be from 0 to below 1")
+    for name, asked in _FIXED.items():
+        alone = f"{_flag(name)}: the command trains, and evaluates each row by itself, with the weights as they are"
+        need(found.get(name, asked) == asked or found[name] is None, f"{alone}: drop it")
+    size = options.eval_size
+    need(
+        size is None or size < 1 or size == int(size),
+        f"--eval-size {size} is neither a share below 1 nor a whole number",
+    )
     need(found["output_dir"], "give --output, the folder for the adapter, metrics, log and report")
     need(not (options.resume and options.overwrite), "--resume and --overwrite exclude each other")
     need(bool(options.dataset) != bool(options.train_file), "give the training data: either --dataset or --train-file")

@@ -229,6 +229,8 @@ def write_results(options: Options, trainer, config, names, head, settings, summ
     for package in ("mos_kernels", "torch", "transformers", "peft", "accelerate", "datasets", "trl", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
+    if trainer.args.auto_find_batch_size:
+        settings = {**settings, "per_device_train_batch_size": trainer.state.train_batch_size}
     found, evaluating = evaluations(log.entries), sum(entry.get("eval_runtime", 0.0) for entry in log.entries)
     metrics = {
         "final": found[-1], "evaluations": found, "data": summary, "parameters": parameter_counts(trainer.model, head),

@@ -56,6 +56,13 @@ class FinetuneTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset):
         return SequentialSampler(eval_dataset)  # predictions.jsonl and the metrics of each file need the data's order
 
+    def get_eval_dataloader(self, *args, **kwargs):
+        before, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # only of the training data
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = before
+
     def evaluation_loop(self, *args, **kwargs):
         with measured_routing(self.model) if mos_adapters(self.model) else contextlib.nullcontext({}) as statistics:
             output = super().evaluation_loop(*args, **kwargs)
@@ -214,6 +221,14 @@ class RunLog(TrainerCallback):
     def seconds(self) -> float:
         """Seconds of the run so far, without the time between an interruption and its resumption."""
         return time.perf_counter() - self._started
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Drop the entries of an attempt that ran out of memory (auto_find_batch_size)."""
+        kept = [entry for entry in self.entries if entry["step"] <= state.global_step]
+        if len(kept) < len(self.entries):
+            self.entries, self._shown = kept, 0
+            if self.path:
+                write_lines(self.path, kept)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "train_runtime" in logs:  # Trainer's summary knows nothing of the parts before an interruption

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,6 +41,49 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict, card: s
         _sync_folder(folder)
         os.replace(description, folder / CONFIG_NAME)
         _sync_folder(folder)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into. At the end it becomes `folder`; after an error it is removed.
+
+    An empty `folder` that is there is written into directly, since it may be a mount, or the current folder. Raises
+    FileExistsError if another process is in this context for the same folder. Where directories cannot be locked, as
+    on Windows, that is not noticed.
+    """
+    around = check_folder(folder)
+    name = ".".join(folder.absolute().relative_to(around.absolute()).parts)
+    place = folder if around == folder else around / f".{name}.new{'' if fcntl else os.getpid()}"
+    place.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        is_mine = fcntl is None or _lock_folder(stack, place)
+        if not is_mine or folder.is_dir() and any(folder.iterdir()):  # written since the caller looked
+            raise FileExistsError(
+                f"another process is writing {folder}: in a job of several processes do this in one of them, such as "
+                "that with torch.distributed.get_rank() == 0"
+            )
+        if place == folder:
+            yield place
+            return
+        stack.callback(shutil.rmtree, place, ignore_errors=True)
+        for left in place.iterdir():  # by an export that was killed
+            left.unlink()
+        yield place
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(place, folder)
+
+
+def _lock_folder(stack: contextlib.ExitStack, folder: Path) -> bool:
+    """Lock a folder until the end of `stack`. False if another process has locked it, or has just renamed it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    stack.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # this file system has no locks
+        return True
+    return folder.exists() and os.path.samestat(os.fstat(descriptor), os.stat(folder))
 
 
 def check_folder(folder: Path) -> Path:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from mos_kernels.huggingface.atomic import CONFIG_NAME, WEIGHTS_NAME
@@ -26,7 +27,8 @@ def load_base(folder: str | os.PathLike, base: str | os.PathLike | None = None, 
     base: where the weights are. None: the model that the adapter's configuration names, or `folder` itself if it also
     holds a whole model; in the latter case transformers loads the adapter too, if peft is installed. The head gets as
     many classes as that of the adapter. options: of from_pretrained. Errors in the files as in `load_adapter`; also
-    ValueError if no base is named, if transformers does not know its class, or if the weights are of another class.
+    ValueError if no base is named, if it cannot be loaded, if transformers does not know its class, or if the weights
+    are of another class.
     """
     folder = Path(folder)
     if not (folder / CONFIG_NAME).is_file():
@@ -37,8 +39,13 @@ def load_base(folder: str | os.PathLike, base: str | os.PathLike | None = None, 
     source = base or (folder if whole else config.get("base_model_name_or_path"))
     if not source:
         raise ValueError(f"{folder / CONFIG_NAME} names no base model: say where it is")
-    name = (config.get("auto_mapping") or {}).get("base_model_class")
-    name = name or _BY_TASK.get(config.get("task_type"), "AutoModelForCausalLM")
+    mapping, task = config.get("auto_mapping") or {}, config.get("task_type")
+    name = mapping.get("base_model_class") if isinstance(mapping, dict) else mapping
+    name = name or (_BY_TASK.get(task, "AutoModelForCausalLM") if isinstance(task, (str, type(None))) else task)
+    if not isinstance(name, str) or not isinstance(source, (str, os.PathLike)):
+        raise ValueError(
+            f"{folder / CONFIG_NAME} is damaged: its base model is {source!r}, of the class {name!r}; save it again"
+        )
     kind = getattr(transformers, name, None)
     if (base or not whole) and (Path(source) / CONFIG_NAME).is_file():
         raise ValueError(f"{source} holds an adapter itself, in {CONFIG_NAME}: name the base model without one")
@@ -49,9 +56,17 @@ def load_base(folder: str | os.PathLike, base: str | os.PathLike | None = None, 
     if head is not None:
         options["num_labels"] = head.shape[0]
     wanted = getattr(kind, "config_class", None)  # from_pretrained would initialise the weights of another type
-    if wanted is not None and not isinstance(found := transformers.AutoConfig.from_pretrained(source), wanted):
-        raise ValueError(f"{source} is a {found.model_type} model, and the adapter in {folder} is of a {name}")
-    return kind.from_pretrained(os.fspath(source), **options)
+    try:
+        found = None if wanted is None else transformers.AutoConfig.from_pretrained(source)
+        if wanted is None or isinstance(found, wanted):
+            return kind.from_pretrained(os.fspath(source), **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"the base model {str(source)!r} of the adapter in {folder} cannot be loaded ({reason}): name the folder "
+            "or the hub id where it is"
+        ) from error
+    raise ValueError(f"{source} is a {found.model_type} model, and the adapter in {folder} is of a {name}")
 
 
 def is_classifier(model: nn.Module) -> bool:

@@ -138,7 +138,8 @@ class MoSCallback(TrainerCallback):
         self._stop_measuring()
         self._begin()
         resumed = self._file.open(self.history_file, args, state, model)
-        self.history = self.history if resumed is None else resumed
+        earlier = [entry for entry in self.history if entry["step"] <= state.global_step]
+        self.history = earlier if resumed is None else resumed
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         resumed = self._step_in_epoch is None and not args.ignore_data_skip

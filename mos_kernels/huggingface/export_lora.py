@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mos_kernels.huggingface import files
-from mos_kernels.huggingface.atomic import check_folder
+from mos_kernels.huggingface.atomic import check_folder, new_folder
 from mos_kernels.huggingface.attention_mask import of_tokens
 from mos_kernels.huggingface.card import classes_to_load, export_card
 from mos_kernels.huggingface.lora_fit import LinearFit
@@ -138,7 +137,8 @@ def export_lora(
     Returns the report, which is also in the model card. After an error nothing is written. Raises ValueError if there
     are no tokens, if no token reached a linear, for values that are not finite, for a rank below 1, for a model without
     an active adapter or with several, and for a linear that the model holds in several places. Raises FileExistsError
-    if the folder is not empty, NotADirectoryError if a parent of it is a file, and OSError if nothing can be written.
+    if the folder is not empty, or if another process is writing it: in a job of several processes, call this in one of
+    them. Raises NotADirectoryError if a parent of the folder is a file, and OSError if nothing can be written.
     """
     folder = Path(folder).resolve()  # a link stays one
     check_arguments(folder, rank, at_once, ridge)
@@ -159,6 +159,7 @@ def export_lora(
     rank = max(round(total / wide), 1) if rank is None else rank
 
     with contextlib.ExitStack() as stack:
+        place = stack.enter_context(new_folder(folder))
         for context in (evaluating(outer), torch.no_grad(), torch.compiler.set_stance("force_eager")):
             stack.enter_context(context)
         read_masks = _mask_names(inner)
@@ -175,7 +176,7 @@ def export_lora(
         report = ExportReport(rank, (total, rank * wide), {}, order[0].tokens, len(passes))
         chosen = calibration_batches if evaluation_batches is None else evaluation_batches
         _compare(outer, linears, chosen, report)
-    _write(folder, inner, linears, whole, report)
+        _write(place, inner, linears, whole, report)
     return report
 
 
@@ -450,7 +451,6 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def _write(folder: Path, model: nn.Module, linears: list[LinearFit], whole, report: ExportReport) -> None:
-    """Write the folder under another name, and rename it; into a folder that is there, directly."""
     modules, module_tensors = whole
     tensors = dict(module_tensors)
     for linear in linears:
@@ -471,16 +471,7 @@ def _write(folder: Path, model: nn.Module, linears: list[LinearFit], whole, repo
     base, classes = about_base["base_model_name_or_path"], classes_to_load(model)
     card = export_card(base, kind, classes, report.summary(), report.table())
     values = {files.PREFIX + name: tensor for name, tensor in gathered(tensors).items()}
-    if folder.is_dir():  # it may be a mount, or the current folder: another cannot take its place
-        files.write_folder(folder, values, config, card)
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        files.write_folder(beside, values, config, card)
-        os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    files.write_folder(folder, values, config, card)
 
 
 def _task_type(model: nn.Module) -> str | None:

@@ -21,12 +21,12 @@ from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.apply import install, remove_mos
 from mos_kernels.huggingface.atomic import CONFIG_NAME, WEIGHTS_NAME, write_folder
 from mos_kernels.huggingface.card import adapter_card, classes_to_load
-from mos_kernels.huggingface.modules import adapter_parameters, refuse_parallel, unwrap
+from mos_kernels.huggingface.modules import adapter_parameters, own_adapter_parameters, refuse_parallel, unwrap
 from mos_kernels.huggingface.plan import PlannedLinear, adapter_shapes, make_plan
 from mos_kernels.huggingface.state import adapter_state, tensors_of
-from mos_kernels.huggingface.targets import refuse_peft
+from mos_kernels.huggingface.targets import is_linear, is_target, refuse_peft
 from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, offload_hook, parameter_shapes
-from mos_kernels.sharded import gathered, refuse_zero3, spread_like, whole_shape, write_once
+from mos_kernels.sharded import gathered, refuse_zero3, spread_like, whole, whole_shape, write_once
 
 PICKLE_NAME = "adapter_model.bin"
 PEFT_TYPE = "MOSELORA"
@@ -50,7 +50,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     Files are replaced whole, the configuration last. An interrupted save leaves the old files, or a folder without
     adapter_config.json. If parameters are sharded (FSDP2, ZeRO-3), every process must call this: it gathers them, the
     first process writes, and all processes return after that. Raises ValueError without an adapter, with an adapter of
-    peft, or with weights on the meta device.
+    peft, with weights on the meta device, or if the file could not be loaded: a linear has lost its adapter, or a
+    parameter is pruned or parametrised.
     """
     model = unwrap(model)
     state = adapter_state(model)
@@ -59,9 +60,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     if state is None:
         raise ValueError(f"{type(model).__name__} has no MoS adapter: call apply_mos(model, config) first")
     refuse_peft(model)  # its parameters would be saved as modules of the base
+    _require_complete(model, state.config)
     modules = state.modules_to_save()
-    whole = tensors_of(model, [*modules, *named_by_ending(model, modules)])
-    parameters = {**adapter_parameters(model), **whole}
+    saved = tensors_of(model, [*modules, *named_by_ending(model, modules)])
+    parameters = {**adapter_parameters(model), **saved}
     offloaded = [name for name, tensor in parameters.items() if tensor.is_meta]
     if offloaded:
         raise ValueError(f"{offloaded[0]!r} is on the meta device (offloaded?): bring its values back before saving")
@@ -71,6 +73,25 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     config = {**state.config.to_dict(), **own, **about_base(model), "modules_to_save": modules or None}
     card = adapter_card(config["base_model_name_or_path"], class_of(model), state.config, classes_to_load(model))
     write_once(parameters.values(), lambda: write_folder(Path(folder), tensors, config, card))
+
+
+def _require_complete(model: nn.Module, config: MoSConfig) -> None:
+    """ValueError if a tensor is missing without which the adapter could not be loaded."""
+    wrapped: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, MoSLayer):
+            wrapped += (f"{name}.",)
+            for parameter in own_adapter_parameters(module):
+                if parameter not in module._parameters:
+                    raise ValueError(
+                        f"'{name}.{parameter}' is no parameter now: if it is pruned or parametrised, call "
+                        "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations before"
+                    )
+        elif is_linear(module) and is_target(config, name) and not name.startswith(wrapped):
+            raise ValueError(
+                f"{name!r} has no adapter, and target_modules names it: something has replaced it since apply_mos, "
+                "such as resize_token_embeddings. Do that before apply_mos or load_adapter"
+            )
 
 
 def about_base(model: nn.Module) -> dict:
@@ -108,6 +129,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
     else:
         _require_equal(applied.config, config)
         shapes, linears = {name: whole_shape(p) for name, p in adapter_parameters(model).items()}, []
+    tensors = without_base(folder, tensors, model)
     endings = named_by_ending(model, modules)
     modules += [name for name in endings if any(tensor.startswith(f"{name}.") for tensor in tensors)]
     extra = tensors_of(model, modules)
@@ -262,6 +284,28 @@ def without_idle(tensors: dict[str, Tensor], config: MoSConfig) -> dict[str, Ten
         return tensors
     idle = (".mos_curvature", ".mos_router", ".mos_router.weight")
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(idle)}
+
+
+def without_base(where, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a file without the weights of adapted linears, which peft saves if a head is one of them.
+
+    ValueError if they are not those of the model, up to the precision of either.
+    """
+    ours = {name: name.replace(".base_layer.", ".") for name in tensors if ".base_layer." in name}
+    own = model.state_dict(keep_vars=True) if ours else {}
+    for name, plain in ours.items():
+        value, found = tensors[name], own.get(plain)
+        if found is None or whole_shape(found) != tuple(value.shape):
+            continue  # as any other tensor that the model does not have
+        if not found.is_meta:
+            found = whole(found.detach()).cpu()
+            if not (torch.equal(found.to(value.dtype), value) or torch.equal(found, value.to(found.dtype))):
+                raise ValueError(
+                    f"{where} holds {name!r}, the weights of the base that it was trained on, and this model has "
+                    "others: load that base, or the adapter by PeftModel.from_pretrained, which replaces them"
+                )
+        tensors = {other: tensor for other, tensor in tensors.items() if other != name}
+    return tensors
 
 
 def _require_equal(applied: MoSConfig, loaded: MoSConfig) -> None:

@@ -20,6 +20,7 @@ import math
 import os
 import re
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,15 @@ from torch import Tensor, nn
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.apply import AppliedMoS, install
 from mos_kernels.huggingface.atomic import CONFIG_NAME, WEIGHTS_NAME
-from mos_kernels.huggingface.files import PREFIX, read_json, read_tensors, refuse_meta, require_finite, require_untied
+from mos_kernels.huggingface.files import (
+    PREFIX,
+    read_json,
+    read_tensors,
+    refuse_meta,
+    require_finite,
+    require_untied,
+    without_base,
+)
 from mos_kernels.huggingface.modules import refuse_parallel, unwrap
 from mos_kernels.huggingface.plan import Plan, make_plan
 from mos_kernels.huggingface.state import adapter_state, tensors_of
@@ -41,6 +50,10 @@ CURVATURE_STEP = 0.1
 """Experts of one space in one group differ by this part of curvature_init, or they would stay copies of each other."""
 
 _KEEPS_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+_MORE_THAN_B_A = (
+    "use_dora", "bias", "lora_bias", "use_qalora", "alora_invocation_tokens", "layer_replication", "kasa_config",
+    "arrow_config",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,8 @@ def start_from_lora(
     model = unwrap(model)
     if adapter_state(model) is not None or hasattr(model, "peft_config"):
         raise ValueError("the model has an adapter already: pass the plain base model (remove_mos, or unload of peft)")
-    found = _read_model(lora, adapter_name) if isinstance(lora, nn.Module) else _read_folder(Path(lora))
+    read = _read_model(lora, adapter_name) if isinstance(lora, nn.Module) else _read_folder(Path(lora))
+    found = _collect(*read, model)
     config = _default_config(found) if config is None else config
     plan = make_plan(model, config)
     for linear in plan.linears:
@@ -220,16 +234,20 @@ def _router(weight: Tensor, config: MoSConfig) -> Tensor:
 # the LoRA, from a folder or a model
 
 
-def _read_folder(folder: Path) -> LoRA:
+Read = tuple[str, dict, dict[str, Tensor], Callable[[str, int], float]]
+"""What messages call the source; its configuration; its tensors; the scaling of a linear and rank."""
+
+
+def _read_folder(folder: Path) -> Read:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: pass the folder of a peft LoRA adapter")
     config = read_json(path)
     scaling = _scaling(config, str(path))
-    return _collect(config, read_tensors(folder / WEIGHTS_NAME), scaling, str(folder))
+    return str(folder), config, read_tensors(folder / WEIGHTS_NAME), scaling
 
 
-def _read_model(model: nn.Module, adapter_name: str) -> LoRA:
+def _read_model(model: nn.Module, adapter_name: str) -> Read:
     from peft import get_peft_model_state_dict
 
     configs = getattr(model, "peft_config", {})
@@ -245,14 +263,14 @@ def _read_model(model: nn.Module, adapter_name: str) -> LoRA:
 
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     tensors = {name.removeprefix(PREFIX): tensor.detach().cpu().clone() for name, tensor in state.items()}
-    return _collect(config, tensors, scaling, f"the adapter {adapter_name!r}")
+    return f"the adapter {adapter_name!r}", config, tensors, scaling
 
 
 def _scaling(config: dict, where: str):
     """A function (name, rank) -> s of a linear, as in peft. ValueError if the LoRA computes more than B A x."""
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{where} has peft_type {config.get('peft_type')!r}: only a LoRA becomes Euclidean experts")
-    for name in ("use_dora", "bias", "lora_bias", "use_qalora", "alora_invocation_tokens"):
+    for name in _MORE_THAN_B_A:
         if config.get(name) not in (None, False, [], "none"):
             raise ValueError(f"{where} has {name}={config[name]!r}: what it computes is more than B A x")
     init = config.get("init_lora_weights", True)
@@ -268,7 +286,8 @@ def _scaling(config: dict, where: str):
     return scaling
 
 
-def _collect(config: dict, tensors: dict[str, Tensor], scaling, where: str) -> LoRA:
+def _collect(where: str, config: dict, tensors: dict[str, Tensor], scaling, model: nn.Module) -> LoRA:
+    tensors = without_base(where, tensors, model)
     factors: dict[str, tuple[Tensor, Tensor, float]] = {}
     whole = dict(tensors)
     for name in tensors:

@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from mos_kernels.huggingface.base import load_base
-from mos_kernels.huggingface.files import load_adapter
+from mos_kernels.huggingface.files import load_adapter, refuse_meta
 from mos_kernels.huggingface.modules import adapter_parameters, mos_adapters, mos_modules, own_adapter_parameters
 from mos_kernels.layer import MoSRouter, evaluating
 
@@ -36,12 +37,19 @@ def idle_tensors(model: nn.Module, **inputs) -> list[Idle]:
 
     The loss is that of the model if `inputs` have labels, else the mean square of its first output. If B = 0, as at the
     start of training, A, router and curvature have no gradient yet; then the linear is listed once. Parameters,
-    gradients and modes are unchanged afterwards. Raises ValueError if the model has no active adapter, or if the loss
-    is not finite.
+    gradients and modes are unchanged afterwards. Raises ValueError if the model has no active adapter, if its weights
+    were made under torch.inference_mode, if those of the adapter are on the meta device, or if the loss is not finite.
     """
     modules = mos_modules(model)
     if not modules:
         raise ValueError(f"{type(model).__name__} has no active MoS adapter: load one first")
+    frozen = next((name for name, tensor in model.named_parameters() if tensor.is_inference()), None)
+    refuse_meta([], adapter_parameters(model))
+    if frozen is not None:
+        raise ValueError(
+            f"{frozen!r} was made under torch.inference_mode, and can have no gradient: load the model and its adapter "
+            "outside of it"
+        )
     ran: set[str] = set()
     handles = [
         module.register_forward_hook(lambda module, args, output, name=name: ran.add(name))
@@ -49,7 +57,7 @@ def idle_tensors(model: nn.Module, **inputs) -> list[Idle]:
     ]
     try:
         with _one_step(model):
-            output = model(**inputs)
+            output = model(**tree_map_only(Tensor, _outside_inference, inputs))
             loss = output.get("loss") if isinstance(output, dict) else None
             if not isinstance(loss, Tensor):
                 parts = output.values() if isinstance(output, dict) else output
@@ -98,12 +106,18 @@ def _one_step(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         for parameter in adapter:
             parameter.requires_grad_(True)
-        with evaluating(model), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        eager = torch.compiler.set_stance("force_eager")
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad(), eager:
             yield
     finally:
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
             parameter.grad = gradient
+
+
+def _outside_inference(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made under torch.inference_mode, which backward would refuse."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def run(folder: Path, base: str | None = None) -> int:

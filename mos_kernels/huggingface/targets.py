@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,11 +112,12 @@ def find_targets(
 
     modules: the modules to choose from, with every name of each. None: all modules of a model without an adapter.
     Raises ValueError or TypeError if an entry of target_modules, or an index in layers_to_transform, matches nothing,
-    or if a match is not a linear that can be adapted.
+    or if a match is not a linear that can be adapted. Warns if an entry of exclude_modules matches nothing.
     """
+    every = list(model.named_modules(remove_duplicate=False))
     if modules is None:
         _refuse_adapted(model)
-        modules = list(model.named_modules(remove_duplicate=False))
+        modules = every
     if config.layers_to_transform is not None and isinstance(config.target_modules, str):
         raise ValueError(
             f"layers_to_transform={config.layers_to_transform} has no effect when target_modules is the string "
@@ -143,6 +145,10 @@ def find_targets(
             names[module].append(name)
     targets = [Target(tuple(found), module) for module, found in names.items()]
     _require_patterns(config, targets)
+    excluded, known = config.exclude_modules or (), [name for name, _ in (*every, *model.named_parameters())]
+    for entry in [excluded] if isinstance(excluded, str) else [[ending] for ending in excluded]:
+        if not any(_ends_with_any(name, entry) for name in known):
+            warnings.warn(f"exclude_modules={entry!r} matches nothing in {type(model).__name__}", stacklevel=3)
     return targets
 
 

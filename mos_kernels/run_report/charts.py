@@ -194,7 +194,9 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Short: 0.25, 1e-4, 12000."""
+    """Short: 0.25, 1e-4, 12000, inf."""
+    if not math.isfinite(value):
+        return str(value)
     if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e6):
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

@@ -82,7 +82,7 @@ def read_run(folder: Path) -> Run:
     if state is None:
         raise RunError(
             f"{folder} holds no run: {FINETUNE_LOG} and {FINETUNE_SETTINGS} (finetune), {HISTORY} (MoSCallback) and "
-            f"{TRAINER_STATE} (Trainer) are all missing"
+            f"{TRAINER_STATE} (Trainer) are all missing, or cut off in their first line"
         )
     values = {k: v for k in ("max_steps", "num_train_epochs", "train_batch_size") if (v := state.get(k)) is not None}
     logged = state.get("log_history")

@@ -58,10 +58,11 @@ def _head(run: Run) -> str:
         parts.append(f"<p>{spaces} · {used}</p>")
     loss, evaluation = run.curve("loss"), run.curve("eval_loss")
     facts = [("steps", f"{max((e['step'] for e in run.entries), default=0):,}")]
-    if loss:
-        facts.append(("training loss at the end", number(smooth(loss)[-1][1] if smooth(loss) else loss[-1][1])))
+    if loss:  # smoothing leaves out what is not finite
+        last = loss[-1][1]
+        facts.append(("training loss at the end", number(smooth(loss)[-1][1] if math.isfinite(last) else last)))
     if evaluation:
-        best = min(evaluation, key=lambda point: point[1])
+        best = min(evaluation, key=lambda point: (not math.isfinite(point[1]), point[1]))
         facts.append((f"lowest evaluation loss, at step {number(best[0])}", number(best[1])))
     entropy, imbalance = run.curve("mos/entropy"), run.curve("mos/aux_loss")
     if entropy and run.adapter:

@@ -148,6 +148,11 @@ def test_parquet_and_folders_are_read_by_datasets(tmp_path):
         assert sorted([*train["text"], *evaluation["held_out"]["text"]]) == ["a", "b", "c", "d"]
     with pytest.raises(FinetuneError, match="split test cannot be read"):
         data.read_data(options("--dataset", tmp_path / "folder", "--train-split", "test", *chosen))
+    with pytest.raises(FinetuneError, match="--column-names has no effect here: it is for TSV and CSV files"):
+        data.read_data(options("--dataset", tmp_path / "folder", "--column-names", "text,y", *chosen))
+    for flag in ("--train-split", "--dataset-config"):
+        with pytest.raises(FinetuneError, match=f"{flag} has no effect here: --dataset .*test.csv is a file"):
+            data.read_data(options("--dataset", tmp_path / "test.csv", flag, "test", *chosen))
 
 
 # examples

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,13 +15,13 @@ import pytest
 import torch
 from finetune_setup import run, save_bert, save_llama, sentences, strings, write_tsv
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from mos_kernels.config import MoSConfig
-from mos_kernels.finetune import FinetuneError, results
+from mos_kernels.finetune import FinetuneError, finetune, results
 from mos_kernels.finetune.options import FLAGS, parse
 from mos_kernels.finetune.training import classification_scores
-from mos_kernels.huggingface import load_adapter
+from mos_kernels.huggingface import apply_mos, load_adapter, save_adapter
 
 FAST = ("--batch-size", 10, "--epochs", 2, "--learning-rate", 1e-2, "--logging-steps", 1)
 
@@ -97,6 +98,29 @@ def test_mos_writes_adapter_metrics_log_and_report(mos_run):
         assert math.isclose(sum(summary["share"]), 1, rel_tol=1e-5)
     names = {"report.html", *(f"report-{chart}.svg" for chart in ("loss", "curvature", "routing"))}
     assert names < {path.name for path in mos_run.iterdir()}
+
+
+def test_rows_that_training_drops_are_evaluated(bert, files, tmp_path):
+    options = ("--dataloader_drop_last", "true", "--eval-batch-size", 4, "--max-steps", 1, "--r", 2)
+    assert classify(bert, files, tmp_path / "out", *options) == 0
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 9 + 14
+
+
+@pytest.mark.budget(6)
+def test_rows_without_tokens_are_said(files, tmp_path, capsys):
+    """A tokenizer that adds no tokens of its own makes none of a blank."""
+    llama = save_llama(tmp_path / "llama")
+    settings = json.loads((llama / "tokenizer.json").read_text())
+    (llama / "tokenizer.json").write_text(json.dumps({**settings, "post_processor": None}))
+    write_tsv(tmp_path / "blank.tsv", [("no", " "), ("yes", "the cat"), ("no", " ")])
+    rows = ("--train-file", files / "train.tsv", "--eval-file", tmp_path / "blank.tsv", "--text-column", "sentence")
+    assert run("--model", llama, *rows, "--label-column", "label", "--output", tmp_path / "out") == 2
+    assert "error: 2 rows have no tokens: their text is ' ': remove them" in capsys.readouterr().err
+    rows = ("--task", "causal-lm", *rows, *FAST)
+    assert run("--model", llama, *rows, "--output", tmp_path / "lm") == 0
+    assert "note: 2 rows have nothing to learn" in capsys.readouterr().out
+    assert run("--model", llama, *rows, "--output", tmp_path / "short", "--max-length", 1) == 2
+    assert "error: no row is left: raise --max-length" in capsys.readouterr().err
 
 
 def test_pooled_metrics_are_over_all_rows(mos_run):
@@ -256,6 +280,7 @@ ERRORS = [
     (("--eval-file", "{}/half.jsonl"), "half.jsonl, line 1: not text"),
     (("--eval-file", "{}/empty.tsv"), "there are no rows"),
     (("--eval-file", "{}/near.tsv"), "names the same file twice"),
+    (("--eval-file", "{}/return.tsv"), "return.tsv, line 2: not readable as CSV: a carriage return that ends no line"),
     (("--eval-size", 0.3), "--eval-file, --eval-size exclude each other"),
     (("--dataset", "glue"), "either --dataset or --train-file"),
     (("--split-seed", 1), "--split-seed has no effect here: give --eval-size"),
@@ -264,11 +289,20 @@ ERRORS = [
     (("--train-split", "train"), "--train-split has no effect here: give --dataset"),
     (("--task", "causal-lm"), "--label-column has no effect here"),
     (("--rename-label", "nope=no"), "is not OLD=NEW with OLD one of no, yes"),
+    (("--rename-label", "no=a", "no=b"), "--rename-label names no more than once"),
+    (("--max-steps", 0), "--max-steps 0 must be positive"),
+    (
+        ("--eval-steps", 2, "--eval-strategy", "epoch"),
+        "--eval-steps has no effect with --eval-strategy epoch: drop one",
+    ),
+    (("--save-steps", 2, "--save-strategy", "no"), "--save-steps has no effect with --save-strategy no: drop one"),
+    (("--warmup-ratio", 2), "argument --warmup-ratio: invalid ratio value: '2'"),
     (("--batch-size", 0), "--per-device-train-batch-size 0 must be positive"),
     (("--learning-rate", -1), "--learning-rate -1 must be positive"),
     (("--learning-rate", "inf"), "--learning-rate inf must be a finite number"),
     (("--epochs", "inf"), "--num-train-epochs inf must be a finite number"),
     (("--eval-size", "nan"), "--eval-size nan must be a finite number"),
+    (("--eval-size", 3.5), "--eval-size 3.5 is neither a share below 1 nor a whole number"),
     (("--seed", 2**32), "--seed 4294967296 must be in [0, 2^32)"),
     (("--data-seed", -1), "--data-seed -1 must be in [0, 2^32)"),
     (("--split-seed", -1), "--split-seed -1 must be in [0, 2^32)"),
@@ -277,6 +311,11 @@ ERRORS = [
     (("--optim", "adamv"), "adamv"),
     (("--packing", "true"), "unrecognized arguments: --packing"),
     (("--do-predict",), "--do-predict: the command trains"),
+    (("--bf16_full_eval", "true"), "--bf16-full-eval: the command trains, and evaluates each row by itself, with the"),
+    (("--remove_unused_columns", "false"), "--remove-unused-columns: the command trains"),
+    (("--eval_do_concat_batches", "false"), "--eval-do-concat-batches: the command trains"),
+    (("--label_names", "label"), "--label-names: the command trains"),
+    (("--adam_beta2", 1), "--adam-beta2 1 must be from 0 to below 1"),
     (("--model", "{}/nowhere"), "no such folder"),
     (("--model", "{}"), "holds no config.json"),
     (("--max-length", 1000), "--max-length 1000 exceeds the 64 tokens"),
@@ -301,6 +340,7 @@ def test_bad_input_is_said_before_a_model_is_loaded(options, message, bert, file
     write_tsv(files / "unseen.tsv", [("maybe", "a cat")])
     write_tsv(files / "empty.tsv", [])
     (files / "broken.jsonl").write_text('{"label": "no", "sentence": "a"}\n{"label"\n')
+    (files / "return.tsv").write_bytes(b"label\tsentence\nno\ta\rb\n")
     (files / "half.jsonl").write_text('{"label": "no", "sentence": "a \\ud83d"}\n')
     monkeypatch.setattr("mos_kernels.finetune._load_model", lambda *a: pytest.fail("a model was loaded"))
     options = [str(option).format(files) if "{}" in str(option) else option for option in options]
@@ -343,6 +383,17 @@ def test_what_needs_the_model_is_said_before_training(bert, files, tmp_path, cap
     assert "no causal language model" in capsys.readouterr().err
 
 
+def test_a_model_with_an_adapter_in_its_folder_is_refused(llama, files, tmp_path, capsys):
+    """transformers loads both, and the new adapter would take the place of the one that is there."""
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    shutil.copytree(llama, tmp_path / "both")
+    apply_mos(model, MoSConfig(r=2))
+    save_adapter(model, tmp_path / "both")
+    base = ("--task", "causal-lm", "--train-file", files / "train.tsv", "--eval-size", 4, "--text-column", "sentence")
+    assert run("--model", tmp_path / "both", *base, "--output", tmp_path / "out") == 2
+    assert "both holds an adapter too (adapter_config.json), which the new one would" in capsys.readouterr().err
+
+
 def test_the_metric_of_the_best_model(bert, files, tmp_path, capsys):
     best = ("--load_best_model_at_end", "--metric_for_best_model")
     assert classify(bert, files, tmp_path / "a", *best, "f1") == 2
@@ -365,6 +416,23 @@ def test_an_unreachable_hub_is_said_with_the_remedy(files, bert, tmp_path, capsy
         assert run("--model", bert, "--dataset", name, "--eval-split", "test", *base) == 2
         error = capsys.readouterr().err
         assert f"--dataset {name}, split train cannot be read" in error and "give --train-file" in error
+
+
+def test_a_batch_size_that_is_found_is_in_the_results_and_the_log_is_of_its_run_alone(bert, files, tmp_path):
+    class OutOfMemory(TrainerCallback):
+        happened = False
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2 and not self.happened:
+                self.happened = True
+                raise RuntimeError("CUDA out of memory.")
+
+    options = ("--model", bert, "--train-file", files / "train.tsv", "--eval-file", files / "near.tsv", *FAST)
+    options += ("--text-column", "sentence", "--label-column", "label", "--output", tmp_path / "out", "--r", 2)
+    finetune(strings(*options, "--auto_find_batch_size", "true", "--max-steps", 3), callbacks=[OutOfMemory()])
+    metrics, log = metrics_of(tmp_path / "out"), (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    assert metrics["settings"]["per_device_train_batch_size"] < 10
+    assert [json.loads(line)["step"] for line in log] == [0, 1, 2, 3, 3]
 
 
 # output folder
@@ -511,6 +579,9 @@ def test_an_option_whose_package_is_not_installed(bert, files, tmp_path, capsys,
     def missing(*args, **kwargs):
         raise ImportError("liger-kernel is not available. Please install it")
 
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    assert classify(bert, files, tmp_path / "out", "--report_to", "wandb") == 2
+    assert "error: WandbCallback requires wandb to be installed" in capsys.readouterr().err
     monkeypatch.setattr("transformers.Trainer.train", missing)
     assert classify(bert, files, tmp_path / "out") == 2
     assert "error: liger-kernel is not available. Please install it" in capsys.readouterr().err

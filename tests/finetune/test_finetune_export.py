@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -58,8 +60,10 @@ def command(place, name: str, output, **options) -> int:
         "model": place / name, "adapter": place / f"{name}-mos", "output": output, "data_file": place / "rows.tsv",
         "text_column": "sentence", "device": "cpu", **options,
     }  # fmt: skip
-    given = {option.replace("_", "-"): str(value) for option, value in given.items() if value is not None}
-    arguments = [part for option, value in given.items() for part in (f"--{option}", value)]
+    arguments = []
+    for option, value in given.items():
+        values = value if isinstance(value, list) else [value]
+        arguments += [] if value is None else [f"--{option.replace('_', '-')}", *map(str, values)]
     return main(["export-lora", *arguments])
 
 
@@ -97,13 +101,27 @@ def test_of_a_classifier_whose_base_names_no_padding(place, tmp_path, capsys):
     apply_mos(model, MoSConfig(r=2, init_lora_weights=False))
     model.score.requires_grad_(True)
     save_adapter(model, place / "llama-classes-mos")
-    options = {"model": tmp_path / "base", "label_column": "label", "rank": 2}
+    options = {"model": tmp_path / "base", "label_column": "label", "classes": ["no", "yes"], "rank": 2}
     assert command(place, "llama-classes", tmp_path / "lora", **options, batch_size=8) == 0
     batched = capsys.readouterr().out
     assert command(place, "llama-classes", tmp_path / "alone", **options, batch_size=1) == 0
     alone = capsys.readouterr().out
     line = next(line for line in batched.splitlines() if line.startswith("accuracy"))
     assert line.split(",")[0] in alone
+
+
+def test_rows_are_cut_at_the_positions_that_a_roberta_has(place, tmp_path):
+    """Its positions start after the padding index."""
+    vocab_size = save_tokenizer(tmp_path / "roberta")
+    options = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = RobertaConfig(vocab_size=vocab_size, max_position_embeddings=20, pad_token_id=1, **options)
+    model = RobertaForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "roberta")
+    apply_mos(model, MoSConfig(r=2, init_lora_weights=False, target_modules=ffn_target_modules(model)))
+    save_adapter(model, place / "roberta-mos")
+    write_tsv(tmp_path / "long.tsv", [("no", "the cat " * 30)])
+    options = {"model": tmp_path / "roberta", "data_file": tmp_path / "long.tsv", "rank": 1}
+    assert command(place, "roberta", tmp_path / "lora", **options) == 0
 
 
 def test_of_a_model_that_reads_no_text(place, tmp_path, capsys):
@@ -199,15 +217,43 @@ def with_template(place, tmp_path, template: str):
 
 def test_of_a_classifier_with_its_head_and_fewer_rows(place, tmp_path, capsys):
     write_tsv(tmp_path / "more.tsv", sentences(9, seed=1))
-    assert (
-        command(place, "bert", tmp_path / "lora", label_column="label", rows=12, eval_file=tmp_path / "more.tsv") == 0
-    )
+    options = {"label_column": "label", "classes": ["no", "yes"], "rows": 12, "eval_file": tmp_path / "more.tsv"}
+    assert command(place, "bert", tmp_path / "lora", **options) == 0
     printed = capsys.readouterr().out
     assert "accuracy" in printed and "over 9 predictions" in printed
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS" and "classifier" in config["modules_to_save"]
     assert command(place, "bert", tmp_path / "without") == 0
     assert "no loss: the batches have no labels" in capsys.readouterr().out
+
+
+def test_the_order_of_the_classes_is_the_adapters(place, tmp_path, capsys):
+    """That of --classes, or of the metrics.json beside the adapter, or of labels 0 to n-1; else it is an error."""
+    shutil.copytree(place / "bert-mos", tmp_path / "run" / "adapter")
+    found, rows = {}, [row for i, row in enumerate(sentences(30)) if i % 4]  # of two classes, not equally many
+    write_tsv(tmp_path / "some.tsv", rows)
+
+    def accuracy(name: str, **options) -> str:
+        options = {"data_file": tmp_path / "some.tsv", "label_column": "label", **options}
+        options["adapter"] = tmp_path / "run" / "adapter"
+        assert command(place, "bert", tmp_path / name, **options) == 0
+        lines = capsys.readouterr().out.splitlines()
+        found[name] = next(line for line in lines if line.startswith("classes, in the order of"))
+        return next(line.split()[1] for line in lines if line.startswith("accuracy"))
+
+    assert command(place, "bert", tmp_path / "unknown", adapter=tmp_path / "run" / "adapter", label_column="label") == 2
+    assert "name them in the order of the model's logits: --classes A B …" in capsys.readouterr().err
+    one, other = accuracy("one", classes=["no", "yes"]), accuracy("other", classes=["yes", "no"])
+    assert float(one) == pytest.approx(1 - float(other), abs=1e-3) and one != other
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps({"data": {"classes": ["yes", "no"]}}))
+    assert accuracy("beside") == other and accuracy("given", classes=["no", "yes"]) == one
+    assert found["beside"].endswith(": yes, no")
+    write_tsv(tmp_path / "numbers.tsv", [(str(["no", "yes"].index(label)), text) for label, text in rows])
+    (tmp_path / "run" / "metrics.json").unlink()
+    assert accuracy("numbers", data_file=tmp_path / "numbers.tsv") == one
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps({"data": {"classes": ["yes"]}}))
+    assert command(place, "bert", tmp_path / "fewer", adapter=tmp_path / "run" / "adapter", label_column="label") == 2
+    assert "is for 2 classes, and 1 are known (yes)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -222,7 +268,11 @@ def test_of_a_classifier_with_its_head_and_fewer_rows(place, tmp_path, capsys):
         ("llama", {"text_column": "words"}, "there is no column 'words'"),
         ("llama", {"label_column": "label"}, "--label-column does not go with a LlamaForCausalLM"),
         ("bert", {"target_column": "label"}, "--target-column does not go with a BertForSequenceClassification"),
-        ("bert", {"label_column": "sentence"}, "the adapter is for 2 classes, and"),
+        ("bert", {"label_column": "sentence"}, "the adapter is for 2 classes. For the accuracy, name them"),
+        ("bert", {"label_column": "label", "classes": ["yes"]}, "is for 2 classes, and 1 are known (yes)"),
+        ("bert", {"label_column": "label", "classes": ["yes", "yes"]}, "is for 2 classes, and 2 are known (yes, yes)"),
+        ("bert", {"label_column": "label", "classes": ["yes", "on"]}, "'no' is none of the adapter's: yes, on"),
+        ("bert", {"classes": ["yes", "no"]}, "--classes has no effect here: give --label-column"),
         ("llama", {"model": "./nowhere"}, "nowhere"),
         ("llama", {"max_length": 0}, "--max-length 0 must be at least 1"),
         ("llama", {"eval_file": "nowhere.tsv"}, "nowhere.tsv: no such file"),

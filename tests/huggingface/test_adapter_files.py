@@ -12,6 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, ids, mos, snapshot, tiny
+from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.prune import l1_unstructured
 from torch.testing import assert_close
 from transformers import BertForSequenceClassification
 
@@ -400,6 +402,23 @@ def test_saving_without_an_adapter(tmp_path):
     with pytest.raises(ValueError, match="call apply_mos"):
         save_adapter(tiny(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    def refused_to_save(change, message: str, **options) -> None:
+        model = tiny()
+        apply_mos(model, mos(model, **options))
+        change(model, model.model.layers[0].mlp.down_proj)
+        with pytest.raises(ValueError, match=message):
+            save_adapter(model, tmp_path / "adapter")
+        assert list(tmp_path.iterdir()) == []
+
+    pruned = r"'model.layers.0.mlp.down_proj.mos_lora_B' is no parameter now: if it is pruned or parametrised"
+    refused_to_save(lambda model, down: l1_unstructured(down, "mos_lora_B", 0.5), pruned)
+    refused_to_save(lambda model, down: register_parametrization(down, "mos_lora_B", torch.nn.Identity()), pruned)
+    lost = "'lm_head' has no adapter, and target_modules names it: something has replaced it since apply_mos"
+    on_head = {"target_modules": ["lm_head", "down_proj"]}
+    refused_to_save(lambda model, down: model.resize_token_embeddings(60), lost, **on_head)
 
 
 def test_beside_a_lora_of_pefts_nothing_is_saved(tmp_path):

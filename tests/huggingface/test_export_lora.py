@@ -485,6 +485,36 @@ def test_an_empty_folder_stays_the_same_one(tmp_path, monkeypatch):
     assert (tmp_path / "current" / "adapter_config.json").is_file()
 
 
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_folder_that_another_process_is_writing_is_refused(empty, tmp_path):
+    """Locks are of an open file, so a second export in this process stands for one in another process."""
+    folder, model = tmp_path / "new" / "lora", adapted()
+    if empty:
+        folder.mkdir(parents=True)
+    seen = []
+
+    class Batches(list):
+        def __iter__(self):
+            if not seen:
+                seen.append(len(list(tmp_path.iterdir())))
+                with pytest.raises(FileExistsError, match="another process is writing .*lora: in a job of several"):
+                    export_lora(model, batches(1), folder, rank=1)
+                export_lora(model, batches(1), tmp_path / "other", rank=1)
+            return super().__iter__()
+
+    export_lora(model, Batches(batches(1)), folder, rank=1)
+    assert seen == [1] and sorted(path.name for path in tmp_path.iterdir()) == ["new", "other"]
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_what_a_killed_export_left_is_not_taken(tmp_path):
+    (tmp_path / ".lora.new").mkdir()
+    (tmp_path / ".lora.new" / "README.md").write_text("the card of another")
+    export_lora(adapted(), batches(1), tmp_path / "lora", rank=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+    assert "A LoRA exported" in (tmp_path / "lora" / "README.md").read_text()
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_the_model_runs(tmp_path, monkeypatch):
     def refuse(dir):
         raise PermissionError(13, "Permission denied")

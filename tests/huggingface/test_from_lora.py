@@ -182,6 +182,7 @@ def test_what_would_not_be_the_same_is_refused(config, message):
         ({"bias": "all"}, "bias"),
         ({"init_lora_weights": "pissa"}, "changed the base"),
         ({"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
+        ({"layer_replication": [(1, 2), (0, 1)]}, "layer_replication"),
     ],
 )
 def test_loras_that_are_more_than_b_a_are_refused(options, message, tmp_path):
@@ -190,6 +191,21 @@ def test_loras_that_are_more_than_b_a_are_refused(options, message, tmp_path):
     for source in (lora, tmp_path):
         with pytest.raises(ValueError, match=message):
             start_from_lora(tiny(), source)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_lora_on_a_head_starts_where_the_head_is_the_same(tmp_path):
+    """peft saves the head's own weights with it."""
+    lora = lora_model(target_modules=["lm_head", "down_proj"])
+    lora.save_pretrained(tmp_path)
+    for source in (lora, tmp_path):
+        model = tiny()
+        start_from_lora(model, source)
+        torch.testing.assert_close(logits(model), logits(lora), rtol=1e-12, atol=1e-12)
+        other = tiny()
+        other.lm_head.weight.data.mul_(2)
+        with pytest.raises(ValueError, match="weights of the base that it was trained on, and this model has others"):
+            start_from_lora(other, source)
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):

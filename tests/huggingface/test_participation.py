@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 import torch
 import transformers
@@ -121,6 +124,54 @@ def test_the_command_for_other_kinds_of_model(kind, config, targets, status, tmp
 def test_without_an_adapter():
     with pytest.raises(ValueError, match="has no active MoS adapter"):
         idle_tensors(tiny(), input_ids=ids())
+
+
+def test_under_inference_mode():
+    model = adapted()
+    before = snapshot(model)
+    with torch.inference_mode():
+        assert idle_tensors(model, **batch("llama", length=12)) == []  # the batch is made here too
+        of_inference = adapted()
+    assert snapshot(model) == before
+    with pytest.raises(ValueError, match="was made under torch.inference_mode.* load the model and its adapter"):
+        idle_tensors(of_inference, input_ids=ids())
+
+
+def test_on_the_meta_device():
+    with torch.device("meta"):
+        model = adapted()
+    with pytest.raises(ValueError, match="is on the meta device: load the base"):
+        idle_tensors(model, input_ids=ids().to("meta"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"base_model_name_or_path": "/home/of/another"},
+            "base model '/home/of/another' of the adapter in .* cannot be",
+        ),
+        ({"base_model_name_or_path": "cut"}, r"cut' of the adapter in .* cannot be loaded \(Error while deserializing"),
+        ({"base_model_name_or_path": 3}, "adapter_config.json is damaged: its base model is 3"),
+        ({"auto_mapping": ["LlamaForCausalLM"]}, r"is damaged: .* of the class \['LlamaForCausalLM'\]"),
+        ({"auto_mapping": {"base_model_class": 3}}, "is damaged: .* of the class 3"),
+        ({"auto_mapping": None, "task_type": ["CAUSAL_LM"]}, r"is damaged: .* of the class \['CAUSAL_LM'\]"),
+    ],
+)
+def test_a_base_that_cannot_be_loaded_is_said(change, message, tmp_path, capsys):
+    for name in ("base", "cut"):
+        tiny(dtype=torch.float32).save_pretrained(tmp_path / name)
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    apply_mos(model, mos(model))
+    save_adapter(model, tmp_path / "mos")
+    path = tmp_path / "mos" / "adapter_config.json"
+    change = {k: str(tmp_path / "cut") if v == "cut" else v for k, v in change.items()}
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert main(["doctor", "--model", str(tmp_path / "mos")]) == 2
+    printed = capsys.readouterr().out
+    assert printed.startswith("error: ") and re.search(message, printed)
 
 
 def test_the_command(tmp_path, capsys):

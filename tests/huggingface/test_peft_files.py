@@ -475,6 +475,30 @@ def test_embeddings_beside_the_adapter_of_a_resized_vocabulary(tmp_path):
     assert state_of(base) == before
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_an_adapter_on_a_head_opens_through_every_door(tmp_path):
+    """peft saves the head's own weights with it."""
+    model = peft_model(target_modules=["lm_head", "down_proj"])
+    model.save_pretrained(tmp_path)
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / WEIGHTS)
+    opened = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert torch.equal(logits(opened), logits(model))
+    opened.load_adapter(tmp_path, "again")
+    opened.set_adapter("again")
+    assert torch.equal(logits(opened), logits(model))
+    plain = tiny()
+    load_adapter(plain, tmp_path)
+    assert torch.equal(logits(plain), logits(model))
+    load_adapter(plain, tmp_path)  # now onto an equal adapter
+    load_adapter(tiny(dtype=torch.bfloat16), tmp_path)  # the same weights, rounded
+    other = tiny()
+    other.lm_head.weight.data.mul_(2)
+    before = state_of(other)
+    with pytest.raises(ValueError, match="'lm_head.base_layer.weight', the weights of the base that it was trained on"):
+        load_adapter(other, tmp_path)
+    assert state_of(other) == before
+
+
 def distilbert():
     """`classifier` is the end of its pre_classifier, too."""
     torch.manual_seed(0)

@@ -471,6 +471,15 @@ def test_what_the_model_does_not_have_is_refused_before_it_changes(options, mess
     assert torch.equal(logits(adapted), expected)
 
 
+@pytest.mark.parametrize("name", ["x.y", "weight", "keys", "training"])
+def test_a_name_that_no_module_can_have_is_refused_before_the_model_changes(name):
+    adapted = peft_model()
+    before = snapshot(adapted)
+    with pytest.raises(ValueError, match="cannot be the name of a torch module: choose another name"):
+        adapted.add_adapter(name, config())
+    assert snapshot(adapted) == before and list(adapted.peft_config) == ["default"]
+
+
 @pytest.mark.parametrize("place", ["router_owners", "follow_attention_mask"])
 def test_an_error_on_the_way_takes_the_adapter_off(place, monkeypatch):
     def fail(*_, **__):

@@ -98,6 +98,9 @@ def test_layers_and_exclusions():
     assert len(found) == 11
     found = names(tiny(), target_modules="all-linear", exclude_modules=r".*self_attn.*")
     assert len(found) == 6
+    for exclude in (["q_proj", "q_porj"], r".*q_porj"):
+        with pytest.warns(UserWarning, match=r"exclude_modules=.*q_porj'\]? matches nothing in LlamaForCausalLM"):
+            names(tiny(), target_modules="all-linear", exclude_modules=exclude)
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])

@@ -434,6 +434,15 @@ def test_given_as_a_plain_callback_the_history_has_the_keys(tmp_path):
     assert "mos/entropy" in entry and "mos/curvature/spherical_mean" in entry
 
 
+@pytest.mark.parametrize("history_file", ["history.jsonl", None])
+def test_a_second_training_begins_a_history_of_its_own(history_file, tmp_path):
+    callback = MoSCallback(history_file)
+    trainer = trainer_for(adapted(), tmp_path, [SAMPLE] * 2, [callback])
+    for _ in range(2):
+        trainer.train()
+        assert [entry["step"] for entry in callback.history] == [1, 2]
+
+
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
 def test_measured_values_are_those_of_the_tokens_of_the_logged_step(tmp_path, use_reentrant):
     model = adapted(router_aux_loss_coef=0.0)

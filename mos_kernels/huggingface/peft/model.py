@@ -188,6 +188,8 @@ def _plan(model: nn.Module, config: MoSPeftConfig, adapter_name: str, state_dict
             f"adapter_name {adapter_name!r} is part of a tensor's name in this model, and peft tells the tensors of "
             "adapters apart by it: choose another name"
         )
+    if "." in adapter_name or hasattr(MoSPeftRouter(model), adapter_name):
+        raise ValueError(f"adapter_name {adapter_name!r} cannot be the name of a torch module: choose another name")
     if config.target_modules is None:
         with contextlib.nullcontext() if state_dict is None else contextlib.suppress(ValueError):
             config.target_modules = _default_targets(model, config, modules)
@@ -239,8 +241,11 @@ def _refuse_misfit(model: nn.Module, config: MoSPeftConfig, plan: Plan, folder: 
         return  # the folder is gone, so nothing will be loaded from it
     if getattr(model, "_checkpoint_conversion_mapping", None):
         return  # tensors are renamed during loading
-    tensors = without_idle(read_tensors(folder / WEIGHTS_NAME), config.to_mos_config())
-    embeddings = {name: tensor for name, tensor in _embeddings(model).items() if name in tensors}
+    found, embeddings = read_tensors(folder / WEIGHTS_NAME), _embeddings(model)
+    plain = {name: name.replace(".base_layer.", ".") for name in found}  # of a head that is to be adapted
+    found = {plain[name] if plain[name] in embeddings else name: tensor for name, tensor in found.items()}
+    tensors = without_idle(found, config.to_mos_config())
+    embeddings = {name: tensor for name, tensor in embeddings.items() if name in tensors}
     require_fit(folder, tensors, adapter_shapes(plan), embeddings | _saved_whole(model, config.modules_to_save or []))
 
 
