@@ -86,10 +86,7 @@ def finetune(argv: Sequence[str], methods: Mapping[str, Method] | None = None, c
         model, names = _add_adapter(model, options.method, config, head, arguments.seed, methods or {}, steps)
         counts, where = results.parameter_counts(model, head), f" on {len(names)} linears" if names else ""
         print(f"model: {options.method}{where} trains {counts['trained']:,} parameters of {counts['total']:,}")
-        try:
-            trainer = _trainer(options, arguments, model, tokenizer, train, evaluation, summary, list(callbacks))
-        except RuntimeError as error:  # a reporter that is not installed
-            raise FinetuneError(error) from error
+        trainer = _trainer(options, arguments, model, tokenizer, train, evaluation, summary, list(callbacks))
     except BaseException as error:
         with contextlib.suppress(OSError):
             Path(arguments.output_dir).rmdir()  # if it is empty
