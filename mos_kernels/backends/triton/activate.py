@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mos_kernels.backends.triton import launch
 from mos_kernels.backends.triton.activations import CODES, activation
-from mos_kernels.backends.triton.numerics import cast, dot, nearest, saturate, settled
+from mos_kernels.backends.triton.numerics import cast, dot, nearest, saturate, settled, where_scalar
 from mos_kernels.call import FFNPlan
 
 
@@ -73,7 +73,7 @@ def activate_kernel(
         if GATED:
             wide *= b_u.to(tl.float32)
         o_next = o_d + BLOCK_D
-        m_next = m_t[:, None] & (o_next[None, :] < D) & (start + BLOCK_D < last)
+        m_next = where_scalar(m_t[:, None] & (o_next[None, :] < D), start + BLOCK_D < last)
         b_g = _load(g, row, o_next, stride_g, m_next)
         b_u = _load(u, row, o_next, stride_u, m_next) if GATED else b_g
         b_h = nearest(wide, dtype)

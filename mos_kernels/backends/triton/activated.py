@@ -21,7 +21,7 @@ from mos_kernels.backends.triton.activations import CODES, activation
 from mos_kernels.backends.triton.bridge import load_factors, load_n, load_p, route_parts, tile_settings
 from mos_kernels.backends.triton.expand import plus_added
 from mos_kernels.backends.triton.geometry import inverse_projection_scale, mapping_code, projection_scale
-from mos_kernels.backends.triton.numerics import bounded, cast, dot, nearest, once, saturate
+from mos_kernels.backends.triton.numerics import bounded, cast, dot, nearest, once, saturate, where_scalar
 from mos_kernels.backends.triton.route import balance, balance_gradient, gates_backward, load_logits, top_k_gates
 from mos_kernels.geometry import guard_back, guard_into
 
@@ -91,7 +91,7 @@ def activated_norm_kernel(
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o_c = tl.arange(0, BLOCK_R)
     m_t, row = o_t < T, o_t.to(tl.int64)
-    m_2 = m_t & (i_e + 1 < E)
+    m_2 = where_scalar(m_t, i_e + 1 < E)
     b_h = _load_h(h, row, m_t, i_e, T, o_c, r, False)
     b_h_2 = _load_h(h, row, m_2, i_e + 1, T, o_c, r, True) if PAIR else b_h
     part = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS) * BLOCK_N
@@ -187,7 +187,7 @@ def activated_expand_kernel(
         u, _ = activation(_v(_load_h(h, row, m_t, i_e, T, o_c, r, False), b_B), ACTIVATION)
         total += _of_token(through_dy, row, m_t, i_e, T)[:, None] * u
         if PAIR:
-            m_2 = m_t & (i_e + 1 < E)
+            m_2 = where_scalar(m_t, i_e + 1 < E)
             u, _ = activation(_v(_load_h(h, row, m_2, i_e + 1, T, o_c, r, True), b_B), ACTIVATION)
             total += _of_token(through_dy, row, m_2, i_e + 1, T)[:, None] * u
     mask = m_t[:, None] & (o_n[None, :] < N)
@@ -216,7 +216,7 @@ def activated_input_kernel(
     c, d = _of_token(through_dy, row, m_t, i_e, T), _of_token(through_u, row, m_t, i_e, T)
     total = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     if PAIR:
-        m_2 = m_t & (i_e + 1 < E)
+        m_2 = where_scalar(m_t, i_e + 1 < E)
         b_h_2 = _load_h(h, row, m_2, i_e + 1, T, o_c, r, True)
         c_2, d_2 = _of_token(through_dy, row, m_2, i_e + 1, T), _of_token(through_u, row, m_2, i_e + 1, T)
         total_2 = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
@@ -261,7 +261,7 @@ def activated_weight_kernel(
         c, d = _of_token(through_dy, row, m_t, i_e, T), _of_token(through_u, row, m_t, i_e, T)
         total = dot(tl.trans(_dv(b_dy, b_h, b_B, c, d, ACTIVATION)), b_h, total)
         if PAIR:  # into the same sum: the columns of the other expert are 0
-            m_2 = m_t & (i_e + 1 < E)
+            m_2 = where_scalar(m_t, i_e + 1 < E)
             b_h = _load_h(h, row, m_2, i_e + 1, T, o_c, r, True)
             c, d = _of_token(through_dy, row, m_2, i_e + 1, T), _of_token(through_u, row, m_2, i_e + 1, T)
             total = dot(tl.trans(_dv(b_dy, b_h, b_B, c, d, ACTIVATION)), b_h, total)

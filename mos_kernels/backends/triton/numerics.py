@@ -40,6 +40,15 @@ def nearest(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def where_scalar(mask, condition):
+    """mask & condition, which is a scalar."""
+    mask = mask & condition
+    if INTERPRET:  # that of Triton 3.9 makes integers of it, and takes no integers as a mask
+        mask = mask != 0
+    return mask
+
+
+@triton.jit
 def once(tile):
     """The tile as it is, each number computed by one thread. Where a tile is wanted in another layout, as one of two
     dimensions that meets one of three, Triton computes it, and all that it was computed from, again in every thread
