@@ -181,20 +181,18 @@ def _load(source: str, load, **settings):
     logging.set_verbosity_error()  # no warning about the new head, which is expected
     try:
         found = load(source, **settings)
-        if getattr(found[0] if isinstance(found, tuple) else found, "peft_config", None):
-            raise FinetuneError(
-                f"--model {source} holds an adapter too (adapter_config.json), which the new one would replace: give "
-                "the base model without it"
-            )
-        return found
-    except FinetuneError:
-        raise
     except (OSError, ValueError) as error:
         message = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         advice = "" if Path(source).is_dir() else "; without the Hugging Face hub, give --model a local folder"
         raise FinetuneError(f"--model {source} cannot be loaded: {message}{advice}") from error
     finally:
         logging.set_verbosity(before)
+    if getattr(found[0] if isinstance(found, tuple) else found, "peft_config", None):
+        raise FinetuneError(
+            f"--model {source} holds an adapter too (adapter_config.json), which the new one would replace: give the "
+            "base model without it"
+        )
+    return found
 
 
 def _add_adapter(model, method: str, config, head: list[str], seed: int, methods: Mapping[str, Method], steps: int):

@@ -138,10 +138,8 @@ def _export(options: argparse.Namespace) -> ExportReport:
 def _classes(options: argparse.Namespace, count: int, rows: Rows) -> list[str]:
     """The classes in the order of the model's logits. The adapter's own files do not say it."""
     labels = sorted({label_of(*row, options.label_column) for row in rows}, key=class_order)
-    numbers, metrics = (
-        [str(number) for number in range(count)],
-        Path(options.adapter).absolute().parent / "metrics.json",
-    )
+    numbers = [str(number) for number in range(count)]
+    metrics = Path(options.adapter).absolute().parent / "metrics.json"
     found = options.classes
     if found is None and metrics.is_file():
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -114,10 +114,9 @@ def find_targets(
     Raises ValueError or TypeError if an entry of target_modules, or an index in layers_to_transform, matches nothing,
     or if a match is not a linear that can be adapted. Warns if an entry of exclude_modules matches nothing.
     """
-    every = list(model.named_modules(remove_duplicate=False))
     if modules is None:
         _refuse_adapted(model)
-        modules = every
+        modules = list(model.named_modules(remove_duplicate=False))
     if config.layers_to_transform is not None and isinstance(config.target_modules, str):
         raise ValueError(
             f"layers_to_transform={config.layers_to_transform} has no effect when target_modules is the string "
@@ -145,11 +144,16 @@ def find_targets(
             names[module].append(name)
     targets = [Target(tuple(found), module) for module, found in names.items()]
     _require_patterns(config, targets)
-    excluded, known = config.exclude_modules or (), [name for name, _ in (*every, *model.named_parameters())]
+    if config.exclude_modules:
+        _warn_of_idle_exclusions(model, config.exclude_modules)
+    return targets
+
+
+def _warn_of_idle_exclusions(model: nn.Module, excluded: str | Sequence[str]) -> None:
+    known = [name for name, _ in (*model.named_modules(remove_duplicate=False), *model.named_parameters())]
     for entry in [excluded] if isinstance(excluded, str) else [[ending] for ending in excluded]:
         if not any(_ends_with_any(name, entry) for name in known):
-            warnings.warn(f"exclude_modules={entry!r} matches nothing in {type(model).__name__}", stacklevel=3)
-    return targets
+            warnings.warn(f"exclude_modules={entry!r} matches nothing in {type(model).__name__}", stacklevel=4)
 
 
 def is_target(config: MoSConfig, name: str) -> bool:

@@ -41,7 +41,9 @@ def tables(found: Rows, exports: Rows = ()) -> str:
     more = f", and {len(found) - done} more" if done < len(found) else ""
     commits = ", ".join(sorted({row["commit"][:12] for row in found}))
     parts = [f"{done} of {len(planned)} planned runs are done{more}. Commits: {commits}."]
-    datasets = {name: [row for row in found if row["dataset"] == name] for name in {row["dataset"]: 0 for row in found}}
+    datasets: dict[str, list[dict]] = {}
+    for row in found:
+        datasets.setdefault(row["dataset"], []).append(row)
     for dataset, here in datasets.items():
         parts += [f"### {dataset}", _solved(here), "Against LoRA r=8 on the same problems, at the same seeds:"]
         parts += [_paired([here], LORA, RATES), "Cost, the mean of a method's runs:", _cost(here)]

@@ -43,7 +43,7 @@ def nearest(value, dtype: tl.constexpr):
 def where_scalar(mask, condition):
     """mask & condition, which is a scalar."""
     mask = mask & condition
-    if INTERPRET:  # that of Triton 3.9 makes integers of it, and takes no integers as a mask
+    if INTERPRET:  # Triton 3.9's makes integers of the two, and takes no integers as a mask
         mask = mask != 0
     return mask
 
