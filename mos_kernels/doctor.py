@@ -52,8 +52,9 @@ def _report(device: torch.device) -> int:
     print(f"  triton: {'can run here' if reason is None else 'cannot run here: ' + reason}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("  TRITON_INTERPRET=1: kernels run in Triton's interpreter, for tests, thousands of times slower")
+    backends = {chosen, "eager"} | ({"triton"} if reason is None else set())
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
-    return sum(_check(device, dtype, backend) for backend in sorted({chosen, "eager"}) for dtype in dtypes)
+    return sum(_check(device, dtype, backend) for backend in sorted(backends) for dtype in dtypes)
 
 
 def _check(device: torch.device, dtype: torch.dtype, backend: str) -> int:

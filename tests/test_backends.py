@@ -116,3 +116,14 @@ def test_doctor_names_a_backend_that_does_not_exist(monkeypatch, capsys):
     monkeypatch.setenv("MOS_BACKEND", "cuda")
     assert doctor.run() == 1
     assert "MOS_BACKEND: 'cuda' is no backend" in capsys.readouterr().out
+
+
+@needs_triton
+def test_doctor_tries_every_backend_that_it_says_can_run(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv("MOS_BACKEND", raising=False)
+    tried = []
+    monkeypatch.setattr(doctor, "_check", lambda device, dtype, backend: tried.append(backend) or 0)
+    assert doctor.run() == 0
+    assert "triton: can run here" in capsys.readouterr().out
+    assert set(tried) == {"eager", "triton"}
