@@ -18,6 +18,7 @@ from mos_kernels.huggingface.modules import (
     adapter_parameters,
     mos_modules,
     own_adapter_parameters,
+    plain_name,
     refuse_parallel,
     unwrap,
 )
@@ -81,7 +82,7 @@ def apply_mos(model: nn.Module, config: MoSConfig) -> AppliedMoS:
 
 def install(model: nn.Module, plan: Plan) -> None:
     """Carry out a plan."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     try:
         layers = [linear.build() for linear in plan.linears]
         routers = [block.build() for block in plan.blocks]
@@ -140,7 +141,7 @@ def remove_mos(model: nn.Module) -> list[str]:
     forget_attention_mask(model)
     for state in adapter_states(model):
         state.remove()
-    return [names[0] for names in places.values()]
+    return [plain_name(names[0]) for names in places.values()]
 
 
 def activated_parameters(model: nn.Module) -> ParameterCount:

@@ -17,7 +17,7 @@ from mos_kernels.huggingface.balance import set_factor
 from mos_kernels.huggingface.history import HistoryFile, curvature_logs, dimensionless_curvature, routing_logs
 from mos_kernels.huggingface.modules import adapter_parameters, forward_through, mos_modules
 from mos_kernels.huggingface.routing_report import measured_routing
-from mos_kernels.huggingface.state import note_trained
+from mos_kernels.huggingface.state import prepare_training
 from mos_kernels.run_report.log import HISTORY
 
 UNCOMPILED_EVERY = 10
@@ -37,7 +37,7 @@ def mos_param_groups(
     A and B have weight decay. The routers and the curvature have none, and may have learning rates of their own. Of the
     other parameters, matrices decay and vectors (biases, norms) do not. `curvature_lr` is the learning rate of θ, which
     the layer multiplies by `curvature_lr_ratio`. Groups without parameters are left out. Raises ValueError if no
-    parameter is trainable.
+    parameter is trainable, or if something has replaced an adapted linear.
     """
     groups = {
         name: {"name": name, "params": [], "lr": lr if rate is None else rate, "weight_decay": decay}
@@ -49,7 +49,7 @@ def mos_param_groups(
             ("other_no_decay", None, 0.0),
         )
     }
-    note_trained(model)
+    prepare_training(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -134,7 +134,7 @@ class MoSCallback(TrainerCallback):
                 f"no parameter of {type(model).__name__} is trainable: load the adapter with is_trainable=True, or do "
                 "not freeze the model after the adapter was put on"
             )
-        note_trained(model)
+        prepare_training(model)
         self._stop_measuring()
         self._begin()
         resumed = self._file.open(self.history_file, args, state, model)

@@ -28,6 +28,7 @@ from mos_kernels.huggingface.modules import (
     adapter_parameters,
     forward_through,
     mos_adapters,
+    plain_name,
     unwrap,
 )
 from mos_kernels.huggingface.state import adapter_state, tensors_of
@@ -216,7 +217,7 @@ def _linears(model: nn.Module) -> list[LinearFit]:
     found, idle = [], set()
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for name, layer in model.named_modules():
-        named = layer._modules.get("mos_adapter")
+        name, named = plain_name(name), layer._modules.get("mos_adapter")
         if isinstance(layer, MoSLayer):
             adapters = {None: layer}
         elif isinstance(named, nn.ModuleDict):
@@ -446,7 +447,7 @@ def _modules_saved_whole(outer: nn.Module, inner: nn.Module) -> tuple[list[str],
 def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
     """The ends of the linears' names, as users and servers write them; full names if the ends match other modules."""
     ends = sorted({name.rpartition(".")[2] for name in names})
-    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
+    matched = {plain_name(name) for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
     return ends if matched == set(names) else names
 
 

@@ -21,10 +21,17 @@ from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.apply import install, remove_mos
 from mos_kernels.huggingface.atomic import CONFIG_NAME, WEIGHTS_NAME, write_folder
 from mos_kernels.huggingface.card import adapter_card, classes_to_load
-from mos_kernels.huggingface.modules import adapter_parameters, own_adapter_parameters, refuse_parallel, unwrap
+from mos_kernels.huggingface.modules import (
+    adapter_parameters,
+    mos_adapters,
+    own_adapter_parameters,
+    plain_name,
+    refuse_parallel,
+    unwrap,
+)
 from mos_kernels.huggingface.plan import PlannedLinear, adapter_shapes, make_plan
 from mos_kernels.huggingface.state import adapter_state, tensors_of
-from mos_kernels.huggingface.targets import is_linear, is_target, refuse_peft
+from mos_kernels.huggingface.targets import refuse_peft
 from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, offload_hook, parameter_shapes
 from mos_kernels.sharded import gathered, refuse_zero3, spread_like, whole, whole_shape, write_once
 
@@ -60,7 +67,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     if state is None:
         raise ValueError(f"{type(model).__name__} has no MoS adapter: call apply_mos(model, config) first")
     refuse_peft(model)  # its parameters would be saved as modules of the base
-    _require_complete(model, state.config)
+    state.require_adapted()
+    _require_parameters(model)
     modules = state.modules_to_save()
     saved = tensors_of(model, [*modules, *named_by_ending(model, modules)])
     parameters = {**adapter_parameters(model), **saved}
@@ -75,23 +83,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     write_once(parameters.values(), lambda: write_folder(Path(folder), tensors, config, card))
 
 
-def _require_complete(model: nn.Module, config: MoSConfig) -> None:
-    """ValueError if a tensor is missing without which the adapter could not be loaded."""
-    wrapped: tuple[str, ...] = ()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, MoSLayer):
-            wrapped += (f"{name}.",)
-            for parameter in own_adapter_parameters(module):
-                if parameter not in module._parameters:
-                    raise ValueError(
-                        f"'{name}.{parameter}' is no parameter now: if it is pruned or parametrised, call "
-                        "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations before"
-                    )
-        elif is_linear(module) and is_target(config, name) and not name.startswith(wrapped):
-            raise ValueError(
-                f"{name!r} has no adapter, and target_modules names it: something has replaced it since apply_mos, "
-                "such as resize_token_embeddings. Do that before apply_mos or load_adapter"
-            )
+def _require_parameters(model: nn.Module) -> None:
+    """ValueError if a tensor of the adapter would not be saved."""
+    for name, layer in mos_adapters(model).items():
+        for parameter in own_adapter_parameters(layer):
+            if parameter not in layer._parameters:
+                raise ValueError(
+                    f"'{name}.{parameter}' is no parameter now: if it is pruned or parametrised, call "
+                    "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations before"
+                )
 
 
 def about_base(model: nn.Module) -> dict:
@@ -157,7 +157,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool
             fixed = name.endswith("mos_curvature") and not config.learn_curvature
             target.requires_grad_(is_trainable and not fixed)
     adapter_state(model).trains = is_trainable
-    return [name for name, module in model.named_modules() if isinstance(module, MoSLayer)]
+    return [plain_name(name) for name, module in model.named_modules() if isinstance(module, MoSLayer)]
 
 
 def refuse_damaged(folder: Path) -> None:
@@ -292,7 +292,7 @@ def without_base(where, tensors: dict[str, Tensor], model: nn.Module) -> dict[st
     ValueError if they are not those of the model, up to the precision of either.
     """
     ours = {name: name.replace(".base_layer.", ".") for name in tensors if ".base_layer." in name}
-    own = model.state_dict(keep_vars=True) if ours else {}
+    own = {plain_name(key): tensor for key, tensor in model.state_dict(keep_vars=True).items()} if ours else {}
     for name, plain in ours.items():
         value, found = tensors[name], own.get(plain)
         if found is None or whole_shape(found) != tuple(value.shape):
@@ -373,7 +373,7 @@ def named_by_ending(model: nn.Module, entries: list[str]) -> list[str]:
     """The modules that peft matches within a word: the entry "classifier" also matches pre_classifier."""
     return [
         name
-        for name, _ in model.named_modules()
+        for name in dict.fromkeys(plain_name(name) for name, _ in model.named_modules())
         if any(name.endswith(entry) and not f".{name}".endswith(f".{entry}") for entry in entries)
     ]
 
@@ -382,7 +382,7 @@ def require_untied(where, model: nn.Module, whole: dict[str, Tensor], values: di
     """ValueError if a loaded module shares its parameter with another module, such as a head tied to the embeddings."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+        names.setdefault(id(parameter), []).append(plain_name(name))
     for name, target in whole.items():
         for other in names.get(id(target), []):
             if other not in values or not torch.equal(values[other], values[name]):

@@ -112,7 +112,7 @@ def start_from_lora(
     install(model, plan)
     with torch.no_grad():
         for linear in plan.linears:
-            layer = model.get_submodule(linear.name)
+            layer = model.get_submodule(linear.target.names[0])
             _fill(layer, found.factors.get(linear.name))
             if layer.mos_router is not None:
                 layer.mos_router.copy_(_router(layer.mos_router, layer.config))

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from mos_kernels.config import SPACES, MoSConfig
-from mos_kernels.huggingface.modules import active_names, mos_adapters
+from mos_kernels.huggingface.modules import active_names, mos_adapters, router_owners
 from mos_kernels.huggingface.state import adapter_states
 from mos_kernels.run_report.log import append_line, complete_lines, write_lines
 
@@ -86,8 +86,9 @@ def dimensionless_curvature(model: nn.Module) -> dict[str, list[float]]:
 def curvature_logs(model: nn.Module, curvature: dict[str, list[float]]) -> dict[str, float]:
     """The keys mos/curvature/*, from the result of `dimensionless_curvature`."""
     by_space: dict[str, list[float]] = {space: [] for space in SPACES}
+    adapters = mos_adapters(model)
     for name, values in curvature.items():
-        for space, value in zip(model.get_submodule(name).config.expert_spaces, values, strict=True):
+        for space, value in zip(adapters[name].config.expert_spaces, values, strict=True):
             by_space[space].append(value)
     logs = {}
     for space, values in by_space.items():
@@ -103,8 +104,9 @@ def routing_logs(model: nn.Module, routing: dict[str, dict]) -> dict[str, float]
     if not routing:
         return {}
     logs = dict.fromkeys((f"mos/share/{space}" for space in SPACES), 0.0)
+    owners = router_owners(model)
     for name, summary in routing.items():
-        for space, share in zip(model.get_submodule(name).config.expert_spaces, summary["share"], strict=True):
+        for space, share in zip(owners[name].config.expert_spaces, summary["share"], strict=True):
             logs[f"mos/share/{space}"] += share / len(routing)
     logs["mos/share/max"] = max(max(summary["share"]) for summary in routing.values())
     for key in ("entropy", "aux_loss"):

@@ -52,6 +52,15 @@ def forward_through(module: nn.Module, around: Callable) -> Iterator[None]:
             delattr(module, name)
 
 
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+"""What torch.compile(layer) and torch's checkpoint_wrapper(layer) call the layer inside."""
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or tensor as it is without compiled or checkpointed layers: as in files and options."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def own_adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter parameters that belong to this module itself, by their names in it."""
     if isinstance(module, MoSRouter):
@@ -62,8 +71,8 @@ def own_adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def mos_modules(model: nn.Module, inactive: bool = False) -> dict[str, MoSAdapter | MoSRouter]:
-    """The adapters and routers of a model, by name. inactive: include those of inactive adapters under peft."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, (MoSAdapter, MoSRouter))}
+    """The adapters and routers of a model, by `plain_name`. inactive: include those of inactive adapters under peft."""
+    found = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, (MoSAdapter, MoSRouter))}
     idle = set() if inactive else _inactive(model)
     return {name: module for name, module in found.items() if module not in idle}
 
@@ -90,9 +99,9 @@ def mos_adapters(model: nn.Module) -> dict[str, MoSAdapter]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter of the adapter on `model` (with peft: of the active adapters), by name."""
+    """Every parameter of the adapter on `model` (with peft: of the active adapters), by `plain_name`."""
     own = {id(p) for module in mos_modules(model).values() for p in own_adapter_parameters(module).values()}
-    return {name: p for name, p in model.named_parameters() if id(p) in own}
+    return {plain_name(name): p for name, p in model.named_parameters() if id(p) in own}
 
 
 def router_owners(model: nn.Module, inactive: bool = False) -> dict[str, nn.Module]:

@@ -171,7 +171,7 @@ def _by_parent(model: nn.Module, targets: list[Target]) -> dict[nn.Module, dict[
     for target in targets:
         parent = _parent(model, target)
         if parent is not None:
-            children[parent][target.name.rpartition(".")[2]] = target
+            children[parent][target.names[0].rpartition(".")[2]] = target
     return children
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mos_kernels.config import MoSConfig
-from mos_kernels.huggingface.modules import PreHook, adapter_parameters, own_adapter_parameters
-from mos_kernels.huggingface.targets import refuse_peft
+from mos_kernels.huggingface.modules import PreHook, adapter_parameters, own_adapter_parameters, plain_name
+from mos_kernels.huggingface.targets import refuse_peft, require_adapted
 from mos_kernels.sharded import is_dtensor, spread_like
 
 _STATE = "_mos_adapter"
@@ -66,6 +66,10 @@ class AdapterState(PreHook):
         """Add the parameters that are trainable now to `trained`."""
         self.trained.update(_trainable(self._model()))
 
+    def require_adapted(self) -> None:
+        """ValueError if a linear has lost its adapter."""
+        require_adapted(self._model(), self.config)
+
     def modules_to_save(self) -> list[str]:
         """The names of the modules that were trained beside the adapter, in the model's order."""
         self.note()
@@ -77,7 +81,8 @@ class AdapterState(PreHook):
                 "cannot name it: move it into a module, or freeze it before the first forward"
             )
         # all names of a shared module, since peft gives each name a copy
-        return [name for name, _ in self._model().named_modules(remove_duplicate=False) if name in owners]
+        names = (plain_name(name) for name, _ in self._model().named_modules(remove_duplicate=False))
+        return [name for name in dict.fromkeys(names) if name in owners]
 
     def replace(self, values: Mapping[str, Tensor]) -> None:
         """Load the modules that come with an adapter, and undo those that an earlier adapter brought.
@@ -112,7 +117,7 @@ class AdapterState(PreHook):
         """Restore the model as it was before the adapter, and remove this state."""
         self.replace({})
         for name, parameter in self._model().named_parameters():
-            parameter.requires_grad_(name in self.trainable_before)
+            parameter.requires_grad_(plain_name(name) in self.trainable_before)
         self.detach(self._model())
         delattr(self._model(), _STATE)
 
@@ -141,25 +146,25 @@ def adapter_states(model: nn.Module) -> list[AdapterState]:
     return [vars(module)[_STATE] for module in model.modules() if _STATE in vars(module)]
 
 
-def note_trained(model: nn.Module) -> None:
-    """Note what is trainable now, for every adapter on `model`. Forwards of a compiled model do not do so."""
+def prepare_training(model: nn.Module) -> None:
+    """Note what is trainable now, for every adapter on `model`. ValueError if a linear has lost its adapter."""
     for state in adapter_states(model):
+        state.require_adapted()
         state.note()
 
 
 def tensors_of(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of the named modules, without those of the adapter.
+    """The parameters and persistent buffers of the named modules, by `plain_name`, without those of the adapter.
 
     Names match as in peft. A name that matches nothing is no error, since peft lists the heads of all classifiers.
     """
     adapter = adapter_parameters(model)
     found = {}
     for entry in modules:
-        matches = [
-            (name, module) for name, module in model.named_modules() if name == entry or name.endswith("." + entry)
-        ]
-        for name, module in matches:
-            found |= {f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
+        for name, module in model.named_modules():
+            if f".{plain_name(name)}".endswith(f".{entry}"):
+                tensors = module.state_dict(keep_vars=True).items()
+                found |= {plain_name(f"{name}.{key}"): tensor for key, tensor in tensors}
     return {name: tensor for name, tensor in found.items() if name not in adapter}
 
 
@@ -170,5 +175,5 @@ def _trainable(model: nn.Module) -> list[str]:
         trainable = [(name, p) for name, p in module._parameters.items() if p is not None and p.requires_grad]
         if trainable:  # few modules are, and this runs at every forward
             own = {id(p) for p in own_adapter_parameters(module).values()}
-            found += [f"{place}.{name}".lstrip(".") for name, p in trainable if id(p) not in own]
+            found += [plain_name(f"{place}.{name}").lstrip(".") for name, p in trainable if id(p) not in own]
     return found

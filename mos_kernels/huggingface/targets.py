@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mos_kernels.config import MoSConfig
+from mos_kernels.huggingface.modules import plain_name
 from mos_kernels.huggingface.past_forward import why_past_forward
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSLinear, MoSRouter, MoSWrapped, is_dense, offload_hook
 from mos_kernels.sharded import refuse_fsdp1, refuse_sharded
@@ -50,7 +51,8 @@ class Target:
 
     @property
     def name(self) -> str:
-        return self.names[0]
+        """The first of the names, as in files."""
+        return plain_name(self.names[0])
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -128,13 +130,13 @@ def find_targets(
             (name, module)
             for name, module in modules
             if is_linear(module)
-            and not _ends_with_any(name, config.exclude_modules)
+            and not _ends_with_any(plain_name(name), config.exclude_modules)
             and not any(module is head for head in heads)
         ]
     else:
         _refuse_3d_parameters(model, config)
         matched = [(name, module) for name, module in modules if name and is_target(config, name)]
-    _require_matches(model, config, [name for name, _ in matched], [name for name, _ in modules])
+    _require_matches(model, config, *([plain_name(name) for name, _ in found] for found in (matched, modules)))
     for name, module in matched:
         _require_plain_linear(name, module, model, config)
 
@@ -152,7 +154,7 @@ def find_targets(
 def _warn_of_idle_exclusions(model: nn.Module, excluded: str | Sequence[str]) -> None:
     known = [name for name, _ in (*model.named_modules(remove_duplicate=False), *model.named_parameters())]
     for entry in [excluded] if isinstance(excluded, str) else [[ending] for ending in excluded]:
-        if not any(_ends_with_any(name, entry) for name in known):
+        if not any(_ends_with_any(plain_name(name), entry) for name in known):
             warnings.warn(f"exclude_modules={entry!r} matches nothing in {type(model).__name__}", stacklevel=4)
 
 
@@ -161,6 +163,7 @@ def is_target(config: MoSConfig, name: str) -> bool:
 
     A full name in target_modules is selected whatever its layer.
     """
+    name = plain_name(name)
     if _ends_with_any(name, config.exclude_modules) or not _ends_with_any(name, config.target_modules):
         return False
     return isinstance(config.target_modules, str) or name in config.target_modules or _in_layers(config, name)
@@ -175,6 +178,19 @@ def layer_index(name: str, layers_pattern) -> int | None:
         matches = (re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<index>\d+)\.", name) for pattern in patterns)
         found = next((match for match in matches if match), None)
     return int(found["index"]) if found else None
+
+
+def require_adapted(model: nn.Module, config: MoSConfig) -> None:
+    """ValueError if a linear that `config` names has no adapter."""
+    wrapped: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, MoSLayer):
+            wrapped += (f"{name}.",)
+        elif is_linear(module) and is_target(config, name) and not name.startswith(wrapped):
+            raise ValueError(
+                f"{plain_name(name)!r} has no adapter, and target_modules names it: something has replaced it since "
+                "apply_mos, such as resize_token_embeddings. Do that before apply_mos or load_adapter"
+            )
 
 
 def _in_layers(config: MoSConfig, name: str) -> bool:

@@ -18,7 +18,17 @@ from torch.testing import assert_close
 from transformers import BertForSequenceClassification
 
 from mos_kernels import MoSConfig
-from mos_kernels.huggingface import MoSPeftConfig, apply_mos, export_lora, files, load_adapter, remove_mos, save_adapter
+from mos_kernels.huggingface import (
+    MoSCallback,
+    MoSPeftConfig,
+    apply_mos,
+    export_lora,
+    files,
+    load_adapter,
+    mos_param_groups,
+    remove_mos,
+    save_adapter,
+)
 from mos_kernels.huggingface import apply as apply_module
 
 CONFIG, WEIGHTS = files.CONFIG_NAME, files.WEIGHTS_NAME
@@ -419,6 +429,17 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
     lost = "'lm_head' has no adapter, and target_modules names it: something has replaced it since apply_mos"
     on_head = {"target_modules": ["lm_head", "down_proj"]}
     refused_to_save(lambda model, down: model.resize_token_embeddings(60), lost, **on_head)
+
+
+def test_training_does_not_begin_where_a_linear_has_lost_its_adapter():
+    model = tiny()
+    apply_mos(model, mos(model, target_modules=["lm_head", "down_proj"]))
+    model.resize_token_embeddings(60)
+    lost = "'lm_head' has no adapter, and target_modules names it: something has replaced it since apply_mos"
+    with pytest.raises(ValueError, match=lost):
+        mos_param_groups(model, 1e-3)
+    with pytest.raises(ValueError, match=lost):
+        MoSCallback().on_train_begin(None, None, None, model=model)
 
 
 def test_beside_a_lora_of_pefts_nothing_is_saved(tmp_path):

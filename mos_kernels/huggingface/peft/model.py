@@ -25,7 +25,7 @@ from mos_kernels.huggingface.attention_mask import follow_attention_mask, forget
 from mos_kernels.huggingface.blocks import add_router, recognise, remove_router
 from mos_kernels.huggingface.files import PREFIX as FILE_PREFIX
 from mos_kernels.huggingface.files import read_tensors, require_finite, require_fit, require_shapes, without_idle
-from mos_kernels.huggingface.modules import router_owners
+from mos_kernels.huggingface.modules import plain_name, router_owners
 from mos_kernels.huggingface.peft.config import MOSELORA, MoSPeftConfig
 from mos_kernels.huggingface.peft.layer import WHY_NO_MERGE, MoSPeftLayer, MoSPeftRouter, MoSTunerLayer
 from mos_kernels.huggingface.plan import Plan, PlannedBlock, adapter_shapes, make_plan
@@ -144,26 +144,28 @@ class MoSPeftModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        inner = f".mos_adapter.{adapter_name}."
+        key, inner = plain_name(key), f".mos_adapter.{adapter_name}."
         return key.replace(inner, ".") if inner in key else super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         by_transformers = tuple(f".{parameter}.{adapter_name}" for parameter in ADAPTER_PARAMETERS)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return found | {name: tensor for name, tensor in state_dict.items() if name.endswith(by_transformers)}
+        # peft looks for them under the modules' names, which checkpoint_wrapper leaves out of a state dict
+        own = {name: tensor for name, tensor in state_dict.items() if _is_own(name, adapter_name)}
+        return found | own | {name: tensor for name, tensor in state_dict.items() if name.endswith(by_transformers)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict[str, Tensor]:
         """As in peft. ValueError, before a value is loaded, for missing, unknown, misshapen or non-finite tensors."""
-        endings = f".mos_adapter.{adapter_name}", f".mos_router.{adapter_name}"
-        own = {name: p for name, p in model.named_parameters() if name.rpartition(".")[0].endswith(endings)}
+        state = model.state_dict(keep_vars=True)
+        own = {name: parameter for name, parameter in state.items() if _is_own(name, adapter_name)}
         in_file = {
             cls._remove_adapter_name_from_key(name, adapter_name).removeprefix(FILE_PREFIX): name for name in own
         }
         tensors = without_idle(state_dict, config.to_mos_config())
         found = {in_file.get(name.removeprefix(FILE_PREFIX), name): tensor for name, tensor in tensors.items()}
-        base = {name.removeprefix(FILE_PREFIX) for name in model.state_dict()}
+        base = {name.removeprefix(FILE_PREFIX) for name in state}
         base -= {name.removeprefix(FILE_PREFIX) for name in _embeddings(model)}
         others = [name for name in found if name not in own and f".modules_to_save.{adapter_name}." not in name]
         foreign = {name for name in others if ".mos_" in name or name.removeprefix(FILE_PREFIX) in base}
@@ -171,6 +173,11 @@ class MoSPeftModel(BaseTuner):
         require_shapes(where, checked, {name: tuple(parameter.shape) for name, parameter in own.items()})
         require_finite(where, found, {name: torch.float64 for name in found if name not in own})
         return found
+
+
+def _is_own(name: str, adapter_name: str) -> bool:
+    """Whether a tensor of the model belongs to the adapter."""
+    return name.rpartition(".")[0].endswith((f".mos_adapter.{adapter_name}", f".mos_router.{adapter_name}"))
 
 
 def _uncompiled(name: str) -> str:
