@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from mos_kernels import ops
 from mos_kernels.backends import resolve_backend
+from mos_kernels.backends.eager_ffn import phi
 from mos_kernels.call import FFNPlan, FFNTensors, autocast_dtype, is_autocast
 from mos_kernels.ffn_kept import looked_up, remembered
 from mos_kernels.ffn_node import FFNForm, Observer, Part, Parts, is_called_plainly, parts_of, phi_of, why_not_one
@@ -35,6 +36,7 @@ def ffn_forward(block: nn.Module, form: FFNForm, *args, **kwargs) -> Tensor:
     if form.fused:
         inputs = inputs[0].chunk(2, -1)
     hidden = _through(block, form.activation, inputs[0])
+    hidden = hidden if form.phi is None else phi(hidden, form.phi)
     if len(inputs) == 2:
         hidden = hidden * inputs[1]
     hidden = _through(block, form.hidden, hidden)

@@ -37,7 +37,8 @@ class FFNForm:
 
     inputs: the linears that read the block's input: (gate, up), (fused gate_up,) or (up,). fused: whether a single
     input linear computes gate and up, in this order. activation: the modules on the gate (or on the single input).
-    hidden: the modules before `down`. output: the modules after it. routed: the linears that take gates.
+    hidden: the modules before `down`. output: the modules after it. routed: the linears that take gates. phi: an
+    activation that is no module, as an `FFNPlan` names it.
     """
 
     inputs: tuple[str, ...]
@@ -47,6 +48,7 @@ class FFNForm:
     down: str
     output: tuple[str, ...]
     routed: tuple[str, ...] = ()
+    phi: str | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -204,7 +206,7 @@ _PHI = {"SiLU": "silu", "SiLUActivation": "silu", "GELU": "gelu", "GELUActivatio
 def phi_of(block: nn.Module, form: FFNForm) -> str | None:
     """The activation as an `FFNPlan` names it; None for another one."""
     if len(form.activation) != 1:
-        return None
+        return None if form.activation else form.phi
     module = getattr(block, form.activation[0])
     kind = type(module)
     if not kind.__module__.startswith(("torch.nn.", "transformers.")):

@@ -170,7 +170,9 @@ def _check(t: LinearTensors, config: MoSConfig) -> None:
     if t.gates is None and t.router is None:
         raise ValueError(
             "no gates were passed, and with router_scope='ffn' the layer has no router of its own: "
-            "pass gates=MoSRouter(...)(block_input), or use router_scope='linear'"
+            "pass gates=MoSRouter(...)(block_input), or use router_scope='linear'. If it is in an FFN block of "
+            "transformers, something has replaced the block's forward, as Liger does: MoSCallback.add_to(trainer) puts "
+            "it back"
         )
     if t.gates is not None:
         require_gates(t.gates, x, config)

@@ -84,7 +84,7 @@ def ffn_inference(t: FFNTensors, plan: FFNPlan) -> Tensor:
         outputs = [_few_expanded(x, *one) for one in zip(t.reads, z, made.reads.B, strict=True)]
         if plan.fused:
             outputs = outputs[0].chunk(2, -1)
-        h = _phi(outputs[0], plan.activation)
+        h = phi(outputs[0], plan.activation)
         if plan.gated:
             h *= outputs[1]
         p, n, _ = eager_few.shrink(h, made.down)
@@ -211,7 +211,8 @@ def _halves(outputs: Sequence[Tensor], part: slice, plan: FFNPlan) -> tuple[Tens
     return first, second[0] if second else None
 
 
-def _phi(g: Tensor, name: str) -> Tensor:
+def phi(g: Tensor, name: str) -> Tensor:
+    """The activation of an FFN, as an `FFNPlan` names it."""
     if name == "silu":
         return F.silu(g)
     return F.gelu(g, approximate="tanh" if name == "gelu_tanh" else "none")
@@ -232,8 +233,8 @@ def _activate(outputs: Sequence[Tensor], A: Tensor, plan: FFNPlan) -> tuple[Tens
     p, n = [], []
     for part in _tokens_at_a_time(outputs):
         g, u = _halves(outputs, part, plan)
-        phi, few = _phi(g, plan.activation), h[part]
-        few.copy_(phi) if u is None else torch.mul(phi, u, out=few)
+        phi_g, few = phi(g, plan.activation), h[part]
+        few.copy_(phi_g) if u is None else torch.mul(phi_g, u, out=few)
         p.append(eager.narrow_matmul(few, rows, like.dtype))
         n.append(eager.squared_norm(few))
     p, n = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (p, n))
@@ -256,8 +257,8 @@ def _activate_backward(
     for part in _tokens_at_a_time(outputs):
         g, u = _halves(outputs, part, plan)
         dg, du = _halves(gradients, part, plan)
-        phi, few = _phi(g, plan.activation), dh[part]
-        h = phi if u is None else phi * u
+        phi_g, few = phi(g, plan.activation), dh[part]
+        h = phi_g if u is None else phi_g * u
         if needs_A:
             dA += eager.narrow_matmul(dp[part].t(), h, dtype)
         twice = 2 * dn[part].unsqueeze(-1)
@@ -268,5 +269,5 @@ def _activate_backward(
             few.copy_(total)  # float16 infinite where it was, which a gradient scaler looks for
         _phi_backward(few if u is None else few * u, g, plan.activation, dg)
         if u is not None:
-            torch.mul(few, phi, out=du)
+            torch.mul(few, phi_g, out=du)
     return gradients, None if dA is None else dA.view(A.shape)

@@ -7,7 +7,7 @@ The forward of a block is traced by torch.fx. It is replaced only if it has one 
     down(act(up(x)))                                               GPT-2, CLIP, GPT-NeoX, Phi
 
 act may be several modules with one input each. Such modules, for example dropout, may also be before and after down.
-The names of the children do not matter.
+The names of the children do not matter. Liger's forwards of the first two forms are known by name.
 """
 
 from __future__ import annotations
@@ -44,6 +44,14 @@ def remove_router(block: nn.Module) -> None:
         del block.forward
 
 
+def restore_forwards(model: nn.Module) -> None:
+    """Put back the forwards of `add_router` that Liger has replaced since; with Liger's, no gates reach the linears."""
+    for block in model.modules():
+        replicate = vars(block).get("_replicate_for_data_parallel")
+        if isinstance(replicate, functools.partial) and replicate.func is _replicate and _liger_form(block) is not None:
+            _bind(block, replicate.args[1])
+
+
 def _bind(block: nn.Module, form: FFNForm) -> None:
     # a partial of a module-level function can be pickled, and deepcopy binds it to the copy; a bound method cannot
     forward = functools.partial(ffn_forward, block, form)
@@ -70,12 +78,38 @@ def recognise(block: nn.Module) -> FFNForm | None:
     bound = bound_form(block)
     if bound is not None:
         return replace(bound, routed=())
+    by_liger = _liger_form(block)
+    if by_liger is not None:
+        return by_liger
     if not _has_class_forward(block):
         return None
     expression = _trace(block, training=True)
     if expression is None or expression != _trace(block, training=False):
         return None
     return _parse(block, expression)
+
+
+_GATED, _FUSED = ("gate_proj", "up_proj"), ("gate_up_proj",)
+_LIGER = {
+    "LigerSwiGLUMLP": (_GATED, "silu"),
+    "LigerQwen3MoeSwiGLUMLP": (_GATED, "silu"),
+    "LigerHunyuanV1SwiGLUMLP": (_GATED, "silu"),
+    "LigerPhi3SwiGLUMLP": (_FUSED, "silu"),
+    "LigerGEGLUMLP": (_GATED, "gelu_tanh"),
+}
+
+
+def _liger_form(block: nn.Module) -> FFNForm | None:
+    """The form of a forward of Liger's, on the block or its class. It ends in a kernel that cannot be traced."""
+    forward = vars(block).get("forward", type(block).forward)
+    forward = getattr(forward, "__func__", forward)
+    name, _, method = getattr(forward, "__qualname__", "").partition(".")
+    if method != "forward" or name not in _LIGER or not forward.__module__.startswith("liger_kernel."):
+        return None
+    inputs, phi = _LIGER[name]
+    if not all(name in block._modules and _is_linear(block, name) for name in (*inputs, "down_proj")):
+        return None
+    return FFNForm(inputs, inputs == _FUSED, (), (), "down_proj", (), phi=phi)
 
 
 def _has_class_forward(block: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, has_length
 
 from mos_kernels.huggingface.balance import set_factor
+from mos_kernels.huggingface.blocks import restore_forwards
 from mos_kernels.huggingface.history import HistoryFile, curvature_logs, dimensionless_curvature, routing_logs
 from mos_kernels.huggingface.modules import adapter_parameters, forward_through, mos_modules
 from mos_kernels.huggingface.routing_report import measured_routing
@@ -76,6 +77,9 @@ class MoSCallback(TrainerCallback):
     step, and multiplied by the fp16 loss scale. The last step of an epoch may have fewer batches; they are counted if
     the dataloader has a length. After the first step, the callback warns of adapter parameters without a gradient.
 
+    The callback puts the forwards of FFN blocks back that Liger replaces in the trainer's constructor
+    (use_liger_kernel=True): the adapter computes these blocks itself.
+
     It adds these keys to the training logs:
 
         mos/curvature/<space>_{mean,min,max}   dimensionless, κ̂ = κ·length_unit², over experts and layers
@@ -120,6 +124,7 @@ class MoSCallback(TrainerCallback):
             raise TypeError(f"{type(trainer).__name__} is no Trainer: pass one of transformers or of TRL")
         if trainer.model is not None:
             _require_adapter(trainer.model)
+            restore_forwards(trainer.model)
         there = next((c for c in trainer.callback_handler.callbacks if isinstance(c, cls)), None)
         if there is not None:
             trainer.callback_handler.callbacks.remove(there)
@@ -134,6 +139,7 @@ class MoSCallback(TrainerCallback):
                 f"no parameter of {type(model).__name__} is trainable: load the adapter with is_trainable=True, or do "
                 "not freeze the model after the adapter was put on"
             )
+        restore_forwards(model)
         prepare_training(model)
         self._stop_measuring()
         self._begin()
