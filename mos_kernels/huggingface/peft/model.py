@@ -152,20 +152,20 @@ class MoSPeftModel(BaseTuner):
         by_transformers = tuple(f".{parameter}.{adapter_name}" for parameter in ADAPTER_PARAMETERS)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # peft looks for them under the modules' names, which checkpoint_wrapper leaves out of a state dict
-        own = {name: tensor for name, tensor in state_dict.items() if _is_own(name, adapter_name)}
-        return found | own | {name: tensor for name, tensor in state_dict.items() if name.endswith(by_transformers)}
+        own = (name for name in state_dict if name.endswith(by_transformers) or _is_own(name, adapter_name))
+        return found | {name: state_dict[name] for name in own}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict[str, Tensor]:
         """As in peft. ValueError, before a value is loaded, for missing, unknown, misshapen or non-finite tensors."""
-        state = model.state_dict(keep_vars=True)
-        own = {name: parameter for name, parameter in state.items() if _is_own(name, adapter_name)}
+        named = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters())
+        own = {name: p for name, p in named if _is_own(name, adapter_name)}  # by the names that load_state_dict takes
         in_file = {
             cls._remove_adapter_name_from_key(name, adapter_name).removeprefix(FILE_PREFIX): name for name in own
         }
         tensors = without_idle(state_dict, config.to_mos_config())
         found = {in_file.get(name.removeprefix(FILE_PREFIX), name): tensor for name, tensor in tensors.items()}
-        base = {name.removeprefix(FILE_PREFIX) for name in state}
+        base = {name.removeprefix(FILE_PREFIX) for name in model.state_dict()}
         base -= {name.removeprefix(FILE_PREFIX) for name in _embeddings(model)}
         others = [name for name in found if name not in own and f".modules_to_save.{adapter_name}." not in name]
         foreign = {name for name in others if ".mos_" in name or name.removeprefix(FILE_PREFIX) in base}
