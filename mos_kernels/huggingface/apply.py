@@ -94,7 +94,7 @@ def install(model: nn.Module, plan: Plan) -> None:
             add_router(block.block, block.form, router)
         plan.share_balance(owner for owner in (*routers, *layers) if owner.mos_aux_weight is not None)
         follow_attention_mask(model)
-        AdapterState(model, plan.config, frozenset(trainable))
+        AdapterState(model, plan.config, tuple(linear.name for linear in plan.linears), frozenset(trainable))
     except BaseException:  # such as an interrupt
         _uninstall(model, plan)
         for parameter in trainable.values():

@@ -40,7 +40,7 @@ def remove_router(block: nn.Module) -> None:
     del block._replicate_for_data_parallel
     if hasattr(block, "_hf_hook"):
         block._old_forward = types.MethodType(type(block).forward, block)
-    else:
+    if _is_bound(vars(block).get("forward")):
         del block.forward
 
 
@@ -48,7 +48,7 @@ def restore_forwards(model: nn.Module) -> None:
     """Put back the forwards of `add_router` that Liger has replaced since; with Liger's, no gates reach the linears."""
     for block in model.modules():
         replicate = vars(block).get("_replicate_for_data_parallel")
-        if isinstance(replicate, functools.partial) and replicate.func is _replicate and _liger_form(block) is not None:
+        if isinstance(replicate, functools.partial) and replicate.func is _replicate and _ligers(block):
             _bind(block, replicate.args[1])
 
 
@@ -57,8 +57,12 @@ def _bind(block: nn.Module, form: FFNForm) -> None:
     forward = functools.partial(ffn_forward, block, form)
     if hasattr(block, "_hf_hook"):  # accelerate's wrapper calls this one
         block._old_forward = forward
-    else:
+    if not hasattr(block, "_hf_hook") or _ligers(block):  # Liger replaces that wrapper too
         block.forward = forward
+
+
+def _is_bound(forward) -> bool:
+    return isinstance(forward, functools.partial) and forward.func is ffn_forward
 
 
 def _replicate(block: nn.Module, form: FFNForm) -> nn.Module:
@@ -99,12 +103,19 @@ _LIGER = {
 }
 
 
-def _liger_form(block: nn.Module) -> FFNForm | None:
-    """The form of a forward of Liger's, on the block or its class. It ends in a kernel that cannot be traced."""
+def _ligers(block: nn.Module) -> str | None:
+    """The name of Liger's class whose forward the block has, of its own or by its class; None for other forwards."""
     forward = vars(block).get("forward", type(block).forward)
     forward = getattr(forward, "__func__", forward)
     name, _, method = getattr(forward, "__qualname__", "").partition(".")
-    if method != "forward" or name not in _LIGER or not forward.__module__.startswith("liger_kernel."):
+    known = method == "forward" and name in _LIGER and forward.__module__.startswith("liger_kernel.")
+    return name if known else None
+
+
+def _liger_form(block: nn.Module) -> FFNForm | None:
+    """The form of a forward of Liger's. It has a kernel, which cannot be traced."""
+    name = _ligers(block)
+    if name is None:
         return None
     inputs, phi = _LIGER[name]
     if not all(name in block._modules and _is_linear(block, name) for name in (*inputs, "down_proj")):

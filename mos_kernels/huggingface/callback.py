@@ -253,7 +253,8 @@ def _is_compiled(args, model: nn.Module) -> bool:
 
 def _recomputes_compiled(model: nn.Module) -> bool:
     """Whether backward runs compiled layers again. They must then be compiled or uncompiled as in forward."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) and any(
+    marks = ("gradient_checkpointing", "_checkpoint_wrapped_module")
+    return any(getattr(module, mark, False) for module in model.modules() for mark in marks) and any(
         module._compiled_call_impl is not None for module in model.modules() if module is not model
     )
 

@@ -39,7 +39,7 @@ from mos_kernels.huggingface.files import (
     require_untied,
     without_base,
 )
-from mos_kernels.huggingface.modules import refuse_parallel, unwrap
+from mos_kernels.huggingface.modules import plain_name, refuse_parallel, unwrap
 from mos_kernels.huggingface.plan import Plan, make_plan
 from mos_kernels.huggingface.state import adapter_state, tensors_of
 from mos_kernels.huggingface.targets import in_features, out_features
@@ -256,13 +256,13 @@ def _read_model(model: nn.Module, adapter_name: str) -> Read:
     config = configs[adapter_name].to_dict()
     config["peft_type"] = getattr(config["peft_type"], "value", config["peft_type"])
     _scaling(config, f"the adapter {adapter_name!r}")
-    layers = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
+    layers = {plain_name(name).removeprefix(PREFIX): module for name, module in model.named_modules()}
 
     def scaling(name: str, r: int) -> float:
         return layers[name].scaling[adapter_name]
 
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    tensors = {name.removeprefix(PREFIX): tensor.detach().cpu().clone() for name, tensor in state.items()}
+    tensors = {plain_name(name).removeprefix(PREFIX): tensor.detach().cpu().clone() for name, tensor in state.items()}
     return f"the adapter {adapter_name!r}", config, tensors, scaling
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from mos_kernels.config import SPACES, MoSConfig
-from mos_kernels.huggingface.modules import active_names, mos_adapters, router_owners
+from mos_kernels.huggingface.modules import active_names, mos_adapters, mos_modules
 from mos_kernels.huggingface.state import adapter_states
 from mos_kernels.run_report.log import append_line, complete_lines, write_lines
 
@@ -86,7 +86,7 @@ def dimensionless_curvature(model: nn.Module) -> dict[str, list[float]]:
 def curvature_logs(model: nn.Module, curvature: dict[str, list[float]]) -> dict[str, float]:
     """The keys mos/curvature/*, from the result of `dimensionless_curvature`."""
     by_space: dict[str, list[float]] = {space: [] for space in SPACES}
-    adapters = mos_adapters(model)
+    adapters = mos_modules(model, inactive=True)  # others may be active by now
     for name, values in curvature.items():
         for space, value in zip(adapters[name].config.expert_spaces, values, strict=True):
             by_space[space].append(value)
@@ -104,7 +104,7 @@ def routing_logs(model: nn.Module, routing: dict[str, dict]) -> dict[str, float]
     if not routing:
         return {}
     logs = dict.fromkeys((f"mos/share/{space}" for space in SPACES), 0.0)
-    owners = router_owners(model)
+    owners = mos_modules(model, inactive=True)
     for name, summary in routing.items():
         for space, share in zip(owners[name].config.expert_spaces, summary["share"], strict=True):
             logs[f"mos/share/{space}"] += share / len(routing)

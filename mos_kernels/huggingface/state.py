@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.modules import PreHook, adapter_parameters, own_adapter_parameters, plain_name
-from mos_kernels.huggingface.targets import refuse_peft, require_adapted
+from mos_kernels.huggingface.targets import refuse_peft
+from mos_kernels.layer import MoSLayer
 from mos_kernels.sharded import is_dtensor, spread_like
 
 _STATE = "_mos_adapter"
@@ -29,16 +30,16 @@ _OVER = (
 class AdapterState(PreHook):
     """The state that apply_mos puts on a model. It is a forward pre-hook of the model and notes what is trained.
 
-    config: the adapter's configuration. trainable_before: the parameters that were trainable before apply_mos. trained:
-    the names of the model's own tensors that belong to the adapter; they were trainable in a forward with gradients, or
-    loaded with it. before: the earlier values of those that were loaded, on the CPU (or sharded as the model). trains:
-    whether the adapter was trainable in the latest forward.
+    config: the adapter's configuration. linears: the names of the linears that got it. trainable_before: the parameters
+    that were trainable before apply_mos. trained: the names of the model's own tensors that belong to the adapter; they
+    were trainable in a forward with gradients, or loaded with it. before: the earlier values of those that were loaded,
+    on the CPU (or sharded as the model). trains: whether the adapter was trainable in the latest forward.
 
     Copies and pickles of the model have a copy of this. They share the tensors in `before`.
     """
 
-    def __init__(self, model: nn.Module, config: MoSConfig, trainable_before: frozenset[str]):
-        self.config, self.trainable_before = config, trainable_before
+    def __init__(self, model: nn.Module, config: MoSConfig, linears: tuple[str, ...], trainable_before: frozenset[str]):
+        self.config, self.linears, self.trainable_before = config, linears, trainable_before
         self.trained: set[str] = set()
         self.trains = True
         self.before: dict[str, Tensor] = {}
@@ -68,7 +69,13 @@ class AdapterState(PreHook):
 
     def require_adapted(self) -> None:
         """ValueError if a linear has lost its adapter."""
-        require_adapted(self._model(), self.config)
+        modules = {plain_name(name): m for name, m in self._model().named_modules(remove_duplicate=False)}
+        for name in self.linears:
+            if not isinstance(modules.get(name), (MoSLayer, type(None))):
+                raise ValueError(
+                    f"{name!r} has lost its adapter: something has replaced the linear since apply_mos, as "
+                    "resize_token_embeddings does. Do that before apply_mos or load_adapter"
+                )
 
     def modules_to_save(self) -> list[str]:
         """The names of the modules that were trained beside the adapter, in the model's order."""

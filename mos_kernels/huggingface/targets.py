@@ -130,7 +130,7 @@ def find_targets(
             (name, module)
             for name, module in modules
             if is_linear(module)
-            and not _ends_with_any(plain_name(name), config.exclude_modules)
+            and not _ends_with_any(name, config.exclude_modules)
             and not any(module is head for head in heads)
         ]
     else:
@@ -154,7 +154,7 @@ def find_targets(
 def _warn_of_idle_exclusions(model: nn.Module, excluded: str | Sequence[str]) -> None:
     known = [name for name, _ in (*model.named_modules(remove_duplicate=False), *model.named_parameters())]
     for entry in [excluded] if isinstance(excluded, str) else [[ending] for ending in excluded]:
-        if not any(_ends_with_any(plain_name(name), entry) for name in known):
+        if not any(_ends_with_any(name, entry) for name in known):
             warnings.warn(f"exclude_modules={entry!r} matches nothing in {type(model).__name__}", stacklevel=4)
 
 
@@ -163,10 +163,11 @@ def is_target(config: MoSConfig, name: str) -> bool:
 
     A full name in target_modules is selected whatever its layer.
     """
-    name = plain_name(name)
     if _ends_with_any(name, config.exclude_modules) or not _ends_with_any(name, config.target_modules):
         return False
-    return isinstance(config.target_modules, str) or name in config.target_modules or _in_layers(config, name)
+    if isinstance(config.target_modules, str) or plain_name(name) in map(plain_name, config.target_modules):
+        return True
+    return _in_layers(config, name)
 
 
 def layer_index(name: str, layers_pattern) -> int | None:
@@ -178,19 +179,6 @@ def layer_index(name: str, layers_pattern) -> int | None:
         matches = (re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<index>\d+)\.", name) for pattern in patterns)
         found = next((match for match in matches if match), None)
     return int(found["index"]) if found else None
-
-
-def require_adapted(model: nn.Module, config: MoSConfig) -> None:
-    """ValueError if a linear that `config` names has no adapter."""
-    wrapped: tuple[str, ...] = ()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, MoSLayer):
-            wrapped += (f"{name}.",)
-        elif is_linear(module) and is_target(config, name) and not name.startswith(wrapped):
-            raise ValueError(
-                f"{plain_name(name)!r} has no adapter, and target_modules names it: something has replaced it since "
-                "apply_mos, such as resize_token_embeddings. Do that before apply_mos or load_adapter"
-            )
 
 
 def _in_layers(config: MoSConfig, name: str) -> bool:
@@ -205,12 +193,13 @@ def _ends_with(name: str, ending: str) -> bool:
 
 
 def _ends_with_any(name: str, endings) -> bool:
-    """endings: None, one regular expression for the whole name, or a list of name endings."""
+    """endings: None, one regular expression for the whole name, or a list of name endings. See `plain_name`."""
     if endings is None:
         return False
+    plain = plain_name(name)
     if isinstance(endings, str):
-        return re.fullmatch(endings, name) is not None
-    return any(_ends_with(name, ending) for ending in endings)
+        return any(re.fullmatch(endings, name) for name in (name, plain))
+    return any(_ends_with(plain, plain_name(ending)) for ending in endings)
 
 
 def is_all_linear(target_modules: str | Sequence[str]) -> bool:
@@ -268,7 +257,9 @@ def _require_matches(model: nn.Module, config: MoSConfig, matched: list[str], na
     if isinstance(config.target_modules, str):
         missing = [] if matched else [config.target_modules]
     else:
-        missing = [entry for entry in config.target_modules if not any(_ends_with(name, entry) for name in matched)]
+        missing = [
+            entry for entry in config.target_modules if not any(_ends_with(name, plain_name(entry)) for name in matched)
+        ]
     if missing:
         filters = {
             field: getattr(config, field)
@@ -339,7 +330,7 @@ def _require_patterns(config: MoSConfig, targets: list[Target]) -> None:
 
 
 def _linear_endings(model: nn.Module) -> list[str]:
-    linears = (name for name, module in model.named_modules() if is_linear(module))
+    linears = (plain_name(name) for name, module in model.named_modules() if is_linear(module))
     return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linears))
 
 

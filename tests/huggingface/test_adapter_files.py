@@ -426,20 +426,31 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
     pruned = r"'model.layers.0.mlp.down_proj.mos_lora_B' is no parameter now: if it is pruned or parametrised"
     refused_to_save(lambda model, down: l1_unstructured(down, "mos_lora_B", 0.5), pruned)
     refused_to_save(lambda model, down: register_parametrization(down, "mos_lora_B", torch.nn.Identity()), pruned)
-    lost = "'lm_head' has no adapter, and target_modules names it: something has replaced it since apply_mos"
+    lost = "'lm_head' has lost its adapter: something has replaced the linear since apply_mos"
     on_head = {"target_modules": ["lm_head", "down_proj"]}
     refused_to_save(lambda model, down: model.resize_token_embeddings(60), lost, **on_head)
 
 
-def test_training_does_not_begin_where_a_linear_has_lost_its_adapter():
+@pytest.mark.parametrize("targets", [["lm_head", "down_proj"], "all-linear"])
+def test_training_does_not_begin_where_a_linear_has_lost_its_adapter(targets, tmp_path):
     model = tiny()
-    apply_mos(model, mos(model, target_modules=["lm_head", "down_proj"]))
-    model.resize_token_embeddings(60)
-    lost = "'lm_head' has no adapter, and target_modules names it: something has replaced it since apply_mos"
+    apply_mos(model, mos(model, target_modules=targets))
+    lost = "'model.layers.1.mlp.down_proj' has lost its adapter: something has replaced the linear since apply_mos"
+    model.model.layers[1].mlp.down_proj = torch.nn.Linear(64, 32)
     with pytest.raises(ValueError, match=lost):
         mos_param_groups(model, 1e-3)
     with pytest.raises(ValueError, match=lost):
         MoSCallback().on_train_begin(None, None, None, model=model)
+    with pytest.raises(ValueError, match=lost):
+        save_adapter(model, tmp_path / "adapter")
+
+
+def test_layers_that_were_taken_away_are_no_lost_adapters(tmp_path):
+    model = tiny()
+    apply_mos(model, mos(model))
+    del model.model.layers[1]
+    mos_param_groups(model, 1e-3)
+    save_adapter(model, tmp_path)
 
 
 def test_beside_a_lora_of_pefts_nothing_is_saved(tmp_path):

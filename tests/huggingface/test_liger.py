@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, ids, mos, tiny
@@ -60,6 +61,39 @@ def test_the_callback_puts_the_forwards_back(family, door):
         model(ids())
     MoSCallback.add_to(SimpleNamespace(model=model, callback_handler=SimpleNamespace(callbacks=[])))
     assert torch.equal(logits(model), logits(plain))
+
+
+def hooked(model: nn.Module) -> nn.Module:
+    for layer in model.model.layers:
+        add_hook_to_module(layer.mlp, AlignDevicesHook("cpu"))
+    return model
+
+
+def with_custom_linears(model: nn.Module) -> nn.Module:
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            getattr(layer.mlp, name).__class__ = Custom
+    return model
+
+
+class Custom(nn.Linear):
+    """A linear that an adapter wraps, as it does a quantised one."""
+
+
+@pytest.mark.parametrize("change", [hooked, with_custom_linears])
+@pytest.mark.parametrize("order", ["adapter, Liger", "Liger, adapter"])
+@pytest.mark.parametrize("door", ["apply_mos", "peft"])
+def test_blocks_with_hooks_and_other_linears(change, order, door):
+    base, plain = logits(change(tiny())), adapted(change(tiny()), door)
+    if order == "adapter, Liger":
+        model = with_liger(adapted(change(tiny()), door))
+        MoSCallback.add_to(SimpleNamespace(model=model, callback_handler=SimpleNamespace(callbacks=[])))
+    else:
+        model = adapted(with_liger(change(tiny())), door)
+    assert_close(logits(model), logits(plain))
+    if door == "apply_mos":
+        remove_mos(model)
+        assert torch.equal(logits(model), base)
 
 
 @pytest.mark.parametrize("door", ["apply_mos", "peft"])

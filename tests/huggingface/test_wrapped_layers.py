@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from tiny_models import ids, mos, tiny
 from torch import nn
@@ -80,24 +86,74 @@ def test_parameters_that_were_trainable_before_are_trainable_again():
     assert all(name.startswith("model.layers.0._orig_mod.mlp.") for name in trainable)
 
 
-@pytest.mark.parametrize("first", ["adapter", "layers"])
-def test_through_peft_the_files_are_the_same(tmp_path, first):
-    def made() -> PeftModel:
-        torch.manual_seed(1)
-        targets = ["gate_proj", "up_proj", "down_proj"]
-        return get_peft_model(base, MoSPeftConfig(r=4, init_lora_weights=False, target_modules=targets))
+TARGETS = {
+    "endings": {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
+    "full names": {"target_modules": ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "down_proj"]},
+    "regular expression": {"target_modules": r"model\.layers\.\d\.mlp\.(up|down)_proj"},
+    "all-linear": {"target_modules": "all-linear"},
+    "without one": {"target_modules": ["up_proj"], "exclude_modules": ["model.layers.0.mlp.up_proj"]},
+    "one layer": {"layers_to_transform": [1]},
+}
 
-    base = tiny()
-    plain = made()
+
+def through_peft(base: nn.Module, **options) -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(base, MoSPeftConfig(r=4, init_lora_weights=False, **options))
+
+
+@pytest.mark.parametrize("first", ["adapter", "layers"])
+@pytest.mark.parametrize("where", TARGETS)
+def test_through_peft_the_files_are_the_same(tmp_path, first, where):
+    plain = through_peft(tiny(), **TARGETS[where])
     plain.save_pretrained(tmp_path / "plain")
     base = wrapped(tiny()) if first == "layers" else tiny()
-    model = made()
+    model = through_peft(base, **TARGETS[where])
     if first == "adapter":
         wrapped(base)
     model.save_pretrained(tmp_path / "wrapped")
     assert same_tensors(tmp_path / "plain", tmp_path / "wrapped")
     for fresh in (tiny(), wrapped(tiny())):
         assert torch.equal(logits(PeftModel.from_pretrained(fresh, tmp_path / "wrapped")), logits(plain))
+
+
+def test_through_peft_the_default_linears_of_bert_are_found():
+    model = tiny("bert")
+    model.bert.encoder.layer[0] = checkpoint_wrapper(model.bert.encoder.layer[0])
+    through_peft(model)
+    assert adapter_parameters(model).keys() == adapter_parameters(through_peft(tiny("bert")).base_model.model).keys()
+
+
+def test_through_peft_a_head_and_saved_modules_go_around(tmp_path):
+    compiled = torch.compile(through_peft(tiny("bert"), task_type="SEQ_CLS"), backend="eager")
+    found = get_peft_model_state_dict(compiled)
+    assert any("classifier" in name for name in found)
+    set_peft_model_state_dict(compiled, found)
+
+    model = tiny()
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    adapter = through_peft(model, modules_to_save=["input_layernorm"])
+    adapter.save_pretrained(tmp_path)
+    adapter.load_adapter(tmp_path, "again")
+
+
+def test_names_with_the_wrappers_are_taken_too():
+    model = wrapped(tiny())
+    names = [name for name, _ in model.named_modules() if name.endswith("up_proj")]
+    assert apply_mos(model, mos(model, target_modules=names)) == [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+    remove_mos(model)
+    expression = r"model\.layers\.0\._orig_mod\.mlp\.up_proj"
+    assert apply_mos(model, mos(model, target_modules=expression)) == ["model.layers.0.mlp.up_proj"]
+
+
+def test_what_was_measured_is_logged_after_another_adapter_is_active():
+    model = through_peft(tiny())
+    model.add_adapter("other", model.peft_config["default"])
+    with measured_routing(model) as statistics:
+        model(ids())
+    curvature, summaries = dimensionless_curvature(model), {name: s.summary() for name, s in statistics.items()}
+    before = curvature_logs(model, curvature), routing_logs(model, summaries)
+    model.set_adapter("other")
+    assert (curvature_logs(model, curvature), routing_logs(model, summaries)) == before
 
 
 def test_logs_have_the_names_of_plain_layers():
@@ -122,6 +178,13 @@ def test_from_and_to_a_lora(tmp_path):
     save_adapter(plain, tmp_path / "plain")
     save_adapter(model, tmp_path / "wrapped")
     assert same_tensors(tmp_path / "plain", tmp_path / "wrapped")
+
+    live = lora.get_base_model().model.layers
+    live[0] = torch.compile(live[0], backend="eager")
+    model = tiny()
+    torch.manual_seed(1)
+    start_from_lora(model, lora)
+    assert torch.equal(logits(model), logits(plain))
 
     batches = [{"input_ids": ids(seed)} for seed in range(3)]
     export_lora(plain, batches, tmp_path / "from_plain")

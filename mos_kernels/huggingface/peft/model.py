@@ -69,12 +69,13 @@ class MoSPeftModel(BaseTuner):
             if not any(adapter_name in layer.mos_adapter for _, layer in _named_layers(model)):  # peft has listed it
                 del self.peft_config[adapter_name]
             raise
-        self._planned = {_uncompiled(name): linear for linear in plan.linears for name in linear.target.names}
+        self._planned = {plain_name(name): linear for linear in plan.linears for name in linear.target.names}
         if is_all_linear(config.target_modules):
             config.target_modules = list(self._planned)
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            _require_adapted(plan, adapter_name, model)
             for block in plan.blocks:
                 self._add_router(block, adapter_name, config, low_cpu_mem_usage)
             owners = router_owners(model, inactive=True).items()
@@ -89,10 +90,16 @@ class MoSPeftModel(BaseTuner):
             del self._planned
         config.forget_folder()
 
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str):
+        found = BaseTuner._check_target_module_exists(peft_config, plain_name(key))
+        is_excluded = not isinstance(found, (bool, type(None)))
+        return found if found or is_excluded else BaseTuner._check_target_module_exists(peft_config, key)
+
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
     ) -> None:
-        planned = self._planned.get(_uncompiled(current_key))
+        planned = self._planned.get(plain_name(current_key))
         if planned is None:
             if isinstance(target, MoSPeftRouter):  # a regular expression matched the router of another adapter
                 return
@@ -144,7 +151,8 @@ class MoSPeftModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        key, inner = plain_name(key), f".mos_adapter.{adapter_name}."
+        key = plain_name(key) if _is_own(key, adapter_name) else key  # peft looks up other modules by their full names
+        inner = f".mos_adapter.{adapter_name}."
         return key.replace(inner, ".") if inner in key else super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
@@ -175,14 +183,16 @@ class MoSPeftModel(BaseTuner):
         return found
 
 
+def _require_adapted(plan: Plan, adapter_name: str, model: nn.Module) -> None:
+    adapted = {layer.base_layer for _, layer in _named_layers(model) if adapter_name in layer.mos_adapter}
+    for linear in plan.linears:
+        if linear.target.module not in adapted:
+            raise ValueError(f"{linear.name!r} is adapted by the rules here for target_modules, but not by peft's")
+
+
 def _is_own(name: str, adapter_name: str) -> bool:
     """Whether a tensor of the model belongs to the adapter."""
     return name.rpartition(".")[0].endswith((f".mos_adapter.{adapter_name}", f".mos_router.{adapter_name}"))
-
-
-def _uncompiled(name: str) -> str:
-    """A module's name without the prefix of torch.compile: as in files, and as peft writes it in a state dict."""
-    return name.removeprefix("_orig_mod.")
 
 
 def _plan(model: nn.Module, config: MoSPeftConfig, adapter_name: str, state_dict: dict[str, Tensor] | None) -> Plan:
@@ -204,7 +214,7 @@ def _plan(model: nn.Module, config: MoSPeftConfig, adapter_name: str, state_dict
         config.target_modules = _without_excluded(model, config, modules)
     chosen = config.to_mos_config()
     if state_dict is not None:
-        names = [_uncompiled(name).removesuffix(".mos_lora_A") for name in state_dict if name.endswith(".mos_lora_A")]
+        names = [plain_name(name).removesuffix(".mos_lora_A") for name in state_dict if name.endswith(".mos_lora_A")]
         everywhere = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
         chosen = dataclasses.replace(chosen, target_modules=names, **everywhere)
         config.target_modules = config.target_modules or names
@@ -290,7 +300,7 @@ def _default_targets(model: nn.Module, config: MoSPeftConfig, modules: list[tupl
     if isinstance(known, str) and layers is not None:  # it needs a list: name each linear
         layers = [layers] if isinstance(layers, int) else layers
         every = dataclasses.replace(config.to_mos_config(), target_modules=known, layers_to_transform=None)
-        named = [name for name, _ in modules if is_target(every, name)]
+        named = [plain_name(name) for name, _ in modules if is_target(every, name)]
         return [name for name in named if layer_index(name, config.layers_pattern) in layers] or known
     if isinstance(known, str):
         return known
