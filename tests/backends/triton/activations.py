@@ -34,4 +34,4 @@ def _by_torch(v: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
         return {"u": eager._activation(v, name), "slope": eager._activation_slope(v, name)}
     slope = torch.empty_like(v)
     eager_ffn._phi_backward(torch.ones_like(v), v, name, slope)
-    return {"u": eager_ffn._phi(v, name), "slope": slope}
+    return {"u": eager_ffn.phi(v, name), "slope": slope}

@@ -97,7 +97,7 @@ class ActivateTrial:
         (g, u), (dg, du) = (eager_ffn._halves(each, slice(None), plan_) for each in (outputs, gradients))
         eager_ffn._phi_backward(dh if u is None else dh * u, g, plan_.activation, dg)
         if u is not None:
-            torch.mul(dh, eager_ffn._phi(g, plan_.activation), out=du)
+            torch.mul(dh, eager_ffn.phi(g, plan_.activation), out=du)
         dA = eager.narrow_matmul(dp.t(), h, h.dtype) if self.needs_A else None
         return {**by_torch, **_named(gradients, dA)}
 
