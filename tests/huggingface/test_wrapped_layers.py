@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from tiny_models import ids, mos, tiny
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import Trainer, TrainingArguments
 
 from mos_kernels.huggingface import (
+    MoSCallback,
     MoSPeftConfig,
     apply_mos,
     export_lora,
@@ -190,3 +192,19 @@ def test_from_and_to_a_lora(tmp_path):
     export_lora(plain, batches, tmp_path / "from_plain")
     export_lora(model, batches, tmp_path / "from_wrapped")
     assert same_tensors(tmp_path / "from_plain", tmp_path / "from_wrapped")
+
+
+def test_a_compiled_layer_that_is_checkpointed_trains_while_it_is_measured(tmp_path):
+    model = adapted(tiny(dtype=torch.float32))
+    for i, layer in enumerate(model.model.layers):
+        layer.compile(backend="aot_eager")
+        model.model.layers[i] = checkpoint_wrapper(layer)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_strategy="no", logging_steps=1, learning_rate=0.1
+    )
+    before = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
+    trainer = Trainer(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in ids(batch=8)])
+    callback = MoSCallback.add_to(trainer)
+    trainer.train()
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in adapter_parameters(model).items())
+    assert callback.history[0]["share"]
