@@ -275,18 +275,24 @@ def test_the_report_is_made_from_the_rows(row, tmp_path, capsys):
     for one in found:
         rows.append(tmp_path / "rows.jsonl", one)
     assert report.run(tmp_path / "rows.jsonl", tmp_path / "none.jsonl", page) == 2
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    marks = "\nold\n".join(report.GLANCE) + f"\n{report.BEGIN}\nold\n{report.END}"
+    page.write_text(f"before\n{marks}\nafter\n")
     assert report.run(tmp_path / "rows.jsonl", tmp_path / "none.jsonl", page) == 0
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     assert "| LoRA r=8 |  |  | 50.0% ± 23.6 (2) |" in text and "| MoS |  |  | 83.3% ± 23.6 (2) |" in text
     assert "| MoS | x3 | 2 | 3 | 1 | +33.3 ± 44.1 | +0.000 ± 0.000 |" in text and "8 euclidean" not in text
-    assert "### Against MoS" not in text
+    assert "### Against MoS" not in text and "\nnot run yet\n".join(report.GLANCE) in text  # at x10
     for one in (like(LORA, "110"), like(MOS, "010") | {"nll": [nats + 3 for nats in row["nll"]]}):
         rows.append(tmp_path / "rows.jsonl", one | {"dataset": "svamp", "key": f"svamp {one['key']}"})
     report.run(tmp_path / "rows.jsonl", tmp_path / "none.jsonl", page)
     # of the six problems LoRA solves 0.5, -0.5, -1, 1, 0 and 0 more than MoS, each the mean over its seeds
     assert "| LoRA r=8 | x3 | 2 + 1 | 2 | 3 | +0.0 ± 28.9 | -1.500 ± 0.671 |" in page.read_text()
+    for right, entry in (("000", MOS), ("100", LORA)):
+        rows.append(tmp_path / "rows.jsonl", like(entry, right, rate=10) | {"parameters": 1234567})
+    report.run(tmp_path / "rows.jsonl", tmp_path / "none.jsonl", page)
+    assert "| LoRA r=8 | 1.2 | 1 + 0 | 33.3% |  | +33.3 ± 33.3 | +0.00 ± 0.00 |" in page.read_text()
+    assert report._clear(2.1, 1, 1) == "**+2.1 ± 1.0**" and report._clear(-2, 1, 0) == "-2 ± 1"
     exported = {
         "of": found[2]["key"], "rank": 4, "problems": 20, "error": 0.1, "kl": 0.01, "agreement": 0.9, "cpu_seconds": 1,
         **{name: found[1][name] for name in ("right", "solved", "nll_per_token")},

@@ -12,6 +12,7 @@ from benchmarks.study.decoder.plan import BEST, ENTRIES, LORA, MOS, RATES, cells
 from benchmarks.tables import table, write_between
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "study-decoder.md"
+GLANCE = "<!-- at a glance: written by python -m benchmarks.study.decoder report -->", "<!-- end of at a glance -->"
 BEGIN, END = "<!-- tables: written by python -m benchmarks.study.decoder report -->", "<!-- end of tables -->"
 GIB = 2**30
 UNTIMED = ("36bfa4f0388f", "188f628f6465", "285c4223a628")
@@ -27,9 +28,11 @@ def run(path: Path, exports: Path, page: Path = PAGE) -> int:
     if not found:
         print(f"error: {path} holds no rows: python -m benchmarks.study.decoder run")
         return 2
-    if not write_between(page, BEGIN, END, lambda: tables(found, rows.read(exports))):
-        print(f"error: {page} has no place for the tables: the lines {BEGIN!r} and {END!r}")
-        return 2
+    parts = (*GLANCE, lambda: glance(found)), (BEGIN, END, lambda: tables(found, rows.read(exports)))
+    for begin, end, text in parts:
+        if not write_between(page, begin, end, text):
+            print(f"error: {page} has no place for the tables: the lines {begin!r} and {end!r}")
+            return 2
     print(f"{len(found)} rows: {page}")
     return 0
 
@@ -41,9 +44,7 @@ def tables(found: Rows, exports: Rows = ()) -> str:
     more = f", and {len(found) - done} more" if done < len(found) else ""
     commits = ", ".join(sorted({row["commit"][:12] for row in found}))
     parts = [f"{done} of {len(planned)} planned runs are done{more}. Commits: {commits}."]
-    datasets: dict[str, list[dict]] = {}
-    for row in found:
-        datasets.setdefault(row["dataset"], []).append(row)
+    datasets = _by_dataset(found)
     for dataset, here in datasets.items():
         parts += [f"### {dataset}", _solved(here), "Against LoRA r=8 on the same problems, at the same seeds:"]
         parts += [_paired([here], LORA, RATES), "Cost, the mean of a method's runs:", _cost(here)]
@@ -53,6 +54,40 @@ def tables(found: Rows, exports: Rows = ()) -> str:
     if exports:
         parts += ["### What export_lora loses", _exported(exports, {row["key"]: row for row in found})]
     return "\n\n".join(parts)
+
+
+def glance(found: Rows) -> str:
+    """Every method at the rate at which most is solved, beside MoS, on the problems of all data sets."""
+    datasets = _by_dataset(found)
+    lines = []
+    for entry in ENTRIES:
+        runs = [_of(here, entry, BEST[0]) for here in datasets.values()]
+        if not any(runs):
+            continue
+        solved = [f"{100 * fmean([row['solve_rate'] for row in here]):.1f}%" if here else "" for here in runs]
+        groups = [group for here in datasets.values() if (group := _pairs(here, entry, MOS, BEST[0]))]
+        beside = ["", ""]
+        if entry != MOS and groups:
+            points = _estimate([[_differences(*pair) for pair in pairs] for pairs in groups])
+            beside = [_clear(*(100 * value for value in points), 1), _clear(*_estimate(_nats(groups)), 2)]
+        seeds = " + ".join(str(len(here)) for here in runs)
+        lines.append([entry.name, f"{next(filter(None, runs))[0]['parameters'] / 1e6:.1f}", seeds, *solved, *beside])
+    heads = ("method", "parameters, millions", "seeds", *(f"solved, {dataset.upper()}" for dataset in datasets),
+             "points more than MoS", "nats a problem more")  # fmt: skip
+    return table(heads, lines) if lines else "not run yet"
+
+
+def _clear(value: float, error: float, digits: int) -> str:
+    """A difference and its standard error, in bold if it is more than twice that."""
+    text = f"{value:+.{digits}f} ± {error:.{digits}f}"
+    return f"**{text}**" if abs(value) > 2 * error else text
+
+
+def _by_dataset(found: Rows) -> dict[str, list[dict]]:
+    datasets: dict[str, list[dict]] = {}
+    for row in found:
+        datasets.setdefault(row["dataset"], []).append(row)
+    return datasets
 
 
 def _of(found: Rows, entry, rate: int) -> list[dict]:
@@ -92,10 +127,8 @@ def _paired(datasets: Sequence[Rows], reference, rates: Sequence[int]) -> str:
             if entry == reference or not groups:
                 continue
             less, more, difference = _changed([[_differences(*pair) for pair in pairs] for pairs in groups])
-            nats = [[[a - b for a, b in zip(row["nll"], other["nll"], strict=True)] for row, other in pairs]
-                    for pairs in groups]  # fmt: skip
             count = " + ".join(str(len(pairs)) for pairs in groups)
-            value, error = _estimate(nats)
+            value, error = _estimate(_nats(groups))
             lines.append(
                 [entry.name, f"x{rate}", count, str(more), str(less), difference, f"{value:+.3f} ± {error:.3f}"]
             )
@@ -113,6 +146,13 @@ def _pairs(found: Rows, entry, reference, rate: int) -> list[tuple[dict, dict]]:
 def _differences(row: dict, other: dict) -> list[int]:
     """Of each problem: 1 where only the row's run solves it, -1 where only the other does."""
     return [int(a) - int(b) for a, b in zip(row["right"], other["right"], strict=True)]
+
+
+def _nats(groups: Sequence[Sequence[tuple[dict, dict]]]) -> list[list[list[float]]]:
+    """Of each pair of runs and each problem: by how many nats the first one's loss is larger."""
+    return [
+        [[a - b for a, b in zip(row["nll"], other["nll"], strict=True)] for row, other in pairs] for pairs in groups
+    ]
 
 
 def _cost(found: Rows) -> str:
