@@ -71,7 +71,8 @@ class MoSConfig:
         exclude_modules: name endings, or one regular expression, of linears to leave out.
         layers_to_transform: index, or indices, of the layers to adapt. None: all.
         layers_pattern: name of the list of layers that `layers_to_transform` counts.
-        rank_pattern: other ranks for some linears, by name or regular expression.
+        rank_pattern: other ranks for some linears, by name or regular expression. In this and the next two, the first
+            key that matches a linear counts, so the order of keys matters.
         alpha_pattern: other values of `lora_alpha` for some linears.
         spaces_pattern: other numbers of experts by geometry for some linears, such as
             {"q_proj|k_proj|v_proj|o_proj": {"euclidean": 1}}. They use num_experts_per_tok of their experts, or all if
@@ -118,7 +119,7 @@ class MoSConfig:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform: give both"
             )
-        object.__setattr__(self, "json", json.dumps(self.to_dict(), sort_keys=True))  # what the registered ops take
+        object.__setattr__(self, "json", json.dumps(self.to_dict()))  # what the registered ops take
 
     # presets
 
@@ -138,6 +139,9 @@ class MoSConfig:
         """Mixture of LoRA experts (the paper's equations 1 and 2): Euclidean experts with an A each, top-k routing."""
         preset = {"spaces": {"euclidean": num_experts}, "num_experts_per_tok": min(4, num_experts), "share_a": False}
         return cls(**{**preset, "learn_curvature": False, **overrides})
+
+    def __eq__(self, other) -> bool:
+        return self.json == other.json if type(other) is type(self) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self.json)

@@ -8,25 +8,33 @@ runs again read the mask again, after the model's forward has ended.
 from __future__ import annotations
 
 import inspect
+import re
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mos_kernels.huggingface.balance import warn_without_factor
-from mos_kernels.huggingface.modules import PreHook, router_owners
+from mos_kernels.huggingface.modules import PreHook, plain_name, router_owners
 
 NAME = "attention_mask"
 _ATTRIBUTE = "_mos_token_mask"
+_READS_ENCODER = re.compile(
+    r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\."
+    r"(.*\.)?(k|v|key|value|k_proj|v_proj|key_proj|value_proj|c_attn)(\.mos_adapter\..*)?$"
+)
+"""The keys and values of cross-attention, by the names that transformers gives them."""
 
 
 def follow_attention_mask(model: nn.Module) -> None:
     """Let every router of `model` read the attention mask of the transformers model that it is in.
 
     A router reads the mask of the innermost such model: an encoder's routers see the encoder's mask, a decoder's
-    routers the decoder's. A part of the model may also be called alone (`model.model`). `model` itself counts as a
-    transformers model, whatever its class. Call this again after routers were added.
+    routers the decoder's. The keys and values of cross-attention read the encoder's states, so theirs is the mask of
+    `model`. A part of the model may also be called alone (`model.model`). `model` itself counts as a transformers
+    model, whatever its class. Call this again after routers were added.
     """
     owners = set(router_owners(model, inactive=True).values())  # inactive ones may be set active later
     masks: dict[str, TokenMask] = {}
@@ -37,7 +45,7 @@ def follow_attention_mask(model: nn.Module) -> None:
                 setattr(module, _ATTRIBUTE, TokenMask(module, outer))
             masks[name] = getattr(module, _ATTRIBUTE)
         if module in owners:
-            module.token_mask = _innermost(masks, name)
+            module.token_mask = _innermost(masks, "" if _READS_ENCODER.search(plain_name(name)) else name)
 
 
 def forget_attention_mask(model: nn.Module) -> None:
@@ -53,6 +61,16 @@ def _innermost(masks: dict[str, TokenMask], name: str) -> TokenMask | None:
     while name not in masks and name:
         name = name.rpartition(".")[0]
     return masks.get(name)
+
+
+def mask_names(model: nn.Module) -> Callable[[str, nn.Module], tuple[str, ...]]:
+    """A function from a module of `model`, by name, to the model's arguments that may be the mask of its input."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return lambda name, module: (NAME,)
+    encoder = set(getattr(model, "get_encoder", lambda: model)().modules())
+    if model in encoder:
+        return lambda name, module: (NAME, f"decoder_{NAME}")
+    return lambda name, module: (NAME if module in encoder or _READS_ENCODER.search(name) else f"decoder_{NAME}",)
 
 
 def of_tokens(mask: Tensor, x: Tensor) -> Tensor | None:

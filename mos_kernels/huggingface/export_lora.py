@@ -10,7 +10,8 @@ import contextlib
 import math
 import os
 import tempfile
-from collections import Counter
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from mos_kernels.huggingface import files
 from mos_kernels.huggingface.atomic import check_folder, new_folder
-from mos_kernels.huggingface.attention_mask import of_tokens
+from mos_kernels.huggingface.attention_mask import mask_names, of_tokens
 from mos_kernels.huggingface.card import classes_to_load, export_card
 from mos_kernels.huggingface.lora_fit import LinearFit
 from mos_kernels.huggingface.modules import (
@@ -52,6 +53,7 @@ class ExportReport:
     kl: the mean of KL(mixture ‖ LoRA) over `positions`, in nats. agreement: the share of positions with the same most
     likely class or token. Both are None without logits over classes or tokens. loss, accuracy: (of the mixture, of the
     LoRA); None without labels (accuracy: without class labels). parameters: (of the mixture's adapter, of the LoRA).
+    tied: the linears whose weight is also that of another module, as of a head tied to the embeddings.
     """
 
     rank: int
@@ -64,6 +66,7 @@ class ExportReport:
     agreement: float | None = None
     loss: tuple[float, float] | None = None
     accuracy: tuple[float, float] | None = None
+    tied: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
@@ -86,6 +89,10 @@ class ExportReport:
         silent = sum(error is None for error in self.linears.values())
         if silent:
             lines.append(f"the adapter adds nothing at {silent} of the linears, and neither does the LoRA")
+        lines += [
+            f"{name} shares its weight with another module, which a merge would change too: untie it, or do not merge"
+            for name in self.tied
+        ]
         if self.kl is not None:
             lines.append(
                 f"over {self.positions:,} predictions: KL(mixture, LoRA) {self.kl:.4g} nats, the same most likely one "
@@ -97,7 +104,7 @@ class ExportReport:
             if pair is not None:
                 lines.append(f"{name} {pair[0]:.4g} with the mixture, {pair[1]:.4g} with the LoRA")
         if self.loss is None:
-            lines.append("no loss: the batches have no labels, or only such as are ignored")
+            lines.append("no loss: the batches have no labels, under that name, or only such as are ignored")
         return lines
 
     def table(self) -> list[str]:
@@ -137,7 +144,8 @@ def export_lora(
 
     Returns the report, which is also in the model card. After an error nothing is written. Raises ValueError if there
     are no tokens, if no token reached a linear, for values that are not finite, for a rank below 1, for a model without
-    an active adapter or with several, and for a linear that the model holds in several places. Raises FileExistsError
+    an active adapter or with several, for a linear that the model holds in several places, and for one that is inside a
+    module which is exported whole, such as a head. Raises FileExistsError
     if the folder is not empty, or if another process is writing it: in a job of several processes, call this in one of
     them. Raises NotADirectoryError if a parent of the folder is a file, and OSError if nothing can be written.
     """
@@ -153,7 +161,11 @@ def export_lora(
     linears = _linears(inner)
     if adapter_state(inner) is not None:
         refuse_peft(inner)  # what that adds would be in no export
+    prompts = getattr(outer, "active_peft_config", None)
+    if getattr(prompts, "is_prompt_learning", False):
+        raise ValueError(f"the model has a {type(prompts).__name__} too, which no LoRA can hold: take it off first")
     whole = _modules_saved_whole(outer, inner)
+    _require_outside([linear.name for linear in linears], whole[0])
     own = adapter_parameters(inner)
     wide = sum(linear.d_in + linear.d_out for linear in linears)
     total = sum(parameter.numel() for parameter in own.values())
@@ -163,9 +175,9 @@ def export_lora(
         place = stack.enter_context(new_folder(folder))
         for context in (evaluating(outer), torch.no_grad(), torch.compiler.set_stance("force_eager")):
             stack.enter_context(context)
-        read_masks = _mask_names(inner)
+        read_masks = mask_names(inner)
         for linear in linears:
-            linear.mask_names = read_masks(linear.layer)
+            linear.mask_names = read_masks(linear.name, linear.layer)
             stack.enter_context(forward_through(linear.layer, linear.forward))
         order = _order(outer, linears, calibration_batches)
         step = max(math.ceil(len(order) / PASSES), 1) if at_once is None else at_once
@@ -174,7 +186,7 @@ def export_lora(
             _collect(outer, order[start : start + step], calibration_batches)
             for linear in order[start : start + step]:
                 linear.fit(rank, ridge)
-        report = ExportReport(rank, (total, rank * wide), {}, order[0].tokens, len(passes))
+        report = ExportReport(rank, (total, rank * wide), {}, order[0].tokens, len(passes), tied=_tied(inner, linears))
         chosen = calibration_batches if evaluation_batches is None else evaluation_batches
         _compare(outer, linears, chosen, report)
         _write(place, inner, linears, whole, report)
@@ -270,21 +282,12 @@ def _run(model: nn.Module, batch: Mapping[str, Tensor] | Tensor):
     if not values:
         kinds = ", ".join(f"{name}: {type(value).__name__}" for name, value in batch.items())
         raise ValueError(f"a batch holds no tensor ({kinds}): pass tensors, as by tokenizer(…, return_tensors='pt')")
-    if not isinstance(batch, Tensor) and isinstance(ids := batch.get("input_ids"), Tensor) and ids.dim() < 2:
+    ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
+    if isinstance(ids, Tensor) and ids.dim() < 2:
         raise ValueError(f"input_ids of a batch have the shape {tuple(ids.shape)}: make it (batch, sequence)")
     if isinstance(batch, Tensor):
         return model(batch.to(device))
     return model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
-
-
-def _mask_names(model: nn.Module) -> Callable[[nn.Module], tuple[str, ...]]:
-    """A function from a module of the model to the batch's entries that may mark the padding of its input."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return lambda module: ("attention_mask",)
-    encoder = set(getattr(model, "get_encoder", lambda: model)().modules())
-    if model in encoder:
-        return lambda module: ("attention_mask", "decoder_attention_mask")
-    return lambda module: ("attention_mask" if module in encoder else "decoder_attention_mask",)
 
 
 def _masks(batch: Mapping[str, Tensor] | Tensor, names: tuple[str, ...]) -> Callable[[Tensor], Tensor | None]:
@@ -348,7 +351,7 @@ def _compare(model: nn.Module, linears: list[LinearFit], batches, report: Export
     causal = getattr(model, "can_generate", lambda: False)() and not getattr(model.config, "is_encoder_decoder", False)
     sums = torch.zeros(4, dtype=torch.float64)  # KL, agreement, right with the mixture, right with the LoRA
     losses, weight, positions, classes = [0.0, 0.0], 0, 0, 0
-    mask_names = _mask_names(model)(model)
+    names = mask_names(model)("", model)
     for batch in batches:
         outputs = []
         for mode in ("adapter", "measure"):
@@ -357,7 +360,7 @@ def _compare(model: nn.Module, linears: list[LinearFit], batches, report: Export
             outputs.append(_run(model, batch))
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         logits = [_logits(output) for output in outputs]
-        shown = None if logits[0] is None else _kept(logits[0], _masks(batch, mask_names), labels, causal)
+        shown = None if logits[0] is None else _kept(logits[0], _masks(batch, names), labels, causal)
         pair = [getattr(output, "loss", None) for output in outputs]
         if labels is not None and all(isinstance(loss, Tensor) for loss in pair):
             count = int(shown[0].sum()) if shown is not None else len(labels)
@@ -373,7 +376,7 @@ def _compare(model: nn.Module, linears: list[LinearFit], batches, report: Export
         targets = None if targets is None else targets[kept]
         classes += 0 if targets is None else len(targets)
         for start in range(0, len(mixture), 512):  # of a large vocabulary a few at a time
-            ours, theirs = (one[start : start + 512].float().log_softmax(-1).double() for one in (mixture, lora))
+            ours, theirs = (one[start : start + 512].double().log_softmax(-1) for one in (mixture, lora))
             best = ours.argmax(-1), theirs.argmax(-1)
             found = [(ours.exp() * (ours - theirs)).sum(), (best[0] == best[1]).sum()]
             known = None if targets is None else targets[start : start + 512]
@@ -424,7 +427,8 @@ def _modules_saved_whole(outer: nn.Module, inner: nn.Module) -> tuple[list[str],
 
     peft copies the head of every classifier for its adapter, so it expects the head in the file.
     """
-    if hasattr(outer, "peft_config"):
+    by_peft = hasattr(outer, "peft_config")
+    if by_peft:
         from peft import get_peft_model_state_dict
 
         modules, tensors = [], {}
@@ -433,15 +437,57 @@ def _modules_saved_whole(outer: nn.Module, inner: nn.Module) -> tuple[list[str],
             tensors |= {k.removeprefix(files.PREFIX): v for k, v in found.items() if not files.is_adapter(k)}
             modules += outer.peft_config[name].modules_to_save or []
     else:
-        state = adapter_state(inner)
-        modules = [] if state is None else state.modules_to_save()
+        states = {plain_name(name): state for name, module in inner.named_modules() if (state := adapter_state(module))}
+        modules = [f"{part}.{name}".lstrip(".") for part, state in states.items() for name in state.modules_to_save()]
         tensors = tensors_of(inner, [*modules, *files.named_by_ending(inner, modules)])
+        if states and "" not in states:
+            _warn_of_others(inner, tensors, list(states))
     for head in classifier_heads(inner) if _task_type(inner) in WITH_HEAD else ():
-        if not any(name.startswith(f"{head}.") for name in tensors):
-            modules.append(head)
+        modules = [*(name for name in modules if not name.startswith(f"{head}.")), head]
+        if not (by_peft and any(name.startswith(f"{head}.") for name in tensors)):
             tensors |= tensors_of(inner, [head])
     present = [name for name in modules if any(f".{name}." in f".{tensor}" for tensor in tensors)]
     return list(dict.fromkeys(present)), tensors
+
+
+def _warn_of_others(model: nn.Module, saved: Mapping[str, Tensor], parts: list[str]) -> None:
+    """Warn if parts of the model without an adapter may have been trained: nothing notes which of them were."""
+    inside = tuple(f"{part}." for part in parts)
+    names = [plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    others = [name for name in names if name not in saved and not name.startswith(inside)]
+    if others:
+        warnings.warn(
+            f"the adapter is on {', '.join(parts)} alone: if other parts of {type(model).__name__} were trained, they "
+            f"are not exported ({', '.join(others[:4])}{', …' if len(others) > 4 else ''}). Freeze them, or put the "
+            "adapter on the whole model",
+            stacklevel=4,
+        )
+
+
+def _tied(model: nn.Module, linears: list[LinearFit]) -> tuple[str, ...]:
+    """The linears whose weight is also that of another module."""
+    owners: dict[int, set[nn.Module]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)].add(module)
+    return tuple(
+        linear.name
+        for linear in linears
+        if any(owners[id(parameter)] - set(linear.layer.modules()) for parameter in linear.layer.parameters())
+    )
+
+
+def _require_outside(linears: list[str], modules: list[str]) -> None:
+    """ValueError if a linear is inside a module that is saved whole: peft would drop its LoRA without a word."""
+    for module in modules:
+        for name in linears:
+            # peft finds these modules by the ending of their names: "classifier" is also found in pre_classifier
+            if f".{module}." in f".{name}." or name.endswith(module):
+                raise ValueError(
+                    f"{name!r} has an adapter, and {module!r}, which was trained or is the head, is exported whole: "
+                    "peft would load it without the LoRA. Leave the linear out of target_modules (exclude_modules), or "
+                    "keep its weight and bias frozen"
+                )
 
 
 def _target_modules(model: nn.Module, names: list[str]) -> list[str]:

@@ -310,10 +310,12 @@ def without_base(where, tensors: dict[str, Tensor], model: nn.Module) -> dict[st
 
 def _require_equal(applied: MoSConfig, loaded: MoSConfig) -> None:
     """ValueError if the configurations differ, except in target_modules and the like, which tensor names check."""
+    ours, theirs = applied.to_dict(), loaded.to_dict()
     different = [
-        f"{field.name}={getattr(loaded, field.name)!r} instead of {getattr(applied, field.name)!r}"
-        for field in dataclasses.fields(MoSConfig)
-        if field.name not in _WHERE_FIELDS and getattr(loaded, field.name) != getattr(applied, field.name)
+        f"{name}={theirs[name]!r} instead of {ours[name]!r}"
+        for name in ours
+        # as text, since the order of a pattern's keys counts
+        if name not in _WHERE_FIELDS and json.dumps(theirs[name]) != json.dumps(ours[name])
     ]
     if different:
         raise ValueError(

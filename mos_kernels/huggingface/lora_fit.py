@@ -130,7 +130,12 @@ class LinearFit:
         self.C = self.D = None
         mean = C.diagonal().mean()
         weight = ridge * torch.where(mean > 0, mean, 1.0)
-        L = torch.linalg.cholesky(C + weight * torch.eye(self.d_in, dtype=C.dtype, device=C.device))
+        L, failed = torch.linalg.cholesky_ex(C + weight * torch.eye(self.d_in, dtype=C.dtype, device=C.device))
+        if failed:
+            raise ValueError(
+                f"ridge={ridge} is too small for the {self.tokens} tokens that reached {self.name!r}: pass a larger "
+                "one, such as 1e-4, or more tokens"
+            )
         G = torch.linalg.solve_triangular(L, (D + weight * self._flat(gates)).T, upper=False).T
         U, S, Vh = torch.linalg.svd(G, full_matrices=False)
         U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]

@@ -89,7 +89,8 @@ def _inactive(model: nn.Module) -> set[nn.Module]:
 def active_names(model: nn.Module) -> list[str]:
     """The names of the active adapters of a model with adapters of peft or of transformers."""
     active = getattr(model, "active_adapters", [])
-    active = active() if callable(active) else active
+    if callable(active):  # transformers' own, which asks for the latest peft
+        active = next((vars(m)["_active_adapter"] for m in model.modules() if "_active_adapter" in vars(m)), [])
     return [active] if isinstance(active, str) else list(active)
 
 

@@ -35,10 +35,11 @@ class Idle(NamedTuple):
 def idle_tensors(model: nn.Module, **inputs) -> list[Idle]:
     """Run one step of model(**inputs), and list the tensors of the active adapter that got no gradient or do nothing.
 
-    The loss is that of the model if `inputs` have labels, else the mean square of its first output. If B = 0, as at the
-    start of training, A, router and curvature have no gradient yet; then the linear is listed once. Parameters,
-    gradients and modes are unchanged afterwards. Raises ValueError if the model has no active adapter, if its weights
-    were made under torch.inference_mode, if those of the adapter are on the meta device, or if the loss is not finite.
+    The loss is that of the model if `inputs` have labels, else the mean of ‖y‖² over the vectors y of its first output.
+    If B = 0, as at the start of training, A, router and curvature have no gradient yet; then the linear is listed once.
+    Nor has the curvature if the B of all curved experts is 0, as after `start_from_lora`. Parameters, gradients and
+    modes are unchanged afterwards. Raises ValueError if the model has no active adapter, if its weights were made under
+    torch.inference_mode, if those of the adapter are on the meta device, or if the loss is not finite.
     """
     modules = mos_modules(model)
     if not modules:
@@ -62,7 +63,8 @@ def idle_tensors(model: nn.Module, **inputs) -> list[Idle]:
             if not isinstance(loss, Tensor):
                 parts = output.values() if isinstance(output, dict) else output
                 first = output if isinstance(output, Tensor) else next(iter(parts))
-                loss = first.float().square().mean()
+                # of a mean over a large vocabulary, float16 holds no gradient
+                loss = first.float().square().sum(-1).mean()
             if not loss.isfinite().all():
                 raise ValueError(
                     f"the loss is {float(loss.detach())}: give inputs with labels that are not all ignored"
@@ -84,6 +86,9 @@ def idle_tensors(model: nn.Module, **inputs) -> list[Idle]:
             if parameter == "mos_curvature" and not any(module.config.curvature_signs):
                 continue  # with Euclidean experts only, curvature has no effect
             expected = name in empty and parameter != "mos_lora_B"
+            if parameter == "mos_curvature":
+                curved = [sign != 0 for sign in module.config.curvature_signs]
+                expected |= not module.mos_lora_B[:, curved].any()
             if isinstance(module, MoSRouter):
                 expected = empty == set(mos_adapters(model))
             used = module.config.num_experts_per_tok if module.config.norm_topk_prob else module.config.num_experts

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mos_kernels import routing
 from mos_kernels.config import MoSConfig
 from mos_kernels.ffn_node import Observer
-from mos_kernels.huggingface.modules import router_owners
+from mos_kernels.huggingface.attention_mask import mask_names, of_tokens
+from mos_kernels.huggingface.modules import mos_adapters, router_owners
 from mos_kernels.huggingface.targets import refuse_offloaded
 from mos_kernels.layer import evaluating
 
@@ -64,7 +65,8 @@ def measured_routing(
     statistics: those of an earlier context, to which this one adds.
 
     A compiled model runs uncompiled inside the context, since hooks do not work in a compiled model. Tokens that the
-    model's argument `attention_mask` marks as padding are left out, if the mask has the shape of the tokens.
+    model's `attention_mask` marks as padding are left out, if the mask has the shape of the tokens. A decoder behind an
+    encoder has its own, `decoder_attention_mask`.
     """
     owners = router_owners(model)
     for name, owner in owners.items():
@@ -72,27 +74,32 @@ def measured_routing(
     statistics = {} if statistics is None else statistics
     for name, owner in owners.items():
         statistics.setdefault(name, RouterStatistics(owner.config))
-    mask: list[Tensor | None] = [None]
+    masks: dict[str, Tensor] = {}
     inner = getattr(model, "_orig_mod", model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    signature = inspect.signature(inner.forward)
+    signature, names_of = inspect.signature(inner.forward), mask_names(inner)
 
-    def remember_mask(module, args, kwargs):
-        mask[0] = kwargs.get("attention_mask")
-        if args and mask[0] is None:
+    def remember_masks(module, args, kwargs):
+        given = dict(kwargs)
+        if args:
             with contextlib.suppress(TypeError):  # the model says itself what is wrong with its arguments
-                mask[0] = signature.bind_partial(*args, **kwargs).arguments.get("attention_mask")
+                given.update(signature.bind_partial(*args, **kwargs).arguments)
+        masks.clear()
+        masks.update((name, value) for name, value in given.items() if name.endswith("attention_mask"))
 
     def measure(name, owner):
+        names = names_of(name, owner)
+
         def observe(x):
             with torch.autocast(x.device.type, enabled=False):
                 logits = owner.routing_logits(x.detach())
-            known = isinstance(mask[0], Tensor) and mask[0].shape == x.shape[:-1]
-            statistics[name].add(logits[mask[0].to(x.device) != 0] if known else logits.flatten(0, -2))
+            given = (mask for entry in names if isinstance(mask := masks.get(entry), Tensor))
+            real = next((fit for mask in given if (fit := of_tokens(mask, x)) is not None), None)
+            statistics[name].add(logits.flatten(0, -2) if real is None else logits[real])
 
         return Observer(observe)
 
-    handles = [model.register_forward_pre_hook(remember_mask, with_kwargs=True)]
+    handles = [model.register_forward_pre_hook(remember_masks, with_kwargs=True)]
     handles += [owner.register_forward_hook(measure(name, owner), with_kwargs=True) for name, owner in owners.items()]
     try:
         with torch.compiler.set_stance("force_eager"):
@@ -127,7 +134,9 @@ def routing_report(model: nn.Module, *args, **kwargs) -> RoutingReport:
     ValueError if the model has no router, or if no router ran.
     """
     if not router_owners(model):
-        raise ValueError(f"{type(model).__name__} has no MoS routers: call apply_mos(model, config) first")
+        loras = mos_adapters(model)
+        why = f"its {len(loras)} adapted linears are LoRAs, which need none" if loras else "call apply_mos first"
+        raise ValueError(f"{type(model).__name__} has no MoS routers: {why}")
     with evaluating(model), measured_routing(model) as statistics:
         model(*args, **kwargs)
     report = RoutingReport()

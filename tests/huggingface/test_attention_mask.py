@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +14,14 @@ from tiny_models import MATRIX, ids, mos, tiny
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from mos_kernels import MoSConfig
 from mos_kernels.huggingface import apply_mos, load_adapter, remove_mos, routing_report
@@ -329,26 +337,42 @@ def test_positional_arguments_and_an_inner_model_called_alone():
         assert_close(gradients(model, tokens, mask, call), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_an_encoder_and_a_decoder_each_have_their_own():
-    from transformers import T5Config, T5ForConditionalGeneration
-
+def encoder_decoder(kind: str):
     torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=48, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0, pad_token_id=0,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    model = T5ForConditionalGeneration(config)
-    apply_mos(model, mos(model, target_modules=["wi", "wo"]))
-    seen = {}
+    if kind == "t5":
+        options = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+        model = T5ForConditionalGeneration(T5Config(vocab_size=48, **options, decoder_start_token_id=0))
+    else:
+        options = {f"{part}_{name}": n for part in ("encoder", "decoder")
+                   for name, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))}  # fmt: skip
+        model = BartForConditionalGeneration(BartConfig(vocab_size=48, d_model=16, **options, dropout=0.0))
+    apply_mos(model, mos(model, target_modules="all-linear", router_scope="linear"))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_and_a_decoder_each_have_their_own(kind):
+    """And the keys and values of cross-attention, which read the encoder's states, have the encoder's."""
+    model, seen = encoder_decoder(kind), {}
     for name, owner in router_owners(model).items():
-        masks = seen.setdefault(name.partition(".")[0], [])
+        masks = seen.setdefault(name, [])
         owner.register_forward_hook(lambda owner, args, _, masks=masks: masks.append(owner.token_mask.of(args[0])))
     (tokens, mask), (targets, target_mask) = padded("right"), padded("left")
+    target_mask[1, :3] = 0
     inputs = {"attention_mask": mask, "decoder_input_ids": targets, "decoder_attention_mask": target_mask}
     model.train()(tokens, **inputs)
-    assert set(seen) == {"encoder", "decoder"}
-    for part, expected in (("encoder", mask), ("decoder", target_mask)):
-        assert seen[part] and all(torch.equal(found, expected.bool()) for found in seen[part])
+    crossed = [name for name in seen if re.search(r"(EncDec|encoder_)att.*\.[kv](_proj)?$", name, re.IGNORECASE)]
+    assert len(crossed) == 2 and len(seen) > 12
+    for name, found in seen.items():
+        expected = mask if "encoder." in name or name in crossed else target_mask
+        assert found and all(torch.equal(one, expected.bool()) for one in found), name
+
+    real = {entry["name"]: entry["tokens"] for entry in routing_report(model, tokens, **inputs)}
+    assert real == {name: int((mask if "encoder." in name or name in crossed else target_mask).sum()) for name in seen}
+    unmasked = {entry["name"]: entry["tokens"] for entry in routing_report(
+        model, tokens, attention_mask=mask, decoder_input_ids=targets)}  # fmt: skip
+    assert all(unmasked[name] == (real[name] if "encoder." in name or name in crossed else mask.numel())
+               for name in seen)  # fmt: skip
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -11,14 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from peft_setup import peft_model
 from tiny_models import FAMILIES, MATRIX, ids, mos, snapshot, tiny
 from torch import nn
 from torch.nn.functional import kl_div
 from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
     WhisperConfig,
@@ -27,8 +33,8 @@ from transformers import (
 
 from mos_kernels import MoSConfig, MoSLinear
 from mos_kernels.functional import mos_linear
-from mos_kernels.huggingface import apply_mos, export_lora, load_adapter, save_adapter
-from mos_kernels.huggingface.modules import mos_adapters
+from mos_kernels.huggingface import MoSPeftConfig, apply_mos, export_lora, load_adapter, save_adapter
+from mos_kernels.huggingface.modules import active_names, mos_adapters
 
 FLAT = {"spaces": {"euclidean": 4}, "num_experts_per_tok": 4}
 
@@ -250,12 +256,15 @@ def with_ffns(model, *names: str) -> nn.Module:
     return model
 
 
-def test_an_encoder_and_a_decoder_have_padding_of_their_own(tmp_path):
+@pytest.mark.parametrize("targets", [["wi_0", "wi_1", "wo"], "all-linear"])
+def test_an_encoder_and_a_decoder_have_padding_of_their_own(targets, tmp_path):
     """Also where both are padded to one length, so that either mask would fit."""
     torch.manual_seed(0)
     options = {"vocab_size": 48, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     model = T5ForConditionalGeneration(T5Config(**options, dropout_rate=0.0, feed_forward_proj="gated-gelu"))
-    model = with_ffns(model.double().eval(), "wi_0", "wi_1", "wo")
+    model = model.double().eval()
+    torch.manual_seed(1)
+    apply_mos(model, MoSConfig(r=2, init_lora_weights=False, target_modules=targets))
     source, target, parts, padded = ids(0, 2, 6), ids(1, 2, 6), [], {}
     for name, tokens, lengths in (("", source, (4, 6)), ("decoder_", target, (6, 3))):
         mask = torch.arange(6) < torch.tensor(lengths)[:, None]
@@ -327,6 +336,119 @@ def test_a_trained_head_goes_with_it(tmp_path):
     again = PeftModel.from_pretrained(tiny("bert"), tmp_path / "second")
     own = by_peft.base_model.model.classifier.modules_to_save["default"].weight
     assert torch.equal(again.base_model.model.classifier.modules_to_save["default"].weight, own)
+
+
+@pytest.mark.parametrize("trained", ["classifier", "classifier.out_proj", None])
+@pytest.mark.parametrize("by_peft", [False, True])
+def test_a_head_of_several_layers_is_exported_whole(trained, by_peft, tmp_path):
+    """peft copies all of it for the adapter."""
+    torch.manual_seed(0)
+    options = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = RobertaConfig(**options, num_attention_heads=2, max_position_embeddings=32)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path / "base")
+
+    def base():
+        return RobertaForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+
+    model = base()
+    apply_mos(model, MoSConfig(r=2, init_lora_weights=False, target_modules=["query", "dense"],
+                               exclude_modules=["classifier.dense"], **FLAT))  # fmt: skip
+    if trained:
+        model.get_submodule(trained).requires_grad_(True)
+    with torch.no_grad():
+        model.classifier.out_proj.weight.normal_()
+    steady(model)
+    if by_peft and trained == "classifier":
+        save_adapter(model, tmp_path / "mos")
+        model = PeftModel.from_pretrained(base(), tmp_path / "mos")
+    export_lora(model, batches(), tmp_path / "lora", rank=8)
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["classifier"] and config["task_type"] == "SEQ_CLS"
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "lora")
+    close(outputs(loaded), outputs(model), 1e-5)
+    close(outputs(loaded.merge_and_unload()), outputs(model), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "family, targets, trained, message",
+    [
+        ("roberta", ["dense"], None, "'classifier.dense' has an adapter, and 'classifier', which was trained or is"),
+        ("distilbert", "all-linear", None, "'pre_classifier' has an adapter, and 'classifier'"),
+        ("llama", ["up_proj"], "model.layers.0.mlp", "'model.layers.0.mlp.up_proj', which was trained"),
+        ("llama", ["up_proj"], "model.layers.0.mlp.up_proj.bias", "or keep its weight and bias frozen"),
+    ],
+)
+def test_a_linear_inside_what_is_exported_whole_is_refused(family, targets, trained, message, tmp_path):
+    """peft would copy the module, and drop the LoRA of the copy."""
+    torch.manual_seed(0)
+    if family == "roberta":
+        kind, config = RobertaForSequenceClassification, RobertaConfig(hidden_size=16, num_attention_heads=2)
+    elif family == "distilbert":
+        kind, config = DistilBertForSequenceClassification, DistilBertConfig(dim=16, hidden_dim=32, n_heads=2)
+    else:
+        kind, config = LlamaForCausalLM, LlamaConfig(hidden_size=16, num_attention_heads=2, mlp_bias=True)
+    for name in ("num_hidden_layers", "intermediate_size", "vocab_size"):
+        setattr(config, name, {"num_hidden_layers": 1, "vocab_size": 48}.get(name, 32))
+    model = kind(config)
+    apply_mos(model, MoSConfig(r=2, target_modules=targets))
+    if trained is not None:
+        owner, _, name = trained.rpartition(".")
+        getattr(model.get_submodule(owner), name).requires_grad_(True)
+    with pytest.raises(ValueError, match=message):
+        export_lora(model, batches(1), tmp_path / "lora")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_on_a_part_is_exported_with_what_was_trained_there(tmp_path):
+    model = tiny()
+    torch.manual_seed(1)
+    apply_mos(model.model, mos(model, **FLAT))
+    steady(model).lm_head.requires_grad_(False)
+    model.model.norm.requires_grad_(True)
+    with torch.no_grad():
+        model.model.norm.weight.normal_()
+    export_lora(model, batches(), tmp_path / "lora", rank=4)
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path / "lora")
+    close(outputs(loaded), outputs(model), 1e-9)
+    model.lm_head.requires_grad_(True)
+    with pytest.warns(UserWarning, match="is on model alone: if other parts .*not exported .lm_head.weight"):
+        export_lora(model, batches(1), tmp_path / "second", rank=4)
+
+
+def test_a_tied_head_is_said(tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1,
+                         vocab_size=48, tie_word_embeddings=True)  # fmt: skip
+    for by_peft in (False, True):
+        model = LlamaForCausalLM(config)
+        options = {"r": 2, "target_modules": ["up_proj", "lm_head"], "init_lora_weights": False}
+        if by_peft:
+            model = get_peft_model(model, MoSPeftConfig(**options))
+        else:
+            apply_mos(model, MoSConfig(**options))
+        report = export_lora(model, batches(1), tmp_path / f"{by_peft}")
+        assert report.tied == ("lm_head",) and "lm_head shares its weight with another module" in str(report)
+        assert "lm_head shares its weight" in (tmp_path / f"{by_peft}" / "README.md").read_text()
+
+
+def test_prompts_beside_the_adapter_are_refused(tmp_path):
+    model = get_peft_model(adapted(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="has a PromptTuningConfig too, which no LoRA can hold"):
+        export_lora(model, batches(1), tmp_path / "lora")
+
+
+def test_a_model_that_transformers_gave_its_adapter(tmp_path):
+    """Without asking for the latest peft, as transformers' own active_adapters() does."""
+    tiny().save_pretrained(tmp_path / "base")
+    model = adapted()
+    save_adapter(model, tmp_path / "mos")
+    served = type(model).from_pretrained(tmp_path / "base", dtype=torch.float64)
+    served.load_adapter(str(tmp_path / "mos"))
+    assert active_names(served) == ["default"]
+    reports = [export_lora(m, batches(2), tmp_path / f"{i}", rank=3) for i, m in enumerate((model, served))]
+    assert reports[0].linears.keys() == reports[1].linears.keys()
+    for name, wanted in product(tmp_path / "0").items():
+        close(product(tmp_path / "1")[name], wanted, 1e-9)
 
 
 def test_the_card_of_a_model_of_ones_own(tmp_path):
@@ -442,6 +564,8 @@ class ReadOnce:
         ({"calibration_batches": [{}]}, "a batch holds no tokens .no tensor."),
         ({"calibration_batches": [{"input_ids": [[3, 4]]}]}, "holds no tensor .input_ids: list.: pass tensors"),
         ({"calibration_batches": [{"input_ids": ids()[0]}]}, "shape .7,.: make it .batch, sequence."),
+        ({"calibration_batches": [ids()[0]]}, "shape .7,.: make it .batch, sequence."),
+        ({"ridge": 1e-30}, "ridge=1e-30 is too small for the 14 tokens that reached"),
         ({"calibration_batches": ReadOnce()}, "were empty when read again"),
         ({"evaluation_batches": [ids()[:0]]}, "a batch holds no tokens"),
         ({"calibration_batches": [(ids(),)]}, "a batch is a tuple: make it a dictionary"),

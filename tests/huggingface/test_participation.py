@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from mos_kernels.__main__ import main
 from mos_kernels.huggingface import apply_mos, idle_tensors, save_adapter
-from mos_kernels.huggingface.modules import adapter_parameters
+from mos_kernels.huggingface.modules import adapter_parameters, mos_adapters
 
 
 def adapted(family: str = "llama", **options):
@@ -51,6 +51,25 @@ def test_an_adapter_at_its_start_is_said_once_a_linear():
     model = adapted(init_lora_weights=True)
     found = idle_tensors(model, input_ids=ids())
     assert len(found) == 6 and {why for _, why in found} == {"adds nothing: B is zero, as before training"}
+
+
+def test_curved_experts_that_add_nothing_yet_have_no_gradient_of_curvature():
+    """As after start_from_lora."""
+    model = adapted()
+    for layer in mos_adapters(model).values():
+        with torch.no_grad():
+            layer.mos_lora_B[:, [sign != 0 for sign in layer.config.curvature_signs]] = 0
+    assert idle_tensors(model, input_ids=ids(length=30)) == []
+
+
+def test_a_large_vocabulary_in_float16():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**_SMALL, "vocab_size": 50_000, "num_key_value_heads": 2})
+    model = transformers.LlamaForCausalLM(config).half()
+    apply_mos(model, mos(model))
+    for name, parameter in adapter_parameters(model).items():
+        parameter.data.mul_(0.01 if "lora_B" in name else 1.0)
+    assert idle_tensors(model, input_ids=ids(length=30)) == []
 
 
 def test_a_linear_that_is_read_past_its_forward_is_named():

@@ -415,6 +415,43 @@ def test_one_file_for_both_doors(family, tmp_path):
     assert torch.equal(logits(third), logits(model))
 
 
+@given(
+    st.permutations(["q_proj", ".*_proj", r"self_attn\..*", r"model\..*"]),
+    st.sampled_from(["rank_pattern", "alpha_pattern", "spaces_pattern"]),
+)
+def test_the_first_key_that_matches_counts_also_after_a_save_by_peft(tmp_path_factory, keys, option):
+    """peft sorts the keys of what it writes."""
+    folder = tmp_path_factory.mktemp("order")
+    values = [{"spherical": i} for i in range(1, 5)] if option == "spaces_pattern" else range(1, 5)
+    config = MoSPeftConfig(**{option: dict(zip(keys, values, strict=True))})
+    config.save_pretrained(folder)
+    for _ in range(2):  # and again, of what was read
+        found = MoSPeftConfig.from_pretrained(folder)
+        assert found.to_mos_config() == config.to_mos_config()
+        assert list(getattr(found, option)) == list(keys)
+        found.save_pretrained(folder)
+
+
+def test_patterns_in_another_order_are_another_configuration(tmp_path):
+    patterns = {"up_proj": {"hyperbolic": 2}, ".*_proj": {"spherical": 2}}
+    turned = dict(reversed(patterns.items()))
+    first, second = (MoSConfig(r=4, init_lora_weights=False, spaces_pattern=p) for p in (patterns, turned))
+    assert first != second and first == MoSConfig(r=4, init_lora_weights=False, spaces_pattern=dict(patterns))
+    model = tiny()
+    apply_mos(model, first)
+    save_adapter(model, tmp_path / "first")
+    by_peft = PeftModel.from_pretrained(tiny(), tmp_path / "first")
+    by_peft.save_pretrained(tmp_path / "peft")
+    for folder in ("first", "peft"):
+        again = tiny()
+        load_adapter(again, tmp_path / folder)
+        assert torch.equal(logits(again), logits(model))
+        other = tiny()
+        apply_mos(other, second)
+        with pytest.raises(ValueError, match="another configuration .*spaces_pattern="):
+            load_adapter(other, tmp_path / folder)
+
+
 def test_by_peft_beside_another_adapter_and_with_experts_of_its_own():
     model = tiny()
     options = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
@@ -446,6 +483,11 @@ def test_it_starts_from_a_lora_on_all_linears():
         pattern = {"q_proj": {"hyperbolic": 2}, "k_proj|v_proj|o_proj": LORA}
         start_from_lora(apply_to, lora, dataclasses.replace(mixed(), init_lora_weights=True, spaces_pattern=pattern))
     assert not mos_adapters(apply_to)
+
+
+def test_loras_alone_are_not_asked_how_they_route():
+    with pytest.raises(ValueError, match="has no MoS routers: its 14 adapted linears are LoRAs, which need none"):
+        routing_report(adapted(spaces=LORA, num_experts_per_tok=1)[0], ids())
 
 
 def test_the_export_has_the_loras_exactly(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import os
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ import mos_kernels
 from mos_kernels.config import MoSConfig, default_spaces
 from mos_kernels.huggingface.atomic import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from mos_kernels.huggingface.card import with_import_note
-from mos_kernels.huggingface.files import PEFT_TYPE, PICKLE_NAME, refuse_damaged, unknown_options
+from mos_kernels.huggingface.files import PEFT_TYPE, PICKLE_NAME, read_json, refuse_damaged, unknown_options
+from mos_kernels.run_report.log import write_text
 
 
 def _add_peft_type(name: str) -> PeftType:
@@ -144,6 +146,10 @@ class MoSPeftConfig(PeftConfig):
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As in peft. The model card gets the package's tag, and says what to import before loading."""
         super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / CONFIG_NAME
+        # peft sorts keys, and of several that match a linear the first counts
+        patterns = {name: getattr(self, name) for name in ("rank_pattern", "alpha_pattern", "spaces_pattern")}
+        write_text(path, json.dumps({**read_json(path), **patterns}, indent=2))
         path = Path(save_directory) / CARD_NAME
         # peft writes no card into the subfolder of an adapter that is not called "default"
         card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n")
