@@ -84,6 +84,9 @@ class Plan:
         for block in self.blocks:
             why = why_not_one(block.block, block.form)
             how = "one operation" if why is None else f"linear by linear, since {why}"
+            inside = (getattr(getattr(block.block, name), "p", 0) for name in block.form.hidden)
+            if why is None and any(p > 0 for p in (self.config.lora_dropout, *inside)):
+                how += " (linear by linear in training, where it has dropout)"
             text = f"one router{of(block.config)} per block, for {', '.join(block.form.routed)}; {how}"
             groups[text].append(block.name or "(the model)")
         for linear in self.linears:

@@ -295,11 +295,12 @@ def _require_plain_linear(name: str, module: nn.Module, model: nn.Module, config
         past_forward = why_past_forward(model.get_submodule(parent), child)
         why = past_forward and f"which an adapter would not reach there: {past_forward}"
     if why:
-        exclude = f"Leave it out with exclude_modules=[{child!r}]"
+        if why == "no linear":
+            why += ". Supported are nn.Linear and its quantised forms, and transformers' Conv1D"
+        others = [ending for ending in _linear_endings(model) if ending != child]
         raise TypeError(
             f"target_modules={_shown(config.target_modules)} matches {name!r}, a {kind.__module__}.{kind.__qualname__}"
-            f", {why}: supported are nn.Linear and its quantised forms, and transformers' Conv1D. {exclude}, or name "
-            f"linears: {_linear_endings(model)}"
+            f", {why}. Leave it out with exclude_modules=[{child!r}], or name other linears: {others}"
         )
     if not name:
         raise ValueError("the model is itself a linear: use MoSLinear.from_linear(linear, config)")

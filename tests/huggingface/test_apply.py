@@ -91,6 +91,15 @@ def test_bert_has_no_block_and_the_report_says_so():
         assert text in applied.report() and text in str(applied)
 
 
+def test_the_report_says_which_blocks_are_one_operation():
+    model = tiny()
+    assert "; one operation\n" in apply_mos(model, mos(model)).report() + "\n"
+    for other, changes in (("llama", {"lora_dropout": 0.1}), ("gpt_neox", {})):
+        model = tiny(other)
+        report = apply_mos(model, mos(model, **changes)).report()
+        assert ("(linear by linear in training, where it has dropout)" in report) == bool(changes), report
+
+
 def test_the_report_names_a_head_that_stays_frozen():
     model = tiny("bert")
     says = "classifier is frozen: classifier.requires_grad_(True) trains it"

@@ -27,6 +27,7 @@ from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
 from peft_setup import SCOPES, config, peft_model
 from tiny_models import logits, tiny
 
+from mos_kernels import MoSConfig
 from mos_kernels.huggingface import MoSPeftConfig, load_adapter
 from mos_kernels.huggingface.peft.layer import MoSPeftLayer
 
@@ -244,6 +245,21 @@ def test_a_configuration_that_was_read_serves_when_its_folder_is_gone(tmp_path):
 def test_a_configuration_alone_is_saved_and_read(options, tmp_path):
     MoSPeftConfig(**options).save_pretrained(tmp_path)
     assert MoSPeftConfig.from_pretrained(tmp_path) == PeftConfig.from_pretrained(tmp_path) == MoSPeftConfig(**options)
+
+
+@pytest.mark.parametrize("preset, options", [("paper", {}), ("hydralora", {"num_experts": 3}), ("mixture_of_lora", {}),
+                                             ("mixture_of_lora", {"num_experts": 2, "r": 4})])  # fmt: skip
+def test_the_presets_are_those_of_a_mos_config(preset, options):
+    made = getattr(MoSPeftConfig, preset)(**options, task_type="CAUSAL_LM")
+    assert made.to_mos_config() == getattr(MoSConfig, preset)(**options) and made.task_type == "CAUSAL_LM"
+    assert made.target_modules is None
+
+
+def test_adapters_cannot_be_added_up():
+    model = peft_model()
+    with pytest.raises(NotImplementedError, match="cannot be added up.* export_lora"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    assert list(model.peft_config) == ["default"]
 
 
 def test_an_unknown_option_of_a_file_is_refused_unless_it_is_off(tmp_path):

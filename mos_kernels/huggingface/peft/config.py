@@ -94,6 +94,21 @@ class MoSPeftConfig(PeftConfig):
             if name != "target_modules" or self.target_modules is not None:
                 setattr(self, name, value)
 
+    @classmethod
+    def paper(cls, **options) -> MoSPeftConfig:
+        """As `MoSConfig.paper`. options: also those of peft, such as task_type."""
+        return cls(**{**_preset(MoSConfig.paper()), **options})
+
+    @classmethod
+    def hydralora(cls, num_experts: int = 8, **options) -> MoSPeftConfig:
+        """As `MoSConfig.hydralora`. options: as in `paper`."""
+        return cls(**{**_preset(MoSConfig.hydralora(num_experts)), **options})
+
+    @classmethod
+    def mixture_of_lora(cls, num_experts: int = 8, **options) -> MoSPeftConfig:
+        """As `MoSConfig.mixture_of_lora`. options: as in `paper`."""
+        return cls(**{**_preset(MoSConfig.mixture_of_lora(num_experts)), **options})
+
     def to_mos_config(self) -> MoSConfig:
         """The same adapter as a MoSConfig. Raises ValueError as MoSConfig does."""
         names = (f.name for f in dataclasses.fields(MoSConfig))
@@ -155,6 +170,12 @@ class MoSPeftConfig(PeftConfig):
         card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n")
         card.data.tags = sorted({*(card.data.tags or []), "mos-kernels"})
         path.write_text(with_import_note(str(card), self.task_type), encoding="utf-8")
+
+
+def _preset(config: MoSConfig) -> dict:
+    """The options in which it differs from the default."""
+    default = MoSConfig().to_dict()
+    return {name: value for name, value in config.to_dict().items() if value != default[name]}
 
 
 def _folder_of(source: str | os.PathLike, subfolder: str | None, options: dict) -> Path | None:

@@ -140,6 +140,12 @@ class MoSPeftModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(WHY_NO_MERGE)
 
+    def add_weighted_adapter(self, *args, **kwargs) -> None:
+        raise NotImplementedError(
+            "Mixture-of-Space adapters cannot be added up: each routes tokens to experts of its own. Export each as a "
+            "LoRA (mos_kernels.huggingface.export_lora), and call add_weighted_adapter on those"
+        )
+
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
         if kwargs.get("adapter_names") is not None:
