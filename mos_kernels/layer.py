@@ -615,6 +615,13 @@ def offload_hook(module: nn.Module):
     return next((part for part in getattr(hook, "hooks", [hook]) if getattr(part, "offload", False)), None)
 
 
+def has_own_forward(linear: nn.Module) -> bool:
+    """Whether an attribute of the linear replaces its class's forward. Accelerate's hook, which wraps it, is none."""
+    own = vars(linear)
+    forward = own.get("_old_forward", own.get("forward"))
+    return forward is not None and getattr(forward, "__func__", None) is not type(linear).forward
+
+
 def is_conv1d(linear: nn.Module) -> bool:
     """Whether the weight is (d_in, d_out), as in transformers' Conv1D, which is known by name: it need not be there."""
     return type(linear) is MoSConv1D or type(linear).__name__ == "Conv1D" and hasattr(linear, "nx")
@@ -639,11 +646,14 @@ def _is_packed(weight: Tensor) -> bool:
 
 
 def _require_dense(linear: nn.Module) -> None:
+    changed = isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward
+    why = None
     if not is_dense(linear):
-        raise TypeError(
-            f"the weight of this {type(linear).__name__} is no dense parameter (parametrised, quantised?): use "
-            "MoSWrapped(linear, config), which runs the base as it is"
-        )
+        why = f"the weight of this {type(linear).__name__} is no dense parameter (parametrised, quantised?)"
+    elif changed or has_own_forward(linear) or linear._forward_hooks or linear._forward_pre_hooks:
+        why = f"this {type(linear).__name__} has a forward or hooks of its own, which its replacement would lose"
+    if why is not None:
+        raise TypeError(f"{why}: use MoSWrapped(linear, config), which runs the base as it is")
 
 
 def balancing(owner: MoSAdapter | MoSRouter, x: Tensor) -> tuple[Tensor | None, Tensor | None]:

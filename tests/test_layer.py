@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mos_kernels import MoSConfig, MoSConv1D, MoSLinear, MoSRouter
 from mos_kernels.functional import mos_route
-from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer
+from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, MoSWrapped
 from reference.per_expert import mos_linear_per_expert
 
 LINEAR = {"router_scope": "linear"}
@@ -142,6 +142,24 @@ def test_from_linear_refuses_what_it_cannot_adapt():
         MoSLinear.from_linear(layer_of(), MoSConfig())
     with pytest.raises(TypeError, match="Linear is not transformers' Conv1D"):
         MoSConv1D.from_linear(nn.Linear(3, 3), MoSConfig())
+
+
+class Tripled(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def test_from_linear_refuses_a_forward_or_hooks_that_it_would_lose():
+    hooked, replaced, plain = nn.Linear(3, 3), nn.Linear(3, 3), type("Plain", (nn.Linear,), {})(3, 3)
+    hooked.register_forward_hook(lambda linear, args, y: 2 * y)
+    replaced.forward = lambda x: nn.Linear.forward(replaced, x) / 2
+    for linear in (Tripled(3, 3), hooked, replaced):
+        with pytest.raises(TypeError, match="has a forward or hooks of its own.* use MoSWrapped"):
+            MoSLinear.from_linear(linear, MoSConfig(**LINEAR))
+        assert linear.weight.requires_grad
+        x = tokens(3)
+        assert_close(MoSWrapped(linear, MoSConfig(**LINEAR))(x), linear(x))
+    MoSLinear.from_linear(plain, MoSConfig(**LINEAR))
 
 
 def test_meta_construction_then_to_empty_and_reset():

@@ -13,7 +13,16 @@ from transformers.pytorch_utils import Conv1D
 from mos_kernels.config import MoSConfig
 from mos_kernels.huggingface.modules import plain_name
 from mos_kernels.huggingface.past_forward import why_past_forward
-from mos_kernels.layer import MoSConv1D, MoSLayer, MoSLinear, MoSRouter, MoSWrapped, is_dense, offload_hook
+from mos_kernels.layer import (
+    MoSConv1D,
+    MoSLayer,
+    MoSLinear,
+    MoSRouter,
+    MoSWrapped,
+    has_own_forward,
+    is_dense,
+    offload_hook,
+)
 from mos_kernels.sharded import refuse_fsdp1, refuse_sharded
 
 ALL_LINEAR = "all-linear"
@@ -71,7 +80,7 @@ def base_of(module: nn.Module) -> nn.Module:
 
 def layer_kind(linear: nn.Module) -> type[MoSLayer]:
     """The layer that adapts this linear. A dense linear and its adapter are one operation; others are wrapped."""
-    if offload_hook(linear) is not None:
+    if offload_hook(linear) is not None or has_own_forward(linear):
         return MoSWrapped
     if is_dense(linear) and type(linear) is nn.Linear:
         return MoSLinear

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from everyday import full_but
 from tiny_models import FAMILIES, ids, mos, snapshot, tiny
 from torch import nn
@@ -22,7 +23,7 @@ from mos_kernels.huggingface import (
     remove_mos,
     save_adapter,
 )
-from mos_kernels.layer import MoSLayer
+from mos_kernels.layer import MoSLayer, MoSWrapped
 
 HAND_WRITTEN = {
     "llama": lambda b, x, g: b.down_proj(b.act_fn(b.gate_proj(x, g)) * b.up_proj(x, g), g),
@@ -190,6 +191,25 @@ def test_remove_restores_the_model(family, scope):
 def test_remove_without_an_adapter():
     with pytest.raises(ValueError, match="no MoS adapter"):
         remove_mos(tiny())
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_linear_keeps_a_forward_of_its_own(hooked):
+    """Also inside the hook by which accelerate moves inputs to a device."""
+    model = tiny()
+    down = model.model.layers[0].mlp.down_proj
+    own = down.forward
+    down.forward = lambda x: own(x) / 2
+    if hooked:
+        add_hook_to_module(down, AlignDevicesHook(execution_device="cpu"))
+    expected = model(ids()).logits
+    applied = apply_mos(model, mos(model, init_lora_weights=True))
+    assert type(model.model.layers[0].mlp.down_proj) is MoSWrapped
+    assert type(model.model.layers[1].mlp.down_proj) is MoSLinear
+    assert_close(model(ids()).logits, expected)
+    assert "linear by linear, since a base is quantised or wrapped" in applied.report()
+    remove_mos(model)
+    assert model.model.layers[0].mlp.down_proj is down and torch.equal(model(ids()).logits, expected)
 
 
 def test_a_linear_at_two_names_is_replaced_once_and_routes_by_itself():

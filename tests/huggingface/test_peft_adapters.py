@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import shutil
+import warnings
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -253,6 +254,26 @@ def test_the_presets_are_those_of_a_mos_config(preset, options):
     made = getattr(MoSPeftConfig, preset)(**options, task_type="CAUSAL_LM")
     assert made.to_mos_config() == getattr(MoSConfig, preset)(**options) and made.task_type == "CAUSAL_LM"
     assert made.target_modules is None
+
+
+@pytest.mark.parametrize("part", ["mlp", "mlp.up_proj"])
+def test_a_module_at_two_names_is_saved_once_and_loads(part, tmp_path):
+    def shared():
+        model = tiny()
+        first, second = model.model.layers
+        model.model.layers[1].set_submodule(part, first.get_submodule(part))
+        return model
+
+    model = get_peft_model(shared(), config(init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        loaded = PeftModel.from_pretrained(shared(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.load_adapter(tmp_path, "default")
+    own = shared()
+    load_adapter(own, tmp_path)
+    assert torch.equal(logits(own), logits(model))
 
 
 def test_adapters_cannot_be_added_up():

@@ -167,18 +167,26 @@ class MoSPeftModel(BaseTuner):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # peft looks for them under the modules' names, which checkpoint_wrapper leaves out of a state dict
         own = (name for name in state_dict if name.endswith(by_transformers) or _is_own(name, adapter_name))
-        return found | {name: state_dict[name] for name in own}
+        found |= {name: state_dict[name] for name in own}
+        # a module that the model holds under several names is in the file once, as in the plan of a model
+        every, first = ({plain_name(n) for n, _ in model.named_parameters(remove_duplicate=r)} for r in (False, True))
+        return {n: t for n, t in found.items() if not _is_own(n, adapter_name) or plain_name(n) not in every - first}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict[str, Tensor]:
         """As in peft. ValueError, before a value is loaded, for missing, unknown, misshapen or non-finite tensors."""
-        named = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters())
+        named = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in
+                 model.named_parameters(remove_duplicate=False))  # fmt: skip
         own = {name: p for name, p in named if _is_own(name, adapter_name)}  # by the names that load_state_dict takes
         in_file = {
             cls._remove_adapter_name_from_key(name, adapter_name).removeprefix(FILE_PREFIX): name for name in own
         }
         tensors = without_idle(state_dict, config.to_mos_config())
         found = {in_file.get(name.removeprefix(FILE_PREFIX), name): tensor for name, tensor in tensors.items()}
+        first: dict[int, str] = {}
+        for name, parameter in own.items():  # of several names of one tensor, the file has the first
+            if (other := first.setdefault(id(parameter), name)) in found:
+                found.setdefault(name, found[other])
         base = {name.removeprefix(FILE_PREFIX) for name in model.state_dict()}
         base -= {name.removeprefix(FILE_PREFIX) for name in _embeddings(model)}
         others = [name for name in found if name not in own and f".modules_to_save.{adapter_name}." not in name]
