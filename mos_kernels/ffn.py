@@ -16,7 +16,7 @@ from mos_kernels.ffn_kept import looked_up, remembered
 from mos_kernels.ffn_node import FFNForm, Observer, Part, Parts, is_called_plainly, parts_of, phi_of, why_not_one
 from mos_kernels.functional import require_gates
 from mos_kernels.kept import Factors, is_transformed
-from mos_kernels.layer import balancing, dense_weight
+from mos_kernels.layer import MoSLayer, balancing, dense_weight
 from mos_kernels.sharded import is_dtensor
 
 __all__ = ["FFNForm", "as_one", "bound_form", "ffn_forward", "why_not_one"]
@@ -51,7 +51,14 @@ def bound_form(block: nn.Module) -> FFNForm | None:
 
 def _linear(block: nn.Module, form: FFNForm, name: str, x: Tensor, gates: Tensor) -> Tensor:
     linear = getattr(block, name)
-    return linear(x, gates) if name in form.routed else linear(x)
+    if name not in form.routed:
+        return linear(x)
+    if isinstance(linear, nn.Linear) and not isinstance(linear, MoSLayer):
+        raise ValueError(
+            f"{name!r} of a {type(block).__name__} has lost its adapter: something has replaced the linear. Replace it "
+            "before the adapter is put on, or call remove_mos(model) and apply the adapter again"
+        )
+    return linear(x, gates)
 
 
 def _through(block: nn.Module, names: tuple[str, ...], x: Tensor) -> Tensor:

@@ -39,6 +39,10 @@ class AdapterState(PreHook):
     """
 
     def __init__(self, model: nn.Module, config: MoSConfig, linears: tuple[str, ...], trainable_before: frozenset[str]):
+        stale = adapter_state(model)  # of an adapter that was removed from parts of the model
+        if stale is not None:
+            stale.detach(model)
+            trainable_before = stale.trainable_before
         self.config, self.linears, self.trainable_before = config, linears, trainable_before
         self.trained: set[str] = set()
         self.trains = True
@@ -122,11 +126,13 @@ class AdapterState(PreHook):
 
     def remove(self) -> None:
         """Restore the model as it was before the adapter, and remove this state."""
-        self.replace({})
-        for name, parameter in self._model().named_parameters():
-            parameter.requires_grad_(plain_name(name) in self.trainable_before)
-        self.detach(self._model())
-        delattr(self._model(), _STATE)
+        try:
+            self.replace({})
+        finally:  # its warning may be an error
+            for name, parameter in self._model().named_parameters():
+                parameter.requires_grad_(plain_name(name) in self.trainable_before)
+            self.detach(self._model())
+            delattr(self._model(), _STATE)
 
     def __deepcopy__(self, memo: dict) -> AdapterState:
         self.note()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from everyday import full_but
+from peft_setup import peft_model
 from tiny_models import FAMILIES, ids, mos, snapshot, tiny
 from torch import nn
 from torch.testing import assert_close
@@ -191,6 +192,16 @@ def test_remove_restores_the_model(family, scope):
 def test_remove_without_an_adapter():
     with pytest.raises(ValueError, match="no MoS adapter"):
         remove_mos(tiny())
+
+
+@pytest.mark.parametrize("by_peft", [False, True])
+def test_a_linear_that_was_replaced_is_named(by_peft):
+    model = peft_model().base_model.model if by_peft else tiny()
+    if not by_peft:
+        apply_mos(model, mos(model))
+    model.model.layers[0].mlp.up_proj = nn.Linear(32, 64, bias=False, dtype=torch.float64)
+    with pytest.raises(ValueError, match="'up_proj' of a LlamaMLP has lost its adapter: something has replaced"):
+        model(ids())
 
 
 @pytest.mark.parametrize("hooked", [False, True])

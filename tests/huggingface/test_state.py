@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -155,6 +156,26 @@ def test_what_was_trained_in_place_is_said_to_stay(folders):
     with pytest.warns(UserWarning, match="left as they are"):
         remove_mos(model)
     assert_close(model.classifier.weight, trained, **same)
+
+
+def test_a_warning_that_is_an_error_does_not_stop_the_removal():
+    model = adapted()
+    model.train()(ids(), labels=torch.tensor([0, 1])).loss.backward()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="tensors of the base were trained in place")
+        with pytest.raises(UserWarning):
+            remove_mos(model)
+    assert all(p.requires_grad for p in model.parameters()) and not model._forward_pre_hooks
+    apply_mos(model, mos(model))
+
+
+def test_an_adapter_after_one_that_was_removed_from_a_part():
+    model = tiny()
+    apply_mos(model, mos(model))
+    remove_mos(model.model)
+    apply_mos(model, mos(model))
+    remove_mos(model)
+    assert all(p.requires_grad for p in model.parameters()) and not model._forward_pre_hooks
 
 
 def test_a_head_of_another_size_by_now_stays(folders):
