@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,12 @@ def of_tokens(mask: Tensor, x: Tensor) -> Tensor | None:
         return None
     mask = mask.to(x.device, non_blocking=True)
     return mask if mask.dtype == torch.bool else mask != 0
+
+
+def fitting(masks: Iterable[Tensor | None], x: Tensor) -> Tensor | None:
+    """The first of the masks that is of the tokens of x (..., d), as in `of_tokens`; None if none is."""
+    found = (of_tokens(mask, x) for mask in masks if isinstance(mask, Tensor))
+    return next((mask for mask in found if mask is not None), None)
 
 
 class TokenMask(PreHook):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mos_kernels.huggingface import files
 from mos_kernels.huggingface.atomic import check_folder, new_folder
-from mos_kernels.huggingface.attention_mask import mask_names, of_tokens
+from mos_kernels.huggingface.attention_mask import fitting, mask_names
 from mos_kernels.huggingface.card import classes_to_load, export_card
 from mos_kernels.huggingface.lora_fit import LinearFit
 from mos_kernels.huggingface.modules import (
@@ -295,12 +295,11 @@ def _masks(batch: Mapping[str, Tensor] | Tensor, names: tuple[str, ...]) -> Call
 
     A decoder behind an encoder is seldom given a mask: its padding has no labels.
     """
-    found = [batch.get(name) for name in names] if isinstance(batch, Mapping) else []
-    masks = [mask for mask in found if isinstance(mask, Tensor)]
-    if "decoder_attention_mask" in names and found[-1] is None and isinstance(batch, Mapping):
+    masks = [batch.get(name) for name in names] if isinstance(batch, Mapping) else []
+    if "decoder_attention_mask" in names and masks and masks[-1] is None:
         labels = batch.get("labels")
         masks += [labels != IGNORED] if isinstance(labels, Tensor) and labels.dim() == 2 else []
-    return lambda x: next((fit for mask in masks if (fit := of_tokens(mask, x)) is not None), None)
+    return lambda x: fitting(masks, x)
 
 
 def _order(model: nn.Module, linears: list[LinearFit], batches) -> list[LinearFit]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mos_kernels import routing
 from mos_kernels.config import MoSConfig
 from mos_kernels.ffn_node import Observer
-from mos_kernels.huggingface.attention_mask import mask_names, of_tokens
+from mos_kernels.huggingface.attention_mask import fitting, mask_names
 from mos_kernels.huggingface.modules import mos_adapters, router_owners
 from mos_kernels.huggingface.targets import refuse_offloaded
 from mos_kernels.layer import evaluating
@@ -93,8 +93,7 @@ def measured_routing(
         def observe(x):
             with torch.autocast(x.device.type, enabled=False):
                 logits = owner.routing_logits(x.detach())
-            given = (mask for entry in names if isinstance(mask := masks.get(entry), Tensor))
-            real = next((fit for mask in given if (fit := of_tokens(mask, x)) is not None), None)
+            real = fitting(map(masks.get, names), x)
             statistics[name].add(logits.flatten(0, -2) if real is None else logits[real])
 
         return Observer(observe)
