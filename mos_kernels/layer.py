@@ -616,7 +616,7 @@ def offload_hook(module: nn.Module):
 
 
 def has_own_forward(linear: nn.Module) -> bool:
-    """Whether an attribute of the linear replaces its class's forward. Accelerate's hook, which wraps it, is none."""
+    """Whether an attribute of the linear replaces its class's forward. Accelerate's hook does not count."""
     own = vars(linear)
     forward = own.get("_old_forward", own.get("forward"))
     return forward is not None and getattr(forward, "__func__", None) is not type(linear).forward
