@@ -23,7 +23,7 @@ from mos_kernels.huggingface.atomic import CONFIG_NAME, WEIGHTS_NAME, write_fold
 from mos_kernels.huggingface.card import adapter_card, classes_to_load
 from mos_kernels.huggingface.modules import (
     adapter_parameters,
-    mos_adapters,
+    mos_modules,
     own_adapter_parameters,
     plain_name,
     refuse_parallel,
@@ -58,7 +58,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     adapter_config.json. If parameters are sharded (FSDP2, ZeRO-3), every process must call this: it gathers them, the
     first process writes, and all processes return after that. Raises ValueError without an adapter, with an adapter of
     peft, with weights on the meta device, or if the file could not be loaded: a linear has lost its adapter, or a
-    parameter is pruned or parametrised.
+    parameter is pruned, parametrised, or tied to another one.
     """
     model = unwrap(model)
     state = adapter_state(model)
@@ -68,7 +68,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         raise ValueError(f"{type(model).__name__} has no MoS adapter: call apply_mos(model, config) first")
     refuse_peft(model)  # its parameters would be saved as modules of the base
     state.require_adapted()
-    _require_parameters(model)
+    _require_parameters(model, state.linears)
     modules = state.modules_to_save()
     saved = tensors_of(model, [*modules, *named_by_ending(model, modules)])
     parameters = {**adapter_parameters(model), **saved}
@@ -83,14 +83,24 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     write_once(parameters.values(), lambda: write_folder(Path(folder), tensors, config, card))
 
 
-def _require_parameters(model: nn.Module) -> None:
-    """ValueError if a tensor of the adapter would not be saved."""
-    for name, layer in mos_adapters(model).items():
-        for parameter in own_adapter_parameters(layer):
-            if parameter not in layer._parameters:
+def _require_parameters(model: nn.Module, linears: Iterable[str]) -> None:
+    """ValueError if a tensor of the adapter on these linears would not be saved, or would be saved for two of them."""
+    by_name = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    adapted = mos_modules(model) | {name: by_name[name] for name in linears if name in by_name}
+    names: dict[int, str] = {}
+    for place, module in adapted.items():
+        for key, parameter in own_adapter_parameters(module).items():
+            name = f"{place}.{key}"
+            if key not in module._parameters:
                 raise ValueError(
-                    f"'{name}.{parameter}' is no parameter now: if it is pruned or parametrised, call "
+                    f"{name!r} is no parameter now: if it is pruned or parametrised, call "
                     "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations before"
+                )
+            other = names.setdefault(id(parameter), name)
+            if other != name:
+                raise ValueError(
+                    f"{name!r} and {other!r} are one tensor since apply_mos, and a file has room for it under one name: "
+                    "give each its own (nn.Parameter(tensor.detach().clone())), or share the modules before apply_mos"
                 )
 
 

@@ -428,6 +428,16 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
     refused_to_save(lambda model, down: register_parametrization(down, "mos_lora_B", torch.nn.Identity()), pruned)
     lost = "'lm_head' has lost its adapter: something has replaced the linear since apply_mos"
     on_head = {"target_modules": ["lm_head", "down_proj"]}
+
+    def tie(model, down):
+        model.model.layers[1].mlp.down_proj.mos_lora_B = down.mos_lora_B
+
+    def share(model, down):
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+
+    one = "'model.layers.1.mlp.down_proj.mos_lora_B' and 'model.layers.0.mlp.down_proj.mos_lora_B' are one tensor"
+    refused_to_save(tie, one)
+    refused_to_save(share, one.replace("down_proj.mos_lora_B", "gate_proj.mos_lora_A"))
     refused_to_save(lambda model, down: model.resize_token_embeddings(60), lost, **on_head)
 
 
