@@ -217,6 +217,12 @@ def _check(options: Options, found: Mapping) -> None:
         steps, strategy = found[f"{name}_steps"], found[f"{name}_strategy"]
         remedy = f"--{name}-steps has no effect with --{name}-strategy {strategy}: drop one of them"
         need(steps is None or strategy in (None, "steps"), remedy)
+    for name, known in (
+        ("torch_compile_mode", torch._inductor.list_mode_options()),
+        ("torch_compile_backend", torch.compiler.list_backends(exclude_tags=())),
+    ):
+        found_in = found[name] is None or found[name] in known
+        need(found_in, f"{_flag(name)} {found[name]!r} is none of {', '.join(known)}")
     for name in ("adam_beta1", "adam_beta2"):
         need(0 <= found[name] < 1, f"{_flag(name)} {found[name]:g} must be from 0 to below 1")
     for name, asked in _FIXED.items():

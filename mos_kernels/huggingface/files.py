@@ -99,7 +99,7 @@ def _require_parameters(model: nn.Module, linears: Iterable[str]) -> None:
             other = names.setdefault(id(parameter), name)
             if other != name:
                 raise ValueError(
-                    f"{name!r} and {other!r} are one tensor since apply_mos, and a file has room for it under one name: "
+                    f"{name!r} and {other!r} are one tensor since apply_mos, and a file names each tensor once: "
                     "give each its own (nn.Parameter(tensor.detach().clone())), or share the modules before apply_mos"
                 )
 

@@ -306,6 +306,8 @@ ERRORS = [
     (("--seed", 2**32), "--seed 4294967296 must be in [0, 2^32)"),
     (("--data-seed", -1), "--data-seed -1 must be in [0, 2^32)"),
     (("--split-seed", -1), "--split-seed -1 must be in [0, 2^32)"),
+    (("--torch-compile-mode", "fast"), "--torch-compile-mode 'fast' is none of default, "),
+    (("--torch-compile-backend", "inducter"), "--torch-compile-backend 'inducter' is none of "),
     (("--dtype", "float16"), "float16 trains on CUDA only"),
     (("--dtype", "int8"), "invalid choice: 'int8'"),
     (("--optim", "adamv"), "adamv"),
