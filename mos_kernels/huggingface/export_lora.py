@@ -32,7 +32,7 @@ from mos_kernels.huggingface.modules import (
     plain_name,
     unwrap,
 )
-from mos_kernels.huggingface.state import adapter_state, tensors_of
+from mos_kernels.huggingface.state import adapter_state, require_all_adapted, tensors_of
 from mos_kernels.huggingface.targets import classifier_heads, refuse_offloaded, refuse_peft
 from mos_kernels.layer import MoSLayer, evaluating, is_conv1d
 from mos_kernels.sharded import gathered, refuse_sharded, refuse_zero3
@@ -144,10 +144,10 @@ def export_lora(
 
     Returns the report, which is also in the model card. After an error nothing is written. Raises ValueError if there
     are no tokens, if no token reached a linear, for values that are not finite, for a rank below 1, for a model without
-    an active adapter or with several, for a linear that the model holds in several places, and for one that is inside a
-    module which is exported whole, such as a head. Raises FileExistsError
-    if the folder is not empty, or if another process is writing it: in a job of several processes, call this in one of
-    them. Raises NotADirectoryError if a parent of the folder is a file, and OSError if nothing can be written.
+    an active adapter or with several, for a linear that has lost its adapter or that the model holds in several places,
+    and for one that is inside a module which is exported whole, such as a head. Raises FileExistsError if the folder is
+    not empty, or if another process is writing it: in a job of several processes, call this in one of them. Raises
+    NotADirectoryError if a parent of the folder is a file, and OSError if nothing can be written.
     """
     folder = Path(folder).resolve()  # a link stays one
     check_arguments(folder, rank, at_once, ridge)
@@ -161,6 +161,7 @@ def export_lora(
     linears = _linears(inner)
     if adapter_state(inner) is not None:
         refuse_peft(inner)  # what that adds would be in no export
+    require_all_adapted(outer)
     prompts = getattr(outer, "active_peft_config", None)
     if getattr(prompts, "is_prompt_learning", False):
         raise ValueError(f"the model has a {type(prompts).__name__} too, which no LoRA can hold: take it off first")

@@ -30,7 +30,7 @@ from mos_kernels.huggingface.modules import (
     unwrap,
 )
 from mos_kernels.huggingface.plan import PlannedLinear, adapter_shapes, make_plan
-from mos_kernels.huggingface.state import adapter_state, tensors_of
+from mos_kernels.huggingface.state import adapter_state, require_adapted, tensors_of
 from mos_kernels.huggingface.targets import refuse_peft
 from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, offload_hook, parameter_shapes
 from mos_kernels.sharded import gathered, refuse_zero3, spread_like, whole, whole_shape, write_once
@@ -67,7 +67,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     if state is None:
         raise ValueError(f"{type(model).__name__} has no MoS adapter: call apply_mos(model, config) first")
     refuse_peft(model)  # its parameters would be saved as modules of the base
-    state.require_adapted()
+    require_adapted(model, state.linears)
     _require_parameters(model, state.linears)
     modules = state.modules_to_save()
     saved = tensors_of(model, [*modules, *named_by_ending(model, modules)])

@@ -18,7 +18,14 @@ from torch.utils._pytree import tree_map_only
 
 from mos_kernels.huggingface.base import load_base
 from mos_kernels.huggingface.files import load_adapter, refuse_meta
-from mos_kernels.huggingface.modules import adapter_parameters, mos_adapters, mos_modules, own_adapter_parameters
+from mos_kernels.huggingface.modules import (
+    adapter_parameters,
+    mos_adapters,
+    mos_modules,
+    own_adapter_parameters,
+    unwrap,
+)
+from mos_kernels.huggingface.state import require_all_adapted
 from mos_kernels.layer import MoSRouter, evaluating
 
 LENGTH = 32
@@ -38,14 +45,16 @@ def idle_tensors(model: nn.Module, **inputs) -> list[Idle]:
     The loss is that of the model if `inputs` have labels, else the mean of ‖y‖² over the vectors y of its first output.
     If B = 0, as at the start of training, A, router and curvature have no gradient yet; then the linear is listed once.
     Nor has the curvature if the B of all curved experts is 0, as after `start_from_lora`. Parameters, gradients and
-    modes are unchanged afterwards. Raises ValueError if the model has no active adapter, if its weights were made under
-    torch.inference_mode, if those of the adapter are on the meta device, or if the loss is not finite.
+    modes are unchanged afterwards. Raises ValueError if the model has no active adapter, if a linear has lost its
+    adapter, if the model's weights were made under torch.inference_mode, if those of the adapter are on the meta
+    device, or if the loss is not finite.
     """
     modules = mos_modules(model)
     if not modules:
         raise ValueError(f"{type(model).__name__} has no active MoS adapter: load one first")
     frozen = next((name for name, tensor in model.named_parameters() if tensor.is_inference()), None)
     refuse_meta([], adapter_parameters(model))
+    require_all_adapted(unwrap(model), within=True)
     if frozen is not None:
         raise ValueError(
             f"{frozen!r} was made under torch.inference_mode, and can have no gradient: load the model and its adapter "

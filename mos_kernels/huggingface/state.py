@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +48,15 @@ class AdapterState(PreHook):
         self.trains = True
         self.before: dict[str, Tensor] = {}
         self._model = weakref.ref(model)
+        self._unchanged = Unchanged()
         self.attach(model)
         setattr(model, _STATE, self)
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            return
+        self._unchanged.require_adapted(module, self.linears)
+        if torch.is_grad_enabled():
             refuse_peft(module, _OVER)  # get_peft_model does not check for our layers
             self._warn_if_frozen(module)
             self.note()
@@ -70,16 +74,6 @@ class AdapterState(PreHook):
     def note(self) -> None:
         """Add the parameters that are trainable now to `trained`."""
         self.trained.update(_trainable(self._model()))
-
-    def require_adapted(self) -> None:
-        """ValueError if a linear has lost its adapter."""
-        modules = {plain_name(name): m for name, m in self._model().named_modules(remove_duplicate=False)}
-        for name in self.linears:
-            if not isinstance(modules.get(name), (MoSLayer, type(None))):
-                raise ValueError(
-                    f"{name!r} has lost its adapter: something has replaced the linear since apply_mos, as "
-                    "resize_token_embeddings does. Do that before apply_mos or load_adapter"
-                )
 
     def modules_to_save(self) -> list[str]:
         """The names of the modules that were trained beside the adapter, in the model's order."""
@@ -137,7 +131,7 @@ class AdapterState(PreHook):
     def __deepcopy__(self, memo: dict) -> AdapterState:
         self.note()
         twin = memo[id(self)] = AdapterState.__new__(AdapterState)
-        vars(twin).update(vars(self), trained=set(self.trained), before=dict(self.before))
+        vars(twin).update(vars(self), trained=set(self.trained), before=dict(self.before), _unchanged=Unchanged())
         twin._model = weakref.ref(copy.deepcopy(self._model(), memo))
         return twin
 
@@ -159,10 +153,62 @@ def adapter_states(model: nn.Module) -> list[AdapterState]:
     return [vars(module)[_STATE] for module in model.modules() if _STATE in vars(module)]
 
 
+class Unchanged:
+    """`require_adapted` for every forward: a few microseconds while the modules of the model are the same."""
+
+    def __init__(self):
+        self._links: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]] = []
+
+    def require_adapted(self, model: nn.Module, linears: Iterable[str]) -> None:
+        """ValueError if one of these linears of `model` has no adapter now, nor a module inside it."""
+        if self._links and all(children.get(name) is child for children, name, child in self._links):
+            return
+        require_adapted(model, linears, within=True)
+        links = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            if _is_adapted(module):
+                parent = model
+                for name in path.split("."):
+                    links[id(parent), name] = parent._modules, name, parent._modules[name]
+                    parent = parent._modules[name]
+        self._links = list(links.values())
+
+    def __getstate__(self) -> dict:
+        return {"_links": []}
+
+
+def require_adapted(model: nn.Module, linears: Iterable[str], within: bool = False) -> None:
+    """ValueError if one of these linears of `model` has no adapter now. A linear that is gone is no error.
+
+    within: a module inside the one that has the linear's name may have the adapter.
+    """
+    modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    for name in linears:
+        module = modules.get(name)
+        if module is not None and not any(map(_is_adapted, module.modules() if within else [module])):
+            raise ValueError(
+                f"{name!r} has lost its adapter: something has replaced the linear since apply_mos, load_adapter or "
+                "get_peft_model, as resize_token_embeddings does. Do that before"
+            )
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return isinstance(module, MoSLayer) or isinstance(module._modules.get("mos_adapter"), nn.ModuleDict)  # under peft
+
+
+def require_all_adapted(model: nn.Module, within: bool = False) -> None:
+    """`require_adapted` for the adapters of apply_mos on `model` and its parts, and for those of peft."""
+    for state in adapter_states(model):
+        require_adapted(state._model(), state.linears, within)
+    tuner = getattr(model, "base_model", None)
+    if getattr(tuner, "prefix", None) == "mos_":
+        require_adapted(tuner.model, map(plain_name, tuner.targeted_module_names), within)
+
+
 def prepare_training(model: nn.Module) -> None:
     """Note what is trainable now, for every adapter on `model`. ValueError if a linear has lost its adapter."""
+    require_all_adapted(model)
     for state in adapter_states(model):
-        state.require_adapted()
         state.note()
 
 

@@ -11,6 +11,7 @@ from everyday import full_but
 from peft_setup import peft_model
 from tiny_models import FAMILIES, ids, mos, snapshot, tiny
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.testing import assert_close
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +20,9 @@ from mos_kernels import MoSConfig, MoSConv1D, MoSLinear, MoSRouter
 from mos_kernels.huggingface import (
     activated_parameters,
     apply_mos,
+    export_lora,
     ffn_target_modules,
+    idle_tensors,
     load_adapter,
     remove_mos,
     save_adapter,
@@ -195,13 +198,65 @@ def test_remove_without_an_adapter():
 
 
 @pytest.mark.parametrize("by_peft", [False, True])
-def test_a_linear_that_was_replaced_is_named(by_peft):
-    model = peft_model().base_model.model if by_peft else tiny()
+@pytest.mark.parametrize(
+    "options", [{}, {"router_scope": "linear"}, {"spaces": {"euclidean": 1}, "num_experts_per_tok": 1}]
+)
+@pytest.mark.parametrize("runs_before", [False, True])
+def test_a_linear_that_was_replaced_is_named(by_peft, options, runs_before, tmp_path):
+    """Whether or not it has the gates of its block, with and without gradients, and before an export."""
+    model = peft_model(**options) if by_peft else tiny()
     if not by_peft:
-        apply_mos(model, mos(model))
+        apply_mos(model, mos(model, **options))
+    if runs_before:
+        model(ids())
+    model.get_submodule("base_model.model" if by_peft else "").model.layers[0].mlp.up_proj = nn.Linear(32, 64).double()
+    lost = "'model.layers.0.mlp.up_proj' has lost its adapter: something has replaced the linear"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=lost):
+            model(ids())
+        with pytest.raises(ValueError, match=lost), torch.no_grad():
+            model(ids())
+    for check in (lambda: idle_tensors(model, input_ids=ids()), lambda: export_lora(model, [ids()], tmp_path / "lora")):
+        with pytest.raises(ValueError, match=lost):
+            check()
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_block_names_a_linear_that_was_replaced():
+    """Where the forward of the whole model is not what runs."""
+    model = peft_model().base_model.model
     model.model.layers[0].mlp.up_proj = nn.Linear(32, 64, bias=False, dtype=torch.float64)
     with pytest.raises(ValueError, match="'up_proj' of a LlamaMLP has lost its adapter: something has replaced"):
         model(ids())
+
+
+@pytest.mark.parametrize("by_peft", [False, True])
+def test_a_module_around_an_adapted_linear_is_no_loss(by_peft):
+    """Nor is one that torch.compile or checkpointing puts there, a copy, or a model without the adapter."""
+    model = peft_model() if by_peft else tiny()
+    if not by_peft:
+        apply_mos(model, mos(model))
+    expected = model(ids()).logits
+    assert_close(copy.deepcopy(model)(ids()).logits, expected, rtol=0, atol=0)
+    layer = model.get_submodule("base_model.model" if by_peft else "").model.layers[0]
+    layer.self_attn.q_proj = nn.Sequential(layer.self_attn.q_proj)
+    layer.mlp = checkpoint_wrapper(layer.mlp)
+    assert_close(model(ids()).logits, expected, rtol=0, atol=0)
+    assert_close(copy.deepcopy(model)(ids()).logits, expected, rtol=0, atol=0)
+    if by_peft:
+        layer.mlp = layer.mlp._checkpoint_wrapped_module
+        model.unload()
+        assert not torch.equal(model(ids()).logits, expected)
+
+
+def test_the_linears_that_run_through_a_module_of_ones_own():
+    model = tiny()
+    torch.manual_seed(0)
+    apply_mos(model, mos(model, router_scope="linear"))
+    expected, mlp = model(ids()).logits, model.model.layers[0].mlp
+    mlp.up_proj = nn.Sequential(mlp.up_proj)
+    assert_close(model(ids()).logits, expected, rtol=0, atol=0)
+    assert idle_tensors(model, input_ids=ids(length=20)) == []
 
 
 @pytest.mark.parametrize("hooked", [False, True])

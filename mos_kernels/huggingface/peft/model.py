@@ -29,6 +29,7 @@ from mos_kernels.huggingface.modules import plain_name, router_owners
 from mos_kernels.huggingface.peft.config import MOSELORA, MoSPeftConfig
 from mos_kernels.huggingface.peft.layer import WHY_NO_MERGE, MoSPeftLayer, MoSPeftRouter, MoSTunerLayer
 from mos_kernels.huggingface.plan import Plan, PlannedBlock, adapter_shapes, make_plan
+from mos_kernels.huggingface.state import Unchanged
 from mos_kernels.huggingface.targets import ffn_target_modules, is_all_linear, is_target, layer_index
 from mos_kernels.layer import ADAPTER_PARAMETERS, MoSLayer, MoSRouter
 
@@ -46,6 +47,13 @@ class MoSPeftModel(BaseTuner):
         # else it is transformers' own, or that of a caller that injects in the same way
         self._in_peft_model = isinstance(peft_config, dict)
         super().__init__(model, peft_config, *args, **kwargs)
+        self._unchanged = Unchanged()
+
+    def forward(self, *args, **kwargs):
+        """The model's forward. Raises ValueError if a linear has lost its adapter."""
+        if not torch.compiler.is_compiling():
+            self._unchanged.require_adapted(self.model, map(plain_name, self.targeted_module_names))
+        return super().forward(*args, **kwargs)
 
     def inject_adapter(
         self,
@@ -135,6 +143,7 @@ class MoSPeftModel(BaseTuner):
     def unload(self) -> nn.Module:
         """The base model, with plain linears, the blocks' own forwards, and without routers."""
         _put_back(self.model)
+        self.targeted_module_names = []
         return super().unload()
 
     def _check_merge_allowed(self) -> None:
