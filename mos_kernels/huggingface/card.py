@@ -11,9 +11,8 @@ from torch import nn
 import mos_kernels
 from mos_kernels.config import MoSConfig, listed
 
-_NO_MERGE = """It cannot be merged into the base model, since what it adds depends on the token.
-`mos_kernels.huggingface.export_lora` writes the nearest plain LoRA, which can be merged. With vLLM, SGLang and
-llama.cpp, serve that LoRA: they refuse this adapter or leave it out, in some cases without an error."""
+_ELSEWHERE = """With vLLM, SGLang and llama.cpp, serve that LoRA: none of them runs this adapter, and vLLM may leave it
+out without an error."""
 
 
 _AUTO = {
@@ -30,8 +29,8 @@ def classes_to_load(model: nn.Module) -> str:
     return f", num_labels={labels}" if classifies and labels != 2 else ""
 
 
-def with_import_note(card: str, task_type: str | None = None) -> str:
-    """The model card, with a note on what to import before loading the adapter. task_type: of peft."""
+def with_import_note(card: str, config: MoSConfig, task_type: str | None = None) -> str:
+    """The model card, with a note on what it is and what to import before loading it. task_type: of peft."""
     auto = f"AutoPeftModel{_AUTO.get(task_type or '', '')}"
     labels = ", num_labels=...)  # the number of classes" if task_type in ("SEQ_CLS", "TOKEN_CLS") else ")"
     if "mos_kernels.huggingface" in card:
@@ -39,7 +38,7 @@ def with_import_note(card: str, task_type: str | None = None) -> str:
     note = f"""## Loading
 
 This is a Mixture-of-Space adapter: MOSELORA, a peft method of the package `mos_kernels`, which must be
-imported first:
+imported first. {_experts(config)}
 
 ```python
 import mos_kernels.huggingface  # first
@@ -48,16 +47,13 @@ from peft import {auto}  # or PeftModel.from_pretrained(base, ...)
 model = {auto}.from_pretrained("this folder"{labels}
 ```
 
-{_NO_MERGE}
+{_merging(config)}
 """
     return f"{card.rstrip()}\n\n{note}".lstrip()
 
 
 def adapter_card(base: str | None, kind: type[nn.Module], config: MoSConfig, labels: str = "") -> str:
     """kind: the model's class. labels: what `classes_to_load` gives."""
-    elsewhere = "".join(
-        f"Linears that match `{k}` have {listed(v)}.\n" for k, v in (config.spaces_pattern or {}).items()
-    )
     by_peft = f"""
 Or, where peft is installed:
 
@@ -71,8 +67,8 @@ model = AutoPeftModel.from_pretrained("this folder"{labels})
     return f"""{_metadata(base)}
 # A Mixture-of-Space adapter
 
-Rank {config.r}, {config.num_experts} experts ({listed(config.spaces)}), {config.num_experts_per_tok} used by a token.
-{elsewhere}{_NO_MERGE}
+{_experts(config)}
+{_merging(config)}
 
 A process that loads it must import `mos_kernels.huggingface` first:
 
@@ -106,6 +102,25 @@ model = model.merge_and_unload()
 
 {chr(10).join(table)}
 """
+
+
+def _experts(config: MoSConfig) -> str:
+    """Which experts the linears have, in sentences."""
+    count = "1 expert" if config.num_experts == 1 else f"{config.num_experts} experts"
+    of = f"Rank {config.r}, {count} ({listed(config.spaces)}), {config.num_experts_per_tok} used by a token."
+    patterns = (config.spaces_pattern or {}).items()
+    return "\n".join([of, *(f"Linears that match `{key}` have {listed(spaces)}." for key, spaces in patterns)])
+
+
+def _merging(config: MoSConfig) -> str:
+    """What takes the place of a merge."""
+    if config.is_lora and not config.spaces_pattern:
+        text = """It is a plain LoRA, in a format that peft does not merge.
+`mos_kernels.huggingface.export_lora` writes it as one of peft's."""
+    else:
+        text = """It cannot be merged into the base model, since what it adds depends on the token.
+`mos_kernels.huggingface.export_lora` writes the nearest plain LoRA, which can be merged."""
+    return f"{text} {_ELSEWHERE}"
 
 
 def _loading(base: str | None, kind: type[nn.Module], labels: str, name: str) -> str:

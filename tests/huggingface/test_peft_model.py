@@ -159,6 +159,7 @@ def test_auto_classes_and_the_card(family, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert card.count("import mos_kernels.huggingface  # first") == 1 and "cannot be merged" in card
+    assert "Rank 4, " in card and " used by a token" in card
     again = auto.from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model.eval()))
 

@@ -169,7 +169,7 @@ class MoSPeftConfig(PeftConfig):
         # peft writes no card into the subfolder of an adapter that is not called "default"
         card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n")
         card.data.tags = sorted({*(card.data.tags or []), "mos-kernels"})
-        path.write_text(with_import_note(str(card), self.task_type), encoding="utf-8")
+        path.write_text(with_import_note(str(card), self.to_mos_config(), self.task_type), encoding="utf-8")
 
 
 def _preset(config: MoSConfig) -> dict:

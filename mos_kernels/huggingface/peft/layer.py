@@ -27,8 +27,9 @@ from mos_kernels.layer import (
 
 WHY_NO_MERGE = (
     "a Mixture-of-Space adapter cannot be merged into the base weights: what it adds depends on the token (top-k "
-    "routing and curvature). Keep it beside the base, call unload() to take it off, or write the nearest plain LoRA, "
-    "which merges: mos_kernels.huggingface.export_lora(model, calibration_batches, folder)"
+    "routing and curvature), unless it is one Euclidean expert. Keep it beside the base, call unload() to take it off, "
+    "or write the nearest plain LoRA, which merges: mos_kernels.huggingface.export_lora(model, calibration_batches, "
+    "folder). One Euclidean expert comes out exact"
 )
 
 
