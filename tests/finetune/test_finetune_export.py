@@ -287,6 +287,14 @@ def test_bad_input_is_said_and_nothing_is_written(place, name, options, message,
     assert not (tmp_path / "lora").exists()
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_rows_without_text_are_no_data(place, name, tmp_path, capsys):
+    (tmp_path / "rows.tsv").write_text("label\tsentence\nyes\t\nno\t \n")
+    assert command(place, name, tmp_path / "lora", data_file=tmp_path / "rows.tsv") == 2
+    assert "rows.tsv, line 2 and all other rows hold no text: name its column" in capsys.readouterr().err
+    assert not (tmp_path / "lora").exists()
+
+
 def test_an_output_that_is_there_is_left_alone(place, tmp_path, capsys):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "mine").write_text("mine")
