@@ -330,8 +330,17 @@ def refuse_offloaded(name: str, module: nn.Module) -> None:
 
 def _require_patterns(config: MoSConfig, targets: list[Target]) -> None:
     for field in ("rank_pattern", "alpha_pattern", "spaces_pattern"):
+        earlier: set[str] = set()
         for key in getattr(config, field) or {}:
-            if not any(re.match(rf"(.*\.)?({key})$", target.name) for target in targets):
+            matched = {target.name for target in targets if re.match(rf"(.*\.)?({key})$", target.name)}
+            if matched and matched <= earlier:
+                warnings.warn(
+                    f"the key {key!r} of {field} has no effect: for each of its linears, an earlier key matches and "
+                    "counts. Put it first, or drop it",
+                    stacklevel=5,
+                )
+            earlier |= matched
+            if not matched:
                 endings = list(dict.fromkeys(target.name.rpartition(".")[2] for target in targets))
                 raise ValueError(
                     f"{field} has the key {key!r}, which matches none of the {len(targets)} targets, ending in "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from mos_kernels.huggingface import (
     apply_mos,
     export_lora,
     load_adapter,
+    remove_mos,
     routing_report,
     save_adapter,
     start_from_lora,
@@ -105,6 +107,16 @@ def test_a_pattern_that_matches_nothing_is_refused_before_the_model_is_touched()
     ):
         apply_mos(model, mos(model, spaces_pattern={"c_attn": LORA}))
     assert not mos_adapters(model)
+
+
+def test_a_key_that_an_earlier_one_hides_is_said():
+    model = tiny()
+    with pytest.warns(UserWarning, match="the key 'up_proj' of rank_pattern has no effect: for each of its linears"):
+        apply_mos(model, mos(model, rank_pattern={".*": 2, "up_proj": 3}))
+    remove_mos(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_mos(model, mos(model, rank_pattern={"up_proj": 3, ".*": 2}))
 
 
 # where it is
