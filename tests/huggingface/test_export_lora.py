@@ -34,6 +34,7 @@ from transformers import (
 from mos_kernels import MoSConfig, MoSLinear
 from mos_kernels.functional import mos_linear
 from mos_kernels.huggingface import MoSPeftConfig, apply_mos, export_lora, load_adapter, save_adapter
+from mos_kernels.huggingface.lora_fit import LinearFit
 from mos_kernels.huggingface.modules import active_names, mos_adapters
 
 FLAT = {"spaces": {"euclidean": 4}, "num_experts_per_tok": 4}
@@ -143,6 +144,20 @@ def dense_solution(x: torch.Tensor, delta: torch.Tensor, rank: int) -> torch.Ten
     root = values.clamp(min=0).sqrt()
     U, S, Vh = torch.linalg.svd(full @ (vectors * root) @ vectors.T, full_matrices=False)
     return (U[:, :rank] * S[:rank]) @ Vh[:rank] @ (vectors / root) @ vectors.T
+
+
+def test_statistics_of_float32_inputs_are_float64_sums():
+    """In float32 the squares of large inputs lose what the fit needs."""
+    layer = MoSLinear(5, 3, config=MoSConfig(r=2, init_lora_weights=False, router_scope="linear"))
+    fit = LinearFit("linear", layer, layer, None)
+    parts = [1e3 + torch.randn(400, 5) for _ in range(20)]
+    with torch.no_grad():
+        for part in parts:
+            fit.add(part, None)
+    x = torch.cat(parts).double()
+    assert fit.C.dtype == fit.D.dtype == fit.gates.dtype == torch.float64 and fit.tokens == 8000
+    torch.testing.assert_close(fit.C, x.T @ x, rtol=1e-13, atol=0)
+    torch.testing.assert_close(fit.gates.sum(), torch.tensor(8000.0, dtype=torch.float64), rtol=1e-7, atol=0)
 
 
 @settings(max_examples=25, deadline=None)
