@@ -158,7 +158,7 @@ class Unchanged:
 
     def __init__(self):
         self._links: list[list] = []
-        """Three lists: of the modules around adapted linears the `_modules`, a name in them, and the module of that name."""
+        """Three lists: the `_modules` of a module around an adapted linear, a name in it, and what has this name."""
 
     def require_adapted(self, model: nn.Module, linears: Iterable[str]) -> None:
         """ValueError if one of these linears of `model` has no adapter now, nor a module inside it."""
