@@ -23,7 +23,7 @@ from mos_kernels.huggingface.modules import (
     unwrap,
 )
 from mos_kernels.huggingface.plan import Plan, make_plan
-from mos_kernels.huggingface.state import AdapterState, adapter_states
+from mos_kernels.huggingface.state import AdapterState, adapter_states, taken_off
 from mos_kernels.huggingface.targets import frozen_heads, refuse_offloaded
 from mos_kernels.layer import MoSConv1D, MoSLayer, MoSRouter, MoSWrapped, offload_hook
 from mos_kernels.sharded import refuse_sharded, refuse_zero3
@@ -139,6 +139,7 @@ def remove_mos(model: nn.Module) -> list[str]:
     for block in blocks:
         remove_router(block)
     forget_attention_mask(model)
+    taken_off.update(plain.values())
     for state in adapter_states(model):
         state.remove()
     return [plain_name(names[0]) for names in places.values()]

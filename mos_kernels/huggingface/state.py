@@ -178,15 +178,21 @@ class Unchanged:
         return {"_links": []}
 
 
+taken_off: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The linears that remove_mos put back; of a part, while the state of the whole model stays."""
+
+
 def require_adapted(model: nn.Module, linears: Iterable[str], within: bool = False) -> None:
     """ValueError if one of these linears of `model` has no adapter now. A linear that is gone is no error.
 
-    within: a module inside the one that has the linear's name may have the adapter.
+    within: a module inside the one that has the linear's name may have the adapter, or remove_mos took it off.
     """
     modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     for name in linears:
         module = modules.get(name)
-        if module is not None and not any(map(_is_adapted, module.modules() if within else [module])):
+        if module is None or (within and module in taken_off):
+            continue
+        if not any(map(_is_adapted, module.modules() if within else [module])):
             raise ValueError(
                 f"{name!r} has lost its adapter: something has replaced the linear since apply_mos, load_adapter or "
                 "get_peft_model, as resize_token_embeddings does. Do that before"

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mos_kernels import MoSConfig, MoSConv1D, MoSLinear, MoSRouter
 from mos_kernels.huggingface import (
+    MoSPeftConfig,
     activated_parameters,
     apply_mos,
     export_lora,
@@ -247,6 +248,16 @@ def test_a_module_around_an_adapted_linear_is_no_loss(by_peft):
         layer.mlp = layer.mlp._checkpoint_wrapped_module
         model.unload()
         assert not torch.equal(model(ids()).logits, expected)
+
+
+def test_a_model_runs_after_a_second_adapter_failed(monkeypatch):
+    model = peft_model()
+    expected = model(ids()).logits
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.base_model), "_add_router", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.add_adapter("second", MoSPeftConfig(target_modules=["q_proj", "up_proj", "down_proj"]))
+    assert_close(model(ids()).logits, expected, rtol=0, atol=0)
 
 
 def test_the_linears_that_run_through_a_module_of_ones_own():

@@ -171,8 +171,12 @@ def test_a_warning_that_is_an_error_does_not_stop_the_removal():
 
 def test_an_adapter_after_one_that_was_removed_from_a_part():
     model = tiny()
+    expected = logits(model)
     apply_mos(model, mos(model))
+    remove_mos(model.model.layers[0])
+    assert not torch.equal(logits(model), expected)
     remove_mos(model.model)
+    assert torch.equal(logits(model), expected)
     apply_mos(model, mos(model))
     remove_mos(model)
     assert all(p.requires_grad for p in model.parameters()) and not model._forward_pre_hooks

@@ -81,6 +81,7 @@ class MoSPeftModel(BaseTuner):
         if is_all_linear(config.target_modules):
             config.target_modules = list(self._planned)
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        targeted = list(self.targeted_module_names)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             _require_adapted(plan, adapter_name, model)
@@ -91,6 +92,7 @@ class MoSPeftModel(BaseTuner):
             follow_attention_mask(model)
         except BaseException:
             _withdraw(model, adapter_name, self.active_adapters)
+            self.targeted_module_names = targeted
             for parameter, requires_grad in trained:
                 parameter.requires_grad_(requires_grad)
             raise
