@@ -15,7 +15,7 @@ PAGE = Path(__file__).resolve().parents[3] / "docs" / "study-decoder.md"
 GLANCE = "<!-- at a glance: written by python -m benchmarks.study.decoder report -->", "<!-- end of at a glance -->"
 BEGIN, END = "<!-- tables: written by python -m benchmarks.study.decoder report -->", "<!-- end of tables -->"
 GIB = 2**30
-UNTIMED = ("36bfa4f0388f", "188f628f6465", "285c4223a628")
+UNTIMED = ("36bfa4f0388f", "188f628f6465", "285c4223a628", "5d81946f91aa")
 """Commits at which training took twice as long, by no method's doing: their seconds are compared with no others."""
 SECONDS = ("train_cpu", "train", "eval_cpu")
 
