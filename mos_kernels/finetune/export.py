@@ -129,7 +129,7 @@ def _export(options: argparse.Namespace) -> ExportReport:
     def batches(rows: Rows) -> list[dict]:
         examples = sorted((encode(options, tokenizer, row, classes) for row in rows), key=lambda e: len(e["input_ids"]))
         if all(special.issuperset(example["input_ids"]) for example in examples):
-            raise FinetuneError(f"{rows[0][0]} and all other rows hold no text: name its column, --text-column")
+            raise FinetuneError(f"{rows[0][0]} and all other rows hold special tokens alone: is --text-column right?")
         parts = [examples[i : i + options.batch_size] for i in range(0, len(examples), options.batch_size)]
         return [dict(collate(part)) for part in parts]
 

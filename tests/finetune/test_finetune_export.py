@@ -291,7 +291,7 @@ def test_bad_input_is_said_and_nothing_is_written(place, name, options, message,
 def test_rows_without_text_are_no_data(place, name, tmp_path, capsys):
     (tmp_path / "rows.tsv").write_text("label\tsentence\nyes\t\nno\t \n")
     assert command(place, name, tmp_path / "lora", data_file=tmp_path / "rows.tsv") == 2
-    assert "rows.tsv, line 2 and all other rows hold no text: name its column" in capsys.readouterr().err
+    assert "rows.tsv, line 2 and all other rows hold special tokens alone: is --text-col" in capsys.readouterr().err
     assert not (tmp_path / "lora").exists()
 
 
