@@ -217,6 +217,8 @@ def test_a_linear_that_was_replaced_is_named(by_peft, options, runs_before, tmp_
             model(ids())
         with pytest.raises(ValueError, match=lost), torch.no_grad():
             model(ids())
+        with pytest.raises(ValueError, match=lost):
+            model.generate(input_ids=ids(), max_new_tokens=1)
     for check in (lambda: idle_tensors(model, input_ids=ids()), lambda: export_lora(model, [ids()], tmp_path / "lora")):
         with pytest.raises(ValueError, match=lost):
             check()

@@ -49,12 +49,6 @@ class MoSPeftModel(BaseTuner):
         super().__init__(model, peft_config, *args, **kwargs)
         self._unchanged = Unchanged()
 
-    def forward(self, *args, **kwargs):
-        """The model's forward. Raises ValueError if a linear has lost its adapter."""
-        if not torch.compiler.is_compiling():
-            self._unchanged.require_adapted(self.model, map(plain_name, self.targeted_module_names))
-        return super().forward(*args, **kwargs)
-
     def inject_adapter(
         self,
         model: nn.Module,
@@ -164,6 +158,8 @@ class MoSPeftModel(BaseTuner):
                 "a Mixture-of-Space adapter is one for the whole batch: call set_adapter, and run a batch by adapter, "
                 "instead of passing adapter_names"
             )
+        if not torch.compiler.is_compiling():  # in forward and generate of a PeftModel
+            self._unchanged.require_adapted(self.model, map(plain_name, self.targeted_module_names))
         yield
 
     @classmethod
